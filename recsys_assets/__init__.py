@@ -1,0 +1,1 @@
+"""The lineage graph: assets, checks, resources and the code location."""

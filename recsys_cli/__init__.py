@@ -1,0 +1,1 @@
+"""The `recsys` command, the local stack and the demo."""

@@ -1,0 +1,124 @@
+"""The event, schema v1: its columns, its Arrow schema, what makes a row invalid, and ids made from content."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_core.settings import EventSettings
+
+SCHEMA_VERSION = 1
+
+EVENT_ID = "event_id"
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+EVENT_TYPE = "event_type"
+TS = "ts"
+SESSION_ID = "session_id"
+DEVICE = "device"
+COUNTRY = "country"
+VALUE = "value"
+RECOMMENDATION_ID = "recommendation_id"
+
+EVENT_SCHEMA = pa.schema(
+    [
+        pa.field(EVENT_ID, pa.string(), nullable=False),
+        pa.field(USER_ID, pa.string(), nullable=False),
+        pa.field(ITEM_ID, pa.string(), nullable=False),
+        pa.field(EVENT_TYPE, pa.string(), nullable=False),
+        pa.field(TS, pa.int64(), nullable=False),
+        pa.field(SESSION_ID, pa.string()),
+        pa.field(DEVICE, pa.string()),
+        pa.field(COUNTRY, pa.string()),
+        pa.field(VALUE, pa.float64()),
+        pa.field(RECOMMENDATION_ID, pa.string()),
+    ]
+)
+"""Landing files have these columns; `ts` is milliseconds since 1970 (UTC)."""
+
+EARLIEST_TS = 631_152_000_000
+"""1990-01-01: an event before it has a broken clock or a wrong unit."""
+
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
+
+
+def now_ms() -> int:
+    """The wall clock, milliseconds since 1970 (UTC)."""
+    return time.time_ns() // 1_000_000
+
+
+def hour_key(ts: int) -> str:
+    """Partition key of the hour that contains `ts` (ms): `2026-01-31T09`."""
+    return str(np.datetime64(ts // HOUR_MS, "h"))
+
+
+def day_key(ts: int) -> str:
+    """Partition key of the day that contains `ts` (ms): `2026-01-31`."""
+    return str(np.datetime64(ts // DAY_MS, "D"))
+
+
+def key_start_ms(key: str) -> int:
+    """First millisecond of the hour or day that a partition key names."""
+    return int(np.datetime64(key, "ms").astype(np.int64))
+
+
+def hour_keys(start_ms: int, end_ms: int) -> list[str]:
+    """Keys of the hours that touch [start_ms, end_ms)."""
+    return [hour_key(ts) for ts in range(start_ms // HOUR_MS * HOUR_MS, end_ms, HOUR_MS)]
+
+
+def day_keys(start_ms: int, end_ms: int) -> list[str]:
+    """Keys of the days that touch [start_ms, end_ms)."""
+    return [day_key(ts) for ts in range(start_ms // DAY_MS * DAY_MS, end_ms, DAY_MS)]
+
+
+def content_ids(columns: list[pa.Array | pa.ChunkedArray]) -> pa.Array:
+    """128-bit hexadecimal ids, string (n,), that depend on nothing but the values of each row.
+
+    Equal rows get equal ids on every machine, so a file that is ingested twice is deduplicated later.
+    """
+    if not columns:
+        raise ValueError("content_ids needs at least one column")
+    frames = [pd.Series(column.to_pandas()).astype("string").fillna("\0") for column in columns]
+    halves = []
+    for key in ("recsys-event-id0", "recsys-event-id1"):
+        mixed = np.zeros(len(columns[0]), dtype=np.uint64)
+        for values in frames:
+            hashed = pd.util.hash_array(values.to_numpy(dtype=object), hash_key=key, categorize=True)
+            mixed = (mixed ^ hashed) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+        halves.append(mixed)
+    raw = np.stack(halves, axis=1).astype(">u8").tobytes().hex()
+    return pa.array([raw[at : at + 32] for at in range(0, len(raw), 32)], pa.string())
+
+
+def invalid_reasons(events: pa.Table | pa.RecordBatch, settings: EventSettings, now: int | None = None) -> pa.Array:
+    """Why each row can't be an event, string (n,), null where it can.
+
+    `events` has the columns of EVENT_SCHEMA, nulls allowed everywhere. The first reason that applies is given.
+    """
+    latest = (now_ms() if now is None else now) + settings.max_future_minutes * 60_000
+    rules: list[tuple[str, pa.Array]] = []
+    for name in (USER_ID, ITEM_ID, EVENT_ID):
+        column = events[name]
+        rules.append((f"missing {name}", pc.fill_null(pc.equal(pc.binary_length(column), 0), True)))
+        too_long = pc.greater(pc.binary_length(column), settings.max_id_bytes)
+        rules.append((f"{name} longer than {settings.max_id_bytes} bytes", pc.fill_null(too_long, False)))
+    for name in (SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID):
+        too_long = pc.greater(pc.binary_length(events[name]), settings.max_id_bytes)
+        rules.append((f"{name} longer than {settings.max_id_bytes} bytes", pc.fill_null(too_long, False)))
+    known = pc.is_in(events[EVENT_TYPE], value_set=pa.array(sorted(settings.weights), pa.string()))
+    rules.append(("unknown event_type", pc.invert(known)))
+    ts = events[TS]
+    rules.append(("missing or unreadable ts", pc.is_null(ts)))
+    rules.append(("ts before 1990: wrong unit or broken clock", pc.fill_null(pc.less(ts, EARLIEST_TS), False)))
+    rules.append(("ts in the future", pc.fill_null(pc.greater(ts, latest), False)))
+    reason: pa.Array = pa.nulls(len(ts), pa.string())
+    for text, applies in reversed(rules):
+        reason = pc.if_else(applies, pa.scalar(text), reason)
+    return reason.combine_chunks() if isinstance(reason, pa.ChunkedArray) else reason

@@ -1,0 +1,230 @@
+"""Parquet tables under one URI, a folder for each table and partition, each partition replaced atomically.
+
+    <uri>/<table>/<partition>/_current.json          which version is read, its rows and its data version
+    <uri>/<table>/<partition>/<version>/*.parquet    immutable
+
+A writer makes a new version folder and then replaces `_current.json`, which is atomic on a local disk (rename) and on
+an object store (one PUT). A reader therefore sees the old or the new partition, never half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+POINTER = "_current.json"
+STAGING = "_staging"
+
+
+class MissingPartition(LookupError):
+    """A table has no data for a partition that a reader asked for."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What `_current.json` says of a partition. `files` are names inside the version's folder."""
+
+    table: str
+    key: str
+    version: str
+    files: tuple[str, ...]
+    rows: int
+    bytes: int
+    data_version: str
+    written_at: float
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem of a path or URI, and the path inside it."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, path.rstrip("/")
+
+
+def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    """Put `data` at `path` so that a reader sees the old content or the new one."""
+    fs.makedirs(os.path.dirname(path), exist_ok=True)
+    if not _is_local(fs):
+        fs.pipe_file(path, data)
+        return
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    with open(temporary, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
+
+
+def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
+class Lake:
+    """Reads and writes the tables under `uri`."""
+
+    def __init__(self, uri: str, keep_versions: int = 2) -> None:
+        self.uri = uri.rstrip("/")
+        self.fs, self.root = open_filesystem(uri)
+        self.keep_versions = keep_versions
+
+    def path(self, *parts: str) -> str:
+        """A path of the lake's filesystem."""
+        return "/".join((self.root, *parts))
+
+    def url(self, path: str) -> str:
+        """The address of a lake path for Spark: plain for a local lake, `scheme://…` otherwise (s3 as s3a)."""
+        if _is_local(self.fs):
+            return f"file://{path}"
+        scheme = self.uri.split("://", 1)[0]
+        return f"{'s3a' if scheme == 's3' else scheme}://{path}"
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        table: str,
+        key: str,
+        data: pa.Table | Iterable[pa.RecordBatch],
+        schema: pa.Schema | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> Partition:
+        """Replace partition `key` of `table` by `data`, a table or a stream of batches (then `schema` is needed)."""
+        if isinstance(data, pa.Table):
+            schema, batches = data.schema, iter(data.to_batches(max_chunksize=262_144))
+        elif schema is None:
+            raise ValueError(f"{table}: a stream of batches needs its schema")
+        else:
+            batches = iter(data)
+        version = uuid.uuid4().hex[:16]
+        name = "part-00000.parquet"
+        path = self.path(table, key, version, name)
+        self.fs.makedirs(os.path.dirname(path), exist_ok=True)
+        rows = 0
+        with self.fs.open(path, "wb") as raw, pq.ParquetWriter(raw, schema, compression="zstd") as out:
+            for batch in batches:
+                out.write_batch(batch)
+                rows += batch.num_rows
+        digest = self._digest([path])
+        size = self.fs.size(path)
+        return self._point(table, key, version, (name,), rows, size, digest, extra or {})
+
+    def stage(self, table: str) -> str:
+        """A fresh folder of the lake into which an engine writes many partitions; `publish_staged` takes them over."""
+        path = self.path(table, STAGING, uuid.uuid4().hex[:16])
+        self.fs.makedirs(path, exist_ok=True)
+        return path
+
+    def publish_staged(self, table: str, staged: str, column: str, contents: dict[str, tuple[int, str]]) -> list[Partition]:
+        """Replace each partition of `contents` (key -> rows, data version) by the staged folder `<column>=<key>`.
+
+        A key with no staged folder becomes an empty partition: it is known to have no rows, which is not the same as
+        never having been made.
+        """
+        published = []
+        for key, (rows, data_version) in contents.items():
+            source = f"{staged}/{column}={key}"
+            version = os.path.basename(staged)
+            target = self.path(table, key, version)
+            files: tuple[str, ...] = ()
+            size = 0
+            if self.fs.exists(source):
+                self.fs.makedirs(self.path(table, key), exist_ok=True)
+                self.fs.mv(source, target, recursive=True)
+                found = {os.path.basename(p): d for p, d in self.fs.find(target, detail=True).items() if p.endswith(".parquet")}
+                files = tuple(sorted(found))
+                size = sum(int(d["size"]) for d in found.values())
+            if rows and not files:
+                raise OSError(f"{table}/{key}: {rows} rows expected in {source}, no Parquet file found")
+            published.append(self._point(table, key, version, files, rows, size, data_version, {}))
+        self.fs.rm(staged, recursive=True)
+        return published
+
+    def _point(
+        self, table: str, key: str, version: str, files: tuple[str, ...], rows: int, size: int, digest: str, extra: dict[str, Any]
+    ) -> Partition:
+        new = Partition(table, key, version, files, rows, size, digest, time.time(), extra)
+        pointer = self.path(table, key, POINTER)
+        write_atomically(self.fs, pointer, json.dumps(asdict(new), sort_keys=True).encode())
+        self._drop_old_versions(table, key, version)
+        return new
+
+    def _drop_old_versions(self, table: str, key: str, current: str) -> None:
+        self.fs.invalidate_cache()
+        folders = [e for e in self.fs.ls(self.path(table, key), detail=True) if e["type"] == "directory"]
+        old = [e["name"] for e in folders if os.path.basename(e["name"].rstrip("/")) != current]
+        old.sort(key=lambda name: self.fs.modified(name) if _is_local(self.fs) else name, reverse=True)
+        for name in old[self.keep_versions - 1 :]:
+            self.fs.rm(name, recursive=True)
+
+    def _digest(self, paths: Sequence[str]) -> str:
+        digest = hashlib.sha256()
+        for path in paths:
+            with self.fs.open(path, "rb") as source:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()[:32]
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def find(self, table: str, key: str) -> Partition | None:
+        """The current version of a partition, None when it was never written."""
+        try:
+            raw = json.loads(self.fs.cat_file(self.path(table, key, POINTER)))
+        except FileNotFoundError:
+            return None
+        return Partition(**{**raw, "files": tuple(raw["files"])})
+
+    def get(self, table: str, key: str) -> Partition:
+        """The current version of a partition. Raises MissingPartition."""
+        found = self.find(table, key)
+        if found is None:
+            raise MissingPartition(f"table {table!r} has no partition {key!r} under {self.uri}: materialize it first")
+        return found
+
+    def keys(self, table: str) -> list[str]:
+        """The partitions that exist, in order."""
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self.path(table), detail=False)
+        except FileNotFoundError:
+            return []
+        names = (os.path.basename(e.rstrip("/")) for e in entries)
+        return sorted(n for n in names if n != STAGING and self.fs.exists(self.path(table, n, POINTER)))
+
+    def files(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> list[str]:
+        """Paths of the Parquet files of some partitions. Raises MissingPartition unless `missing_ok`."""
+        paths = []
+        for key in keys:
+            found = self.find(table, key) if missing_ok else self.get(table, key)
+            if found is not None:
+                paths += [self.path(table, key, found.version, name) for name in found.files]
+        return paths
+
+    def dataset(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> ds.Dataset | None:
+        """An Arrow dataset over some partitions, None when they hold no file."""
+        paths = self.files(table, keys, missing_ok)
+        return ds.dataset(paths, filesystem=self.fs, format="parquet") if paths else None
+
+    def read(self, table: str, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A whole partition in memory; for tables that are small by their nature."""
+        self.get(table, key)
+        dataset = self.dataset(table, [key])
+        if dataset is None:
+            raise MissingPartition(f"table {table!r}, partition {key!r}: made, but without any row")
+        return dataset.to_table(columns=list(columns) if columns else None)
+
+    def latest(self, table: str, until: str | None = None) -> str | None:
+        """The last partition that exists, not later than `until`."""
+        keys = [k for k in self.keys(table) if until is None or k <= until]
+        return keys[-1] if keys else None

@@ -1,0 +1,117 @@
+"""The landing zone: what arrived, as Parquet files of event schema v1 that are never changed, and the quarantine beside it.
+
+    <lake>/landing/<source>/<name>.parquet       events; names are fixed by the content's origin, so a replay rewrites them
+    <lake>/quarantine/<source>/<name>.parquet    rows that can't be events: origin, row number, reason, the row as text
+
+Which files hold events of an hour is read from the Parquet statistics of `ts` in the files' footers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys_core.events import EVENT_SCHEMA, TS
+from recsys_core.lake import Lake, write_atomically
+
+LANDING = "landing"
+QUARANTINE = "quarantine"
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("origin", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("content", pa.string()),
+    ]
+)
+"""`origin` is the file (or topic-partition) and `row` the 1-based data row (or offset) in it."""
+
+
+@dataclass(frozen=True)
+class LandingFile:
+    """A landing file and the range of its event times (ms, both ends included)."""
+
+    path: str
+    rows: int
+    bytes: int
+    first_ts: int
+    last_ts: int
+
+
+class Landing:
+    """Writes and lists the landing zone of a lake."""
+
+    def __init__(self, lake: Lake) -> None:
+        self.lake = lake
+        self._footers: dict[tuple[str, int, float], LandingFile] = {}
+
+    def write_events(self, source: str, name: str, events: pa.Table) -> str:
+        """Write one file of events. `events` has EVENT_SCHEMA. Returns its path."""
+        return self._write(LANDING, source, name, events.cast(EVENT_SCHEMA))
+
+    def write_quarantine(self, source: str, name: str, rows: pa.Table) -> str:
+        """Write one file of rejected rows. `rows` has QUARANTINE_SCHEMA. Returns its path."""
+        return self._write(QUARANTINE, source, name, rows.cast(QUARANTINE_SCHEMA))
+
+    def _write(self, area: str, source: str, name: str, table: pa.Table) -> str:
+        path = self.lake.path(area, source, f"{name}.parquet")
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=131_072)
+        write_atomically(self.lake.fs, path, sink.getvalue())
+        return path
+
+    def files(self) -> list[LandingFile]:
+        """All landing files in the order of their paths. A file that is not EVENT_SCHEMA raises ValueError naming it."""
+        fs = self.lake.fs
+        fs.invalidate_cache()
+        found = fs.find(self.lake.path(LANDING), detail=True)
+        wanted = [
+            (path, int(entry["size"]), float(entry.get("mtime", 0.0)))
+            for path, entry in sorted(found.items())
+            if path.endswith(".parquet")
+        ]
+        unknown = [key for key in wanted if key not in self._footers]
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            for key, file in zip(unknown, pool.map(self._read_footer, unknown), strict=True):
+                self._footers[key] = file
+        return [self._footers[key] for key in wanted]
+
+    def covering(self, start_ms: int, end_ms: int) -> list[LandingFile]:
+        """The files that may hold events of [start_ms, end_ms)."""
+        return [f for f in self.files() if f.rows and f.first_ts < end_ms and f.last_ts >= start_ms]
+
+    def extent(self) -> tuple[int, int] | None:
+        """First and last event time in the landing zone (ms), None when it is empty."""
+        files = [f for f in self.files() if f.rows]
+        return (min(f.first_ts for f in files), max(f.last_ts for f in files)) if files else None
+
+    def quarantined(self) -> Iterator[pa.Table]:
+        """The rejected rows, a table a file."""
+        for path in sorted(self.lake.fs.find(self.lake.path(QUARANTINE))):
+            if path.endswith(".parquet"):
+                with self.lake.fs.open(path, "rb") as source:
+                    yield pq.read_table(source)
+
+    def _read_footer(self, key: tuple[str, int, float]) -> LandingFile:
+        path, size, _ = key
+        with self.lake.fs.open(path, "rb") as source:
+            try:
+                footer = pq.read_metadata(source)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"landing file {os.path.basename(path)} is not readable as Parquet: {error}") from error
+        names = footer.schema.to_arrow_schema().names
+        absent = [name for name in EVENT_SCHEMA.names if name not in names]
+        if absent:
+            raise ValueError(f"landing file {path} lacks the columns {', '.join(absent)}; put foreign files in by `recsys ingest`")
+        column = names.index(TS)
+        statistics = [footer.row_group(g).column(column).statistics for g in range(footer.num_row_groups)]
+        known = [s for s in statistics if s is not None and s.has_min_max]
+        first = min((s.min for s in known), default=0)
+        last = max((s.max for s in known), default=-1)
+        return LandingFile(path, footer.num_rows, size, first, last)

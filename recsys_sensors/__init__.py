@@ -1,0 +1,1 @@
+"""When things run: schedules and sensors."""

@@ -1,0 +1,1 @@
+"""The gRPC process that answers from the latest release."""

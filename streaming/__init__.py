@@ -1,0 +1,1 @@
+"""The speed layer's processes around Kafka."""
