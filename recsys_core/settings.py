@@ -117,12 +117,13 @@ class RankingSettings(Section):
     trend_weight: float = Field(0.5, ge=0, description="boost by the trend of the last hours")
     popular_weight: float = Field(0.1, ge=0, description="weight of the window's popularity")
     candidates: int = Field(200, ge=10, description="nearest neighbours drawn from the index for a user")
-    session_neighbours: int = Field(30, ge=1, description="similar items drawn for each of the last items")
+    session_candidates: int = Field(100, ge=1, description="items drawn that are similar to the last items of a user")
     session_decay: float = Field(0.8, gt=0, le=1, description="weight of the n-th last item is decay^n")
     trending: int = Field(100, ge=0, description="trending items among the candidates")
     popular: int = Field(100, ge=0, description="popular items among the candidates")
     exclude_consumed: bool = Field(True, description="leave out what the user had already")
     last_items: int = Field(5, ge=1, le=100, description="last actions kept for a user")
+    max_consumed: int = Field(200, ge=0, description="most recent items of a user that are left out")
 
 
 class ReleaseSettings(Section):
@@ -182,13 +183,16 @@ class SourceMapping(Section):
     device: str | None = None
     country: str | None = None
     value: str | None = None
+    recommendation_id: str | None = None
     title: str | None = None
     category: str | None = None
+    category_separator: str = Field("/", min_length=1, description="between the levels of a category; stored as `/`")
     price: str | None = None
     available: str | None = None
     attributes: list[str] = Field(default_factory=list, description="further catalogue columns; `*`: all the others")
     catalog_from_events: bool = Field(False, description="the event rows also describe their items")
-    delimiter: str = ","
+    optional: list[str] = Field(default_factory=list, description="columns named above that a file may lack")
+    delimiter: str = Field(",", min_length=1, max_length=1, description="of text files; a `.tsv` file always has tabs")
     header: list[str] = Field(default_factory=list, description="column names of a file that has none")
 
     @model_validator(mode="after")

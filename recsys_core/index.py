@@ -1,0 +1,221 @@
+"""Approximate nearest neighbours over item vectors: FAISS HNSW, with efSearch tuned to a recall target.
+
+HNSW: Malkov & Yashunin 2018, "Efficient and robust approximate nearest neighbor search using hierarchical navigable
+small world graphs". Inner products are searched in a graph built on inner products (Morozov & Babenko 2018,
+"Non-metric similarity graphs for maximum inner product search"); docs/decisions.md has the comparison with the
+reduction to Euclidean distance.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from recsys_core import progress
+from recsys_core.settings import IndexSettings
+
+if TYPE_CHECKING:
+    import faiss
+
+Metric = Literal["inner_product", "cosine"]
+RECALL_AT = 50
+EXACT_BELOW = 4096
+"""Filters that leave fewer items are searched exhaustively: HNSW finds few of them, and this is as fast."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What one efSearch gives: recall@50 against exact search, and milliseconds a query on one thread."""
+
+    ef_search: int
+    recall: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """How an index was built and tuned."""
+
+    metric: Metric
+    items: int
+    dimension: int
+    ef_search: int
+    recall: float
+    reached_target: bool
+    build_seconds: float
+    curve: tuple[CurvePoint, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class VectorIndex:
+    """HNSW over `n` item vectors; positions are row numbers of the vectors it was built from."""
+
+    def __init__(self, index: faiss.IndexHNSWFlat, metric: Metric, ef_search: int) -> None:
+        self.index = index
+        self.metric = metric
+        self.ef_search = ef_search
+
+    @property
+    def items(self) -> int:
+        return int(self.index.ntotal)
+
+    @property
+    def dimension(self) -> int:
+        return int(self.index.d)
+
+    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> np.ndarray:
+        """The `k` best positions of each query.
+
+        Args:
+            queries: float32 (b, dimension).
+            k: neighbours wanted.
+            allowed: positions that may be returned, int64 (m,), None for all. They are filtered inside the search.
+
+        Returns:
+            int64 (b, k), best first, padded by -1. A small set of allowed positions is searched exactly.
+        """
+        import faiss
+
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if self.metric == "cosine":
+            queries = unit_rows(queries)
+        if allowed is not None and len(allowed) <= EXACT_BELOW:
+            return self._search_exactly(queries, k, np.asarray(allowed, np.int64))
+        parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef_search, k))
+        if allowed is not None:
+            parameters.sel = faiss.IDSelectorBatch(np.ascontiguousarray(allowed, dtype=np.int64))
+        _, positions = self.index.search(queries, min(k, self.items), params=parameters)
+        if positions.shape[1] < k:
+            positions = np.pad(positions, ((0, 0), (0, k - positions.shape[1])), constant_values=-1)
+        return positions
+
+    def _search_exactly(self, queries: np.ndarray, k: int, allowed: np.ndarray) -> np.ndarray:
+        positions = np.full((len(queries), k), -1, np.int64)
+        if len(allowed):
+            best = exact_neighbours(queries, self.index.reconstruct_batch(allowed), self.metric, k)
+            positions[:, : best.shape[1]] = allowed[best]
+        return positions
+
+    def serialize(self) -> bytes:
+        """The index as FAISS writes it."""
+        import faiss
+
+        return bytes(faiss.serialize_index(self.index))
+
+    @classmethod
+    def deserialize(cls, data: bytes, metric: Metric, ef_search: int) -> VectorIndex:
+        """Read what `serialize` made. Raises ValueError when it is not an HNSW index."""
+        import faiss
+
+        try:
+            index = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
+        except RuntimeError as error:
+            raise ValueError(f"not a FAISS index: {str(error).splitlines()[0]}") from error
+        if not isinstance(index, faiss.IndexHNSWFlat):
+            raise ValueError(f"a {type(index).__name__} is not an HNSW index")
+        return cls(index, metric, ef_search)
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1, float32 (n, d); a row of zeros stays."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
+
+
+def build_index(
+    vectors: np.ndarray, metric: Metric, settings: IndexSettings, queries: np.ndarray | None = None, seed: int = 0
+) -> tuple[VectorIndex, IndexReport]:
+    """Build HNSW over item vectors and raise efSearch until recall@50 reaches the target.
+
+    Args:
+        vectors: float32 (n, d), finite.
+        metric: what is searched for.
+        settings: HNSW parameters and the recall target.
+        queries: float32 (q, d), a sample of what will be searched for; None: the item vectors with some noise.
+        seed: of the samples.
+    """
+    import faiss
+
+    if vectors.ndim != 2 or not len(vectors):
+        raise ValueError(f"an index needs vectors of shape (n, d), got {vectors.shape}")
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"{int((~np.isfinite(vectors)).any(axis=1).sum())} of {len(vectors)} vectors are not finite")
+    stored = unit_rows(vectors) if metric == "cosine" else np.ascontiguousarray(vectors, dtype=np.float32)
+    hnsw = faiss.IndexHNSWFlat(stored.shape[1], settings.m, faiss.METRIC_INNER_PRODUCT)
+    hnsw.hnsw.efConstruction = settings.ef_construction
+    started = time.perf_counter()
+    step = max(1000, len(stored) // 50)
+    for at in progress.track(range(0, len(stored), step), f"index ({metric.replace('_', ' ')})"):
+        hnsw.add(stored[at : at + step])
+    build_seconds = time.perf_counter() - started
+    index = VectorIndex(hnsw, metric, settings.max_ef_search)
+    curve = _tune(index, vectors, _sample(vectors if queries is None else queries, settings, seed, queries is None), settings)
+    best = curve[-1]
+    index.ef_search = best.ef_search
+    return index, IndexReport(
+        metric=metric,
+        items=len(vectors),
+        dimension=vectors.shape[1],
+        ef_search=best.ef_search,
+        recall=best.recall,
+        reached_target=best.recall >= settings.recall_target,
+        build_seconds=build_seconds,
+        curve=tuple(curve),
+    )
+
+
+def _sample(pool: np.ndarray, settings: IndexSettings, seed: int, noisy: bool) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    sampled = pool[random.choice(len(pool), size=min(settings.tuning_queries, len(pool)), replace=False)]
+    if noisy:
+        sampled = sampled + random.normal(scale=0.1 * sampled.std() + 1e-9, size=sampled.shape)
+    return sampled.astype(np.float32)
+
+
+def _tune(index: VectorIndex, vectors: np.ndarray, queries: np.ndarray, settings: IndexSettings) -> list[CurvePoint]:
+    """Points of growing efSearch, the last is the first that reaches the target (or the largest allowed)."""
+    import faiss
+
+    exact = exact_neighbours(queries, vectors, index.metric, RECALL_AT)
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    index.search(queries[:8], RECALL_AT)
+    curve = []
+    try:
+        ef = 32
+        while True:
+            index.ef_search = ef
+            started = time.perf_counter()
+            found = index.search(queries, RECALL_AT)
+            milliseconds = (time.perf_counter() - started) * 1000 / len(queries)
+            curve.append(CurvePoint(ef, recall(found, exact), milliseconds))
+            if curve[-1].recall >= settings.recall_target or ef >= settings.max_ef_search:
+                return curve
+            ef = min(ef * 3 // 2, settings.max_ef_search)
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
+def exact_neighbours(queries: np.ndarray, vectors: np.ndarray, metric: Metric, k: int) -> np.ndarray:
+    """The true `k` best positions by exhaustive search, int64 (b, min(k, n))."""
+    if metric == "cosine":
+        queries, vectors = unit_rows(queries), unit_rows(vectors)
+    k = min(k, len(vectors))
+    result = np.empty((len(queries), k), np.int64)
+    for at in range(0, len(queries), 256):
+        scores = queries[at : at + 256] @ vectors.T
+        top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1, kind="stable")
+        result[at : at + 256] = np.take_along_axis(top, order, axis=1)
+    return result
+
+
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """Share of the exact neighbours that were found."""
+    hits = sum(len(np.intersect1d(f, e, assume_unique=False)) for f, e in zip(found, exact, strict=True))
+    return hits / exact.size

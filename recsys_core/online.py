@@ -1,0 +1,298 @@
+"""The Redis contract: keys, the cached answer, the user's record, and their batch writers.
+
+    user:{<user_id>}   hash: `last` [[item_id, event_type, ts_ms], …] newest first, `last_ts`, `seen` [item_id, …],
+                       `als` <factor version> NUL <float32 vector>
+    recs:{<user_id>}   string: the answer, see `AnswerEncoder`
+    trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score], …]}
+
+The braces are Redis Cluster hash tags: both keys of a user live in one slot and are read in one round trip.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from recsys_core.ranking import Snapshot, Users
+from recsys_core.settings import RankingSettings
+
+TRENDING_KEY = "trending"
+
+LAST, LAST_TS, SEEN, ALS = b"last", b"last_ts", b"seen", b"als"
+RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS)
+
+_HEADER = struct.Struct("<BHqB")
+_FORMAT = 1
+_ITEM_TAG = 0x0A
+_ID_TAG = 0x0A
+_SCORE_TAG = 0x15
+
+
+def user_key(user_id: str) -> str:
+    """Key of the user's record."""
+    return f"user:{{{user_id}}}"
+
+
+def recs_key(user_id: str) -> str:
+    """Key of the user's cached answer."""
+    return f"recs:{{{user_id}}}"
+
+
+class CorruptValue(ValueError):
+    """A Redis value is not of the format that its key promises."""
+
+
+@dataclass(frozen=True)
+class CachedAnswer:
+    """A cached answer as it lies in Redis; `wire` is passed on to the caller without being parsed.
+
+    Attributes:
+        release_id: the release that made it.
+        computed_at: ms since 1970 (UTC).
+        ends: int32 (items,), end of each item in `wire`.
+        wire: `repeated ScoredItem items = 1` of `recsys.v1.RecommendResponse` in protobuf's wire format.
+    """
+
+    release_id: str
+    computed_at: int
+    ends: np.ndarray
+    wire: bytes
+
+    def first(self, n: int) -> bytes:
+        """Wire format of the first `n` items."""
+        if n <= 0 or not len(self.ends):
+            return b""
+        return self.wire[: self.ends[min(n, len(self.ends)) - 1]]
+
+    def items(self) -> list[tuple[str, float]]:
+        """Item ids and scores."""
+        found = []
+        start = 0
+        for end in self.ends:
+            item = self.wire[start:end]
+            score = struct.unpack_from("<f", item, len(item) - 4)[0]
+            at = 1 + _varint_size(item, 1)
+            at += 1
+            length, size = _varint(item, at)
+            found.append((item[at + size : at + size + length].decode(), score))
+            start = int(end)
+        return found
+
+    @classmethod
+    def decode(cls, data: bytes) -> CachedAnswer:
+        """Raises CorruptValue."""
+        try:
+            version, count, computed_at, name_length = _HEADER.unpack_from(data)
+            if version != _FORMAT:
+                raise CorruptValue(f"cached answer of format {version}, this process reads {_FORMAT}")
+            at = _HEADER.size
+            release_id = data[at : at + name_length].decode()
+            at += name_length
+            ends = np.frombuffer(data, "<i4", count, at)
+        except (struct.error, ValueError) as error:
+            raise CorruptValue(f"cached answer of {len(data)} bytes: {error}") from error
+        wire = data[at + 4 * count :]
+        if count and len(wire) != ends[-1]:
+            raise CorruptValue(f"cached answer has {len(wire)} bytes of items, its header says {ends[-1]}")
+        return cls(release_id, computed_at, ends, wire)
+
+
+class AnswerEncoder:
+    """Encodes the answers of one release, many at a time, without a Python loop over items.
+
+    Layout: format u8, count u16, computed_at i64 (ms), length of the release id u8, the release id, `count` end
+    offsets i32, then the items in protobuf's wire format (little-endian throughout).
+    """
+
+    def __init__(self, release_id: str, item_ids: Sequence[str]) -> None:
+        heads = [_item_head(item.encode()) for item in item_ids]
+        self._lengths = np.array([len(h) for h in heads], np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]]).astype(np.int64)
+        self._blob = np.frombuffer(b"".join(heads), np.uint8)
+        self._release = release_id.encode()
+
+    def encode(self, positions: np.ndarray, scores: np.ndarray, computed_at: int) -> list[bytes]:
+        """The values of `b` users from positions int64 (b, n), padded by -1, and scores float32 (b, n)."""
+        held = positions >= 0
+        counts = held.sum(axis=1)
+        flat = positions[held]
+        sizes = self._lengths[flat] + 4
+        ends = np.cumsum(sizes)
+        wire = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+        starts = ends - sizes
+        head_lengths = self._lengths[flat]
+        within = np.arange(int(head_lengths.sum())) - np.repeat(np.cumsum(head_lengths) - head_lengths, head_lengths)
+        wire[np.repeat(starts, head_lengths) + within] = self._blob[np.repeat(self._starts[flat], head_lengths) + within]
+        raw_scores = np.ascontiguousarray(scores[held], "<f4").view(np.uint8).reshape(-1, 4)
+        wire[(ends - 4)[:, None] + np.arange(4)] = raw_scores
+        data = wire.tobytes()
+        values = []
+        item = 0
+        offset = 0
+        for count in counts:
+            last = item + int(count)
+            local = (ends[item:last] - offset).astype("<i4")
+            end = offset + (int(local[-1]) if count else 0)
+            head = _HEADER.pack(_FORMAT, int(count), computed_at, len(self._release)) + self._release
+            values.append(head + local.tobytes() + data[offset:end])
+            item, offset = last, end
+        return values
+
+
+def _item_head(item_id: bytes) -> bytes:
+    """Wire format of a ScoredItem as a field of the response, up to the four bytes of its score."""
+    inner = bytes([_ID_TAG]) + _to_varint(len(item_id)) + item_id + bytes([_SCORE_TAG])
+    return bytes([_ITEM_TAG]) + _to_varint(len(inner) + 4) + inner
+
+
+def _to_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A varint and its size in bytes."""
+    value = size = 0
+    while True:
+        byte = data[at + size]
+        value |= (byte & 0x7F) << 7 * size
+        size += 1
+        if byte < 0x80:
+            return value, size
+
+
+def _varint_size(data: bytes, at: int) -> int:
+    return _varint(data, at)[1]
+
+
+@dataclass(frozen=True)
+class UserRecord:
+    """A user's record. Empty values where a field is absent.
+
+    Attributes:
+        last: the last actions, newest first: (item_id, event_type, ts in ms).
+        last_ts: time of the last action in ms, 0 when unknown.
+        seen: items the user had, most recent first.
+        als_version: version of the factors that `als` belongs to.
+        als: float32 (rank,) or None.
+    """
+
+    last: tuple[tuple[str, str, int], ...] = ()
+    last_ts: int = 0
+    seen: tuple[str, ...] = ()
+    als_version: str = ""
+    als: np.ndarray | None = None
+
+    @classmethod
+    def decode(cls, values: Sequence[bytes | None]) -> UserRecord:
+        """From the values of RECORD_FIELDS, as HMGET gives them. Raises CorruptValue."""
+        last, last_ts, seen, als = values
+        try:
+            version, vector = b"", None
+            if als:
+                version, _, raw = als.partition(b"\0")
+                vector = np.frombuffer(raw, "<f4")
+            return cls(
+                last=tuple((str(i), str(t), int(ts)) for i, t, ts in orjson.loads(last)) if last else (),
+                last_ts=int(last_ts) if last_ts else 0,
+                seen=tuple(map(str, orjson.loads(seen))) if seen else (),
+                als_version=version.decode(),
+                als=vector,
+            )
+        except (ValueError, TypeError) as error:
+            raise CorruptValue(f"user record: {error}") from error
+
+    def encode(self) -> dict[bytes, bytes]:
+        """The hash fields of those values that are there."""
+        fields: dict[bytes, bytes] = {}
+        if self.last:
+            fields[LAST] = orjson.dumps(self.last)
+        if self.last_ts:
+            fields[LAST_TS] = str(self.last_ts).encode()
+        if self.seen:
+            fields[SEEN] = orjson.dumps(self.seen)
+        if self.als is not None:
+            fields[ALS] = self.als_version.encode() + b"\0" + np.ascontiguousarray(self.als, "<f4").tobytes()
+        return fields
+
+
+def users_of(
+    snapshot: Snapshot, records: Sequence[UserRecord], settings: RankingSettings, excluded: Sequence[Sequence[str]] = ()
+) -> Users:
+    """The state that is ranked, from users' records; `excluded` are further item ids for each user.
+
+    A factor of another model version than the snapshot's is left out, so that the user is folded in instead.
+    """
+    als = np.zeros((len(records), snapshot.als_items.shape[1]), np.float32)
+    last = np.full((len(records), settings.last_items), -1, np.int64)
+    left_out: list[np.ndarray] = []
+    for row, record in enumerate(records):
+        if record.als is not None and record.als_version == snapshot.als_version and len(record.als) == als.shape[1]:
+            als[row] = record.als
+        positions = snapshot.positions_of(item for item, _, _ in record.last)[: settings.last_items]
+        last[row, : len(positions)] = positions
+        out: list[str] = list(excluded[row]) if excluded else []
+        if settings.exclude_consumed:
+            out += [item for item, _, _ in record.last]
+            out += record.seen[: settings.max_consumed]
+        left_out.append(snapshot.positions_of(out))
+    width = max((len(positions) for positions in left_out), default=0)
+    exclusions = np.full((len(records), width), -1, np.int64)
+    for row, positions in enumerate(left_out):
+        exclusions[row, : len(positions)] = positions
+    return Users(als, last, exclusions)
+
+
+@dataclass(frozen=True)
+class TrendingValue:
+    """The trending items as serving reads them."""
+
+    computed_at: int
+    hour: str
+    scores: dict[str, float]
+
+    def encode(self) -> bytes:
+        return orjson.dumps({"computed_at": self.computed_at, "hour": self.hour, "items": list(self.scores.items())})
+
+    @classmethod
+    def decode(cls, data: bytes) -> TrendingValue:
+        """Raises CorruptValue."""
+        try:
+            raw = orjson.loads(data)
+            return cls(int(raw["computed_at"]), str(raw["hour"]), {str(i): float(s) for i, s in raw["items"]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptValue(f"trending: {error}") from error
+
+
+def write_answers(redis: Any, answers: Iterable[tuple[str, bytes]], ttl_seconds: int) -> int:
+    """Write encoded answers by user id in one pipeline. `redis` is a redis-py client (standalone or cluster)."""
+    pipeline = redis.pipeline(transaction=False)
+    count = 0
+    for user_id, value in answers:
+        pipeline.set(recs_key(user_id), value, ex=ttl_seconds)
+        count += 1
+    pipeline.execute()
+    return count
+
+
+def write_records(redis: Any, records: Iterable[tuple[str, UserRecord]], ttl_seconds: int) -> int:
+    """Write the fields of users' records in one pipeline; fields that a record does not hold stay as they are."""
+    pipeline = redis.pipeline(transaction=False)
+    count = 0
+    for user_id, record in records:
+        fields = record.encode()
+        if fields:
+            pipeline.hset(user_key(user_id), mapping=fields)
+            pipeline.expire(user_key(user_id), ttl_seconds)
+            count += 1
+    pipeline.execute()
+    return count

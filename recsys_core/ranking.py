@@ -1,0 +1,301 @@
+"""The scoring path: candidates, blend, boosts and rules, top-n, vectorised over users.
+
+The hourly precompute calls it with many users, the online miss with one, so that the two can't drift apart.
+
+Every candidate gets four parts on comparable scales and one weighted sum of them:
+
+    als       û·y / max|y|, û the user's factor scaled to length 1, in [-1, 1]
+    session   ŝ·ŷ, ŝ the decayed sum of the user's last items' unit vectors scaled to length 1, in [-1, 1]
+    trend     log(1+trend) / log(1+max trend), in [0, 1]
+    popular   log(1+popularity) / log(1+max popularity), in [0, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_core.als import fold_in
+from recsys_core.index import Metric, VectorIndex, unit_rows
+from recsys_core.settings import RankingSettings
+
+PARTS = ("als", "session", "trend", "popular")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A release in memory. Item positions are row numbers of `items`, the same in all its arrays.
+
+    Attributes:
+        release_id: name of the release.
+        items: `item_id` and catalogue columns (title, category, price, available, attributes), n rows.
+        als_items: float32 (n, rank), the ALS item factors.
+        als_gram: float64 (rank, rank), the factors' YᵀY.
+        als_version: data version of the factors; user factors of another version are not used with them.
+        als_alpha, als_regularization: parameters of the fold-in.
+        popular: float32 (n,), popularity of the window, >= 0.
+        indexes: HNSW by metric over `als_items`.
+    """
+
+    release_id: str
+    items: pa.Table
+    als_items: np.ndarray
+    als_gram: np.ndarray
+    als_version: str
+    als_alpha: float
+    als_regularization: float
+    popular: np.ndarray
+    indexes: Mapping[Metric, VectorIndex]
+
+    def __post_init__(self) -> None:
+        if len(self.positions) != self.items.num_rows:
+            raise ValueError(f"{self.items.num_rows - len(self.positions)} item ids occur more than once")
+
+    @cached_property
+    def item_ids(self) -> list[str]:
+        """Item id of each position."""
+        return self.items["item_id"].to_pylist()
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Position of each item id."""
+        return {item: position for position, item in enumerate(self.item_ids)}
+
+    @cached_property
+    def available(self) -> np.ndarray:
+        """bool (n,): items that may be recommended."""
+        return np.asarray(pc.fill_null(self.items["available"], True).to_numpy(zero_copy_only=False), dtype=bool)
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """float32 (n,): lengths of the item factors; 1 for a factor of zeros."""
+        norms = np.linalg.norm(self.als_items, axis=1)
+        return np.where(norms > 0, norms, 1).astype(np.float32)
+
+    @cached_property
+    def popular_part(self) -> np.ndarray:
+        """float32 (n,): the `popular` part of each item."""
+        return relative_log(self.popular)
+
+    @cached_property
+    def by_popularity(self) -> np.ndarray:
+        """int64: positions of the available items, most popular first."""
+        order = np.argsort(-self.popular, kind="stable")
+        return order[self.available[order]]
+
+    @cached_property
+    def categories(self) -> np.ndarray:
+        """object (n,): category of each item, an empty string where it has none."""
+        return np.asarray(pc.fill_null(self.items["category"], "").to_pylist(), dtype=object)
+
+    def in_categories(self, wanted: Sequence[str]) -> np.ndarray:
+        """bool (n,): items of any of the categories or of one below them (`sports` holds `sports/shoes`)."""
+        mask = np.zeros(self.items.num_rows, bool)
+        column = pc.fill_null(self.items["category"], "")
+        for category in wanted:
+            below = pc.starts_with(column, category.rstrip("/") + "/")
+            mask |= np.asarray(pc.or_(pc.equal(column, category), below))
+        return mask
+
+    def positions_of(self, item_ids: Iterable[str]) -> np.ndarray:
+        """int64: positions of those item ids that the release knows, in order."""
+        found = (self.positions.get(item) for item in item_ids)
+        return np.fromiter((p for p in found if p is not None), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """What is trending now, as a dense part over the snapshot's items.
+
+    Attributes:
+        part: float32 (n,) in [0, 1].
+        order: int64, positions with a trend, highest first.
+    """
+
+    part: np.ndarray
+    order: np.ndarray
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, scores: Mapping[str, float]) -> Trend:
+        """From scores by item id; items that the release does not know are left out."""
+        dense = np.zeros(snapshot.items.num_rows, np.float32)
+        for item, score in scores.items():
+            position = snapshot.positions.get(item)
+            if position is not None:
+                dense[position] = score
+        order = np.argsort(-dense, kind="stable")[: np.count_nonzero(dense)]
+        return cls(relative_log(dense), order[snapshot.available[order]])
+
+
+@dataclass(frozen=True)
+class Users:
+    """The state of `b` users that is ranked for.
+
+    Attributes:
+        als: float32 (b, rank), user factors; a row of zeros where ALS does not know the user.
+        last_items: int64 (b, k), positions of the last items, newest first, padded by -1.
+        excluded: int64 (b, x), positions that may not be returned, padded by -1.
+    """
+
+    als: np.ndarray
+    last_items: np.ndarray
+    excluded: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.als)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The answer for `b` users.
+
+    Attributes:
+        positions: int64 (b, n), best first, padded by -1.
+        scores: float32 (b, n), -inf where padded.
+        parts: float32 (b, n, len(PARTS)), the unweighted parts of each score.
+    """
+
+    positions: np.ndarray
+    scores: np.ndarray
+    parts: np.ndarray = field(repr=False)
+
+
+def rank(
+    snapshot: Snapshot, trend: Trend, users: Users, n: int, settings: RankingSettings, allowed: np.ndarray | None = None
+) -> Ranked:
+    """The `n` best items for each user.
+
+    Args:
+        snapshot: the release.
+        trend: the trend of the moment.
+        users: whom to rank for. Users without a factor but with last items get one by fold-in.
+        n: items wanted.
+        settings: weights and numbers of candidates.
+        allowed: bool (items,), a filter on top of availability; None for no filter.
+    """
+    servable = snapshot.available if allowed is None else snapshot.available & allowed
+    factors = unit_rows(with_fold_in(snapshot, users))
+    sessions = session_vectors(snapshot, users.last_items, settings.session_decay)
+    candidates = _candidates(snapshot, trend, factors, sessions, settings, n, servable, filtered=allowed is not None)
+    positions = _distinct(candidates, users.excluded)
+    usable = (positions >= 0) & servable[positions]
+    parts = _parts(snapshot, trend, factors, sessions, positions)
+    scores = np.where(usable, parts @ _weights(settings), -np.inf).astype(np.float32)
+    return _top(positions, scores, parts, n)
+
+
+def with_fold_in(snapshot: Snapshot, users: Users) -> np.ndarray:
+    """User factors float32 (b, rank), folded in from the last items where ALS has none."""
+    unknown = ~users.als.any(axis=1) & (users.last_items >= 0).any(axis=1)
+    if not unknown.any():
+        return users.als
+    factors = users.als.copy()
+    for row in np.flatnonzero(unknown):
+        last = users.last_items[row]
+        items = snapshot.als_items[last[last >= 0]]
+        weights = np.ones(len(items), np.float32)
+        factors[row] = fold_in(snapshot.als_gram, items, weights, snapshot.als_alpha, snapshot.als_regularization)
+    return factors
+
+
+def session_vectors(snapshot: Snapshot, last_items: np.ndarray, decay: float) -> np.ndarray:
+    """float32 (b, rank): decayed sums of the last items' unit vectors, length 1, zeros without last items."""
+    held = last_items >= 0
+    vectors = snapshot.als_items[last_items] / snapshot.norms[last_items][..., None]
+    weights = np.where(held, decay ** np.arange(last_items.shape[1], dtype=np.float32), 0)
+    return unit_rows(np.einsum("bkd,bk->bd", vectors, weights))
+
+
+def relative_log(values: np.ndarray) -> np.ndarray:
+    """log(1+v) / log(1+max), float32 in [0, 1]; zeros when all are."""
+    top = float(values.max(initial=0))
+    return (np.log1p(values) / np.log1p(top)).astype(np.float32) if top > 0 else np.zeros(len(values), np.float32)
+
+
+def _weights(settings: RankingSettings) -> np.ndarray:
+    return np.array(
+        [settings.als_weight, settings.session_weight, settings.trend_weight, settings.popular_weight], dtype=np.float32
+    )
+
+
+def _candidates(
+    snapshot: Snapshot,
+    trend: Trend,
+    factors: np.ndarray,
+    sessions: np.ndarray,
+    settings: RankingSettings,
+    n: int,
+    servable: np.ndarray,
+    filtered: bool,
+) -> np.ndarray:
+    """int64 (b, c): ALS neighbours, items like the last ones, trending, popular; -1 where a user has none."""
+    selection = np.flatnonzero(servable) if filtered else None
+    fill = max(settings.popular, n)
+    popular = snapshot.by_popularity
+    trending = trend.order
+    if filtered:
+        popular, trending = popular[servable[popular]], trending[servable[trending]]
+    shared = np.concatenate([trending[: settings.trending], popular[:fill]])
+    return np.hstack(
+        [
+            _neighbours(snapshot.indexes["inner_product"], factors, max(settings.candidates, n), selection),
+            _neighbours(snapshot.indexes["cosine"], sessions, settings.session_candidates, selection),
+            np.broadcast_to(shared, (len(factors), len(shared))),
+        ]
+    )
+
+
+def _neighbours(index: VectorIndex, queries: np.ndarray, k: int, selection: np.ndarray | None) -> np.ndarray:
+    found = np.full((len(queries), k), -1, np.int64)
+    known = np.flatnonzero(queries.any(axis=1))
+    if len(known):
+        found[known] = index.search(queries[known], k, selection)
+    return found
+
+
+def _distinct(candidates: np.ndarray, excluded: np.ndarray) -> np.ndarray:
+    """Sort each row and set to -1 what repeats or is excluded.
+
+    The last bit tells candidates (1) from exclusions (0): after the sort an exclusion stands before the candidates of
+    the same position, which then are repetitions of it.
+    """
+    keys = np.hstack([candidates * 2 + 1, excluded * 2])
+    keys.sort(axis=1)
+    positions = keys >> 1
+    repeats = np.zeros(keys.shape, bool)
+    repeats[:, 1:] = positions[:, 1:] == positions[:, :-1]
+    return np.where(repeats | (keys & 1 == 0) | (keys < 0), -1, positions)
+
+
+def _parts(
+    snapshot: Snapshot, trend: Trend, factors: np.ndarray, sessions: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """float32 (b, c, len(PARTS)); rows of position -1 hold numbers without meaning."""
+    vectors = snapshot.als_items[positions]
+    queries = np.stack([factors, sessions], axis=2)
+    products = np.matmul(vectors, queries)
+    parts = np.empty((*positions.shape, len(PARTS)), np.float32)
+    parts[..., 0] = products[..., 0] / snapshot.norms.max()
+    parts[..., 1] = products[..., 1] / snapshot.norms[positions]
+    parts[..., 2] = trend.part[positions]
+    parts[..., 3] = snapshot.popular_part[positions]
+    return parts
+
+
+def _top(positions: np.ndarray, scores: np.ndarray, parts: np.ndarray, n: int) -> Ranked:
+    """The n best of each row; equal scores in the order of positions."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :n]
+    top_scores = np.take_along_axis(scores, order, axis=1)
+    top_positions = np.where(np.isfinite(top_scores), np.take_along_axis(positions, order, axis=1), -1)
+    top_parts = np.take_along_axis(parts, order[..., None], axis=1)
+    short = n - order.shape[1]
+    if short > 0:
+        top_positions = np.pad(top_positions, ((0, 0), (0, short)), constant_values=-1)
+        top_scores = np.pad(top_scores, ((0, 0), (0, short)), constant_values=-np.inf)
+        top_parts = np.pad(top_parts, ((0, 0), (0, short), (0, 0)))
+    return Ranked(top_positions, top_scores, top_parts)

@@ -1,0 +1,253 @@
+"""The release: one immutable bundle of everything serving needs, verified before use, named by a pointer file.
+
+    <releases>/<release_id>/manifest.json                       written last: a folder without it is not a release
+    <releases>/<release_id>/items.parquet                       item_id and catalogue, in the order of positions
+    <releases>/<release_id>/als/items.npy                       float32 (items, rank)
+    <releases>/<release_id>/als/gram.npy                        float64 (rank, rank), YᵀY for the fold-in
+    <releases>/<release_id>/index/inner_product.faiss           user vector -> items
+    <releases>/<release_id>/index/cosine.faiss                  item vector -> similar items
+    <releases>/<release_id>/popular.npy                         float32 (items,), the window's popularity
+    <releases>/champion.json                                    which release is served, replaced atomically
+
+A reader trusts nothing: size and sha256 of each file, then shapes and id maps against each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys_core.index import Metric, VectorIndex
+from recsys_core.lake import open_filesystem, write_atomically
+from recsys_core.ranking import Snapshot
+
+MANIFEST = "manifest.json"
+CHAMPION = "champion.json"
+SCHEMA_VERSION = 1
+
+ITEMS_FILE = "items.parquet"
+ALS_ITEMS_FILE = "als/items.npy"
+ALS_GRAM_FILE = "als/gram.npy"
+POPULAR_FILE = "popular.npy"
+INDEX_FILES: dict[Metric, str] = {"inner_product": "index/inner_product.faiss", "cosine": "index/cosine.faiss"}
+
+
+class ReleaseError(Exception):
+    """A release can't be used; the message names the release, the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a release was made from and what its files must be.
+
+    `sources` maps an asset to its partition and data version, `models` a model to its version and parameters (None:
+    the release has no such model), `index` a metric to its efSearch and recall, `files` a name to its bytes and sha256.
+    """
+
+    release_id: str
+    day: str
+    created_at: float
+    sources: dict[str, dict[str, str]]
+    models: dict[str, dict[str, Any] | None]
+    index: dict[str, dict[str, Any]]
+    ranking: dict[str, Any]
+    metrics: dict[str, Any]
+    run_ids: dict[str, str]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Manifest:
+        """Raises ReleaseError when `data` is not a manifest of this schema."""
+        try:
+            raw = json.loads(data)
+            version = raw.get("schema_version")
+        except (ValueError, AttributeError) as error:
+            raise ReleaseError(f"{where}: {MANIFEST} is not JSON: {error}") from error
+        if version != SCHEMA_VERSION:
+            raise ReleaseError(f"{where}: {MANIFEST} has schema version {version!r}, this process reads {SCHEMA_VERSION}")
+        try:
+            return cls(**raw)
+        except TypeError as error:
+            raise ReleaseError(f"{where}: {MANIFEST} does not fit its schema: {error}") from error
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Which release is served. `manifest_sha256` ties it to the manifest's content."""
+
+    release_id: str
+    manifest_sha256: str
+    promoted_at: float
+    reason: str = ""
+
+
+class Releases:
+    """The releases under a path or URI."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self.fs, self.root = open_filesystem(uri)
+
+    def path(self, *parts: str) -> str:
+        return "/".join((self.root, *parts))
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def write(self, manifest: Manifest, snapshot: Snapshot) -> Manifest:
+        """Write `snapshot` as a new release and return its completed manifest. A release is never written twice."""
+        folder = self.path(manifest.release_id)
+        if self.fs.exists(f"{folder}/{MANIFEST}"):
+            raise ReleaseError(f"release {manifest.release_id} exists already; releases are immutable")
+        files = {}
+        for name, data in _files_of(snapshot):
+            write_atomically(self.fs, f"{folder}/{name}", data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        complete = Manifest(**{**asdict(manifest), "files": files})
+        write_atomically(self.fs, f"{folder}/{MANIFEST}", complete.to_bytes())
+        return complete
+
+    def promote(self, release_id: str, reason: str = "") -> Pointer:
+        """Make a release the champion after reading and verifying all of it. Raises ReleaseError."""
+        self.load(release_id)
+        digest = hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest()
+        pointer = Pointer(release_id, digest, time.time(), reason)
+        write_atomically(self.fs, self.path(CHAMPION), json.dumps(asdict(pointer), indent=2).encode())
+        return pointer
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def champion(self) -> Pointer | None:
+        """The pointer, None when nothing was promoted yet. Raises ReleaseError when it can't be read."""
+        try:
+            raw = json.loads(self.fs.cat_file(self.path(CHAMPION)))
+            return Pointer(**raw)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise ReleaseError(f"{self.uri}/{CHAMPION} is not a pointer: {error}") from error
+
+    def list(self) -> list[Manifest]:
+        """The manifests of all complete releases, oldest first."""
+        self.fs.invalidate_cache()
+        if not self.fs.exists(self.root):
+            return []
+        names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=True)]
+        found = [self.manifest(name) for name in names if self.fs.exists(self.path(name, MANIFEST))]
+        return sorted(found, key=lambda m: m.created_at)
+
+    def manifest(self, release_id: str) -> Manifest:
+        """The manifest of a release. Raises ReleaseError."""
+        data = self._bytes(release_id, MANIFEST)
+        manifest = Manifest.from_bytes(data, f"release {release_id}")
+        if manifest.release_id != release_id:
+            raise ReleaseError(f"release {release_id}: {MANIFEST} is that of release {manifest.release_id}")
+        return manifest
+
+    def load(self, release_id: str, manifest_sha256: str | None = None) -> tuple[Manifest, Snapshot]:
+        """Read and verify a release. Raises ReleaseError that names the file at fault."""
+        where = f"release {release_id}"
+        manifest = self.manifest(release_id)
+        if manifest_sha256 and hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest() != manifest_sha256:
+            raise ReleaseError(f"{where}: {MANIFEST} is not the one that was promoted")
+        files = {}
+        for name, expected in manifest.files.items():
+            data = self._bytes(release_id, name)
+            if len(data) != expected["bytes"]:
+                raise ReleaseError(f"{where}: {name} has {len(data)} bytes, the manifest says {expected['bytes']}")
+            if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                raise ReleaseError(f"{where}: {name} is corrupt: its sha256 is not the manifest's")
+            files[name] = data
+        return manifest, _snapshot_of(manifest, files, where)
+
+    def _bytes(self, release_id: str, name: str) -> bytes:
+        try:
+            return bytes(self.fs.cat_file(self.path(release_id, name)))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ReleaseError(f"release {release_id}: {name} is missing") from error
+        except OSError as error:
+            raise ReleaseError(f"release {release_id}: {name} can't be read: {error}") from error
+
+
+def new_release_id(day: str, created_at: float) -> str:
+    """Sortable and readable: the day of the data and the moment of the making (UTC)."""
+    return f"{day}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime(created_at))}.{int(created_at * 1e6) % 0xFFFF:04x}"
+
+
+def _files_of(snapshot: Snapshot) -> list[tuple[str, bytes]]:
+    table = pa.BufferOutputStream()
+    pq.write_table(snapshot.items, table, compression="zstd")
+    files = [
+        (ITEMS_FILE, table.getvalue().to_pybytes()),
+        (ALS_ITEMS_FILE, _npy(snapshot.als_items)),
+        (ALS_GRAM_FILE, _npy(snapshot.als_gram)),
+        (POPULAR_FILE, _npy(snapshot.popular)),
+    ]
+    return files + [(name, snapshot.indexes[metric].serialize()) for metric, name in INDEX_FILES.items()]
+
+
+def _npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(array), allow_pickle=False)
+    return out.getvalue()
+
+
+def _snapshot_of(manifest: Manifest, files: Mapping[str, bytes], where: str) -> Snapshot:
+    absent = [n for n in (ITEMS_FILE, ALS_ITEMS_FILE, ALS_GRAM_FILE, POPULAR_FILE, *INDEX_FILES.values()) if n not in files]
+    if absent:
+        raise ReleaseError(f"{where}: {MANIFEST} does not list {', '.join(absent)}")
+
+    def array(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        try:
+            loaded: np.ndarray = np.load(io.BytesIO(files[name]), allow_pickle=False)
+        except ValueError as error:
+            raise ReleaseError(f"{where}: {name} is not an array: {error}") from error
+        if len(shape) != loaded.ndim or any(want not in (None, got) for want, got in zip(shape, loaded.shape, strict=True)):
+            raise ReleaseError(f"{where}: {name} has shape {loaded.shape}, expected {shape}")
+        if not np.isfinite(loaded).all():
+            raise ReleaseError(f"{where}: {name} holds values that are not finite")
+        return loaded
+
+    try:
+        items = pq.read_table(pa.BufferReader(files[ITEMS_FILE]))
+    except pa.ArrowInvalid as error:
+        raise ReleaseError(f"{where}: {ITEMS_FILE} is not Parquet: {error}") from error
+    als = manifest.models.get("als") or {}
+    als_items = array(ALS_ITEMS_FILE, (items.num_rows, als.get("rank")))
+    indexes: dict[Metric, VectorIndex] = {}
+    for metric, name in INDEX_FILES.items():
+        try:
+            index = VectorIndex.deserialize(files[name], metric, int(manifest.index[metric]["ef_search"]))
+        except (ValueError, KeyError) as error:
+            raise ReleaseError(f"{where}: {name}: {error}") from error
+        if (index.items, index.dimension) != als_items.shape:
+            raise ReleaseError(
+                f"{where}: {name} holds {index.items} vectors of dimension {index.dimension}, {ALS_ITEMS_FILE} {als_items.shape}"
+            )
+        indexes[metric] = index
+    try:
+        return Snapshot(
+            release_id=manifest.release_id,
+            items=items,
+            als_items=als_items,
+            als_gram=array(ALS_GRAM_FILE, (als_items.shape[1], als_items.shape[1])),
+            als_version=str(als.get("version", "")),
+            als_alpha=float(als.get("alpha", 1.0)),
+            als_regularization=float(als.get("regularization", 0.0)),
+            popular=array(POPULAR_FILE, (items.num_rows,)),
+            indexes=indexes,
+        )
+    except ValueError as error:
+        raise ReleaseError(f"{where}: {ITEMS_FILE}: {error}") from error

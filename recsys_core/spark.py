@@ -1,0 +1,95 @@
+"""The Spark session's configuration, and the progress of Spark jobs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from recsys_core import progress
+from recsys_core.settings import Settings
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def is_local(master: str) -> bool:
+    """Whether a master address means Spark inside this process."""
+    return master.startswith("local")
+
+
+def spark_conf(settings: Settings) -> dict[str, str]:
+    """Spark properties of the settings; `[spark.conf]` has the last word."""
+    spark = settings.spark
+    conf = {
+        "spark.master": spark.master,
+        "spark.app.name": spark.app_name,
+        "spark.driver.memory": spark.driver_memory,
+        "spark.sql.shuffle.partitions": str(spark.shuffle_partitions),
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
+        "spark.sql.parquet.compression.codec": "zstd",
+        "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
+        "spark.ui.showConsoleProgress": "false",
+    }
+    if is_local(spark.master):
+        work = settings.home.absolute() / "spark"
+        conf |= {
+            "spark.driver.host": "127.0.0.1",
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.ui.enabled": "false",
+            "spark.local.dir": str(work / "tmp"),
+            "spark.sql.warehouse.dir": str(work / "warehouse"),
+            "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
+            "spark.log.level": "ERROR",
+        }
+    return conf | spark.conf
+
+
+def session(settings: Settings) -> SparkSession:
+    """The process's Spark session, started when there is none."""
+    from pyspark.sql import SparkSession
+
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    builder = SparkSession.builder
+    for name, value in spark_conf(settings).items():
+        builder = builder.config(name, value)
+    return builder.getOrCreate()
+
+
+@contextmanager
+def stage_progress(spark: SparkSession, description: str, every_seconds: float = 0.5) -> Iterator[None]:
+    """Report finished and known tasks of the Spark jobs that the block runs, as one bar."""
+    group = f"{description}-{threading.get_ident()}"
+    spark.sparkContext.setJobGroup(group, description)
+    tracker = spark.sparkContext.statusTracker()
+    stopped = threading.Event()
+
+    def counts() -> tuple[int, int]:
+        done = total = 0
+        for job in tracker.getJobIdsForGroup(group):
+            info = tracker.getJobInfo(job)
+            for stage in info.stageIds if info else ():
+                known = tracker.getStageInfo(stage)
+                if known:
+                    done += known.numCompletedTasks
+                    total += known.numTasks
+        return done, total
+
+    def watch(bar: progress.Task) -> None:
+        while not stopped.wait(every_seconds):
+            bar.update(*counts())
+
+    with progress.task(description) as bar:
+        watcher = threading.Thread(target=watch, args=(bar,), daemon=True, name="spark-progress")
+        watcher.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            watcher.join()
+            done, total = counts()
+            bar.update(max(done, total), total)
+            spark.sparkContext.setLocalProperty("spark.jobGroup.id", None)
