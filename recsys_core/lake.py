@@ -66,6 +66,11 @@ def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> N
     os.replace(temporary, path)
 
 
+def _missing_message(table: str, keys: list[str], uri: str) -> str:
+    shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+    return f"table {table!r} under {uri} has no partition {shown}: materialize it first"
+
+
 def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
@@ -118,6 +123,18 @@ class Lake:
         digest = self._digest([path])
         size = self.fs.size(path)
         return self._point(table, key, version, (name,), rows, size, digest, extra or {})
+
+    def write_blobs(
+        self, table: str, key: str, blobs: dict[str, bytes], rows: int, extra: dict[str, Any] | None = None
+    ) -> Partition:
+        """Replace partition `key` of `table` by files that are not Parquet; `read_blob` reads them."""
+        version = uuid.uuid4().hex[:16]
+        paths = {name: self.path(table, key, version, name) for name in sorted(blobs)}
+        for name, path in paths.items():
+            write_atomically(self.fs, path, blobs[name])
+        size = sum(map(len, blobs.values()))
+        digest = self._digest(list(paths.values()))
+        return self._point(table, key, version, tuple(paths), rows, size, digest, extra or {})
 
     def stage(self, table: str) -> str:
         """A fresh folder of the lake into which an engine writes many partitions; `publish_staged` takes them over."""
@@ -179,17 +196,24 @@ class Lake:
 
     def find(self, table: str, key: str) -> Partition | None:
         """The current version of a partition, None when it was never written."""
-        try:
-            raw = json.loads(self.fs.cat_file(self.path(table, key, POINTER)))
-        except FileNotFoundError:
-            return None
-        return Partition(**{**raw, "files": tuple(raw["files"])})
+        return self.find_all(table, [key]).get(key)
+
+    def find_all(self, table: str, keys: Iterable[str]) -> dict[str, Partition]:
+        """The current versions of those partitions that exist, in the order of `keys`; pointers are read concurrently."""
+        pointers = {self.path(table, key, POINTER): key for key in keys}
+        found = self.fs.cat(list(pointers), on_error="omit") if pointers else {}
+        parsed = {pointers[path]: json.loads(data) for path, data in found.items()}
+        return {
+            key: Partition(**{**parsed[key], "files": tuple(parsed[key]["files"])})
+            for key in pointers.values()
+            if key in parsed
+        }
 
     def get(self, table: str, key: str) -> Partition:
         """The current version of a partition. Raises MissingPartition."""
         found = self.find(table, key)
         if found is None:
-            raise MissingPartition(f"table {table!r} has no partition {key!r} under {self.uri}: materialize it first")
+            raise MissingPartition(_missing_message(table, [key], self.uri))
         return found
 
     def keys(self, table: str) -> list[str]:
@@ -204,12 +228,19 @@ class Lake:
 
     def files(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> list[str]:
         """Paths of the Parquet files of some partitions. Raises MissingPartition unless `missing_ok`."""
-        paths = []
-        for key in keys:
-            found = self.find(table, key) if missing_ok else self.get(table, key)
-            if found is not None:
-                paths += [self.path(table, key, found.version, name) for name in found.files]
-        return paths
+        wanted = list(keys)
+        found = self.find_all(table, wanted)
+        missing = [key for key in wanted if key not in found]
+        if missing and not missing_ok:
+            raise MissingPartition(_missing_message(table, missing, self.uri))
+        return [self.path(table, p.key, p.version, name) for p in found.values() for name in p.files]
+
+    def read_blob(self, table: str, key: str, name: str) -> bytes:
+        """One file of a partition that `write_blobs` made. Raises MissingPartition."""
+        found = self.get(table, key)
+        if name not in found.files:
+            raise MissingPartition(f"table {table!r}, partition {key!r} has no file {name!r}, only {', '.join(found.files)}")
+        return bytes(self.fs.cat_file(self.path(table, key, found.version, name)))
 
     def dataset(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> ds.Dataset | None:
         """An Arrow dataset over some partitions, None when they hold no file."""

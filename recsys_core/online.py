@@ -70,17 +70,19 @@ class CachedAnswer:
         return self.wire[: self.ends[min(n, len(self.ends)) - 1]]
 
     def items(self) -> list[tuple[str, float]]:
-        """Item ids and scores."""
+        """Item ids and scores. Raises CorruptValue when `wire` does not hold what `ends` says."""
         found = []
         start = 0
-        for end in self.ends:
-            item = self.wire[start:end]
-            score = struct.unpack_from("<f", item, len(item) - 4)[0]
-            at = 1 + _varint_size(item, 1)
-            at += 1
-            length, size = _varint(item, at)
-            found.append((item[at + size : at + size + length].decode(), score))
-            start = int(end)
+        try:
+            for end in self.ends.tolist():
+                item = self.wire[start:end]
+                score = struct.unpack_from("<f", item, len(item) - 4)[0]
+                at = 2 + _varint_size(item, 1)
+                length, size = _varint(item, at)
+                found.append((item[at + size : at + size + length].decode(), score))
+                start = end
+        except (struct.error, IndexError, UnicodeDecodeError) as error:
+            raise CorruptValue(f"cached answer, item {len(found)}: {error}") from error
         return found
 
     @classmethod
@@ -271,6 +273,14 @@ class TrendingValue:
             return cls(int(raw["computed_at"]), str(raw["hour"]), {str(i): float(s) for i, s in raw["items"]})
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptValue(f"trending: {error}") from error
+
+
+def read_records(redis: Any, user_ids: Sequence[str]) -> list[UserRecord]:
+    """The records of users in one pipeline; an empty record for a user that has none. Raises CorruptValue."""
+    pipeline = redis.pipeline(transaction=False)
+    for user_id in user_ids:
+        pipeline.hmget(user_key(user_id), RECORD_FIELDS)
+    return [UserRecord.decode(values) for values in pipeline.execute()]
 
 
 def write_answers(redis: Any, answers: Iterable[tuple[str, bytes]], ttl_seconds: int) -> int:

@@ -13,7 +13,7 @@ Every candidate gets four parts on comparable scales and one weighted sum of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -21,10 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.als import fold_in
-from recsys_core.index import Metric, VectorIndex, unit_rows
+from recsys_core.index import Metric, Searchable, unit_rows
 from recsys_core.settings import RankingSettings
 
 PARTS = ("als", "session", "trend", "popular")
+BLOCK = 64
+"""Users ranked at a time: the gathered vectors of their candidates stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Snapshot:
         als_items: float32 (n, rank), the ALS item factors.
         als_gram: float64 (rank, rank), the factors' YᵀY.
         als_version: data version of the factors; user factors of another version are not used with them.
-        als_alpha, als_regularization: parameters of the fold-in.
+        als_alpha: confidence parameter of the fold-in.
+        als_regularization, als_regularization_per_item: its ridge for a user of n items is the first + n × the second.
         popular: float32 (n,), popularity of the window, >= 0.
         indexes: HNSW by metric over `als_items`.
     """
@@ -50,7 +53,8 @@ class Snapshot:
     als_alpha: float
     als_regularization: float
     popular: np.ndarray
-    indexes: Mapping[Metric, VectorIndex]
+    indexes: Mapping[Metric, Searchable]
+    als_regularization_per_item: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.positions) != self.items.num_rows:
@@ -149,6 +153,10 @@ class Users:
     def __len__(self) -> int:
         return len(self.als)
 
+    def rows(self, which: slice | np.ndarray) -> Users:
+        """Some of the users."""
+        return Users(self.als[which], self.last_items[which], self.excluded[which])
+
 
 @dataclass(frozen=True)
 class Ranked:
@@ -179,9 +187,26 @@ def rank(
         allowed: bool (items,), a filter on top of availability; None for no filter.
     """
     servable = snapshot.available if allowed is None else snapshot.available & allowed
+    selection = None if allowed is None else np.flatnonzero(servable)
+    blocks = [
+        _rank_block(snapshot, trend, users.rows(slice(at, at + BLOCK)), n, settings, servable, selection)
+        for at in range(0, max(len(users), 1), BLOCK)
+    ]
+    return Ranked(*(np.concatenate([getattr(block, f.name) for block in blocks]) for f in fields(Ranked)))
+
+
+def _rank_block(
+    snapshot: Snapshot,
+    trend: Trend,
+    users: Users,
+    n: int,
+    settings: RankingSettings,
+    servable: np.ndarray,
+    selection: np.ndarray | None,
+) -> Ranked:
     factors = unit_rows(with_fold_in(snapshot, users))
     sessions = session_vectors(snapshot, users.last_items, settings.session_decay)
-    candidates = _candidates(snapshot, trend, factors, sessions, settings, n, servable, filtered=allowed is not None)
+    candidates = _candidates(snapshot, trend, factors, sessions, settings, n, servable, selection)
     positions = _distinct(candidates, users.excluded)
     usable = (positions >= 0) & servable[positions]
     parts = _parts(snapshot, trend, factors, sessions, positions)
@@ -191,15 +216,14 @@ def rank(
 
 def with_fold_in(snapshot: Snapshot, users: Users) -> np.ndarray:
     """User factors float32 (b, rank), folded in from the last items where ALS has none."""
-    unknown = ~users.als.any(axis=1) & (users.last_items >= 0).any(axis=1)
-    if not unknown.any():
+    unknown = np.flatnonzero(~users.als.any(axis=1) & (users.last_items >= 0).any(axis=1))
+    if not len(unknown):
         return users.als
+    last = users.last_items[unknown]
+    held = (last >= 0).astype(np.float32)
+    ridge = snapshot.als_regularization + snapshot.als_regularization_per_item * held.sum(axis=1)
     factors = users.als.copy()
-    for row in np.flatnonzero(unknown):
-        last = users.last_items[row]
-        items = snapshot.als_items[last[last >= 0]]
-        weights = np.ones(len(items), np.float32)
-        factors[row] = fold_in(snapshot.als_gram, items, weights, snapshot.als_alpha, snapshot.als_regularization)
+    factors[unknown] = fold_in(snapshot.als_gram, snapshot.als_items[last], held, snapshot.als_alpha, ridge)
     return factors
 
 
@@ -231,14 +255,13 @@ def _candidates(
     settings: RankingSettings,
     n: int,
     servable: np.ndarray,
-    filtered: bool,
+    selection: np.ndarray | None,
 ) -> np.ndarray:
     """int64 (b, c): ALS neighbours, items like the last ones, trending, popular; -1 where a user has none."""
-    selection = np.flatnonzero(servable) if filtered else None
     fill = max(settings.popular, n)
     popular = snapshot.by_popularity
     trending = trend.order
-    if filtered:
+    if selection is not None:
         popular, trending = popular[servable[popular]], trending[servable[trending]]
     shared = np.concatenate([trending[: settings.trending], popular[:fill]])
     return np.hstack(
@@ -250,7 +273,7 @@ def _candidates(
     )
 
 
-def _neighbours(index: VectorIndex, queries: np.ndarray, k: int, selection: np.ndarray | None) -> np.ndarray:
+def _neighbours(index: Searchable, queries: np.ndarray, k: int, selection: np.ndarray | None) -> np.ndarray:
     found = np.full((len(queries), k), -1, np.int64)
     known = np.flatnonzero(queries.any(axis=1))
     if len(known):

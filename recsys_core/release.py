@@ -35,6 +35,7 @@ CHAMPION = "champion.json"
 SCHEMA_VERSION = 1
 
 ITEMS_FILE = "items.parquet"
+ITEM_COLUMNS = ("item_id", "title", "category", "available")
 ALS_ITEMS_FILE = "als/items.npy"
 ALS_GRAM_FILE = "als/gram.npy"
 POPULAR_FILE = "popular.npy"
@@ -189,13 +190,18 @@ def new_release_id(day: str, created_at: float) -> str:
 def _files_of(snapshot: Snapshot) -> list[tuple[str, bytes]]:
     table = pa.BufferOutputStream()
     pq.write_table(snapshot.items, table, compression="zstd")
-    files = [
+    files: list[tuple[str, bytes]] = [
         (ITEMS_FILE, table.getvalue().to_pybytes()),
         (ALS_ITEMS_FILE, _npy(snapshot.als_items)),
         (ALS_GRAM_FILE, _npy(snapshot.als_gram)),
         (POPULAR_FILE, _npy(snapshot.popular)),
     ]
-    return files + [(name, snapshot.indexes[metric].serialize()) for metric, name in INDEX_FILES.items()]
+    for metric, name in INDEX_FILES.items():
+        index = snapshot.indexes[metric]
+        if not isinstance(index, VectorIndex):
+            raise TypeError(f"a release holds HNSW indexes, not {type(index).__name__}")
+        files.append((name, index.serialize()))
+    return files
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -224,6 +230,9 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, bytes], where: str) -> 
         items = pq.read_table(pa.BufferReader(files[ITEMS_FILE]))
     except pa.ArrowInvalid as error:
         raise ReleaseError(f"{where}: {ITEMS_FILE} is not Parquet: {error}") from error
+    lacking = [name for name in ITEM_COLUMNS if name not in items.column_names]
+    if lacking:
+        raise ReleaseError(f"{where}: {ITEMS_FILE} lacks {', '.join(lacking)}")
     als = manifest.models.get("als") or {}
     als_items = array(ALS_ITEMS_FILE, (items.num_rows, als.get("rank")))
     indexes: dict[Metric, VectorIndex] = {}
@@ -246,6 +255,7 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, bytes], where: str) -> 
             als_version=str(als.get("version", "")),
             als_alpha=float(als.get("alpha", 1.0)),
             als_regularization=float(als.get("regularization", 0.0)),
+            als_regularization_per_item=float(als.get("regularization_per_item", 0.0)),
             popular=array(POPULAR_FILE, (items.num_rows,)),
             indexes=indexes,
         )

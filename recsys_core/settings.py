@@ -101,7 +101,6 @@ class IndexSettings(Section):
     recall_target: float = Field(0.99, gt=0, le=1, description="recall@50 that efSearch is tuned to")
     tuning_queries: int = Field(500, ge=10, description="sampled queries of the tuning")
     max_ef_search: int = Field(1024, ge=16)
-    min_category_items: int = Field(1000, ge=1, description="categories with at least so many items get an own index")
 
 
 class TrendSettings(Section):
@@ -126,11 +125,13 @@ class RankingSettings(Section):
     max_consumed: int = Field(200, ge=0, description="most recent items of a user that are left out")
 
 
+class EvaluationSettings(Section):
+    ks: tuple[int, ...] = Field((10, 20, 50), description="cut-offs of the metrics")
+    max_users: int = Field(5000, ge=1, description="users that are ranked for, sampled by a hash of their id")
+
+
 class ReleaseSettings(Section):
     uri: str = Field("", description="root of the releases; empty: <home>/releases")
-    max_als_ndcg_drop: float = Field(
-        0.2, ge=0, description="a release whose ALS NDCG@10 is lower than the champion's by this fraction is not promoted"
-    )
 
 
 class CacheSettings(Section):
@@ -223,6 +224,7 @@ class Settings(BaseSettings):
     index: IndexSettings = IndexSettings()
     trends: TrendSettings = TrendSettings()
     ranking: RankingSettings = RankingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     release: ReleaseSettings = ReleaseSettings()
     cache: CacheSettings = CacheSettings()
     redis: RedisSettings = RedisSettings()

@@ -1,0 +1,131 @@
+"""ALS on MovieLens-1M, the NCF leave-one-out protocol (../shared/data/README.md): HR@10 and NDCG@10 of both engines.
+
+    python benchmarks/als_movielens.py --engine both
+
+Each user's held-out item is ranked against 99 negatives; an equal score counts against it. Ratings become interactions
+of weight 1. The fit is the product's own, through a lake in a temporary folder and a local Spark session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from recsys_core.als import AlsReport, Factors, fit_als, read_factors
+from recsys_core.lake import Lake
+from recsys_core.settings import AlsSettings, SparkSettings, load_settings
+from recsys_core.spark import session
+
+TARGETS = {"HR@10": 0.7109, "NDCG@10": 0.4382}
+"""iALS in Dacrema et al., TOIS 2021, supplement."""
+TARGET_SECONDS = {"implicit": 15.0}
+
+SETTINGS = {
+    "implicit": AlsSettings(engine="implicit", rank=128, iterations=15, alpha=6.0, regularization=0.3),
+    "spark": AlsSettings(engine="spark", rank=64, iterations=12, alpha=3.3, regularization=0.05),
+}
+FILES = ("train.tsv.gz", "test.tsv.gz", "test.negative.tsv.gz")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", choices=["implicit", "spark", "both"], default="both")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="one fit for each")
+    default_data = os.environ.get("RECSYS_DATA_DIR") or "../shared/data"
+    parser.add_argument("--data", type=Path, default=Path(default_data), help=f"folder of ml-1m-ncf (default: {default_data})")
+    arguments = parser.parse_args()
+    console = Console()
+    folder = arguments.data / "ml-1m-ncf"
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        console.print(f"No {', '.join(missing)} in {folder}: name the data folder by --data or RECSYS_DATA_DIR.")
+        return 2
+    train, test_users, candidates = read_protocol(folder)
+    engines = ["implicit", "spark"] if arguments.engine == "both" else [arguments.engine]
+    table = Table(
+        "engine", "seed", "HR@10", "NDCG@10", "fit seconds", "settings", "target", title="ALS, MovieLens-1M leave-one-out"
+    )
+    passed = True
+    with tempfile.TemporaryDirectory() as home:
+        for engine in engines:
+            for seed in arguments.seeds:
+                settings = SETTINGS[engine].model_copy(update={"seed": seed})
+                report, metrics = measure(Path(home), train, test_users, candidates, settings, engine)
+                failed = [f"{name} < {least}" for name, least in TARGETS.items() if metrics[name] < least]
+                most = TARGET_SECONDS.get(engine)
+                if most is not None and report.seconds > most:
+                    failed.append(f"over {most:g} s")
+                passed &= not failed
+                table.add_row(
+                    engine,
+                    str(seed),
+                    f"{metrics['HR@10']:.4f}",
+                    f"{metrics['NDCG@10']:.4f}",
+                    f"{report.seconds:.1f}",
+                    f"rank {settings.rank}, {settings.iterations} sweeps, α {settings.alpha:g}, λ {settings.regularization:g}",
+                    ", ".join(failed) or "reached",
+                )
+    console.print(table)
+    console.print(f"Targets: {', '.join(f'{name} ≥ {least}' for name, least in TARGETS.items())}, implicit ≤ 15 s.")
+    return 0 if passed else 1
+
+
+def read_protocol(folder: Path) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """The train split as interactions, test users (6040,), and their candidates (6040, 100), the held-out item first."""
+    train = pd.read_csv(folder / FILES[0], sep="\t", header=None, names=["user", "item", "rating"], usecols=[0, 1, 2])
+    test = pd.read_csv(folder / FILES[1], sep="\t", header=None).to_numpy()
+    negatives = pd.read_csv(folder / FILES[2], sep="\t", header=None).to_numpy()
+    if not (np.array_equal(negatives[:, :2], test[:, :2])):
+        raise ValueError(f"{folder}: the lines of {FILES[1]} and {FILES[2]} don't name the same users and items")
+    interactions = pa.table(
+        {
+            "user_id": pa.array(train["user"].astype(str), pa.string()),
+            "item_id": pa.array(train["item"].astype(str), pa.string()),
+            "weight": pa.array(np.ones(len(train), np.float32)),
+            "n_events": pa.array(np.ones(len(train), np.int32)),
+            "last_ts": pa.array(np.zeros(len(train), np.int64)),
+        }
+    )
+    return interactions, negatives[:, 0], negatives[:, 1:]
+
+
+def measure(
+    home: Path, train: pa.Table, test_users: np.ndarray, candidates: np.ndarray, als: AlsSettings, engine: str
+) -> tuple[AlsReport, dict[str, float]]:
+    """Fit through a lake at `home` and rank the candidates. Starting Spark isn't part of the fit's seconds."""
+    lake = Lake(str(home / "lake"))
+    key = "2003-02-28"
+    lake.write("interactions", key, train)
+    spark = None
+    if engine == "spark":
+        spark = session(load_settings(home=home, spark=SparkSettings(master="local[2]")))
+    report = fit_als(
+        lake, lake.files("interactions", [key]), "als_factors", key, als, (lambda: spark) if spark else None, engine
+    )
+    users = _by_number(read_factors(lake, "als_factors", key, "users"), test_users.max() + 1)
+    items = _by_number(read_factors(lake, "als_factors", key, "items"), candidates.max() + 1)
+    scores = np.einsum("ud,und->un", users[test_users], items[candidates])
+    better = np.count_nonzero(scores[:, 1:] >= scores[:, :1], axis=1)
+    hit = better < 10
+    return report, {"HR@10": float(hit.mean()), "NDCG@10": float((hit / np.log2(better + 2)).mean())}
+
+
+def _by_number(factors: Factors, size: int) -> np.ndarray:
+    """Vectors at the place that their id names, zeros where there is none."""
+    numbers = factors.ids.astype(np.int64)
+    vectors = np.zeros((max(size, numbers.max() + 1), factors.vectors.shape[1]), np.float32)
+    vectors[numbers] = factors.vectors
+    return vectors
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Ingestion: the topic, what landed, the catalogue, and the clickstream table by hour."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from recsys_assets.partitions import hourly
+from recsys_assets.reports import schema, table
+from recsys_assets.resources import PlatformResource
+from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE
+from recsys_core.events import EVENT_SCHEMA, hour_key
+from recsys_core.tables import CLICKS_QUARANTINE, build_clicks_hourly
+
+GROUP = "ingestion"
+OWNERS = ["team:data-engineering"]
+
+clickstream_topic = dg.AssetSpec(
+    "clickstream_topic",
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"kafka"},
+    description="Events of schema v1 as JSON, keyed by user_id.",
+)
+
+
+@dg.multi_observable_source_asset(
+    specs=[
+        dg.AssetSpec(
+            "clickstream_landing",
+            deps=[clickstream_topic],
+            group_name=GROUP,
+            owners=OWNERS,
+            kinds={"parquet"},
+            description="What arrived, untouched: Parquet files of events from the archive sink or from `recsys ingest`.",
+            metadata={"dagster/column_schema": schema(EVENT_SCHEMA)},
+        ),
+        dg.AssetSpec(
+            "item_catalog",
+            group_name=GROUP,
+            owners=OWNERS,
+            kinds={"parquet"},
+            description="Items with title, category, price, availability and further attributes, from `recsys ingest --catalog`.",
+            metadata={"dagster/column_schema": schema(CATALOG_SCHEMA)},
+        ),
+    ]
+)
+def arrivals(platform: PlatformResource) -> dg.ObserveResult:
+    files = platform.landing.files()
+    extent = platform.landing.extent()
+    yield dg.ObserveResult(
+        asset_key="clickstream_landing",
+        data_version=dg.DataVersion(f"{len(files)}-{sum(f.rows for f in files)}"),
+        metadata={
+            "files": len(files),
+            "rows": sum(f.rows for f in files),
+            "bytes": sum(f.bytes for f in files),
+            "first hour": hour_key(extent[0]) if extent else "none",
+            "last hour": hour_key(extent[1]) if extent else "none",
+            "quarantined rows": sum(t.num_rows for t in platform.landing.quarantined()),
+        },
+    )
+    catalog = platform.lake.find(CATALOG_TABLE, CATALOG_KEY)
+    yield dg.ObserveResult(
+        asset_key="item_catalog",
+        data_version=dg.DataVersion(catalog.data_version if catalog else "none"),
+        metadata={"items": catalog.rows if catalog else 0},
+    )
+
+
+@dg.asset(
+    deps=["clickstream_landing"],
+    partitions_def=hourly,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"spark", "parquet"},
+    pool="spark",
+    metadata={
+        "dagster/column_schema": schema(
+            {f.name: str(f.type) for f in EVENT_SCHEMA} | {"source_session_id": "string"},
+        )
+    },
+)
+def clicks_hourly(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
+    """Events of an hour: each event once, sessions by inactivity across hour borders, bad rows in quarantine."""
+    hours = list(context.partition_keys)
+    made = build_clicks_hourly(platform.spark(), platform.lake, platform.landing, hours, platform.settings.events)
+    rejected = platform.lake.find_all(CLICKS_QUARANTINE, hours)
+    by_day: dict[str, int] = {}
+    for part in made:
+        day = part.key[:10]
+        by_day[day] = by_day.get(day, 0) + part.rows
+    return dg.MaterializeResult(
+        metadata={
+            "dagster/row_count": sum(p.rows for p in made),
+            "hours": len(made),
+            "hours without events": sum(not p.rows for p in made),
+            "quarantined rows": sum(p.rows for p in rejected.values()),
+            "bytes": sum(p.bytes for p in made),
+            "events by day": table(["day", "events"], sorted(by_day.items())),
+        },
+        data_version=dg.DataVersion(made[0].data_version) if len(made) == 1 else None,
+    )
+
+

@@ -1,0 +1,106 @@
+"""What a person wants to see in the metadata: Markdown tables and plots."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+
+from recsys_core.evaluation import Evaluation
+from recsys_core.index import IndexReport
+from recsys_core.precompute import Sample
+from recsys_core.ranking import Snapshot
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> dg.MarkdownMetadataValue:
+    """A Markdown table; floats with four digits."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    return dg.MetadataValue.md("\n".join(lines))
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def schema(arrow: pa.Schema | dict[str, str]) -> dg.TableSchema:
+    """A column schema for the catalogue pages of the web UI."""
+    columns = arrow.items() if isinstance(arrow, dict) else ((field.name, str(field.type)) for field in arrow)
+    return dg.TableSchema(columns=[dg.TableColumn(name, kind) for name, kind in columns])
+
+
+def evaluation_table(evaluation: Evaluation) -> dg.MarkdownMetadataValue:
+    """The models side by side."""
+    names = ["ndcg@10", "recall@10", "hit@10", "map@10", "mrr@10", "coverage@10", "novelty@10"]
+    shown = [name for name in names if name in next(iter(evaluation.metrics.values()))]
+    return table(["model", *shown], [[model, *(values[n] for n in shown)] for model, values in evaluation.metrics.items()])
+
+
+def title_of(snapshot: Snapshot, position: int) -> str:
+    """The item's title, its id where it has none."""
+    return snapshot.items["title"][position].as_py() or snapshot.item_ids[position]
+
+
+def recommendations_table(snapshot: Snapshot, samples: Sequence[Sample]) -> dg.MarkdownMetadataValue:
+    """Some users: what they did last, and what they get."""
+
+    def titles(positions: Sequence[int]) -> str:
+        return ", ".join(title_of(snapshot, position) for position in positions)
+
+    return table(["user", "last items", "recommended"], [[s.user_id, titles(s.last), titles(s.recommended)] for s in samples])
+
+
+def top_items_per_factor(item_ids: np.ndarray, vectors: np.ndarray, titles: dict[str, str], factors: int = 8, top: int = 5) -> dg.MarkdownMetadataValue:
+    """The items with the largest weight on the factors of largest variance."""
+    strongest = np.argsort(-vectors.var(axis=0))[:factors]
+    rows = []
+    for factor in strongest:
+        best = np.argsort(-vectors[:, factor])[:top]
+        rows.append([int(factor), ", ".join(titles.get(item) or item for item in item_ids[best])])
+    return table(["factor", "items"], rows)
+
+
+def recall_plot(reports: Sequence[IndexReport], target: float) -> dg.MarkdownMetadataValue:
+    """Recall@50 against milliseconds a query, a point for each efSearch that was tried."""
+    figure, axes = _figure()
+    for report in reports:
+        axes.plot(
+            [p.milliseconds for p in report.curve], [p.recall for p in report.curve], "o-", label=report.metric.replace("_", " ")
+        )
+        for point in report.curve:
+            axes.annotate(str(point.ef_search), (point.milliseconds, point.recall), fontsize=7, xytext=(3, -8), textcoords="offset points")
+    axes.axhline(target, color="grey", linestyle="--", linewidth=1, label=f"target {target}")
+    axes.set(xlabel="ms a query, one thread", ylabel="recall@50", title="efSearch: recall and latency")
+    axes.legend()
+    return _image(figure)
+
+
+def evaluation_plot(evaluation: Evaluation, metric: str = "ndcg@10") -> dg.MarkdownMetadataValue:
+    """One metric of all models as bars."""
+    figure, axes = _figure()
+    names = list(evaluation.metrics)
+    values = [evaluation.metrics[name][metric] for name in names]
+    axes.barh(names, values)
+    axes.invert_yaxis()
+    for place, value in enumerate(values):
+        axes.annotate(f"{value:.4f}", (value, place), va="center", xytext=(3, 0), textcoords="offset points")
+    axes.set(xlabel=metric, title=f"{evaluation.day}: {evaluation.users} users")
+    return _image(figure)
+
+
+def _figure():  # type: ignore[no-untyped-def]
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _image(figure) -> dg.MarkdownMetadataValue:  # type: ignore[no-untyped-def]
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=90)
+    return dg.MetadataValue.md(f"![plot](data:image/png;base64,{base64.b64encode(out.getvalue()).decode()})")

@@ -1,0 +1,325 @@
+"""The `recsys` command. Heavy imports are inside the commands, so that `recsys --help` is quick."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from recsys_core.settings import Settings, SourceMapping
+    from serving.client import Recommendation, SimilarItems
+
+DEMO_HOME = Path(".recsys/demo")
+
+Home = Annotated[Path | None, typer.Option(help="Folder of the installation. Default: RECSYS_HOME, else .recsys.")]
+Count = Annotated[int, typer.Option("--count", "-n", help="Number of items.")]
+
+
+class TimeUnit(StrEnum):
+    """Units of a time column."""
+
+    S = "s"
+    MS = "ms"
+    US = "us"
+    NS = "ns"
+    ISO = "iso"
+
+
+class _Commands(TyperGroup):
+    """Prints what a user can mend as one red message and exits with 2; everything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            message = _explanation(error)
+            if message is None:
+                raise
+            from rich.console import Console
+
+            Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From clickstream to served recommendations: run the platform, bring data to it, ask it.",
+)
+
+
+def _explanation(error: Exception) -> str | None:
+    """What to tell the user about an error that is theirs to mend, None for any other."""
+    from pydantic import ValidationError
+
+    from recsys_cli.config import explain_invalid
+    from recsys_cli.java import JavaMissing
+    from recsys_cli.processes import StackError
+    from recsys_core.readers import IngestError
+    from serving.client import RecsysError
+
+    if isinstance(error, ValidationError):
+        return explain_invalid(error)
+    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        named = error.filename
+        return f"{error.strerror}: {named}" if named else str(error)
+    if isinstance(error, StackError | JavaMissing | IngestError):
+        return str(error)
+    if isinstance(error, RecsysError):
+        hint = " (what is up: `recsys status`)" if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else ""
+        return f"the server says {error}{hint}"
+    return None
+
+
+def _settings(home: Path | None) -> Settings:
+    from recsys_core.settings import load_settings
+
+    return load_settings(home)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+@app.command()
+def up(home: Home = None) -> None:
+    """Run the local stack until Ctrl-C: Redis, a broker, serving, the web UI and the daemon."""
+    from recsys_cli import stack
+
+    raise typer.Exit(stack.up(_settings(home), _console()))
+
+
+@app.command()
+def status(home: Home = None) -> None:
+    """Say what of the local stack is up, and where. Exit code 0: all of it."""
+    from recsys_cli import stack
+
+    raise typer.Exit(stack.status(_settings(home), _console()))
+
+
+@app.command()
+def config(
+    home: Home = None,
+    toml: Annotated[bool, typer.Option("--toml", help="Print the settings as a documented recsys.toml.")] = False,
+) -> None:
+    """Show every setting in effect; those that differ from the default stand out."""
+    from recsys_cli.config import documented_toml, settings_table
+
+    settings = _settings(home)
+    if toml:
+        typer.echo(documented_toml(settings), nl=False)
+    else:
+        _console().print(settings_table(settings))
+
+
+@app.command()
+def doctor() -> None:
+    """Find Java and Redis, or install them where the system's package manager can; else say what to do."""
+    from recsys_cli.java import ensure_java
+    from recsys_cli.stack import ensure_redis
+
+    java = ensure_java()
+    typer.echo(f"Java {java.version}: {java.path}")
+    typer.echo(f"Redis: {ensure_redis()}")
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help="A file or folder of events; without it a clickstream is made up.")] = None,
+    mapping: Annotated[str | None, typer.Option(help="Name of the mapping of the columns; without it, it is detected.")] = None,
+    home: Annotated[Path, typer.Option(help="Folder of everything the demo writes.")] = DEMO_HOME,
+) -> None:
+    """Carry a clickstream from its files to answers of the server, then stop what was started."""
+    from recsys_cli import demo as demonstration
+
+    demonstration.run(data, mapping, home)
+
+
+@app.command()
+def broker(
+    home: Home = None,
+    address_file: Annotated[Path | None, typer.Option(help="File that gets the broker's address while it runs.")] = None,
+) -> None:
+    """Run the embedded Kafka-protocol broker until Ctrl-C. It is for trying out and keeps a few megabytes."""
+    from recsys_cli.processes import run_folder
+    from streaming.broker import run_broker
+
+    file = address_file or run_folder(_settings(home).home.absolute()) / "broker.address"
+    run_broker(lambda address: typer.echo(f"broker at {address}"), file)
+
+
+@app.command()
+def serve(home: Home = None) -> None:
+    """Run the gRPC server of the current release."""
+    from serving import server
+
+    raise typer.Exit(server.main(_settings(home)))
+
+
+@app.command()
+def simulate(
+    home: Home = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same clickstream.")] = 7,
+    users: Annotated[int, typer.Option(min=1, help="Users on the first day.")] = 5_000,
+    items: Annotated[int, typer.Option(min=54, help="Items on the first day.")] = 3_000,
+    days: Annotated[int, typer.Option(min=1, help="Days of history; it ends with the last full hour.")] = 14,
+    events: Annotated[int, typer.Option(min=1, help="Expected number of events.")] = 600_000,
+    late: Annotated[float, typer.Option(min=0, max=1, help="Share of events that arrive late.")] = 0.01,
+    duplicates: Annotated[float, typer.Option(min=0, max=1, help="Share of events that arrive twice.")] = 0.005,
+    kafka: Annotated[bool, typer.Option("--kafka", help="Produce to the Kafka topic instead of the landing zone.")] = False,
+    rate: Annotated[
+        float | None, typer.Option(min=0.1, help="With --kafka: events a second; without, as fast as it goes.")
+    ] = None,
+) -> None:
+    """Make up a clickstream with known tastes. Its truth goes to <home>/truth, for measuring."""
+    from recsys_cli.console import showing_progress
+    from recsys_core.lake import Lake
+    from recsys_core.landing import Landing
+    from recsys_core.progress import track
+    from recsys_core.simulate import Simulation, SimulationConfig
+
+    settings = _settings(home)
+    counts = {"seed": seed, "users": users, "items": items, "days": days, "events": events}
+    made = Simulation(SimulationConfig.model_validate({**counts, "late_rate": late, "duplicate_rate": duplicates}))
+    lake = Lake(settings.lake_uri, settings.lake.keep_versions)
+    with showing_progress():
+        made.write_catalog(lake)
+        if kafka:
+            from streaming.producer import produce
+
+            hours = track(made.batches(), "producing hours", 24 * days)
+            produce((hour.events for hour in hours), settings.kafka.bootstrap_servers, settings.kafka.topic, rate)
+        else:
+            made.write_landing(Landing(lake))
+        made.write_truth(settings.home / "truth")
+    target = f"topic {settings.kafka.topic}" if kafka else f"{settings.lake_uri}/landing"
+    typer.echo(f"A clickstream of {days} days is in {target}; its truth is in {settings.home / 'truth'}.")
+
+
+@app.command()
+def ingest(
+    path: Annotated[str, typer.Argument(help="A file or folder: CSV, JSON lines or Parquet, plain or gzip.")],
+    home: Home = None,
+    mapping: Annotated[str | None, typer.Option(help="A ready mapping, or one of [mappings] in recsys.toml.")] = None,
+    catalog: Annotated[bool, typer.Option("--catalog", help="The rows are items, not events.")] = False,
+    user: Annotated[str | None, typer.Option(help="Column of the user.")] = None,
+    item: Annotated[str | None, typer.Option(help="Column of the item.")] = None,
+    type_: Annotated[str | None, typer.Option("--type", help="Column of the event type; without one all are views.")] = None,
+    time: Annotated[str | None, typer.Option(help="Column of the time.")] = None,
+    unit: Annotated[TimeUnit | None, typer.Option(help="Unit of the time column. Default: ms.")] = None,
+    session: Annotated[str | None, typer.Option(help="Column of the session.")] = None,
+    device: Annotated[str | None, typer.Option(help="Column of the device.")] = None,
+    title: Annotated[str | None, typer.Option(help="Catalogue: column of the title.")] = None,
+    category: Annotated[str | None, typer.Option(help="Catalogue: column of the category.")] = None,
+    shift_to_now: Annotated[bool, typer.Option("--shift-to-now", help="Move history so that its end is the present.")] = False,
+) -> None:
+    """Bring your own events or items. What can't be one goes to quarantine, with file, row and reason."""
+    from recsys_cli.console import showing_progress
+    from recsys_core import ingest as ingestion
+    from recsys_core.events import now_ms
+    from recsys_core.lake import Lake
+    from recsys_core.landing import Landing
+
+    settings = _settings(home)
+    columns = {"user_id": user, "item_id": item, "event_type": type_, "ts": time, "session_id": session, "device": device}
+    columns |= {"title": title, "category": category, "ts_unit": unit.value if unit else None}
+    chosen = _mapping(settings, path, mapping, catalog, {name: column for name, column in columns.items() if column})
+    lake = Lake(settings.lake_uri, settings.lake.keep_versions)
+    with showing_progress():
+        if chosen.kind == "catalog":
+            report: Any = ingestion.ingest_catalog(path, lake, chosen)
+        else:
+            shift = now_ms() if shift_to_now else None
+            report = ingestion.ingest(path, Landing(lake), chosen, settings.events, shift_to_ms=shift)
+    _show_ingested(report, chosen.kind, settings)
+
+
+def _mapping(settings: Settings, path: str, name: str | None, catalog: bool, columns: dict[str, str]) -> SourceMapping:
+    """The mapping by name, made of the flags, or detected; flags beside a name replace its columns."""
+    from recsys_core.mappings import BUILTIN, MappingError, detect
+    from recsys_core.settings import SourceMapping
+
+    known = {**BUILTIN, **settings.mappings}
+    if name is None and columns:
+        return SourceMapping.model_validate({"kind": "catalog" if catalog else "events", **columns})
+    if name is None:
+        name = detect(path, settings.mappings)
+        typer.echo(f"{path} fits the mapping {name}.")
+    if name not in known:
+        raise MappingError(f"there is no mapping {name!r}; there are: {', '.join(sorted(known))}")
+    chosen = SourceMapping.model_validate({**known[name].model_dump(), **columns})
+    if catalog and chosen.kind != "catalog":
+        raise MappingError(f"the mapping {name!r} describes events; name the item columns by --item, --title, --category")
+    return chosen
+
+
+def _show_ingested(report: Any, kind: str, settings: Settings) -> None:
+    from recsys_cli.console import table
+
+    rows: list[dict[str, object]] = [{"": "rows read", "count": report.rows_read}]
+    rows.append({"": "items kept" if kind == "catalog" else "events landed", "count": report.landed})
+    rows += [{"": f"quarantined: {reason}", "count": count} for reason, count in sorted(report.quarantined.items())]
+    _console().print(table(f"Ingested into {settings.lake_uri} in {report.seconds:.1f} s", rows))
+
+
+@app.command()
+def recommend(
+    user: Annotated[str, typer.Argument(help="Id of the user.")],
+    count: Count = 10,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the parts of each score.")] = False,
+    address: Annotated[str | None, typer.Option(help="The server. Default: the running stack's, else the settings'.")] = None,
+    home: Home = None,
+) -> None:
+    """Ask the server what to recommend to a user."""
+    from serving.client import RecsysClient
+
+    with RecsysClient(address or _serving_address(home)) as client:
+        answer = client.recommend(user, count, explain=explain)
+    _show_answer(answer, f"For user {user}", answer.tier)
+
+
+@app.command()
+def similar(
+    item: Annotated[str, typer.Argument(help="Id of the item.")],
+    count: Count = 10,
+    address: Annotated[str | None, typer.Option(help="The server. Default: the running stack's, else the settings'.")] = None,
+    home: Home = None,
+) -> None:
+    """Ask the server which items are like one item."""
+    from serving.client import RecsysClient
+
+    with RecsysClient(address or _serving_address(home)) as client:
+        answer = client.similar_items(item, count)
+    _show_answer(answer, f"Similar to item {item}")
+
+
+def _serving_address(home: Path | None) -> str:
+    from recsys_cli.stack import running_services
+
+    settings = _settings(home)
+    running = {service.name: service.where for service in running_services(settings.home.absolute())}
+    return running.get("serving", f"{settings.serving.host}:{settings.serving.port}")
+
+
+def _show_answer(answer: Recommendation | SimilarItems, title: str, tier: str = "") -> None:
+    from recsys_cli.console import table
+
+    rows: list[dict[str, object]] = []
+    for rank, item in enumerate(answer, start=1):
+        rows.append({"#": rank, "item": item.item_id, "title": item.title, "score": item.score, **(item.parts or {})})
+    by = f"{tier}, " if tier else ""
+    _console().print(table(f"{title} ({by}release {answer.release_id or 'none'}, {answer.milliseconds:.1f} ms)", rows))
+
+
+if __name__ == "__main__":
+    app()

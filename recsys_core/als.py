@@ -1,0 +1,439 @@
+"""Alternating least squares for implicit feedback (Hu, Koren, Volinsky 2008), two engines behind one interface.
+
+`implicit` fits on one machine, Spark MLlib on a cluster. Both minimise the same weighted squares: preference 1 with
+confidence 1 + alpha·w for each observed user-item pair of weight w, preference 0 with confidence 1 for all others.
+They differ in the ridge term. MLlib gives row r λ·n_r (n_r its observations, ALS-WR), `implicit` takes one number
+for all rows, which is λ times the mean of n_r over all users and items.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import scipy.sparse as sp
+
+from recsys_core import progress
+from recsys_core.lake import Lake, MissingPartition
+from recsys_core.settings import AlsSettings
+from recsys_core.spark import is_local
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+Side = Literal["users", "items"]
+FloatArray = npt.NDArray[np.floating]
+
+READ_ROWS = 1 << 20
+FACTOR_ROWS = 1 << 16
+ID_BUCKETS = 256
+
+
+@dataclass(frozen=True)
+class AlsReport:
+    """What a fit did. `seconds` is the whole of it, reading and writing included.
+
+    The ridge term of a user with n observations, which `fold_in` needs, is `ridge + ridge_per_observation · n`.
+    """
+
+    engine: str
+    users: int
+    items: int
+    observations: int
+    seconds: float
+    ridge: float
+    ridge_per_observation: float
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Rows of a factor table: ids object (m,), observations int32 (m,), vectors float32 (m, rank), C-contiguous."""
+
+    ids: npt.NDArray[np.object_]
+    n: npt.NDArray[np.int32]
+    vectors: npt.NDArray[np.float32]
+
+
+def choose_engine(settings: AlsSettings, spark_master: str) -> str:
+    """`implicit` or `spark`: the engine that the settings name; on auto, `implicit` when Spark would run in this process."""
+    if settings.engine != "auto":
+        return settings.engine
+    return "implicit" if is_local(spark_master) else "spark"
+
+
+def fit_als(
+    lake: Lake,
+    files: Sequence[str],
+    table: str,
+    key: str,
+    settings: AlsSettings,
+    spark: Callable[[], SparkSession] | None,
+    engine: str,
+) -> AlsReport:
+    """Factorise interactions and replace partition `key` of `<table>_users` and `<table>_items`.
+
+    `files` are Parquet files of the lake with the columns user_id, item_id and weight (> 0), one row for a pair.
+    The tables have the columns id string, n int32 (observations in the fit), factor list of `rank` float32. A pair
+    counts when its user has `min_user_interactions` and its item `min_item_interactions` before any pair is left out.
+
+    `implicit` gives the same factors, to the bit, for the same rows, versions and machine, whatever their order and
+    the number of threads. Spark repeats start values and blocks by the seed, but adds partial sums in the order in
+    which tasks end, so its factors repeat to rounding only.
+
+    Raises ValueError when nothing is left to fit, for a weight that isn't finite and positive, for an unknown engine,
+    and when the fit diverges.
+    """
+    started = time.perf_counter()
+    name = f"{table}, partition {key!r}"
+    if not files:
+        raise ValueError(f"{name}: no interactions to fit, there is no file of them")
+    if engine == "implicit":
+        users, items, observations, ridge = _fit_implicit(lake, files, table, key, settings)
+        per_observation = 0.0
+    elif engine == "spark":
+        if spark is None:
+            raise ValueError(f"{name}: the engine `spark` needs a Spark session")
+        users, items, observations = _fit_spark(lake, files, table, key, settings, spark())
+        ridge, per_observation = 0.0, settings.regularization
+    else:
+        raise ValueError(f"{name}: unknown ALS engine {engine!r}, use `implicit` or `spark`")
+    seconds = time.perf_counter() - started
+    return AlsReport(engine, users, items, observations, seconds, ridge, per_observation)
+
+
+def _nothing_left(name: str, settings: AlsSettings) -> ValueError:
+    return ValueError(
+        f"{name}: no interactions to fit; every pair needs a user with at least {settings.min_user_interactions} "
+        f"and an item with at least {settings.min_item_interactions} interactions"
+    )
+
+
+# -- one machine ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Interactions:
+    """Ids in sorted order and the weights between them, CSR float32 (users, items)."""
+
+    user_ids: pa.Array
+    item_ids: pa.Array
+    weights: sp.csr_matrix
+
+
+def _fit_implicit(lake: Lake, files: Sequence[str], table: str, key: str, settings: AlsSettings) -> tuple[int, int, int, float]:
+    name = f"{table}, partition {key!r}"
+    data = _frequent(_read_interactions(lake, files, name), settings)
+    users, items = data.weights.shape
+    observations = int(data.weights.nnz)
+    if not observations:
+        raise _nothing_left(name, settings)
+    ridge = settings.regularization * 2 * observations / (users + items)
+    user_vectors, item_vectors = _factorize(data.weights, ridge, settings)
+    sides: tuple[tuple[Side, pa.Array, npt.NDArray[np.float32], npt.NDArray[np.int64]], ...] = (
+        ("users", data.user_ids, user_vectors, data.weights.getnnz(axis=1)),
+        ("items", data.item_ids, item_vectors, data.weights.getnnz(axis=0)),
+    )
+    for side, _, vectors, _ in sides:
+        if not np.isfinite(vectors).all():
+            raise ValueError(f"{name}: the fit diverged, {side} have factors that aren't finite; raise als.regularization")
+    for side, ids, vectors, counts in sides:
+        lake.write(f"{table}_{side}", key, _factor_batches(ids, counts, vectors), _factor_schema(settings.rank))
+    return users, items, observations, ridge
+
+
+def _factor_schema(rank: int) -> pa.Schema:
+    return pa.schema([pa.field("id", pa.string()), pa.field("n", pa.int32()), pa.field("factor", pa.list_(pa.float32(), rank))])
+
+
+def _factor_batches(ids: pa.Array, counts: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]) -> Iterator[pa.RecordBatch]:
+    schema = _factor_schema(vectors.shape[1])
+    for at in range(0, len(ids), FACTOR_ROWS):
+        rows = slice(at, at + FACTOR_ROWS)
+        factor = pa.FixedSizeListArray.from_arrays(pa.array(vectors[rows].reshape(-1)), vectors.shape[1])
+        yield pa.record_batch([ids[rows], pa.array(counts[rows], pa.int32()), factor], schema=schema)
+
+
+def _read_interactions(lake: Lake, files: Sequence[str], name: str) -> _Interactions:
+    """Stream the pairs into codes and weights; strings are kept once for each batch, as dictionaries."""
+    dataset = ds.dataset(list(files), filesystem=lake.fs, format="parquet")
+    users, items, weights = [], [], [np.empty(0, np.float32)]
+    for batch in dataset.to_batches(columns=["user_id", "item_id", "weight"], batch_size=READ_ROWS):
+        users.append(batch["user_id"].dictionary_encode())
+        items.append(batch["item_id"].dictionary_encode())
+        weights.append(batch["weight"].to_numpy(zero_copy_only=False).astype(np.float32))
+    values = np.concatenate(weights)
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(f"{name}: an interaction has a weight that isn't a finite number above 0")
+    user_ids, rows = _sorted_codes(users)
+    item_ids, columns = _sorted_codes(items)
+    matrix = sp.coo_matrix((values, (rows, columns)), shape=(len(user_ids), len(item_ids))).tocsr()
+    matrix.sort_indices()
+    return _Interactions(user_ids, item_ids, matrix)
+
+
+def _sorted_codes(chunks: list[Any]) -> tuple[pa.Array, npt.NDArray[np.int32]]:
+    """The distinct ids in order, and the place of each row's id among them, so that row order has no influence."""
+    kind: Any = pa.dictionary(pa.int32(), pa.string())
+    unified: Any = pa.chunked_array([chunk.cast(kind) for chunk in chunks], kind).unify_dictionaries()
+    if not len(unified):
+        return pa.array([], pa.string()), np.empty(0, np.int32)
+    ids = unified.chunk(0).dictionary
+    order = pc.sort_indices(ids).to_numpy()
+    place = np.empty(len(ids), np.int32)
+    place[order] = np.arange(len(ids), dtype=np.int32)
+    codes = np.concatenate([chunk.indices.to_numpy() for chunk in unified.chunks])
+    return ids.take(order), place[codes]
+
+
+def _frequent(data: _Interactions, settings: AlsSettings) -> _Interactions:
+    """Leave out pairs of rare users or items, then users and items without any pair."""
+    matrix = data.weights
+    users = np.flatnonzero(matrix.getnnz(axis=1) >= settings.min_user_interactions)
+    items = np.flatnonzero(matrix.getnnz(axis=0) >= settings.min_item_interactions)
+    matrix = matrix[users][:, items]
+    some_users = np.flatnonzero(matrix.getnnz(axis=1))
+    some_items = np.flatnonzero(matrix.getnnz(axis=0))
+    return _Interactions(
+        data.user_ids.take(users[some_users]),
+        data.item_ids.take(items[some_items]),
+        matrix[some_users][:, some_items],
+    )
+
+
+def _factorize(
+    weights: sp.csr_matrix, ridge: float, settings: AlsSettings
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """User and item vectors, float32 (users, rank) and (items, rank).
+
+    `implicit` takes the stored value as the whole confidence (implicit 0.7, cpu/als.py: b += c·y, A += (c − 1)·y·yᵀ),
+    MLlib takes 1 + alpha·value; so the values handed over are 1 + alpha·w, with `implicit`'s own alpha at 1.
+    """
+    from implicit.cpu.als import AlternatingLeastSquares
+    from threadpoolctl import threadpool_limits
+
+    confidence = weights.copy()
+    confidence.data = 1 + np.float32(settings.alpha) * confidence.data
+    # The library's own threads each call BLAS: more threads inside those calls make a fit ten times slower.
+    with threadpool_limits(1, "blas"), progress.task("ALS iterations", settings.iterations) as bar:
+        model = AlternatingLeastSquares(
+            factors=settings.rank,
+            regularization=ridge,
+            alpha=1.0,
+            iterations=settings.iterations,
+            random_state=settings.seed,
+            num_threads=0,
+        )
+        model.fit(confidence, show_progress=False, callback=lambda done, _seconds, _loss: bar.update(done + 1))
+    return model.user_factors, model.item_factors
+
+
+# -- Spark ------------------------------------------------------------------------------------------------------------
+
+
+def _fit_spark(
+    lake: Lake, files: Sequence[str], table: str, key: str, settings: AlsSettings, spark: SparkSession
+) -> tuple[int, int, int]:
+    from pyspark.ml.recommendation import ALS
+
+    name = f"{table}, partition {key!r}"
+    pairs = _frequent_pairs(spark.read.parquet(*(lake.url(path) for path in files)), settings)
+    observations = _count_valid(pairs, name)
+    if not observations:
+        raise _nothing_left(name, settings)
+    users = _numbered(pairs, "user_id").persist()
+    items = _numbered(pairs, "item_id").persist()
+    blocks = int(spark.conf.get("spark.sql.shuffle.partitions") or 10)
+    # Without checkpoints (MLlib makes one every ten sweeps) the lineage of some fifty sweeps overflows the JVM's stack.
+    checkpoints = lake.stage(f"{table}_users")
+    spark.sparkContext.setCheckpointDir(lake.url(checkpoints))
+    try:
+        ratings = (
+            pairs.join(users.selectExpr("id AS user_id", "index AS user"), "user_id")
+            .join(items.selectExpr("id AS item_id", "index AS item"), "item_id")
+            .select("user", "item", "weight")
+        )
+        # MLlib's confidence is 1 + alpha·rating and its ridge regParam·n (ml/recommendation/ALS.scala, computeFactors).
+        model = ALS(
+            rank=settings.rank,
+            maxIter=settings.iterations,
+            regParam=settings.regularization,
+            alpha=settings.alpha,
+            implicitPrefs=True,
+            seed=settings.seed,
+            userCol="user",
+            itemCol="item",
+            ratingCol="weight",
+            numUserBlocks=blocks,
+            numItemBlocks=blocks,
+        ).fit(ratings)
+        written = {
+            "users": _stage_factors(lake, f"{table}_users", key, users, model.userFactors),
+            "items": _stage_factors(lake, f"{table}_items", key, items, model.itemFactors),
+        }
+    finally:
+        users.unpersist()
+        items.unpersist()
+        lake.fs.rm(checkpoints, recursive=True)
+    rows = {}
+    for side, staged in written.items():
+        factors = spark.read.parquet(lake.url(f"{staged}/key={key}"))
+        rows[side], version = _check_factors(factors, f"{name}, {side}")
+        lake.publish_staged(f"{table}_{side}", staged, "key", {key: (rows[side], version)})
+    return rows["users"], rows["items"], observations
+
+
+def _frequent_pairs(interactions: DataFrame, settings: AlsSettings) -> DataFrame:
+    """user_id, item_id and weight (float) of the pairs that count."""
+    from pyspark.sql import functions as F
+
+    pairs = interactions.select("user_id", "item_id", F.col("weight").cast("float").alias("weight"))
+    kept = pairs
+    for column, least in (("user_id", settings.min_user_interactions), ("item_id", settings.min_item_interactions)):
+        if least > 1:
+            frequent = pairs.groupBy(column).count().where(F.col("count") >= least).select(column)
+            kept = kept.join(frequent, column, "left_semi")
+    return kept
+
+
+def _count_valid(pairs: DataFrame, name: str) -> int:
+    from pyspark.sql import functions as F
+
+    valid = F.col("weight").isNotNull() & (F.col("weight") > 0) & (F.col("weight") < float("inf"))
+    counts = pairs.agg(F.count(F.lit(1)).alias("n"), F.count_if(~valid).alias("bad")).first()
+    if counts is None or counts["bad"]:
+        raise ValueError(f"{name}: an interaction has a weight that isn't a finite number above 0")
+    return int(counts["n"])
+
+
+def _numbered(pairs: DataFrame, column: str) -> DataFrame:
+    """id, n (pairs) and a distinct int `index` for every value of `column`, made without gathering ids on one machine.
+
+    Ids are spread over ID_BUCKETS by a hash and numbered inside each bucket by their order; index = number ·
+    ID_BUCKETS + bucket. That depends on the ids alone, so a lost partition that Spark computes again gets the same.
+    """
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    bucket = F.pmod(F.xxhash64("id"), F.lit(ID_BUCKETS))
+    number = F.row_number().over(Window.partitionBy("bucket").orderBy("id")) - 1
+    counted = pairs.groupBy(F.col(column).alias("id")).agg(F.count(F.lit(1)).cast("int").alias("n"))
+    return counted.withColumn("bucket", bucket).select(
+        "id", "n", (number * ID_BUCKETS + F.col("bucket")).cast("int").alias("index")
+    )
+
+
+def _stage_factors(lake: Lake, table: str, key: str, numbered: DataFrame, factors: DataFrame) -> str:
+    """Write id, n, factor to a fresh staging folder and return it."""
+    staged = lake.stage(table)
+    rows = numbered.join(factors.withColumnRenamed("id", "index"), "index").selectExpr("id", "n", "features AS factor")
+    rows.write.parquet(lake.url(f"{staged}/key={key}"))
+    return staged
+
+
+def _check_factors(factors: DataFrame, name: str) -> tuple[int, str]:
+    """Rows and data version (a hash that ignores row order). Raises ValueError for factors that aren't finite."""
+    from pyspark.sql import functions as F
+
+    finite = F.forall("factor", lambda value: ~F.isnan(value) & (F.abs(value) < float("inf")))
+    totals = factors.agg(
+        F.count(F.lit(1)).alias("rows"),
+        F.count_if(~finite).alias("bad"),
+        F.bit_xor(F.xxhash64("id", "n", "factor")).alias("digest"),
+    ).first()
+    if totals is None or totals["bad"]:
+        raise ValueError(f"{name}: the fit diverged, there are factors that aren't finite; raise als.regularization")
+    return int(totals["rows"]), f"{totals['digest'] & (2**64 - 1):016x}"
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def iter_factors(
+    lake: Lake, table: str, key: str, side: Side, ids: Iterable[str] | None = None, batch_rows: int = FACTOR_ROWS
+) -> Iterator[Factors]:
+    """The rows of `<table>_<side>`, or those of `ids`, in batches of at most `batch_rows`. Raises MissingPartition."""
+    yield from _batches(_factor_dataset(lake, table, key, side), _only(ids), batch_rows)
+
+
+def read_factors(lake: Lake, table: str, key: str, side: Side, ids: Iterable[str] | None = None) -> Factors:
+    """All rows of `<table>_<side>`, or those of `ids` that it has, in the order of the table.
+
+    Reads by batches, so memory holds the answer and one batch. Raises MissingPartition.
+    """
+    dataset = _factor_dataset(lake, table, key, side)
+    only = _only(ids)
+    rows = dataset.count_rows(filter=only)
+    found = Factors(np.empty(rows, object), np.empty(rows, np.int32), np.empty((rows, _rank(dataset)), np.float32))
+    at = 0
+    for part in _batches(dataset, only, FACTOR_ROWS):
+        to = at + len(part.ids)
+        found.ids[at:to], found.n[at:to], found.vectors[at:to] = part.ids, part.n, part.vectors
+        at = to
+    return found
+
+
+def _factor_dataset(lake: Lake, table: str, key: str, side: Side) -> ds.Dataset:
+    dataset = lake.dataset(f"{table}_{side}", [key])
+    if dataset is None:
+        raise MissingPartition(f"table {table}_{side}, partition {key!r}: made, but without any row")
+    return dataset
+
+
+def _only(ids: Iterable[str] | None) -> ds.Expression | None:
+    return None if ids is None else ds.field("id").isin(pa.array(ids, pa.string()))
+
+
+def _rank(dataset: ds.Dataset) -> int:
+    kind = dataset.schema.field("factor").type
+    return kind.list_size if pa.types.is_fixed_size_list(kind) else len(dataset.head(1, columns=["factor"])["factor"][0])
+
+
+def _batches(dataset: ds.Dataset, only: ds.Expression | None, batch_rows: int) -> Iterator[Factors]:
+    for batch in dataset.to_batches(
+        columns=["id", "n", "factor"], filter=only, batch_size=batch_rows, batch_readahead=2, fragment_readahead=1
+    ):
+        if batch.num_rows:
+            lists: Any = batch["factor"]
+            vectors = lists.flatten().to_numpy().reshape(batch.num_rows, -1)
+            yield Factors(
+                batch["id"].to_numpy(zero_copy_only=False),
+                batch["n"].to_numpy().astype(np.int32),
+                np.ascontiguousarray(vectors, np.float32),
+            )
+
+
+# -- fold-in ----------------------------------------------------------------------------------------------------------
+
+
+def gram(items: FloatArray) -> npt.NDArray[np.float64]:
+    """YᵀY, float64 (d, d), of item vectors (n, d), summed in blocks."""
+    total = np.zeros((items.shape[1], items.shape[1]))
+    for at in range(0, len(items), FACTOR_ROWS):
+        block = items[at : at + FACTOR_ROWS].astype(np.float64)
+        total += block.T @ block
+    return total
+
+
+def fold_in(
+    gram: FloatArray, items: FloatArray, weights: FloatArray, alpha: float, regularization: float | FloatArray
+) -> npt.NDArray[np.float32]:
+    """Vectors of users from what they had, without a fit (Hu, Koren, Volinsky 2008, eq. 4).
+
+    x = (YᵀY + Σ alpha·w·y·yᵀ + ridge·I)⁻¹ Σ (1 + alpha·w)·y over the user's items. `gram` is YᵀY (d, d) of all items,
+    `items` (..., k, d) the vectors of the user's items, `weights` (..., k) theirs, 0 where a list is padded,
+    `regularization` the ridge, one or (...,): `AlsReport.ridge + AlsReport.ridge_per_observation · n`. Returns float32
+    (..., d): one user and many users are the same call.
+    """
+    y = np.asarray(items, np.float64)
+    w = np.asarray(weights, np.float64)
+    ridge = np.asarray(regularization, np.float64)[..., None, None] * np.eye(y.shape[-1])
+    left = gram + np.swapaxes(y, -1, -2) @ (alpha * w[..., None] * y) + ridge
+    right = np.swapaxes(y, -1, -2) @ np.where(w > 0, 1 + alpha * w, 0.0)[..., None]
+    return np.linalg.solve(left, right)[..., 0].astype(np.float32)

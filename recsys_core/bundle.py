@@ -1,0 +1,166 @@
+"""What a release is put together from: factors, index, popularity and catalogue of one day, as one snapshot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_core.als import AlsReport, Factors, fit_als, gram, iter_factors, read_factors
+from recsys_core.catalog import CATALOG_SCHEMA, read_catalog
+from recsys_core.evaluation import EVALUATION
+from recsys_core.events import ITEM_ID
+from recsys_core.index import IndexReport, Metric, VectorIndex, build_index
+from recsys_core.lake import Lake, Partition
+from recsys_core.ranking import Snapshot
+from recsys_core.release import Manifest, Releases, new_release_id
+from recsys_core.settings import Settings
+from recsys_core.tables import INTERACTIONS
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+ALS_FACTORS = "als_factors"
+ALS_USERS = f"{ALS_FACTORS}_users"
+ALS_ITEMS = f"{ALS_FACTORS}_items"
+ITEM_INDEX = "item_index"
+POPULAR_ITEMS = "popular_items"
+TRENDING_ITEMS = "trending_items"
+METRICS: tuple[Metric, ...] = ("inner_product", "cosine")
+
+
+class MismatchedParts(Exception):
+    """Parts of a release were not made from each other; the message names them."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A snapshot and what its manifest says of it."""
+
+    snapshot: Snapshot
+    sources: dict[str, dict[str, str]]
+    models: dict[str, dict[str, Any] | None]
+    index: dict[str, dict[str, Any]]
+
+
+def fit_als_factors(
+    lake: Lake, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
+) -> AlsReport:
+    """Replace partition `day` of `als_factors_users` and `_items`, then of `als_factors`, the record that ties them."""
+    report = fit_als(lake, lake.files(INTERACTIONS, [day]), ALS_FACTORS, day, settings.als, spark, engine)
+    fit = {
+        "engine": report.engine,
+        "rank": settings.als.rank,
+        "alpha": settings.als.alpha,
+        "regularization": report.ridge,
+        "regularization_per_item": report.ridge_per_observation,
+        "users_version": lake.get(ALS_USERS, day).data_version,
+        "items_version": lake.get(ALS_ITEMS, day).data_version,
+        "interactions_version": lake.get(INTERACTIONS, day).data_version,
+    }
+    lake.write_blobs(ALS_FACTORS, day, {"fit.json": orjson.dumps(fit)}, report.users + report.items, fit)
+    return report
+
+
+def item_factors(lake: Lake, day: str) -> Factors:
+    """The item factors of a day in the order of their ids: the order of positions in index and release.
+
+    Raises MissingPartition, and MismatchedParts when users and items are not of one fit.
+    """
+    fit = lake.get(ALS_FACTORS, day).extra
+    for side, table in (("users", ALS_USERS), ("items", ALS_ITEMS)):
+        if lake.get(table, day).data_version != fit[f"{side}_version"]:
+            raise MismatchedParts(f"{table} of {day} is not of the fit that als_factors of {day} records: make it again")
+    found = read_factors(lake, ALS_FACTORS, day, "items")
+    order = np.argsort(found.ids)
+    return Factors(found.ids[order], found.n[order], np.ascontiguousarray(found.vectors[order]))
+
+
+def build_item_index(lake: Lake, day: str, settings: Settings) -> tuple[Partition, list[IndexReport]]:
+    """Replace partition `day` of `item_index`: one HNSW a metric over `item_factors`, in their order."""
+    items = item_factors(lake, day).vectors
+    queries = next(iter_factors(lake, ALS_FACTORS, day, "users")).vectors
+    blobs: dict[str, bytes] = {}
+    reports = []
+    extra: dict[str, Any] = {"factors_version": lake.get(ALS_FACTORS, day).data_version}
+    for metric in METRICS:
+        index, report = build_index(items, metric, settings.index, queries if metric == "inner_product" else None)
+        blobs[f"{metric}.faiss"] = index.serialize()
+        reports.append(report)
+        extra[metric] = {"ef_search": report.ef_search, "recall": report.recall}
+    return lake.write_blobs(ITEM_INDEX, day, blobs, rows=len(items), extra=extra), reports
+
+
+def assemble(lake: Lake, day: str, release_id: str) -> Bundle:
+    """The snapshot of a day's release. Raises MissingPartition, MismatchedParts."""
+    factors = item_factors(lake, day)
+    parts = {name: lake.get(name, day) for name in (INTERACTIONS, ALS_FACTORS, ITEM_INDEX, POPULAR_ITEMS)}
+    fit, index = parts[ALS_FACTORS].extra, parts[ITEM_INDEX].extra
+    if index["factors_version"] != parts[ALS_FACTORS].data_version:
+        raise MismatchedParts(f"item_index of {day} was built over other factors than als_factors of {day}: make it again")
+    snapshot = Snapshot(
+        release_id=release_id,
+        items=with_catalog(factors.ids, read_catalog(lake)),
+        als_items=factors.vectors,
+        als_gram=gram(factors.vectors),
+        als_version=parts[ALS_FACTORS].data_version,
+        als_alpha=fit["alpha"],
+        als_regularization=fit["regularization"],
+        als_regularization_per_item=fit["regularization_per_item"],
+        popular=_popularity(lake, day, factors.ids),
+        indexes={
+            metric: VectorIndex.deserialize(
+                lake.read_blob(ITEM_INDEX, day, f"{metric}.faiss"), metric, int(index[metric]["ef_search"])
+            )
+            for metric in METRICS
+        },
+    )
+    sources = {name: {"partition": day, "data_version": part.data_version} for name, part in parts.items()}
+    als = {"version": snapshot.als_version, **fit}
+    return Bundle(snapshot, sources, {"als": als, "two_tower": None}, {metric: index[metric] for metric in METRICS})
+
+
+def publish_release(lake: Lake, releases: Releases, day: str, settings: Settings, run_ids: dict[str, str]) -> tuple[Manifest, Snapshot]:
+    """Write the release of a day and promote it, after all of it was read back and verified.
+
+    Raises MissingPartition, MismatchedParts, ReleaseError; the champion then stays what it was.
+    """
+    created_at = time.time()
+    bundle = assemble(lake, day, new_release_id(day, created_at))
+    evaluated = lake.find(EVALUATION, day)
+    manifest = Manifest(
+        release_id=bundle.snapshot.release_id,
+        day=day,
+        created_at=created_at,
+        sources=bundle.sources,
+        models=bundle.models,
+        index=bundle.index,
+        ranking=settings.ranking.model_dump(),
+        metrics=evaluated.extra["metrics"] if evaluated else {},
+        run_ids=run_ids,
+    )
+    complete = releases.write(manifest, bundle.snapshot)
+    releases.promote(complete.release_id, reason="verified")
+    return complete, bundle.snapshot
+
+
+def with_catalog(item_ids: np.ndarray, catalog: pa.Table) -> pa.Table:
+    """CATALOG_SCHEMA rows of `item_ids` in their order; an item that the catalogue lacks is available and untitled."""
+    ids = pa.array(item_ids, pa.string())
+    at = pc.index_in(ids, value_set=catalog[ITEM_ID].combine_chunks())
+    rows = catalog.take(at).set_column(0, CATALOG_SCHEMA.field(ITEM_ID), ids)
+    available = pc.fill_null(rows["available"], True)
+    return rows.set_column(rows.schema.get_field_index("available"), CATALOG_SCHEMA.field("available"), available)
+
+
+def _popularity(lake: Lake, day: str, item_ids: np.ndarray) -> np.ndarray:
+    popular = lake.read(POPULAR_ITEMS, day)
+    found = pc.index_in(pa.array(item_ids, pa.string()), value_set=popular[ITEM_ID].combine_chunks())
+    scores = popular["score"].take(found)
+    return np.asarray(pc.fill_null(scores, 0.0).to_numpy(), np.float32)

@@ -1,0 +1,45 @@
+"""The item catalogue: one table, one row an item, replaced as a whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from recsys_core.events import ITEM_ID
+from recsys_core.lake import Lake, Partition
+
+CATALOG_TABLE = "item_catalog"
+CATALOG_KEY = "current"
+
+CATALOG_SCHEMA = pa.schema(
+    [
+        pa.field(ITEM_ID, pa.string(), nullable=False),
+        pa.field("title", pa.string()),
+        pa.field("category", pa.string()),
+        pa.field("price", pa.float64()),
+        pa.field("available", pa.bool_(), nullable=False),
+        pa.field("attributes", pa.string()),
+    ]
+)
+"""`category` is a path whose levels are separated by `/`; `attributes` is a JSON object or null."""
+
+
+def read_catalog(lake: Lake) -> pa.Table:
+    """The catalogue, CATALOG_SCHEMA, sorted by item_id; without rows when none was ever written."""
+    found = lake.find(CATALOG_TABLE, CATALOG_KEY)
+    if found is None or found.rows == 0:
+        return CATALOG_SCHEMA.empty_table()
+    return lake.read(CATALOG_TABLE, CATALOG_KEY).cast(CATALOG_SCHEMA)
+
+
+def last_of_each(table: pa.Table, column: str) -> pa.Table:
+    """The last row of each value of `column`, sorted by it."""
+    numbered = pa.table({"value": table[column], "row": pa.array(np.arange(table.num_rows))})
+    last = numbered.group_by("value").aggregate([("row", "max")]).sort_by("value")
+    return table.take(last["row_max"])
+
+
+def merge_catalog(lake: Lake, items: pa.Table) -> Partition:
+    """Add `items` (CATALOG_SCHEMA) to the catalogue. A row replaces the item's earlier row; the last one wins."""
+    merged = last_of_each(pa.concat_tables([read_catalog(lake), items.cast(CATALOG_SCHEMA)]), ITEM_ID)
+    return lake.write(CATALOG_TABLE, CATALOG_KEY, merged)

@@ -1,0 +1,123 @@
+"""The online side of the batch layer: user records and precomputed answers, streamed from the lake into Redis."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recsys_core import progress
+from recsys_core.bundle import TRENDING_ITEMS
+from recsys_core.events import EVENT_TYPE, ITEM_ID, TS, USER_ID, now_ms
+from recsys_core.lake import Lake
+from recsys_core.online import (
+    TRENDING_KEY,
+    AnswerEncoder,
+    TrendingValue,
+    UserRecord,
+    read_records,
+    users_of,
+    write_answers,
+    write_records,
+)
+from recsys_core.ranking import Snapshot, Trend, rank
+from recsys_core.settings import Settings
+from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
+
+
+SAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A user's last items beside what was computed for them, as positions of the release."""
+
+    user_id: str
+    last: tuple[int, ...]
+    recommended: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """Users written to Redis, how many of them got no item, how long it took, and some of them to look at."""
+
+    users: int
+    empty: int
+    seconds: float
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def users_per_second(self) -> float:
+        return self.users / self.seconds if self.seconds else 0.0
+
+
+def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, settings: Settings) -> WriteReport:
+    """Stream partition `day` of `online_features` into users' records. Factors are marked with `als_version`."""
+    started = time.perf_counter()
+    users = 0
+    for batch in _batches(lake, ONLINE_FEATURES, day, settings.cache.batch_users, "user records"):
+        users += write_records(redis, _records(batch, als_version), settings.cache.feature_ttl_seconds)
+    return WriteReport(users, 0, time.perf_counter() - started)
+
+
+def write_rec_cache(
+    redis: Any, lake: Lake, hour: str, snapshot: Snapshot, trend: Trend, settings: Settings
+) -> WriteReport:
+    """Rank for the partition `hour` of `active_users` from their records in Redis and write their answers."""
+    started = time.perf_counter()
+    encoder = AnswerEncoder(snapshot.release_id, snapshot.item_ids)
+    users = empty = 0
+    samples: list[Sample] = []
+    for batch in _batches(lake, ACTIVE_USERS, hour, settings.cache.batch_users, "recommendations"):
+        ids = batch[USER_ID].to_pylist()
+        computed_at = now_ms()
+        state = users_of(snapshot, read_records(redis, ids), settings.ranking)
+        ranked = rank(snapshot, trend, state, settings.cache.items, settings.ranking)
+        answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
+        users += write_answers(redis, zip(ids, answers, strict=True), settings.cache.ttl_seconds)
+        empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
+        for row in range(min(len(ids), SAMPLES - len(samples))):
+            samples.append(Sample(ids[row], _held(state.last_items[row]), _held(ranked.positions[row, :5])))
+    return WriteReport(users, empty, time.perf_counter() - started, tuple(samples))
+
+
+def read_trend(lake: Lake, hour: str) -> TrendingValue:
+    """Partition `hour` of `trending_items` as serving reads it."""
+    found = lake.get(TRENDING_ITEMS, hour)
+    table = lake.read(TRENDING_ITEMS, hour) if found.rows else None
+    scores = dict(zip(table[ITEM_ID].to_pylist(), table["score"].to_pylist(), strict=True)) if table else {}
+    return TrendingValue(now_ms(), hour, scores)
+
+
+def write_trend(redis: Any, trending: TrendingValue, ttl_seconds: int) -> None:
+    """Put the trending items where serving reads them."""
+    redis.set(TRENDING_KEY, trending.encode(), ex=ttl_seconds)
+
+
+def _batches(lake: Lake, table: str, key: str, rows: int, description: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a partition with a bar that counts them."""
+    total = lake.get(table, key).rows
+    dataset = lake.dataset(table, [key])
+    done = 0
+    with progress.task(description, total) as bar:
+        for batch in dataset.to_batches(batch_size=rows, batch_readahead=1, fragment_readahead=1) if dataset else ():
+            if batch.num_rows:
+                yield batch
+                done += batch.num_rows
+                bar.update(done, total)
+
+
+def _held(positions: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(p) for p in positions if p >= 0)
+
+
+def _records(batch: pa.RecordBatch, als_version: str) -> Iterator[tuple[str, UserRecord]]:
+    for row in batch.to_pylist():
+        last = tuple((action[ITEM_ID], action[EVENT_TYPE], action[TS]) for action in row["last"])
+        factor = None if row["factor"] is None else np.asarray(row["factor"], np.float32)
+        version = als_version if factor is not None else ""
+        yield row[USER_ID], UserRecord(last, row["last_ts"], tuple(row["seen"] or ()), version, factor)

@@ -1,0 +1,276 @@
+"""The Spark tables: `clicks_hourly`, `interactions` and `online_features`. A range of partitions is one Spark job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from recsys_core.events import (
+    COUNTRY,
+    DAY_MS,
+    DEVICE,
+    EARLIEST_TS,
+    EVENT_ID,
+    EVENT_TYPE,
+    HOUR_MS,
+    ITEM_ID,
+    RECOMMENDATION_ID,
+    SESSION_ID,
+    TS,
+    USER_ID,
+    VALUE,
+    hour_keys,
+    key_start_ms,
+)
+from recsys_core.lake import Lake, Partition
+from recsys_core.landing import Landing
+from recsys_core.settings import EventSettings, InteractionSettings, RankingSettings
+from recsys_core.spark import stage_progress
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+CLICKS_HOURLY = "clicks_hourly"
+CLICKS_QUARANTINE = "clicks_quarantine"
+INTERACTIONS = "interactions"
+ONLINE_FEATURES = "online_features"
+ACTIVE_USERS = "active_users"
+
+SOURCE_SESSION_ID = "source_session_id"
+REASON = "reason"
+
+LANDING_DDL = (
+    "event_id string, user_id string, item_id string, event_type string, ts bigint, session_id string, device string, "
+    "country string, value double, recommendation_id string"
+)
+_REQUIRED = (EVENT_ID, USER_ID, ITEM_ID)
+
+
+def build_clicks_hourly(
+    spark: SparkSession, lake: Lake, landing: Landing, hours: Sequence[str], settings: EventSettings
+) -> list[Partition]:
+    """Replace the partitions `hours` of `clicks_hourly` from the landing zone.
+
+    Rows are events of schema v1, each `event_id` once (its earliest occurrence), `session_id` made from the user's
+    activity (the source's own is kept as `source_session_id`), sorted by user and time. Rows that can't be events go
+    to `clicks_quarantine` of the same hour, with the reason.
+
+    Sessions and duplicates are followed `lookback_hours` back over the borders of the hours, so that the result does
+    not depend on which hours are made together. A session longer than that without a pause starts anew there.
+    """
+    start, end = key_start_ms(min(hours)), key_start_ms(max(hours)) + HOUR_MS
+    from_ms = start - settings.lookback_hours * HOUR_MS
+    paths = [lake.url(f.path) for f in landing.covering(from_ms, end)]
+    if not paths:
+        return _publish_empty(lake, CLICKS_HOURLY, hours)
+    with stage_progress(spark, f"clicks_hourly ({_span(hours)})"):
+        return _build_clicks(spark, lake, paths, (from_ms, start, end), hours, settings)
+
+
+def _build_clicks(
+    spark: SparkSession, lake: Lake, paths: list[str], times: tuple[int, int, int], hours: Sequence[str], settings: EventSettings
+) -> list[Partition]:
+    from pyspark.sql import functions as F
+
+    from_ms, start, end = times
+    raw = spark.read.schema(LANDING_DDL).parquet(*paths).where(F.col(TS).between(from_ms, end - 1))
+    judged = raw.withColumn(REASON, _reason(settings))
+    sessions = with_sessions(distinct_events(judged.where(F.col(REASON).isNull()).drop(REASON)), settings.session_gap_minutes)
+    wanted = sessions.where(F.col(TS) >= start).withColumn("hour", _hour())
+    staged = lake.stage(CLICKS_HOURLY)
+    _write(wanted, lake.url(staged), "hour", [USER_ID, TS, EVENT_ID])
+    rejected = judged.where(F.col(REASON).isNotNull() & (F.col(TS) >= start)).withColumn("hour", _hour())
+    quarantine = lake.stage(CLICKS_QUARANTINE)
+    _write(rejected, lake.url(quarantine), "hour", [REASON, TS])
+    touched = {name.partition("=")[2] for name in _folders(lake, quarantine)} | set(lake.keys(CLICKS_QUARANTINE))
+    _publish(spark, lake, CLICKS_QUARANTINE, quarantine, "hour", sorted(touched & set(hours)))
+    return _publish(spark, lake, CLICKS_HOURLY, staged, "hour", hours)
+
+
+def distinct_events(events: DataFrame) -> DataFrame:
+    """Each `event_id` once: its earliest row, the smallest by content where times are equal."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    order = Window.partitionBy(EVENT_ID).orderBy(TS, USER_ID, ITEM_ID, EVENT_TYPE)
+    return events.withColumn("_n", F.row_number().over(order)).where("_n = 1").drop("_n")
+
+
+def with_sessions(events: DataFrame, gap_minutes: int) -> DataFrame:
+    """Add `session_id`: the user's events with pauses of at most `gap_minutes` share one.
+
+    The id is made of the user and the time of the session's first event, so it is the same wherever it is computed.
+    """
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    by_time = Window.partitionBy(USER_ID).orderBy(TS, EVENT_ID)
+    pause = F.col(TS) - F.lag(TS).over(by_time)
+    starts = F.when(pause.isNull() | (pause > gap_minutes * 60_000), F.col(TS))
+    first = F.last(starts, ignorenulls=True).over(by_time.rowsBetween(Window.unboundedPreceding, Window.currentRow))
+    return events.select(
+        EVENT_ID,
+        USER_ID,
+        ITEM_ID,
+        EVENT_TYPE,
+        TS,
+        F.hex(F.xxhash64(F.col(USER_ID), first)).alias(SESSION_ID),
+        F.col(SESSION_ID).alias(SOURCE_SESSION_ID),
+        DEVICE,
+        COUNTRY,
+        VALUE,
+        RECOMMENDATION_ID,
+    )
+
+
+def _reason(settings: EventSettings) -> Column:
+    """Why a landed row can't be an event, null where it can: what `events.invalid_reasons` says, for Spark."""
+    from pyspark.sql import functions as F
+
+    reason = F.lit(None).cast("string")
+    reason = F.when(F.col(TS) < EARLIEST_TS, "ts before 1990: wrong unit or broken clock").otherwise(reason)
+    known = F.col(EVENT_TYPE).isin(sorted(settings.weights))
+    reason = F.when(F.coalesce(known, F.lit(False)), reason).otherwise("unknown event_type")
+    for name in (SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID, *_REQUIRED):
+        limit = settings.max_id_bytes
+        reason = F.when(F.octet_length(name) > limit, f"{name} longer than {limit} bytes").otherwise(reason)
+    for name in _REQUIRED:
+        reason = F.when(F.coalesce(F.octet_length(name), F.lit(0)) == 0, f"missing {name}").otherwise(reason)
+    return reason
+
+
+def build_interactions(
+    spark: SparkSession, lake: Lake, days: Sequence[str], events: EventSettings, settings: InteractionSettings
+) -> list[Partition]:
+    """Replace the partitions `days` of `interactions`: one row a user–item pair of the window that ends with the day.
+
+    Columns: user_id, item_id, `weight` (sum over events of type weight × 2^(-age/half-life), age in days at the end of
+    the day), `n_events`, `first_ts`, `last_ts` (ms). The window is `window_days` long; hours that were never made
+    count as empty.
+    """
+    from pyspark.sql import functions as F
+
+    ends = {day: key_start_ms(day) + DAY_MS for day in days}
+    first = min(ends.values()) - settings.window_days * DAY_MS
+    paths = lake.files(CLICKS_HOURLY, hour_keys(first, max(ends.values())), missing_ok=True)
+    if not paths:
+        return _publish_empty(lake, INTERACTIONS, days)
+    with stage_progress(spark, f"interactions ({_span(days)})"):
+        clicks = spark.read.parquet(*map(lake.url, paths)).select(USER_ID, ITEM_ID, EVENT_TYPE, TS)
+        borders = spark.createDataFrame(list(ends.items()), "day string, end bigint")
+        age_ms = F.col("end") - F.col(TS)
+        windowed = clicks.join(F.broadcast(borders), (age_ms > 0) & (age_ms <= settings.window_days * DAY_MS))
+        weights = F.create_map(*[F.lit(part) for pair in sorted(events.weights.items()) for part in pair])
+        weight = weights[F.col(EVENT_TYPE)] * F.pow(F.lit(2.0), -age_ms / (settings.half_life_days * DAY_MS))
+        rows = windowed.groupBy("day", USER_ID, ITEM_ID).agg(
+            F.round(F.sum(weight), 6).cast("float").alias("weight"),
+            F.count("*").cast("int").alias("n_events"),
+            F.min(TS).alias("first_ts"),
+            F.max(TS).alias("last_ts"),
+        )
+        staged = lake.stage(INTERACTIONS)
+        _write(rows.where(F.col("weight") > 0), lake.url(staged), "day", [USER_ID, ITEM_ID])
+        return _publish(spark, lake, INTERACTIONS, staged, "day", days)
+
+
+def build_online_features(
+    spark: SparkSession, lake: Lake, day: str, user_factors: str, settings: RankingSettings, window_days: int
+) -> Partition:
+    """Replace partition `day` of `online_features`: one row a user of the window, as the online record wants it.
+
+    Columns: user_id, `last` (the last actions, newest first: item_id, event_type, ts), `last_ts` (ms), `seen` (items,
+    most recent first), `factor` (from the lake table `user_factors`, null for a user that ALS does not know).
+    """
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    end = key_start_ms(day) + DAY_MS
+    hours = hour_keys(end - window_days * DAY_MS, end)
+    clicks = spark.read.parquet(*map(lake.url, lake.files(CLICKS_HOURLY, hours, missing_ok=True)))
+    pairs = spark.read.parquet(*map(lake.url, lake.files(INTERACTIONS, [day])))
+    factors = spark.read.parquet(*map(lake.url, lake.files(user_factors, [day])))
+    newest = Window.partitionBy(USER_ID).orderBy(F.desc(TS), EVENT_ID)
+    action = F.struct("n", ITEM_ID, EVENT_TYPE, TS)
+    last = (
+        clicks.withColumn("n", F.row_number().over(newest))
+        .where(F.col("n") <= settings.last_items)
+        .groupBy(USER_ID)
+        .agg(F.sort_array(F.collect_list(action)).alias("last"), F.max(TS).alias("last_ts"))
+        .withColumn("last", F.transform("last", lambda a: F.struct(a[ITEM_ID], a[EVENT_TYPE], a[TS])))
+    )
+    recent = Window.partitionBy(USER_ID).orderBy(F.desc("last_ts"), ITEM_ID)
+    seen = (
+        pairs.withColumn("n", F.row_number().over(recent))
+        .where(F.col("n") <= settings.max_consumed)
+        .groupBy(USER_ID)
+        .agg(F.sort_array(F.collect_list(F.struct("n", ITEM_ID))).alias("seen"))
+        .withColumn("seen", F.transform("seen", lambda s: s[ITEM_ID]))
+    )
+    with stage_progress(spark, f"online_features ({day})"):
+        rows = (
+            last.join(seen, USER_ID, "left")
+            .join(factors.select(F.col("id").alias(USER_ID), "factor"), USER_ID, "left")
+            .withColumn("day", F.lit(day))
+        )
+        staged = lake.stage(ONLINE_FEATURES)
+        _write(rows, lake.url(staged), "day", [USER_ID])
+        return _publish(spark, lake, ONLINE_FEATURES, staged, "day", [day])[0]
+
+
+def build_active_users(spark: SparkSession, lake: Lake, hour: str, active_hours: int) -> Partition:
+    """Replace partition `hour` of `active_users`: user_id of everyone with an event in the `active_hours` up to its end."""
+    from pyspark.sql import functions as F
+
+    end = key_start_ms(hour) + HOUR_MS
+    paths = lake.files(CLICKS_HOURLY, hour_keys(end - active_hours * HOUR_MS, end), missing_ok=True)
+    if not paths:
+        return _publish_empty(lake, ACTIVE_USERS, [hour])[0]
+    with stage_progress(spark, f"active users ({hour})"):
+        users = spark.read.parquet(*map(lake.url, paths)).select(USER_ID).distinct().withColumn("hour", F.lit(hour))
+        staged = lake.stage(ACTIVE_USERS)
+        _write(users, lake.url(staged), "hour", [USER_ID])
+        return _publish(spark, lake, ACTIVE_USERS, staged, "hour", [hour])[0]
+
+
+def _hour() -> Column:
+    from pyspark.sql import functions as F
+
+    return F.date_format(F.timestamp_millis(F.col(TS)), "yyyy-MM-dd'T'HH")
+
+
+def _write(rows: DataFrame, url: str, partition: str, order: list[str]) -> None:
+    """Write into `<partition>=<key>` folders; the rebalance splits large partitions over tasks and joins small ones."""
+    rows.hint("rebalance", partition).sortWithinPartitions(partition, *order).write.partitionBy(partition).parquet(
+        url, mode="append"
+    )
+
+
+def _publish(spark: SparkSession, lake: Lake, table: str, staged: str, column: str, keys: Sequence[str]) -> list[Partition]:
+    """Point the partitions `keys` at what was staged, with row counts and data versions read back from it.
+
+    The data version is the exclusive or of the rows' 64-bit hashes: equal rows give an equal version in any order.
+    """
+    from pyspark.sql import functions as F
+
+    contents: dict[str, tuple[int, str]] = {key: (0, "empty") for key in keys}
+    if _folders(lake, staged):
+        rows = spark.read.parquet(lake.url(staged))
+        names = [name for name in rows.columns if name != column]
+        found = rows.groupBy(column).agg(F.count("*").alias("rows"), F.bit_xor(F.xxhash64(*names)).alias("version"))
+        contents |= {r[column]: (r["rows"], f"{r['version'] & 0xFFFFFFFFFFFFFFFF:016x}") for r in found.collect() if r[column] in contents}
+    return lake.publish_staged(table, staged, column, contents)
+
+
+def _folders(lake: Lake, staged: str) -> list[str]:
+    """Names of the `<column>=<key>` folders that Spark made."""
+    lake.fs.invalidate_cache()
+    names = (path.rstrip("/").rsplit("/", 1)[-1] for path in lake.fs.ls(staged, detail=False))
+    return [name for name in names if "=" in name]
+
+
+def _publish_empty(lake: Lake, table: str, keys: Sequence[str]) -> list[Partition]:
+    return lake.publish_staged(table, lake.stage(table), "none", dict.fromkeys(keys, (0, "empty")))
+
+
+def _span(keys: Sequence[str]) -> str:
+    return min(keys) if len(set(keys)) == 1 else f"{min(keys)} … {max(keys)}"

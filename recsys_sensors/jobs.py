@@ -1,0 +1,21 @@
+"""The jobs: what one hour and one night are made of."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+HOURLY = dg.AssetSelection.assets("clicks_hourly", "trending_items", "rec_cache")
+NIGHTLY = dg.AssetSelection.assets(
+    "interactions", "als_factors", "item_index", "popular_items", "evaluation", "release", "online_features"
+)
+
+hourly_job = dg.define_asset_job(
+    "hourly",
+    HOURLY,
+    description="The hour's clicks, trends and recommendation caches, ranked with the champion release.",
+)
+nightly_job = dg.define_asset_job(
+    "nightly",
+    NIGHTLY,
+    description="From the day's interactions to a verified and promoted release and fresh online features.",
+)

@@ -1,0 +1,44 @@
+"""Parts that tests of every room share: settings and a lake in a temporary folder, and one Spark session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from recsys_core.lake import Lake
+from recsys_core.settings import Settings, load_settings
+from recsys_core.spark import session
+
+
+def default_settings(home: Path, **sections: Any) -> Settings:
+    """The defaults, whatever `recsys.toml` and RECSYS_CONFIG there are where the tests run."""
+    home.mkdir(parents=True, exist_ok=True)
+    nothing = home / "empty.toml"
+    nothing.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECSYS_CONFIG", str(nothing))
+        return load_settings(home=home, **sections)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """The defaults, with everything that is written under a temporary folder."""
+    return default_settings(tmp_path / "home")
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    return Lake(str(tmp_path / "lake"))
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
+    """The local session of the whole test run; starting one takes some seconds."""
+    local = {"master": "local[2]", "shuffle_partitions": 4}
+    started = session(default_settings(tmp_path_factory.mktemp("spark-home"), spark=local))
+    yield started
+    started.stop()

@@ -1,0 +1,230 @@
+"""The local stack with a real Redis and real child processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+from rich.console import Console
+
+from recsys_cli import stack
+from recsys_cli.child import is_alive
+from recsys_cli.processes import StackError, free_port, home_lock, pid_file, running
+from recsys_core.settings import load_settings
+
+KEEPS_REDIS = """
+import sys, time, pathlib
+from recsys_cli.stack import redis_server
+with redis_server(pathlib.Path(sys.argv[1])):
+    time.sleep(600)
+"""
+
+KEEPS_A_SMALL_STACK = """
+import pathlib, sys
+from rich.console import Console
+from recsys_cli import stack
+from recsys_cli.java import JavaHome
+from recsys_core.settings import load_settings
+home = pathlib.Path(sys.argv[1])
+whole_plan = stack.plan
+def small_plan(settings, console):
+    services, environment = whole_plan(settings, console)
+    services = [s for s in services if s.name in ("redis", "webserver")]
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    web = stack.Service("webserver", ["sh", "-c", f"{sys.executable} -c '{stubborn}' & wait"], services[1].where)
+    (stack.run_folder(home) / "broker.address").write_text("127.0.0.1:1")
+    return [services[0], web], environment
+stack.plan = small_plan
+stack.ensure_java = lambda: JavaHome(pathlib.Path("/nowhere"), 17)
+try:
+    sys.exit(stack.up(load_settings(home, redis={"url": "redis://127.0.0.1:0"}), Console()))
+except stack.StackError as error:
+    sys.exit(str(error))
+"""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def start(program: str, home: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(home)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def pids_of(home: Path, *names: str) -> list[int]:
+    wait_for(lambda: all(pid_file(home, name).is_file() and pid_file(home, name).read_text() for name in names))
+    return [int(pid_file(home, name).read_text()) for name in names]
+
+
+def processes_of(home: Path) -> list[str]:
+    """Processes whose command line names the home."""
+    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if str(home) in line and f"{os.getpid()} " not in line]
+
+
+def test_redis_answers_while_the_block_runs_and_is_gone_after_it(tmp_path: Path) -> None:
+    with stack.redis_server(tmp_path) as url:
+        client = redis.Redis.from_url(url)
+        assert client.set("a", "1")
+        assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "volatile-lru"
+        assert client.config_get("save")["save"] == ""
+    assert not stack.redis_answers(url)
+    assert processes_of(tmp_path) == []
+
+
+def test_redis_stops_when_the_block_fails(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), stack.redis_server(tmp_path) as url:
+        _ = 1 / 0
+    assert not stack.redis_answers(url)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_redis_stops_when_its_parent_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+    parent = start(KEEPS_REDIS, tmp_path)
+    (pid,) = pids_of(tmp_path, "redis")
+    os.kill(parent.pid, number)  # not waited for: a zombie parent is gone as well
+    wait_for(lambda: not is_alive(pid))
+    wait_for(lambda: processes_of(tmp_path) == [])
+    parent.communicate()
+
+
+def test_a_child_that_ends_by_itself_is_told_with_its_last_words(tmp_path: Path) -> None:
+    with running("talker", tmp_path, ["sh", "-c", "echo last words; exit 3"]) as check:
+        with pytest.raises(StackError, match=r"talker ended with exit code 3(.|\n)*last words"):
+            wait_for(lambda: bool(check()))
+
+
+def test_a_childs_own_children_end_with_it(tmp_path: Path) -> None:
+    with running("family", tmp_path, ["sh", "-c", f"sleep 600 & echo $! > {tmp_path}/grandchild; wait"]):
+        wait_for(lambda: (tmp_path / "grandchild").is_file() and bool((tmp_path / "grandchild").read_text()))
+        grandchild = int((tmp_path / "grandchild").read_text())
+        assert is_alive(grandchild)
+    assert not is_alive(grandchild)
+
+
+def test_a_taken_port_is_replaced_by_a_free_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        assert free_port(taken) not in (0, taken)
+    assert free_port(taken) == taken
+
+
+def test_the_second_stack_of_a_home_is_told_who_runs(tmp_path: Path) -> None:
+    with home_lock(tmp_path):
+        with pytest.raises(StackError, match=f"in use by pid {os.getpid()}"), home_lock(tmp_path):
+            pass
+    with home_lock(tmp_path):
+        pass
+
+
+def test_two_homes_run_at_once_on_own_ports(tmp_path: Path) -> None:
+    with stack.redis_server(tmp_path / "one") as one, stack.redis_server(tmp_path / "two") as two:
+        assert one != two
+        assert stack.redis_answers(one)
+        assert stack.redis_answers(two)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_whole_stack(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    up = start(KEEPS_A_SMALL_STACK, tmp_path)
+    pids_of(tmp_path, "redis", "webserver")
+    up.send_signal(number)
+    output, _ = up.communicate(timeout=30)
+    assert up.returncode == code, output
+    assert processes_of(tmp_path) == []
+    assert not (tmp_path / "run" / "stack.json").exists()
+
+
+def test_a_killed_stack_leaves_no_process(tmp_path: Path) -> None:
+    up = start(KEEPS_A_SMALL_STACK, tmp_path)
+    pids = pids_of(tmp_path, "redis", "webserver")
+    up.kill()
+    wait_for(lambda: not any(is_alive(pid) for pid in pids))
+    wait_for(lambda: processes_of(tmp_path) == [])
+    up.communicate()
+    assert stack.running_services(tmp_path) == []
+
+
+def test_when_one_part_ends_the_stack_stops_and_names_it(tmp_path: Path) -> None:
+    up = start(KEEPS_A_SMALL_STACK, tmp_path)
+    pid, _ = pids_of(tmp_path, "redis", "webserver")
+    os.kill(pid, signal.SIGKILL)
+    output, _ = up.communicate(timeout=30)
+    assert up.returncode == 1
+    assert "redis ended with exit code 137, so the whole stack was stopped" in output
+    assert processes_of(tmp_path) == []
+
+
+def test_status_asks_each_part(tmp_path: Path) -> None:
+    up = start(KEEPS_A_SMALL_STACK, tmp_path)
+    try:
+        pids_of(tmp_path, "redis", "webserver")
+        wait_for(lambda: bool(stack.running_services(tmp_path)))
+        console = Console(record=True, width=160, quiet=True)
+        services = {service.name: service for service in stack.running_services(tmp_path)}
+        wait_for(lambda: not stack.check(services["redis"], os.getpid()))
+        assert stack.check(services["webserver"], os.getpid()) == "starting or not answering"
+        assert stack.check(services["redis"], None) == "down"
+        assert stack.status(load_settings(tmp_path), console) == 1
+    finally:
+        up.send_signal(signal.SIGTERM)
+        up.communicate(timeout=30)
+
+
+def test_status_of_an_idle_home_says_how_to_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stack.status(load_settings(tmp_path), Console()) == 1
+    assert "start it with `recsys up`" in capsys.readouterr().out
+
+
+def test_the_dagster_home_has_the_projects_instance_and_keeps_an_own_one(tmp_path: Path) -> None:
+    folder = stack.prepare_dagster_home(tmp_path)
+    assert (folder / "dagster.yaml").samefile(stack.PROJECT / "dagster.yaml")
+    (folder / "dagster.yaml").unlink()
+    (folder / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+    stack.prepare_dagster_home(tmp_path)
+    assert not (folder / "dagster.yaml").is_symlink()
+
+
+def test_the_dagster_instance_runs_one_spark_at_a_time_and_reports_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dagster as dg
+
+    monkeypatch.setenv("DAGSTER_HOME", str(stack.prepare_dagster_home(tmp_path)))
+    with dg.DagsterInstance.get() as instance:
+        assert instance.get_concurrency_config().pool_config.default_pool_limit == 1
+        assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 2
+        assert instance.run_monitoring_enabled
+        assert not instance.telemetry_enabled
+        assert not instance.nux_enabled
+    assert (tmp_path / "dagster" / "history").is_dir()
+
+
+def test_a_server_without_a_release_is_up_but_not_serving(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="serving was not ready"):
+        with stack.serving_process(tmp_path, {"RECSYS_REDIS__URL": "redis://127.0.0.1:1/0"}, free_port(), seconds=4):
+            pass
+    assert processes_of(tmp_path) == []
+
+
+def test_a_server_that_can_not_start_is_told_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"serving ended with exit code 2(.|\n)*there is no such setting"):
+        with stack.serving_process(tmp_path, {"RECSYS_ALS__RNAK": "1"}):
+            pass

