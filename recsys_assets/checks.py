@@ -1,7 +1,5 @@
 """Asset checks, each named as the claim it makes."""
 
-from __future__ import annotations
-
 import dagster as dg
 import numpy as np
 import pyarrow.dataset as ds

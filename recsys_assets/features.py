@@ -1,7 +1,5 @@
 """Features: what users did with items, weighted, in a sliding window."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from recsys_assets.ingestion import clicks_hourly

@@ -1,7 +1,5 @@
 """Ingestion: the topic, what landed, the catalogue, and the clickstream table by hour."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from recsys_assets.partitions import hourly

@@ -1,7 +1,5 @@
 """Models: ALS factors, and the evaluation of every model beside the popularity baselines."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from recsys_assets.features import interactions

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from dagster_pyspark import LazyPySparkResource
 
 from recsys_core.als import choose_engine
 from recsys_core.lake import Lake
@@ -18,6 +17,7 @@ from recsys_core.settings import Settings
 from recsys_core.spark import spark_conf
 
 if TYPE_CHECKING:
+    from dagster_pyspark import LazyPySparkResource
     from pyspark.sql import SparkSession
 
 
@@ -35,6 +35,8 @@ class Platform:
 
     @cached_property
     def _lazy_spark(self) -> LazyPySparkResource:
+        from dagster_pyspark import LazyPySparkResource
+
         return LazyPySparkResource(spark_config=spark_conf(self.settings))
 
     def spark(self) -> SparkSession:

@@ -1,7 +1,5 @@
 """Retrieval: the vector index over the items."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from recsys_assets.models import als_factors

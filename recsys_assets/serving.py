@@ -1,7 +1,5 @@
 """Serving: fallbacks and boosts, the release, the online features and the hourly recommendation caches."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from recsys_assets.features import interactions

@@ -246,20 +246,17 @@ def ingest(
 
 def _mapping(settings: Settings, path: str, name: str | None, catalog: bool, columns: dict[str, str]) -> SourceMapping:
     """The mapping by name, made of the flags, or detected; flags beside a name replace its columns."""
-    from recsys_core.mappings import BUILTIN, MappingError, detect
+    from recsys_core.mappings import MappingError, choose
     from recsys_core.settings import SourceMapping
 
-    known = {**BUILTIN, **settings.mappings}
     if name is None and columns:
         return SourceMapping.model_validate({"kind": "catalog" if catalog else "events", **columns})
+    used, ready = choose(path, name, settings.mappings)
     if name is None:
-        name = detect(path, settings.mappings)
-        typer.echo(f"{path} fits the mapping {name}.")
-    if name not in known:
-        raise MappingError(f"there is no mapping {name!r}; there are: {', '.join(sorted(known))}")
-    chosen = SourceMapping.model_validate({**known[name].model_dump(), **columns})
+        typer.echo(f"{path} fits the mapping {used}.")
+    chosen = SourceMapping.model_validate({**ready.model_dump(), **columns})
     if catalog and chosen.kind != "catalog":
-        raise MappingError(f"the mapping {name!r} describes events; name the item columns by --item, --title, --category")
+        raise MappingError(f"the mapping {used!r} describes events; name the item columns by --item, --title, --category")
     return chosen
 
 

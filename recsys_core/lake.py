@@ -66,6 +66,11 @@ def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> N
     os.replace(temporary, path)
 
 
+def _new_version() -> str:
+    """A fresh folder name; names sort by the time they were made, which every kind of store can list."""
+    return f"{time.time_ns():016x}-{uuid.uuid4().hex[:8]}"
+
+
 def _missing_message(table: str, keys: list[str], uri: str) -> str:
     shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
     return f"table {table!r} under {uri} has no partition {shown}: materialize it first"
@@ -111,7 +116,7 @@ class Lake:
             raise ValueError(f"{table}: a stream of batches needs its schema")
         else:
             batches = iter(data)
-        version = uuid.uuid4().hex[:16]
+        version = _new_version()
         name = "part-00000.parquet"
         path = self.path(table, key, version, name)
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)
@@ -128,7 +133,7 @@ class Lake:
         self, table: str, key: str, blobs: dict[str, bytes], rows: int, extra: dict[str, Any] | None = None
     ) -> Partition:
         """Replace partition `key` of `table` by files that are not Parquet; `read_blob` reads them."""
-        version = uuid.uuid4().hex[:16]
+        version = _new_version()
         paths = {name: self.path(table, key, version, name) for name in sorted(blobs)}
         for name, path in paths.items():
             write_atomically(self.fs, path, blobs[name])
@@ -138,7 +143,7 @@ class Lake:
 
     def stage(self, table: str) -> str:
         """A fresh folder of the lake into which an engine writes many partitions; `publish_staged` takes them over."""
-        path = self.path(table, STAGING, uuid.uuid4().hex[:16])
+        path = self.path(table, STAGING, _new_version())
         self.fs.makedirs(path, exist_ok=True)
         return path
 
@@ -164,7 +169,9 @@ class Lake:
             if rows and not files:
                 raise OSError(f"{table}/{key}: {rows} rows expected in {source}, no Parquet file found")
             published.append(self._point(table, key, version, files, rows, size, data_version, {}))
-        self.fs.rm(staged, recursive=True)
+        self.fs.invalidate_cache()
+        if self.fs.exists(staged):
+            self.fs.rm(staged, recursive=True)
         return published
 
     def _point(
@@ -172,15 +179,15 @@ class Lake:
     ) -> Partition:
         new = Partition(table, key, version, files, rows, size, digest, time.time(), extra)
         pointer = self.path(table, key, POINTER)
-        write_atomically(self.fs, pointer, json.dumps(asdict(new), sort_keys=True).encode())
+        write_atomically(self.fs, pointer, json.dumps(asdict(new)).encode())
         self._drop_old_versions(table, key, version)
         return new
 
     def _drop_old_versions(self, table: str, key: str, current: str) -> None:
         self.fs.invalidate_cache()
         folders = [e for e in self.fs.ls(self.path(table, key), detail=True) if e["type"] == "directory"]
-        old = [e["name"] for e in folders if os.path.basename(e["name"].rstrip("/")) != current]
-        old.sort(key=lambda name: self.fs.modified(name) if _is_local(self.fs) else name, reverse=True)
+        names = (e["name"].rstrip("/") for e in folders)
+        old = sorted((name for name in names if os.path.basename(name) != current), reverse=True)
         for name in old[self.keep_versions - 1 :]:
             self.fs.rm(name, recursive=True)
 
@@ -201,8 +208,13 @@ class Lake:
     def find_all(self, table: str, keys: Iterable[str]) -> dict[str, Partition]:
         """The current versions of those partitions that exist, in the order of `keys`; pointers are read concurrently."""
         pointers = {self.path(table, key, POINTER): key for key in keys}
-        found = self.fs.cat(list(pointers), on_error="omit") if pointers else {}
-        parsed = {pointers[path]: json.loads(data) for path, data in found.items()}
+        found = self.fs.cat(list(pointers), on_error="return") if pointers else {}
+        parsed = {}
+        for path, data in found.items():
+            if isinstance(data, bytes):
+                parsed[pointers[path]] = json.loads(data)
+            elif not isinstance(data, FileNotFoundError):
+                raise data
         return {
             key: Partition(**{**parsed[key], "files": tuple(parsed[key]["files"])})
             for key in pointers.values()

@@ -8,15 +8,17 @@ Which files hold events of an hour is read from the Parquet statistics of `ts` i
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys_core.events import EVENT_SCHEMA, TS
+from recsys_core.events import DAY_MS, EVENT_SCHEMA, TS, day_key
 from recsys_core.lake import Lake, write_atomically
 
 LANDING = "landing"
@@ -49,7 +51,7 @@ class Landing:
 
     def __init__(self, lake: Lake) -> None:
         self.lake = lake
-        self._footers: dict[tuple[str, int, float], LandingFile] = {}
+        self._footers: dict[tuple[str, int, str], LandingFile] = {}
 
     def write_events(self, source: str, name: str, events: pa.Table) -> str:
         """Write one file of events. `events` has EVENT_SCHEMA. Returns its path."""
@@ -72,7 +74,7 @@ class Landing:
         fs.invalidate_cache()
         found = fs.find(self.lake.path(LANDING), detail=True)
         wanted = [
-            (path, int(entry["size"]), float(entry.get("mtime", 0.0)))
+            (path, int(entry["size"]), repr(sorted(entry.items())))
             for path, entry in sorted(found.items())
             if path.endswith(".parquet")
         ]
@@ -91,6 +93,24 @@ class Landing:
         files = [f for f in self.files() if f.rows]
         return (min(f.first_ts for f in files), max(f.last_ts for f in files)) if files else None
 
+    def last_busy_day(self, share: float = 0.2) -> str | None:
+        """The last day with at least `share` of the events of the day in which the median event lies.
+
+        Real histories end with stray events of broken clocks, and with a day that has only begun.
+        """
+        counts: Counter[str] = Counter()
+        for file in self.files():
+            with self.lake.fs.open(file.path, "rb") as source:
+                times = pq.read_table(source, columns=[TS])[TS].to_numpy()
+            days, events = np.unique(times // DAY_MS, return_counts=True)
+            counts.update({day_key(int(day) * DAY_MS): int(n) for day, n in zip(days, events, strict=True)})
+        if not counts:
+            return None
+        ordered = sorted(counts)
+        before = np.cumsum([counts[day] for day in ordered])
+        typical = counts[ordered[int(np.searchsorted(before, before[-1] / 2))]]
+        return max(day for day in ordered if counts[day] >= share * typical)
+
     def quarantined(self) -> Iterator[pa.Table]:
         """The rejected rows, a table a file."""
         for path in sorted(self.lake.fs.find(self.lake.path(QUARANTINE))):
@@ -98,20 +118,40 @@ class Landing:
                 with self.lake.fs.open(path, "rb") as source:
                     yield pq.read_table(source)
 
-    def _read_footer(self, key: tuple[str, int, float]) -> LandingFile:
+    def _read_footer(self, key: tuple[str, int, str]) -> LandingFile:
         path, size, _ = key
         with self.lake.fs.open(path, "rb") as source:
             try:
-                footer = pq.read_metadata(source)
+                file = pq.ParquetFile(source)
             except pa.ArrowInvalid as error:
-                raise ValueError(f"landing file {os.path.basename(path)} is not readable as Parquet: {error}") from error
-        names = footer.schema.to_arrow_schema().names
-        absent = [name for name in EVENT_SCHEMA.names if name not in names]
-        if absent:
-            raise ValueError(f"landing file {path} lacks the columns {', '.join(absent)}; put foreign files in by `recsys ingest`")
-        column = names.index(TS)
-        statistics = [footer.row_group(g).column(column).statistics for g in range(footer.num_row_groups)]
-        known = [s for s in statistics if s is not None and s.has_min_max]
-        first = min((s.min for s in known), default=0)
-        last = max((s.max for s in known), default=-1)
-        return LandingFile(path, footer.num_rows, size, first, last)
+                raise ValueError(f"landing file {path} is not readable as Parquet: {error}") from error
+            found = {field.name: _plain(field.type) for field in file.schema_arrow}
+            absent = [name for name in EVENT_SCHEMA.names if name not in found]
+            wrong = [f"{f.name} is {found[f.name]}, not {f.type}" for f in EVENT_SCHEMA if found.get(f.name, f.type) != f.type]
+            if absent or wrong:
+                lacks = [f"lacks the columns {', '.join(absent)}"] if absent else []
+                raise ValueError(
+                    f"landing file {path} is not of the event schema: {'; '.join(lacks + wrong)}; "
+                    "put foreign files in by `recsys ingest`"
+                )
+            first, last = _extent(file)
+        return LandingFile(path, file.metadata.num_rows, size, first, last)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, whatever their encoding in Arrow."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.string() if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) else kind
+
+
+def _extent(file: pq.ParquetFile) -> tuple[int, int]:
+    """First and last `ts`, from the statistics in the footer where the writer left them; (0, -1) when there is none."""
+    column = file.schema_arrow.names.index(TS)
+    statistics = [file.metadata.row_group(g).column(column).statistics for g in range(file.metadata.num_row_groups)]
+    if all(s is not None and s.has_min_max for s in statistics):
+        ends = [(s.min, s.max) for s in statistics]
+    else:
+        ends = [tuple(pc.min_max(batch[TS]).as_py().values()) for batch in file.iter_batches(columns=[TS])]
+    known = [(first, last) for first, last in ends if first is not None]
+    return min((first for first, _ in known), default=0), max((last for _, last in known), default=-1)

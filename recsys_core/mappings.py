@@ -168,6 +168,15 @@ def detect(path: str, own: Mapping[str, SourceMapping] | None = None) -> str:
     raise MappingError(f"{first} has the columns {columns}; {found}. Name a mapping, or add one as [mappings.<name>]")
 
 
+def choose(path: str, name: str | None = None, own: Mapping[str, SourceMapping] | None = None) -> tuple[str, SourceMapping]:
+    """The mapping called `name`, of the ready and the `own` ones, or the one that `path` fits. Raises MappingError."""
+    known = {**BUILTIN, **(own or {})}
+    chosen = detect(path, own) if name is None else name
+    if chosen not in known:
+        raise MappingError(f"there is no mapping {chosen!r}; there are: {', '.join(sorted(known))}")
+    return chosen, known[chosen]
+
+
 def _fits(source: SourceFile, mapping: SourceMapping) -> bool:
     if not mapping.header:
         needed = set(mapped_columns(mapping)) - set(mapping.optional)

@@ -43,7 +43,6 @@ LANDING_DDL = (
     "event_id string, user_id string, item_id string, event_type string, ts bigint, session_id string, device string, "
     "country string, value double, recommendation_id string"
 )
-_REQUIRED = (EVENT_ID, USER_ID, ITEM_ID)
 
 
 def build_clicks_hourly(
@@ -127,16 +126,16 @@ def _reason(settings: EventSettings) -> Column:
     """Why a landed row can't be an event, null where it can: what `events.invalid_reasons` says, for Spark."""
     from pyspark.sql import functions as F
 
-    reason = F.lit(None).cast("string")
-    reason = F.when(F.col(TS) < EARLIEST_TS, "ts before 1990: wrong unit or broken clock").otherwise(reason)
+    rules = []
+    limit = settings.max_id_bytes
+    for name in (USER_ID, ITEM_ID, EVENT_ID, SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID):
+        if name in (USER_ID, ITEM_ID, EVENT_ID):
+            rules.append((F.coalesce(F.octet_length(name), F.lit(0)) == 0, f"missing {name}"))
+        rules.append((F.octet_length(name) > limit, f"{name} longer than {limit} bytes"))
     known = F.col(EVENT_TYPE).isin(sorted(settings.weights))
-    reason = F.when(F.coalesce(known, F.lit(False)), reason).otherwise("unknown event_type")
-    for name in (SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID, *_REQUIRED):
-        limit = settings.max_id_bytes
-        reason = F.when(F.octet_length(name) > limit, f"{name} longer than {limit} bytes").otherwise(reason)
-    for name in _REQUIRED:
-        reason = F.when(F.coalesce(F.octet_length(name), F.lit(0)) == 0, f"missing {name}").otherwise(reason)
-    return reason
+    rules.append((~F.coalesce(known, F.lit(False)), "unknown event_type"))
+    rules.append((F.col(TS) < EARLIEST_TS, "ts before 1990: wrong unit or broken clock"))
+    return F.coalesce(*(F.when(applies, text) for applies, text in rules))
 
 
 def build_interactions(
@@ -252,18 +251,22 @@ def _publish(spark: SparkSession, lake: Lake, table: str, staged: str, column: s
     """
     from pyspark.sql import functions as F
 
-    contents: dict[str, tuple[int, str]] = {key: (0, "empty") for key in keys}
+    contents: dict[str, tuple[int, str]] = dict.fromkeys(keys, (0, "empty"))
     if _folders(lake, staged):
         rows = spark.read.parquet(lake.url(staged))
         names = [name for name in rows.columns if name != column]
         found = rows.groupBy(column).agg(F.count("*").alias("rows"), F.bit_xor(F.xxhash64(*names)).alias("version"))
-        contents |= {r[column]: (r["rows"], f"{r['version'] & 0xFFFFFFFFFFFFFFFF:016x}") for r in found.collect() if r[column] in contents}
+        for row in found.collect():
+            if row[column] in contents:
+                contents[row[column]] = (row["rows"], f"{row['version'] & 0xFFFFFFFFFFFFFFFF:016x}")
     return lake.publish_staged(table, staged, column, contents)
 
 
 def _folders(lake: Lake, staged: str) -> list[str]:
     """Names of the `<column>=<key>` folders that Spark made."""
     lake.fs.invalidate_cache()
+    if not lake.fs.exists(staged):
+        return []
     names = (path.rstrip("/").rsplit("/", 1)[-1] for path in lake.fs.ls(staged, detail=False))
     return [name for name in names if "=" in name]
 

@@ -24,6 +24,7 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 def serving_settings(tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Deadlines that a busy test machine keeps, and a quick look at the pointer."""
     monkeypatch.delenv("RECSYS_CONFIG", raising=False)
+    monkeypatch.chdir(tmp_path)
     return load_settings(
         home=tmp_path / "home",
         redis={"url": redis_server.url, "timeout_ms": 250},

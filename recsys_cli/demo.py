@@ -1,0 +1,278 @@
+"""The demo: a clickstream, made up or the user's own, carried through the whole graph to answers of the server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from recsys_cli.console import showing_progress, table
+from recsys_cli.java import ensure_java
+from recsys_cli.processes import StackError, home_lock, run_folder
+from recsys_cli.stack import prepare_dagster_home, redis_server, serving_process
+from recsys_core.settings import HOME_VARIABLE, Settings, load_settings
+
+if TYPE_CHECKING:
+    from recsys_core.landing import Landing
+
+MARKER = ".demo"
+OWN = ("lake", "releases", "dagster", "redis", "spark", "truth")
+LOG = "demo.log"
+USERS = 5
+STRANGER = "someone-new"
+
+
+@dataclass
+class _Steps:
+    """The seconds of each step, for the summary."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self.console.rule(f"[bold]{name}", align="left", style="dim")
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+def run(data: Path | None, mapping: str | None, home: Path) -> None:
+    """Run the demo in a home of its own. Raises StackError when that folder holds something else, or is in use twice.
+
+    Raises FileNotFoundError and MappingError for data that can't be read.
+    """
+    if data is not None and not data.exists():
+        raise FileNotFoundError(2, "No such file or folder", str(data))
+    console = Console()
+    steps = _Steps(console)
+    home = _own_home(home.absolute())
+    with home_lock(home):
+        _empty(home)
+        os.environ["JAVA_HOME"] = str(ensure_java().path)
+        os.environ["DAGSTER_HOME"] = str(prepare_dagster_home(home))
+        os.environ[HOME_VARIABLE] = str(home)
+        with redis_server(home) as redis_url, showing_progress(console):
+            os.environ["RECSYS_REDIS__URL"] = redis_url
+            settings = load_settings(home)
+            with steps.step("landing"):
+                day = _land(settings, data, mapping, console)
+            metrics = _materialize(home, day, steps)
+            with steps.step("answers"), serving_process(home) as address:
+                _ask(address, load_settings(home), day, console)
+        _evaluation(metrics, day, console)
+        _summary(steps, home, console)
+
+
+# -- the folder -------------------------------------------------------------------------------------------------
+
+
+def _own_home(home: Path) -> Path:
+    """`home`, or the next one beside it while that is in use by a running stack or another demo."""
+    for number in range(2, 10):
+        if home.exists() and not (home / MARKER).exists() and any(home.iterdir()):
+            raise StackError(f"{home} holds something that no demo made; choose another folder by --home")
+        try:
+            with home_lock(home):
+                (home / MARKER).touch()
+            return home
+        except StackError:
+            home = home.with_name(f"{home.name.rstrip('0123456789').rstrip('-')}-{number}")
+    raise StackError(f"all demo folders beside {home} are in use")
+
+
+def _empty(home: Path) -> None:
+    for name in OWN:
+        shutil.rmtree(home / name, ignore_errors=True)
+    (home / "recsys.toml").unlink(missing_ok=True)
+
+
+# -- the line ---------------------------------------------------------------------------------------------------
+
+
+def _land(settings: Settings, data: Path | None, mapping: str | None, console: Console) -> str:
+    """Fill the landing zone, fix the partitions of the home, and return the last day that is complete."""
+    from recsys_core.lake import Lake
+    from recsys_core.landing import Landing
+
+    lake = Lake(settings.lake_uri, settings.lake.keep_versions)
+    landing = Landing(lake)
+    if data is None:
+        _simulate(settings, landing, console)
+    else:
+        _ingest(settings, landing, data, mapping, console)
+    day = landing.last_busy_day()
+    extent = landing.extent()
+    if day is None or extent is None:
+        raise StackError("no event landed; the quarantine says why: " + lake.path("quarantine"))
+    _fix_partitions(settings.home, *extent)
+    return day
+
+
+def _simulate(settings: Settings, landing: Landing, console: Console) -> None:
+    from recsys_core.events import DAY_MS, now_ms
+    from recsys_core.simulate import Simulation, SimulationConfig
+
+    made = Simulation(SimulationConfig(end=now_ms() // DAY_MS * DAY_MS))
+    made.write_catalog(landing.lake)
+    rows = made.write_landing(landing)
+    made.write_truth(settings.home / "truth")
+    console.print(f"{rows:,} events of {made.config.days} days by about {made.config.users:,} users, made up", highlight=False)
+
+
+def _ingest(settings: Settings, landing: Landing, data: Path, mapping: str | None, console: Console) -> None:
+    from recsys_core.ingest import ingest
+    from recsys_core.mappings import choose
+
+    name, chosen = choose(str(data), mapping, settings.mappings)
+    if chosen.kind != "events":
+        raise StackError(f"{data} fits {name}, which describes items; the demo needs events")
+    report = ingest(str(data), landing, chosen, settings.events)
+    console.print(f"{data} as {name}: {report.rows_read:,} rows read, {report.landed:,} events landed", highlight=False)
+    for reason, count in sorted(report.quarantined.items()):
+        console.print(f"  quarantined: {count:,} × {reason}", highlight=False)
+
+
+def _fix_partitions(home: Path, first_ts: int, last_ts: int) -> None:
+    """Write the days of the data into the home's settings; partitions of a history that is over end with it."""
+    from recsys_core.events import DAY_MS, day_key, now_ms
+
+    lines = ["[partitions]", f"start = {day_key(first_ts)}"]
+    if last_ts < now_ms() - DAY_MS:
+        lines.append(f"end = {day_key(last_ts + DAY_MS)}")
+    (home / "recsys.toml").write_text("\n".join(lines) + "\n")
+
+
+def _materialize(home: Path, day: str, steps: _Steps) -> dict[str, Any]:
+    """Run the jobs of the graph in this process, recorded in the home's Dagster instance; return the evaluation."""
+    import dagster as dg
+
+    from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, key_start_ms
+    from recsys_core.landing import Landing
+
+    with _quiet(run_folder(home) / LOG), dg.DagsterInstance.get() as instance:
+        # The partitions are read from the settings when the graph is imported, so that must come after the landing.
+        from recsys_assets.definitions import build_definitions
+        from recsys_assets.resources import Platform
+
+        settings = load_settings(home)
+        definitions = build_definitions(settings)
+        platform = Platform(settings)
+        first, last = Landing(platform.lake).extent() or (0, 0)
+        hours = (hour_key(first), hour_key(last))
+        end = key_start_ms(day) + DAY_MS
+        before = day_key(end - 2 * DAY_MS)
+        days = (before if before >= day_key(first) else day, day)
+        last_hour = hour_key(end - HOUR_MS)
+
+        def materialize(job: str, assets: list[str], span: tuple[str, str]) -> None:
+            with steps.step(", ".join(assets)):
+                definitions.resolve_job_def(job).execute_in_process(
+                    instance=instance,
+                    asset_selection=[dg.AssetKey(name) for name in assets],
+                    partition_key=span[0] if span[0] == span[1] else None,
+                    tags={} if span[0] == span[1] else _range_tags(*span),
+                )
+
+        definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
+        materialize("hourly", ["clicks_hourly"], hours)
+        materialize("nightly", ["interactions"], days)
+        for asset in ("als_factors", "item_index", "popular_items", "evaluation", "release", "online_features"):
+            materialize("nightly", [asset], (day, day))
+        materialize("hourly", ["trending_items", "rec_cache"], (last_hour, last_hour))
+        return platform.lake.get("evaluation", day).extra
+
+
+def _range_tags(first: str, last: str) -> dict[str, str]:
+    return {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
+
+
+@contextmanager
+def _quiet(log: Path) -> Iterator[None]:
+    """Send what this process and Spark write to standard error into a file while the block runs."""
+    kept = os.dup(2)
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"what led there is in {log}")
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------
+
+
+def _ask(address: str, settings: Settings, day: str, console: Console) -> None:
+    """Ask the server for a handful of users and a stranger, and print the answers beside what each did last."""
+    import redis
+
+    from recsys_core.catalog import read_catalog
+    from recsys_core.events import DAY_MS, HOUR_MS, hour_key, key_start_ms
+    from recsys_core.lake import Lake
+    from recsys_core.online import read_records
+    from recsys_core.tables import ACTIVE_USERS
+    from serving.client import RecsysClient
+
+    lake = Lake(settings.lake_uri)
+    catalog = read_catalog(lake)
+    titles = dict(zip(catalog["item_id"].to_pylist(), catalog["title"].to_pylist(), strict=True))
+    active = lake.dataset(ACTIVE_USERS, [hour_key(key_start_ms(day) + DAY_MS - HOUR_MS)])
+    users = [*(active.head(USERS, columns=["user_id"])["user_id"].to_pylist() if active else []), STRANGER]
+    with redis.Redis.from_url(settings.redis.url) as client:
+        records = read_records(client, users)
+    with RecsysClient(address, timeout=5.0) as server:
+        server.recommend(STRANGER)
+        answers = [server.recommend(user, 5) for user in users]
+    rows = [
+        {
+            "user": user,
+            "did last": "\n".join(f"{kind} {titles.get(item) or item}" for item, kind, _ in record.last[:3]),
+            "is recommended": "\n".join(titles.get(item.item_id) or item.item_id for item in answer.items[:3]),
+            "tier": answer.tier,
+            "ms": round(answer.milliseconds, 2),
+        }
+        for user, record, answer in zip(users, records, answers, strict=True)
+    ]
+    console.print(table(f"Answers of release {answers[0].release_id}", rows), soft_wrap=False)
+
+
+def _evaluation(found: dict[str, Any], day: str, console: Console) -> None:
+    if not found["metrics"]:
+        console.print(f"Not evaluated: {found['reason']}", highlight=False)
+        return
+    shown = {f"{name}@10": name for name in ("ndcg", "recall", "hit", "map", "mrr", "coverage")}
+    rows = [
+        {"model": model, **{title: f"{values[metric]:.4f}" for metric, title in shown.items()}}
+        for model, values in found["metrics"].items()
+    ]
+    title = f"{day} predicted from the days before it: {found['users']:,} users, {found['items']:,} items, metrics @10"
+    console.print(table(title, rows))
+
+
+def _summary(steps: _Steps, home: Path, console: Console) -> None:
+    rows = [{"step": name, "seconds": round(seconds, 1)} for name, seconds in steps.seconds.items()]
+    rows.append({"step": "all", "seconds": round(sum(steps.seconds.values()), 1)})
+    console.print(table("Time", rows))
+    shown = os.path.relpath(home)
+    recsys = ".venv/bin/recsys"
+    console.print(
+        "What next:\n"
+        f"  {recsys} up --home {shown}                     the web UI with this graph and these runs, and the server\n"
+        f"  {recsys} recommend USER --explain --home {shown}    ask it, while that runs\n"
+        "  make demo DATA=<file or folder>                   the same with your own clickstream\n"
+        f"  {recsys} ingest --help                            bring your own data to stay",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

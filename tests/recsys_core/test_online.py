@@ -1,0 +1,167 @@
+"""The Redis contract: what is written is what is read, and what is no value of ours is a CorruptValue."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from snapshots import make_snapshot
+
+from recsys_core.online import (
+    RECORD_FIELDS,
+    AnswerEncoder,
+    CachedAnswer,
+    CorruptValue,
+    TrendingValue,
+    UserRecord,
+    recs_key,
+    user_key,
+    users_of,
+)
+from recsys_core.settings import RankingSettings
+from serving import recsys_pb2 as pb
+
+IDS = ["a", "ü-item", "x" * 200, "item-4"]
+
+
+def values_of(record: UserRecord) -> list[bytes | None]:
+    fields = record.encode()
+    return [fields.get(name) for name in RECORD_FIELDS]
+
+
+def encode_one(positions: list[int], scores: list[float], release: str = "r1", at: int = 123) -> bytes:
+    rows = np.array([positions]), np.array([scores], np.float32)
+    return AnswerEncoder(release, IDS).encode(*rows, at)[0]
+
+
+def test_both_keys_of_a_user_share_their_hash_tag() -> None:
+    assert user_key("ann") == "user:{ann}"
+    assert recs_key("ann") == "recs:{ann}"
+
+
+@given(
+    ids=st.lists(st.text(min_size=1, max_size=300), min_size=1, max_size=6, unique=True),
+    rows=st.lists(st.lists(st.integers(-1, 5), min_size=4, max_size=4), min_size=1, max_size=5),
+    at=st.integers(0, 2**53),
+)
+def test_an_encoded_answer_is_a_protobuf_response_of_the_same_items(ids: list[str], rows: list[list[int]], at: int) -> None:
+    positions = np.array([[p if p < len(ids) else -1 for p in row] for row in rows])
+    scores = np.linspace(-2, 2, positions.size, dtype=np.float32).reshape(positions.shape)
+    values = AnswerEncoder("release-1", ids).encode(positions, scores, at)
+    assert len(values) == len(rows)
+    for value, row, row_scores in zip(values, positions, scores, strict=True):
+        answer = CachedAnswer.decode(value)
+        wanted = [(ids[p], float(s)) for p, s in zip(row, row_scores, strict=True) if p >= 0]
+        assert (answer.release_id, answer.computed_at) == ("release-1", at)
+        assert answer.items() == wanted
+        parsed = pb.RecommendResponse.FromString(answer.wire)
+        assert [(i.item_id, i.score) for i in parsed.items] == wanted
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 9])
+def test_the_first_items_parse_alone_and_with_fields_after_them(n: int) -> None:
+    answer = CachedAnswer.decode(encode_one([2, 0, 1], [3.0, 2.0, 1.0]))
+    rest = pb.RecommendResponse(tier=pb.CACHE, release_id="r1").SerializeToString()
+    parsed = pb.RecommendResponse.FromString(answer.first(n) + rest)
+    assert [i.item_id for i in parsed.items] == [IDS[p] for p in (2, 0, 1)][:n]
+    assert (parsed.tier, parsed.release_id) == (pb.CACHE, "r1")
+
+
+def test_an_answer_of_no_items_is_one() -> None:
+    answer = CachedAnswer.decode(encode_one([-1, -1], [0, 0]))
+    assert (answer.items(), answer.first(3)) == ([], b"")
+
+
+def test_every_truncation_is_corrupt() -> None:
+    value = encode_one([0, 1, 2], [3.0, 2.0, 1.0])
+    for end in range(len(value)):
+        with pytest.raises(CorruptValue):
+            CachedAnswer.decode(value[:end])
+
+
+def test_an_answer_of_another_format_is_corrupt() -> None:
+    value = encode_one([0], [1.0])
+    with pytest.raises(CorruptValue, match="format 2, this process reads 1"):
+        CachedAnswer.decode(b"\x02" + value[1:])
+
+
+@given(st.binary(max_size=300))
+def test_junk_is_corrupt_or_an_answer_and_nothing_else(junk: bytes) -> None:
+    for data in (junk, b"\x01" + junk):
+        try:
+            CachedAnswer.decode(data).items()
+        except CorruptValue:
+            continue
+
+
+def test_items_that_are_not_where_the_header_says_are_corrupt() -> None:
+    value = encode_one([0, 1, 2], [3.0, 2.0, 1.0])
+    ends = CachedAnswer.decode(value).ends
+    at = value.index(np.asarray(ends).tobytes())
+    wrong = struct.pack("<3i", 2, 3, int(ends[-1]))
+    with pytest.raises(CorruptValue, match="item 0"):
+        CachedAnswer.decode(value[:at] + wrong + value[at + 12 :]).items()
+
+
+def test_a_record_is_read_as_it_was_written() -> None:
+    record = UserRecord((("i1", "view", 17), ("ü", "cart", 3)), 17, ("i1", "i0"), "v1", np.array([1.5, -2.0], np.float32))
+    read = UserRecord.decode(values_of(record))
+    assert (read.last, read.last_ts, read.seen, read.als_version) == (record.last, 17, ("i1", "i0"), "v1")
+    np.testing.assert_array_equal(read.als, record.als)
+
+
+def test_a_user_of_whom_nothing_is_stored_has_an_empty_record() -> None:
+    assert UserRecord.decode([None] * 4) == UserRecord()
+    assert UserRecord().encode() == {}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (b"{", None, None, None),
+        (b'[["i"]]', None, None, None),
+        (b'[["i", "view", "x"]]', None, None, None),
+        (None, b"now", None, None),
+        (None, None, b"7", None),
+        (None, None, None, b"v\0abc"),
+        (None, None, None, b"\xff\0abcd"),
+    ],
+)
+def test_a_record_that_is_none_is_corrupt(values: tuple[bytes | None, ...]) -> None:
+    with pytest.raises(CorruptValue):
+        UserRecord.decode(values)
+
+
+def test_users_are_put_together_from_what_the_release_knows() -> None:
+    snapshot = make_snapshot(items=60)
+    factor = np.ones(16, np.float32)
+    records = [
+        UserRecord((("item-5", "view", 9), ("gone", "view", 8), ("item-6", "view", 7)), 9, ("item-7",), "factors-1", factor),
+        UserRecord(als_version="factors-0", als=factor),
+        UserRecord(als_version="factors-1", als=np.ones(3, np.float32)),
+    ]
+    users = users_of(snapshot, records, RankingSettings(last_items=3), [["item-1"], [], ["gone", "item-2"]])
+    assert users.last_items.tolist() == [[5, 6, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert users.excluded.tolist() == [[1, 5, 6, 7], [-1, -1, -1, -1], [2, -1, -1, -1]]
+    np.testing.assert_array_equal(users.als.any(axis=1), [True, False, False])
+
+
+def test_what_was_consumed_may_come_again_when_the_settings_say_so() -> None:
+    snapshot = make_snapshot(items=60)
+    record = UserRecord((("item-5", "view", 9),), 9, ("item-7", "item-8"))
+    assert users_of(snapshot, [record], RankingSettings(exclude_consumed=False)).excluded.tolist() == [[]]
+    assert users_of(snapshot, [record], RankingSettings(max_consumed=1)).excluded.tolist() == [[5, 7]]
+
+
+def test_trends_are_read_as_they_were_written() -> None:
+    value = TrendingValue(5, "2026-01-01-00", {"a": 1.5, "ü": 0.5})
+    assert TrendingValue.decode(value.encode()) == value
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"computed_at": 1, "hour": "h", "items": [["a"]]}', b"\xff"])
+def test_trends_that_are_none_are_corrupt(data: bytes) -> None:
+    with pytest.raises(CorruptValue):
+        TrendingValue.decode(data)

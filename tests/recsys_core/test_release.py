@@ -1,0 +1,145 @@
+"""A release is read as it was written, verified to the last byte, and promoted only when it is whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from snapshots import make_manifest, make_snapshot
+
+from recsys_core.ranking import Snapshot
+from recsys_core.release import MANIFEST, Manifest, ReleaseError, Releases, new_release_id
+
+NAME = "2026-01-01.a"
+
+
+@pytest.fixture(scope="module")
+def snapshot() -> Snapshot:
+    return make_snapshot(NAME, items=60)
+
+
+@pytest.fixture
+def releases(tmp_path: Path, snapshot: Snapshot) -> Releases:
+    """One release, not promoted."""
+    found = Releases(str(tmp_path / "releases"))
+    found.write(make_manifest(snapshot), snapshot)
+    return found
+
+
+def file_of(releases: Releases, name: str) -> Path:
+    return Path(releases.path(NAME, name))
+
+
+def test_a_release_is_read_as_it_was_written(releases: Releases, snapshot: Snapshot) -> None:
+    manifest, read = releases.load(NAME)
+    assert read.items.equals(snapshot.items)
+    np.testing.assert_array_equal(read.als_items, snapshot.als_items)
+    np.testing.assert_array_equal(read.als_gram, snapshot.als_gram)
+    np.testing.assert_array_equal(read.popular, snapshot.popular)
+    assert (read.release_id, read.als_version) == (NAME, "factors-1")
+    assert (read.als_alpha, read.als_regularization) == (10.0, 0.1)
+    queries = snapshot.als_items[:5]
+    for metric, index in snapshot.indexes.items():
+        np.testing.assert_array_equal(read.indexes[metric].search(queries, 10), index.search(queries, 10))
+    assert manifest.sources["als_factors"] == {"partition": "2026-01-01", "data_version": "abc"}
+
+
+def test_a_release_holds_no_pickle(releases: Releases) -> None:
+    names = {p.relative_to(releases.path(NAME)).as_posix() for p in Path(releases.path(NAME)).rglob("*") if p.is_file()}
+    assert names == {MANIFEST, *releases.manifest(NAME).files}
+    assert {Path(name).suffix for name in names} == {".json", ".npy", ".parquet", ".faiss"}
+    for name in names:
+        if name.endswith(".npy"):
+            np.load(releases.path(NAME, name), allow_pickle=False)
+
+
+def test_a_release_is_never_written_twice(releases: Releases, snapshot: Snapshot) -> None:
+    with pytest.raises(ReleaseError, match="exists already"):
+        releases.write(make_manifest(snapshot), snapshot)
+
+
+def test_a_folder_without_manifest_is_no_release(releases: Releases) -> None:
+    file_of(releases, MANIFEST).unlink()
+    assert releases.list() == []
+    with pytest.raises(ReleaseError, match=r"manifest\.json is missing"):
+        releases.load(NAME)
+
+
+def test_releases_are_listed_oldest_first(releases: Releases, snapshot: Snapshot) -> None:
+    older = replace(snapshot, release_id="2025-12-31.z")
+    releases.write(replace(make_manifest(older), created_at=1.0), older)
+    assert [m.release_id for m in releases.list()] == ["2025-12-31.z", NAME]
+
+
+def test_no_releases_are_an_empty_list_and_no_champion(tmp_path: Path) -> None:
+    empty = Releases(str(tmp_path / "none"))
+    assert empty.list() == []
+    assert empty.champion() is None
+
+
+@pytest.mark.parametrize("name", ["items.parquet", "als/items.npy", "als/gram.npy", "popular.npy", "index/cosine.faiss"])
+@pytest.mark.parametrize("at", [0.0, 0.5, 0.999])
+def test_a_flipped_byte_anywhere_is_refused_and_never_promoted(releases: Releases, name: str, at: float) -> None:
+    path = file_of(releases, name)
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ReleaseError, match=f"release {NAME}: {name} is corrupt"):
+        releases.promote(NAME)
+    assert releases.champion() is None
+
+
+def test_a_shorter_file_is_refused_with_both_sizes(releases: Releases) -> None:
+    path = file_of(releases, "popular.npy")
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ReleaseError, match=f"popular.npy has {size - 3} bytes, the manifest says {size}"):
+        releases.load(NAME)
+
+
+def test_a_manifest_other_than_the_promoted_one_is_refused(releases: Releases) -> None:
+    pointer = releases.promote(NAME, reason="because")
+    path = file_of(releases, MANIFEST)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"day": "2020-01-01"}))
+    with pytest.raises(ReleaseError, match=r"manifest\.json is not the one that was promoted"):
+        releases.load(NAME, pointer.manifest_sha256)
+
+
+def test_the_champion_is_what_was_promoted_last(releases: Releases, snapshot: Snapshot) -> None:
+    releases.promote(NAME)
+    other = replace(snapshot, release_id="2026-01-02.b")
+    releases.write(make_manifest(other), other)
+    pointer = releases.promote("2026-01-02.b", reason="better")
+    assert releases.champion() == pointer
+    assert (pointer.release_id, pointer.reason) == ("2026-01-02.b", "better")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"not json", "is not JSON"),
+        (b"[]", "is not JSON"),
+        (b"{}", "schema version None, this process reads 1"),
+        (b'{"schema_version": 2}', "schema version 2"),
+        (b'{"schema_version": 1}', "does not fit its schema"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(ReleaseError, match=message):
+        Manifest.from_bytes(data, "release x")
+
+
+def test_a_release_made_by_a_newer_platform_is_refused(releases: Releases) -> None:
+    path = file_of(releases, MANIFEST)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    with pytest.raises(ReleaseError, match="schema version 99"):
+        releases.load(NAME)
+
+
+def test_release_ids_sort_by_day_and_moment() -> None:
+    ids = [new_release_id("2026-01-01", t) for t in (1.0e9, 1.1e9)] + [new_release_id("2026-01-02", 1.0e9)]
+    assert ids == sorted(ids)
+    assert len(set(ids)) == 3

@@ -1,0 +1,93 @@
+"""The server as a process of its own: light imports, an orderly end, and a clear word when the port is taken."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from snapshots import make_snapshot
+from worlds import World, eventually
+
+from serving.client import RecsysClient
+
+PROGRAM = """
+import pathlib, sys
+from recsys_core.settings import load_settings
+from serving.server import main
+ready = pathlib.Path(sys.argv[1])
+sys.exit(main(load_settings(), lambda address: (ready.with_suffix(".tmp").write_text(address), ready.with_suffix(".tmp").rename(ready))))
+"""
+
+
+@pytest.fixture
+def process(empty_world: World, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A serving process with a release, and its address."""
+    empty_world.promote(make_snapshot())
+    ready = tmp_path / "address"
+    started = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(ready)],
+        env={**os.environ, **environment(empty_world, 0)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    eventually(ready.exists, seconds=30)
+    yield started, ready.read_text()
+    started.kill()
+    started.communicate()
+
+
+def environment(world: World, port: int) -> dict[str, str]:
+    return {
+        "RECSYS_HOME": str(world.settings.home),
+        "RECSYS_REDIS__URL": world.redis.url,
+        "RECSYS_REDIS__TIMEOUT_MS": "250",
+        "RECSYS_SERVING__PORT": str(port),
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_order(process: tuple[subprocess.Popen[str], str], number: int) -> None:
+    server, address = process
+    with RecsysClient(address, timeout=5) as client:
+        assert len(client.recommend("ann")) == 10
+    server.send_signal(number)
+    started = time.monotonic()
+    _, said = server.communicate(timeout=15)
+    assert server.returncode == 0, said
+    assert time.monotonic() - started < 6
+    assert f"serving on {address}" in said
+    assert "Traceback" not in said
+
+
+def test_a_taken_port_is_said_and_is_exit_code_1(empty_world: World, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        ended = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path / "never")],
+            env={**os.environ, **environment(empty_world, other.getsockname()[1])},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert "can't listen on 127.0.0.1:" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_it_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, serving.server, serving.client\n"
+        "heavy = {'tensorflow', 'dagster', 'mlflow', 'pyspark', 'implicit', 'great_expectations', 'matplotlib', 'typer'}\n"
+        "print(*sorted(heavy & set(sys.modules)), end='')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

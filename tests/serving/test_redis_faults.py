@@ -1,0 +1,132 @@
+"""Redis killed, frozen, or full of nonsense: answers go on from lower tiers and return to CACHE by themselves."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from worlds import World, eventually, now_ms
+
+from recsys_core.online import TRENDING_KEY, recs_key, user_key
+
+
+def tier(world: World, user_id: str = "ann") -> str:
+    return world.client.recommend(user_id).tier
+
+
+def test_a_killed_redis_lowers_the_tier_and_a_restarted_one_raises_it(world: World) -> None:
+    world.put_cached_user("ann")
+    assert tier(world) == "CACHE"
+    world.redis.kill()
+    assert {tier(world) for _ in range(20)} == {"POPULAR"}
+    assert world.client.recommend("ann", current_item="item-5").tier == "REALTIME_ALS_ONLY", "no Redis is needed for that"
+    world.redis.start()
+    world.put_cached_user("ann")
+    eventually(lambda: tier(world) == "CACHE", seconds=3)
+
+
+def test_the_server_starts_without_redis(empty_world: World) -> None:
+    from snapshots import make_snapshot
+
+    empty_world.promote(make_snapshot())
+    empty_world.redis.kill()
+    empty_world.start()
+    assert tier(empty_world) == "POPULAR"
+    empty_world.redis.start()
+    empty_world.put_cached_user("ann")
+    eventually(lambda: tier(empty_world) == "CACHE", seconds=3)
+
+
+def test_a_frozen_redis_costs_a_deadline_now_and_then_and_never_hangs(world: World) -> None:
+    world.put_cached_user("ann")
+    assert tier(world) == "CACHE"
+    world.redis.signal(signal.SIGSTOP)
+    took = []
+    for _ in range(50):
+        answer = world.client.recommend("ann")
+        assert answer.tier == "POPULAR"
+        took.append(answer.milliseconds)
+    deadline = world.settings.redis.timeout_ms
+    assert max(took) < deadline + 250
+    assert sum(ms > deadline / 2 for ms in took) <= 6, "most calls do not wait for what is known not to answer"
+    world.redis.signal(signal.SIGCONT)
+    eventually(lambda: tier(world) == "CACHE", seconds=3)
+
+
+def test_a_batch_is_answered_while_redis_is_frozen(world: World) -> None:
+    world.redis.signal(signal.SIGSTOP)
+    started = time.monotonic()
+    answers = world.client.recommend_batch([f"user-{i}" for i in range(1000)])
+    assert {a.tier for a in answers} == {"POPULAR"}
+    assert time.monotonic() - started < 5
+
+
+def test_a_flushed_redis_is_only_a_cache_miss(world: World) -> None:
+    world.put_cached_user("ann")
+    world.redis.client.flushall()
+    assert tier(world) == "POPULAR"
+    world.put_cached_user("ann")
+    assert tier(world) == "CACHE"
+
+
+@pytest.mark.parametrize("junk", [b"", b"\x01", b"\xff" * 100, b"\x01\xff\xff" + b"a" * 40])
+def test_a_corrupt_answer_is_counted_and_computed_anew(world: World, junk: bytes) -> None:
+    world.put_known_user("ann")
+    world.redis.client.set(recs_key("ann"), junk)
+    assert tier(world) == "REALTIME_ALS_ONLY"
+    assert world.server.store.counts["corrupt_values"] == 1
+    eventually(lambda: tier(world) == "CACHE")
+
+
+def test_a_truncated_answer_is_computed_anew(world: World) -> None:
+    world.put_cached_user("ann")
+    world.redis.client.set(recs_key("ann"), world.redis.client.get(recs_key("ann"))[:-1])
+    assert tier(world) == "REALTIME_ALS_ONLY"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("last", b"{"), ("last", b"[1]"), ("seen", b"\xff"), ("als", b"v\0abc"), ("last_ts", b"soon")]
+)
+def test_a_corrupt_record_is_counted_and_passed_over(world: World, field: str, value: bytes) -> None:
+    world.redis.client.hset(user_key("ann"), field, value)
+    assert tier(world) == "POPULAR"
+    assert world.server.store.counts["corrupt_values"] >= 1
+    assert world.server.ladder.counts["unexpected_failures"] == 0
+
+
+def test_a_corrupt_record_does_not_spoil_a_fresh_answer(world: World) -> None:
+    world.put_cached_user("ann")
+    world.redis.client.hset(user_key("ann"), "last", b"{")
+    assert tier(world) == "CACHE"
+
+
+def test_keys_of_another_type_are_counted_and_passed_over(world: World) -> None:
+    world.redis.client.set(user_key("ann"), b"a string")
+    world.redis.client.hset(recs_key("ann"), "a", "hash")
+    world.redis.client.hset(TRENDING_KEY, "a", "hash")
+    assert tier(world) == "POPULAR"
+    assert world.server.store.counts["corrupt_values"] >= 2
+    assert world.server.ladder.counts["unexpected_failures"] == 0
+
+
+def test_a_corrupt_trend_leaves_the_last_known_one(world: World) -> None:
+    world.put_trend({"item-400": 1.0})
+    eventually(lambda: world.client.recommend("nobody", 1).items[0].item_id == "item-400")
+    world.redis.client.set(TRENDING_KEY, b"{}")
+    eventually(lambda: world.server.store.counts["corrupt_values"])
+    assert world.client.recommend("nobody", 1).items[0].item_id == "item-400"
+
+
+def test_an_answer_whose_items_are_corrupt_is_noticed_where_they_are_read(world: World) -> None:
+    world.put_cached_user("ann")
+    value = world.redis.client.get(recs_key("ann"))
+    world.redis.client.set(recs_key("ann"), value[:-600] + b"\xff" * 600)
+    answer = world.client.recommend("ann", 40, exclude=["item-1"])
+    assert answer.tier == "REALTIME_ALS_ONLY"
+    assert world.server.store.counts["corrupt_values"] == 1
+
+
+def test_an_answer_from_a_clock_ahead_of_this_one_is_fresh(world: World) -> None:
+    world.put_cached_user("ann", computed_at=now_ms() + 2000)
+    assert tier(world) == "CACHE"
