@@ -128,9 +128,7 @@ async def load(address: str, callers: int, seconds: float, call: Call) -> tuple[
 
 
 def recommend(users: int, odd: int, **fields: object) -> Call:
-    requests = [
-        pb.RecommendRequest(user_id=f"user-{i}", count=10, **fields).SerializeToString() for i in range(odd, users, 2)
-    ]
+    requests = [pb.RecommendRequest(user_id=f"user-{i}", count=10, **fields).SerializeToString() for i in range(odd, users, 2)]
     return lambda channel, at: channel.unary_unary(METHOD)(requests[at % len(requests)])
 
 

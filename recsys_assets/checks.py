@@ -56,9 +56,7 @@ def events_lie_in_their_hour(context: dg.AssetCheckExecutionContext, platform: P
 
 
 @dg.asset_check(asset=interactions, blocking=True)
-def weights_are_positive_and_finite(
-    context: dg.AssetCheckExecutionContext, platform: PlatformResource
-) -> dg.AssetCheckResult:
+def weights_are_positive_and_finite(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
     """Every weight is a finite number above zero, so that a model can be fitted."""
     bad = rows = 0
     for day in _partitions(context, platform.lake.latest(INTERACTIONS)):
@@ -90,7 +88,7 @@ def factors_are_finite_and_not_all_zero(
 def recall_reaches_its_target(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
     """recall@50 of each index is at least the target."""
     target = platform.settings.index.recall_target
-    short = {}
+    short: dict[str, float] = {}
     for day in _partitions(context, platform.lake.latest(ITEM_INDEX)):
         extra = platform.lake.get(ITEM_INDEX, day).extra
         short |= {f"{day} {m}": extra[m]["recall"] for m in METRICS if extra[m]["recall"] < target}
@@ -113,9 +111,7 @@ def champion_verifies(platform: PlatformResource) -> dg.AssetCheckResult:
 
 
 @dg.asset_check(asset=rec_cache)
-def active_users_have_an_answer(
-    context: dg.AssetCheckExecutionContext, platform: PlatformResource
-) -> dg.AssetCheckResult:
+def active_users_have_an_answer(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
     """Of the users active in the last hours, those sampled have a cached answer with items."""
     missing, looked_at = [], 0
     for hour in _partitions(context, platform.lake.latest(ACTIVE_USERS)):
@@ -125,6 +121,4 @@ def active_users_have_an_answer(
         with platform.redis() as redis:
             values = redis.mget([recs_key(user) for user in users]) if users else []
         missing += [u for u, v in zip(users, values, strict=True) if v is None or not len(CachedAnswer.decode(v).ends)]
-    return dg.AssetCheckResult(
-        passed=not missing, metadata={"users looked at": looked_at, "without an answer": missing[:20]}
-    )
+    return dg.AssetCheckResult(passed=not missing, metadata={"users looked at": looked_at, "without an answer": missing[:20]})

@@ -55,7 +55,9 @@ def recommendations_table(snapshot: Snapshot, samples: Sequence[Sample]) -> dg.M
     return table(["user", "last items", "recommended"], [[s.user_id, titles(s.last), titles(s.recommended)] for s in samples])
 
 
-def top_items_per_factor(item_ids: np.ndarray, vectors: np.ndarray, titles: dict[str, str], factors: int = 8, top: int = 5) -> dg.MarkdownMetadataValue:
+def top_items_per_factor(
+    item_ids: np.ndarray, vectors: np.ndarray, titles: dict[str, str], factors: int = 8, top: int = 5
+) -> dg.MarkdownMetadataValue:
     """The items with the largest weight on the factors of largest variance."""
     strongest = np.argsort(-vectors.var(axis=0))[:factors]
     rows = []
@@ -70,10 +72,15 @@ def recall_plot(reports: Sequence[IndexReport], target: float) -> dg.MarkdownMet
     figure, axes = _figure()
     for report in reports:
         axes.plot(
-            [p.milliseconds for p in report.curve], [p.recall for p in report.curve], "o-", label=report.metric.replace("_", " ")
+            [p.milliseconds for p in report.curve],
+            [p.recall for p in report.curve],
+            "o-",
+            label=report.metric.replace("_", " "),
         )
         for point in report.curve:
-            axes.annotate(str(point.ef_search), (point.milliseconds, point.recall), fontsize=7, xytext=(3, -8), textcoords="offset points")
+            axes.annotate(
+                str(point.ef_search), (point.milliseconds, point.recall), fontsize=7, xytext=(3, -8), textcoords="offset points"
+            )
     axes.axhline(target, color="grey", linestyle="--", linewidth=1, label=f"target {target}")
     axes.set(xlabel="ms a query, one thread", ylabel="recall@50", title="efSearch: recall and latency")
     axes.legend()
@@ -86,6 +93,7 @@ def evaluation_plot(evaluation: Evaluation, metric: str = "ndcg@10") -> dg.Markd
     names = list(evaluation.metrics)
     values = [evaluation.metrics[name][metric] for name in names]
     axes.barh(names, values)
+    axes.margins(x=0.15)
     axes.invert_yaxis()
     for place, value in enumerate(values):
         axes.annotate(f"{value:.4f}", (value, place), va="center", xytext=(3, 0), textcoords="offset points")

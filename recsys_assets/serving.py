@@ -12,7 +12,9 @@ from recsys_assets.retrieval import item_index
 from recsys_core.bundle import ALS_USERS, POPULAR_ITEMS, TRENDING_ITEMS, publish_release
 from recsys_core.catalog import read_catalog
 from recsys_core.events import HOUR_MS, hour_keys, key_start_ms
-from recsys_core.popularity import POPULAR_SCHEMA, TRENDING_SCHEMA, popular_items as popularity_of, trending_items as trends_of
+from recsys_core.popularity import POPULAR_SCHEMA, TRENDING_SCHEMA
+from recsys_core.popularity import popular_items as popularity_of
+from recsys_core.popularity import trending_items as trends_of
 from recsys_core.precompute import read_trend, write_online_features, write_rec_cache, write_trend
 from recsys_core.ranking import Trend
 from recsys_core.settings import load_settings
@@ -77,9 +79,7 @@ def trending_items(context: dg.AssetExecutionContext, platform: PlatformResource
 def release(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
     """One immutable bundle of everything serving needs, read back and verified before it becomes the champion."""
     run_ids = {"release": context.run_id}
-    manifest, snapshot = publish_release(
-        platform.lake, platform.releases, context.partition_key, platform.settings, run_ids
-    )
+    manifest, snapshot = publish_release(platform.lake, platform.releases, context.partition_key, platform.settings, run_ids)
     sources = [[name, s["partition"], s["data_version"]] for name, s in manifest.sources.items()]
     files = [[name, f["bytes"], f["sha256"][:12]] for name, f in manifest.files.items()]
     return dg.MaterializeResult(

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 4.0

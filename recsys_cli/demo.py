@@ -30,7 +30,7 @@ STRANGER = "someone-new"
 
 
 @dataclass
-class _Steps:
+class Steps:
     """The seconds of each step, for the summary."""
 
     console: Console
@@ -52,7 +52,7 @@ def run(data: Path | None, mapping: str | None, home: Path) -> None:
     if data is not None and not data.exists():
         raise FileNotFoundError(2, "No such file or folder", str(data))
     console = Console()
-    steps = _Steps(console)
+    steps = Steps(console)
     home = _own_home(home.absolute())
     with home_lock(home):
         _empty(home)
@@ -64,7 +64,7 @@ def run(data: Path | None, mapping: str | None, home: Path) -> None:
             settings = load_settings(home)
             with steps.step("landing"):
                 day = _land(settings, data, mapping, console)
-            metrics = _materialize(home, day, steps)
+            metrics = materialize_line(home, day, steps)
             with steps.step("answers"), serving_process(home) as address:
                 _ask(address, load_settings(home), day, console)
         _evaluation(metrics, day, console)
@@ -112,7 +112,7 @@ def _land(settings: Settings, data: Path | None, mapping: str | None, console: C
     extent = landing.extent()
     if day is None or extent is None:
         raise StackError("no event landed; the quarantine says why: " + lake.path("quarantine"))
-    _fix_partitions(settings.home, *extent)
+    fix_partitions(settings.home, *extent)
     return day
 
 
@@ -140,7 +140,7 @@ def _ingest(settings: Settings, landing: Landing, data: Path, mapping: str | Non
         console.print(f"  quarantined: {count:,} × {reason}", highlight=False)
 
 
-def _fix_partitions(home: Path, first_ts: int, last_ts: int) -> None:
+def fix_partitions(home: Path, first_ts: int, last_ts: int) -> None:
     """Write the days of the data into the home's settings; partitions of a history that is over end with it."""
     from recsys_core.events import DAY_MS, day_key, now_ms
 
@@ -150,7 +150,7 @@ def _fix_partitions(home: Path, first_ts: int, last_ts: int) -> None:
     (home / "recsys.toml").write_text("\n".join(lines) + "\n")
 
 
-def _materialize(home: Path, day: str, steps: _Steps) -> dict[str, Any]:
+def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
     """Run the jobs of the graph in this process, recorded in the home's Dagster instance; return the evaluation."""
     import dagster as dg
 
@@ -260,7 +260,7 @@ def _evaluation(found: dict[str, Any], day: str, console: Console) -> None:
     console.print(table(title, rows))
 
 
-def _summary(steps: _Steps, home: Path, console: Console) -> None:
+def _summary(steps: Steps, home: Path, console: Console) -> None:
     rows = [{"step": name, "seconds": round(seconds, 1)} for name, seconds in steps.seconds.items()]
     rows.append({"step": "all", "seconds": round(sum(steps.seconds.values()), 1)})
     console.print(table("Time", rows))

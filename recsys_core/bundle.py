@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.als import AlsReport, Factors, fit_als, gram, iter_factors, read_factors
-from recsys_core.catalog import CATALOG_SCHEMA, read_catalog
+from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, read_catalog
 from recsys_core.evaluation import EVALUATION
 from recsys_core.events import ITEM_ID
-from recsys_core.index import IndexReport, Metric, VectorIndex, build_index
+from recsys_core.index import IndexReport, Metric, VectorIndex, build_index, similar_items
 from recsys_core.lake import Lake, Partition
 from recsys_core.ranking import Snapshot
-from recsys_core.release import Manifest, Releases, new_release_id
+from recsys_core.release import Manifest, Releases, new_release_id, npy_array, npy_bytes
 from recsys_core.settings import Settings
 from recsys_core.tables import INTERACTIONS
 
@@ -32,6 +32,8 @@ ALS_ITEMS = f"{ALS_FACTORS}_items"
 ITEM_INDEX = "item_index"
 POPULAR_ITEMS = "popular_items"
 TRENDING_ITEMS = "trending_items"
+SIMILAR_BLOB = "similar.npy"
+SIMILAR = 50
 METRICS: tuple[Metric, ...] = ("inner_product", "cosine")
 
 
@@ -83,7 +85,7 @@ def item_factors(lake: Lake, day: str) -> Factors:
 
 
 def build_item_index(lake: Lake, day: str, settings: Settings) -> tuple[Partition, list[IndexReport]]:
-    """Replace partition `day` of `item_index`: one HNSW a metric over `item_factors`, in their order."""
+    """Replace partition `day` of `item_index`: over `item_factors`, in their order, one HNSW a metric and similar items."""
     items = item_factors(lake, day).vectors
     queries = next(iter_factors(lake, ALS_FACTORS, day, "users")).vectors
     blobs: dict[str, bytes] = {}
@@ -94,13 +96,15 @@ def build_item_index(lake: Lake, day: str, settings: Settings) -> tuple[Partitio
         blobs[f"{metric}.faiss"] = index.serialize()
         reports.append(report)
         extra[metric] = {"ef_search": report.ef_search, "recall": report.recall}
+    similar = similar_items(items, SIMILAR, VectorIndex.deserialize(blobs["cosine.faiss"], "cosine", reports[-1].ef_search))
+    blobs[SIMILAR_BLOB] = npy_bytes(similar)
     return lake.write_blobs(ITEM_INDEX, day, blobs, rows=len(items), extra=extra), reports
 
 
 def assemble(lake: Lake, day: str, release_id: str) -> Bundle:
     """The snapshot of a day's release. Raises MissingPartition, MismatchedParts."""
     factors = item_factors(lake, day)
-    parts = {name: lake.get(name, day) for name in (INTERACTIONS, ALS_FACTORS, ITEM_INDEX, POPULAR_ITEMS)}
+    parts = {name: lake.get(name, day) for name in (ALS_FACTORS, ITEM_INDEX, POPULAR_ITEMS)}
     fit, index = parts[ALS_FACTORS].extra, parts[ITEM_INDEX].extra
     if index["factors_version"] != parts[ALS_FACTORS].data_version:
         raise MismatchedParts(f"item_index of {day} was built over other factors than als_factors of {day}: make it again")
@@ -114,6 +118,7 @@ def assemble(lake: Lake, day: str, release_id: str) -> Bundle:
         als_regularization=fit["regularization"],
         als_regularization_per_item=fit["regularization_per_item"],
         popular=_popularity(lake, day, factors.ids),
+        similar=npy_array(lake.read_blob(ITEM_INDEX, day, SIMILAR_BLOB)),
         indexes={
             metric: VectorIndex.deserialize(
                 lake.read_blob(ITEM_INDEX, day, f"{metric}.faiss"), metric, int(index[metric]["ef_search"])
@@ -122,11 +127,16 @@ def assemble(lake: Lake, day: str, release_id: str) -> Bundle:
         },
     )
     sources = {name: {"partition": day, "data_version": part.data_version} for name, part in parts.items()}
+    sources[INTERACTIONS] = {"partition": day, "data_version": fit["interactions_version"]}
+    if catalog := lake.find(CATALOG_TABLE, CATALOG_KEY):
+        sources[CATALOG_TABLE] = {"partition": CATALOG_KEY, "data_version": catalog.data_version}
     als = {"version": snapshot.als_version, **fit}
     return Bundle(snapshot, sources, {"als": als, "two_tower": None}, {metric: index[metric] for metric in METRICS})
 
 
-def publish_release(lake: Lake, releases: Releases, day: str, settings: Settings, run_ids: dict[str, str]) -> tuple[Manifest, Snapshot]:
+def publish_release(
+    lake: Lake, releases: Releases, day: str, settings: Settings, run_ids: dict[str, str]
+) -> tuple[Manifest, Snapshot]:
     """Write the release of a day and promote it, after all of it was read back and verified.
 
     Raises MissingPartition, MismatchedParts, ReleaseError; the champion then stays what it was.

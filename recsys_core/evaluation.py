@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from recsys_core import progress
 from recsys_core.als import AlsReport, Factors, fit_als, gram, read_factors
 from recsys_core.events import DAY_MS, HOUR_MS, ITEM_ID, USER_ID, day_key, hour_keys, key_start_ms
-from recsys_core.index import ExactIndex
+from recsys_core.index import ExactIndex, similar_items
 from recsys_core.lake import Lake, Partition
 from recsys_core.metrics import evaluate, rank_all
 from recsys_core.popularity import last_hours_popularity, popular_items, trending_items
@@ -70,7 +70,8 @@ class Split:
         seen: CSR bool (u, n), what each user had in the window.
         recent: int64 (u, k), the user's last items of the window, newest first, padded by -1.
         relevant: CSR bool (u, n).
-        popularity: float64 (n,), summed weights of the window.
+        popularity: float64 (n,), summed weights of the window, with time decay.
+        users_of_item: int64 (n,), users that had each item in the window.
         new_item_share: share of the day's pairs whose item the window does not know.
     """
 
@@ -80,12 +81,11 @@ class Split:
     recent: np.ndarray
     relevant: sp.csr_matrix
     popularity: np.ndarray
+    users_of_item: np.ndarray
     new_item_share: float
 
 
-def evaluate_day(
-    lake: Lake, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
-) -> Evaluation:
+def evaluate_day(lake: Lake, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str) -> Evaluation:
     """Evaluate `day` against models of the day before. Raises NothingToEvaluate, MissingPartition."""
     start = key_start_ms(day)
     before = day_key(start - DAY_MS)
@@ -93,7 +93,7 @@ def evaluate_day(
     report = fit_als(lake, lake.files(INTERACTIONS, [before]), HOLDOUT, day, settings.als, spark, engine)
     with progress.task(f"evaluation ({day})", 4) as bar:
         depth = max(settings.evaluation.ks)
-        recommended = {POPULAR_WINDOW: _by_score(split, split.popularity, depth)}
+        recommended = {POPULAR_WINDOW: _by_score(split, split.users_of_item, depth)}
         bar.update(1)
         hours = hour_keys(start - settings.trends.window_hours * HOUR_MS, start)
         clicks = lake.dataset(CLICKS_HOURLY, hours, missing_ok=True)
@@ -109,14 +109,11 @@ def evaluate_day(
         )
         recommended[SERVED] = _served(split, item_vectors, user_vectors, trends, depth, settings, report)
         bar.update(4)
-    observations = np.asarray(split.seen.sum(axis=0)).ravel()
     metrics = {
-        name: evaluate(ranked, split.relevant, settings.evaluation.ks, observations, len(split.items))
+        name: evaluate(ranked, split.relevant, settings.evaluation.ks, split.users_of_item, len(split.items))
         for name, ranked in recommended.items()
     }
-    return Evaluation(
-        day, len(split.users), len(split.items), split.relevant.nnz, split.new_item_share, metrics, report
-    )
+    return Evaluation(day, len(split.users), len(split.items), split.relevant.nnz, split.new_item_share, metrics, report)
 
 
 def write_evaluation(lake: Lake, day: str, evaluation: Evaluation | None, reason: str = "") -> Partition:
@@ -142,7 +139,9 @@ def time_split(lake: Lake, before: str, day: str, max_users: int, last_items: in
     items = pc.sort_indices(popular[ITEM_ID])
     item_ids = popular[ITEM_ID].take(items).to_numpy()
     mine = ds.field(USER_ID).isin(sampled)
-    had = window.to_table(columns=[USER_ID, ITEM_ID, "last_ts"], filter=mine).sort_by([("last_ts", "descending"), (ITEM_ID, "ascending")])
+    had = window.to_table(columns=[USER_ID, ITEM_ID, "last_ts"], filter=mine).sort_by(
+        [("last_ts", "descending"), (ITEM_ID, "ascending")]
+    )
     shape = (len(sampled), len(item_ids))
     rows, columns = _codes(had[USER_ID], sampled), _codes(had[ITEM_ID], item_ids)
     seen = sp.csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape)
@@ -161,6 +160,7 @@ def time_split(lake: Lake, before: str, day: str, max_users: int, last_items: in
         recent=_most_recent(rows, columns, len(sampled), last_items)[some],
         relevant=relevant[some],
         popularity=popular["score"].take(items).to_numpy(),
+        users_of_item=popular["users"].take(items).to_numpy(),
         new_item_share=float(1 - known.mean()),
     )
 
@@ -239,7 +239,11 @@ def _served(
     snapshot = Snapshot(
         release_id="holdout",
         items=pa.table(
-            {ITEM_ID: pa.array(split.items, pa.string()), "available": np.ones(len(split.items), bool), "category": pa.nulls(len(split.items), pa.string())}
+            {
+                ITEM_ID: pa.array(split.items, pa.string()),
+                "available": np.ones(len(split.items), bool),
+                "category": pa.nulls(len(split.items), pa.string()),
+            }
         ),
         als_items=item_vectors,
         als_gram=gram(item_vectors),
@@ -248,6 +252,7 @@ def _served(
         als_regularization=report.ridge,
         als_regularization_per_item=report.ridge_per_observation,
         popular=split.popularity.astype(np.float32),
+        similar=similar_items(item_vectors, settings.ranking.session_neighbours, ExactIndex(item_vectors, "cosine")),
         indexes={"inner_product": ExactIndex(item_vectors, "inner_product"), "cosine": ExactIndex(item_vectors, "cosine")},
     )
     scores = dict(zip(trends[ITEM_ID].to_pylist(), trends["score"].to_pylist(), strict=True)) if trends is not None else {}

@@ -43,7 +43,8 @@ EVENT_SCHEMA = pa.schema(
 EARLIEST_TS = 631_152_000_000
 """1990-01-01: an event before it has a broken clock or a wrong unit."""
 
-HOUR_MS = 3_600_000
+MINUTE_MS = 60_000
+HOUR_MS = 60 * MINUTE_MS
 DAY_MS = 24 * HOUR_MS
 
 
@@ -98,7 +99,7 @@ def invalid_reasons(events: pa.Table | pa.RecordBatch, settings: EventSettings, 
 
     `events` has the columns of EVENT_SCHEMA, nulls allowed everywhere. The first reason that applies is given.
     """
-    latest = (now_ms() if now is None else now) + settings.max_future_minutes * 60_000
+    latest = (now_ms() if now is None else now) + settings.max_future_minutes * MINUTE_MS
     rules: list[tuple[str, pa.Array]] = []
     for name in (USER_ID, ITEM_ID, EVENT_ID):
         column = events[name]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Metric = Literal["inner_product", "cosine"]
 RECALL_AT = 50
+EXHAUSTIVE_ITEMS = 100_000
 EXACT_BELOW = 4096
 """Filters that leave fewer items are searched exhaustively: HNSW finds few of them, and this is as fast."""
 
@@ -109,7 +110,7 @@ class VectorIndex:
             queries = unit_rows(queries)
         if allowed is not None and len(allowed) <= EXACT_BELOW:
             return self._search_exactly(queries, k, np.asarray(allowed, np.int64))
-        parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef_search, k))
+        parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef_search, k))  # type: ignore[attr-defined]
         if allowed is not None:
             parameters.sel = faiss.IDSelectorBatch(np.ascontiguousarray(allowed, dtype=np.int64))
         _, positions = self.index.search(queries, min(k, self.items), params=parameters)
@@ -222,6 +223,28 @@ def _tune(index: VectorIndex, vectors: np.ndarray, queries: np.ndarray, settings
             ef = min(ef * 3 // 2, settings.max_ef_search)
     finally:
         faiss.omp_set_num_threads(threads)
+
+
+def similar_items(vectors: np.ndarray, k: int, index: Searchable) -> np.ndarray:
+    """The `k` nearest other items of every item by cosine, int32 (n, k), nearest first, padded by -1.
+
+    Up to EXHAUSTIVE_ITEMS all are compared with all, beyond that `index` is searched. Items without a direction have none.
+    """
+    import faiss
+
+    units = unit_rows(vectors)
+    found = np.full((len(units), k), -1, np.int32)
+    step = 4096
+    for at in progress.track(range(0, len(units), step), "similar items"):
+        queries = units[at : at + step]
+        if len(units) <= EXHAUSTIVE_ITEMS:
+            _, nearest = faiss.knn(queries, units, min(k + 1, len(units)), faiss.METRIC_INNER_PRODUCT)
+        else:
+            nearest = index.search(queries, k + 1)
+        itself = nearest == np.arange(at, at + len(queries))[:, None]
+        others = np.take_along_axis(nearest, np.argsort(itself, axis=1, kind="stable"), axis=1)[:, : nearest.shape[1] - 1]
+        found[at : at + step, : others.shape[1]] = np.where(queries.any(axis=1, keepdims=True), others, -1)
+    return found
 
 
 def exact_neighbours(queries: np.ndarray, vectors: np.ndarray, metric: Metric, k: int) -> np.ndarray:

@@ -175,7 +175,15 @@ class Lake:
         return published
 
     def _point(
-        self, table: str, key: str, version: str, files: tuple[str, ...], rows: int, size: int, digest: str, extra: dict[str, Any]
+        self,
+        table: str,
+        key: str,
+        version: str,
+        files: tuple[str, ...],
+        rows: int,
+        size: int,
+        digest: str,
+        extra: dict[str, Any],
     ) -> Partition:
         new = Partition(table, key, version, files, rows, size, digest, time.time(), extra)
         pointer = self.path(table, key, POINTER)

@@ -90,7 +90,7 @@ class Landing:
 
     def extent(self) -> tuple[int, int] | None:
         """First and last event time in the landing zone (ms), None when it is empty."""
-        files = [f for f in self.files() if f.rows]
+        files = [f for f in self.files() if f.first_ts <= f.last_ts]
         return (min(f.first_ts for f in files), max(f.last_ts for f in files)) if files else None
 
     def last_busy_day(self, share: float = 0.2) -> str | None:
@@ -147,7 +147,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 def _extent(file: pq.ParquetFile) -> tuple[int, int]:
     """First and last `ts`, from the statistics in the footer where the writer left them; (0, -1) when there is none."""
-    column = file.schema_arrow.names.index(TS)
+    column = next(c for c in range(len(file.schema)) if file.schema.column(c).path == TS)
     statistics = [file.metadata.row_group(g).column(column).statistics for g in range(file.metadata.num_row_groups)]
     if all(s is not None and s.has_min_max for s in statistics):
         ends = [(s.min, s.max) for s in statistics]

@@ -28,7 +28,6 @@ from recsys_core.ranking import Snapshot, Trend, rank
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
 
-
 SAMPLES = 10
 
 
@@ -64,9 +63,7 @@ def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, se
     return WriteReport(users, 0, time.perf_counter() - started)
 
 
-def write_rec_cache(
-    redis: Any, lake: Lake, hour: str, snapshot: Snapshot, trend: Trend, settings: Settings
-) -> WriteReport:
+def write_rec_cache(redis: Any, lake: Lake, hour: str, snapshot: Snapshot, trend: Trend, settings: Settings) -> WriteReport:
     """Rank for the partition `hour` of `active_users` from their records in Redis and write their answers."""
     started = time.perf_counter()
     encoder = AnswerEncoder(snapshot.release_id, snapshot.item_ids)
@@ -80,8 +77,10 @@ def write_rec_cache(
         answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
         users += write_answers(redis, zip(ids, answers, strict=True), settings.cache.ttl_seconds)
         empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
-        for row in range(min(len(ids), SAMPLES - len(samples))):
-            samples.append(Sample(ids[row], _held(state.last_items[row]), _held(ranked.positions[row, :5])))
+        samples += [
+            Sample(ids[row], _held(state.last_items[row]), _held(ranked.positions[row, :5]))
+            for row in range(min(len(ids), SAMPLES - len(samples)))
+        ]
     return WriteReport(users, empty, time.perf_counter() - started, tuple(samples))
 
 

@@ -5,7 +5,7 @@ The default reporter is silent. The command line installs one that draws bars wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
@@ -20,13 +20,13 @@ class Task(Protocol):
 
 class _Silent:
     def update(self, completed: float, total: float | None = None) -> None:
-        return None
+        """Shows nothing."""
 
 
 Reporter = Callable[[str, float | None], AbstractContextManager[Task]]
 
 
-def _silent(description: str, total: float | None) -> AbstractContextManager[Task]:
+def _silent(description: str, total: float | None) -> AbstractContextManager[Task]:  # noqa: ARG001
     return nullcontext(_Silent())
 
 
@@ -51,7 +51,7 @@ def task(description: str, total: float | None = None) -> AbstractContextManager
 
 def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
     """Yield `items` and move a bar by one for each."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with task(description, total) as bar:
         for done, item in enumerate(items, start=1):

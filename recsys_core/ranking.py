@@ -42,6 +42,7 @@ class Snapshot:
         als_alpha: confidence parameter of the fold-in.
         als_regularization, als_regularization_per_item: its ridge for a user of n items is the first + n × the second.
         popular: float32 (n,), popularity of the window, >= 0.
+        similar: int32 (n, k), the nearest other items of each by cosine, nearest first, padded by -1.
         indexes: HNSW by metric over `als_items`.
     """
 
@@ -53,6 +54,7 @@ class Snapshot:
     als_alpha: float
     als_regularization: float
     popular: np.ndarray
+    similar: np.ndarray
     indexes: Mapping[Metric, Searchable]
     als_regularization_per_item: float = 0.0
 
@@ -206,7 +208,7 @@ def _rank_block(
 ) -> Ranked:
     factors = unit_rows(with_fold_in(snapshot, users))
     sessions = session_vectors(snapshot, users.last_items, settings.session_decay)
-    candidates = _candidates(snapshot, trend, factors, sessions, settings, n, servable, selection)
+    candidates = _candidates(snapshot, trend, factors, users.last_items, settings, n, servable, selection)
     positions = _distinct(candidates, users.excluded)
     usable = (positions >= 0) & servable[positions]
     parts = _parts(snapshot, trend, factors, sessions, positions)
@@ -251,7 +253,7 @@ def _candidates(
     snapshot: Snapshot,
     trend: Trend,
     factors: np.ndarray,
-    sessions: np.ndarray,
+    last_items: np.ndarray,
     settings: RankingSettings,
     n: int,
     servable: np.ndarray,
@@ -267,10 +269,17 @@ def _candidates(
     return np.hstack(
         [
             _neighbours(snapshot.indexes["inner_product"], factors, max(settings.candidates, n), selection),
-            _neighbours(snapshot.indexes["cosine"], sessions, settings.session_candidates, selection),
+            _like_the_last(snapshot, last_items, settings.session_neighbours),
             np.broadcast_to(shared, (len(factors), len(shared))),
         ]
     )
+
+
+def _like_the_last(snapshot: Snapshot, last_items: np.ndarray, each: int) -> np.ndarray:
+    """int64 (b, k * each): the items most similar to each of the last k, -1 where there is none."""
+    similar = snapshot.similar[last_items, :each]
+    found = np.where(last_items[..., None] >= 0, similar, -1)
+    return found.reshape(len(last_items), similar.shape[1] * similar.shape[2]).astype(np.int64)
 
 
 def _neighbours(index: Searchable, queries: np.ndarray, k: int, selection: np.ndarray | None) -> np.ndarray:
@@ -295,9 +304,7 @@ def _distinct(candidates: np.ndarray, excluded: np.ndarray) -> np.ndarray:
     return np.where(repeats | (keys & 1 == 0) | (keys < 0), -1, positions)
 
 
-def _parts(
-    snapshot: Snapshot, trend: Trend, factors: np.ndarray, sessions: np.ndarray, positions: np.ndarray
-) -> np.ndarray:
+def _parts(snapshot: Snapshot, trend: Trend, factors: np.ndarray, sessions: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """float32 (b, c, len(PARTS)); rows of position -1 hold numbers without meaning."""
     vectors = snapshot.als_items[positions]
     queries = np.stack([factors, sessions], axis=2)

@@ -6,6 +6,7 @@
     <releases>/<release_id>/als/gram.npy                        float64 (rank, rank), YᵀY for the fold-in
     <releases>/<release_id>/index/inner_product.faiss           user vector -> items
     <releases>/<release_id>/index/cosine.faiss                  item vector -> similar items
+    <releases>/<release_id>/similar.npy                         int32 (items, k), nearest other items by cosine
     <releases>/<release_id>/popular.npy                         float32 (items,), the window's popularity
     <releases>/champion.json                                    which release is served, replaced atomically
 
@@ -39,6 +40,7 @@ ITEM_COLUMNS = ("item_id", "title", "category", "available")
 ALS_ITEMS_FILE = "als/items.npy"
 ALS_GRAM_FILE = "als/gram.npy"
 POPULAR_FILE = "popular.npy"
+SIMILAR_FILE = "similar.npy"
 INDEX_FILES: dict[Metric, str] = {"inner_product": "index/inner_product.faiss", "cosine": "index/cosine.faiss"}
 
 
@@ -192,9 +194,10 @@ def _files_of(snapshot: Snapshot) -> list[tuple[str, bytes]]:
     pq.write_table(snapshot.items, table, compression="zstd")
     files: list[tuple[str, bytes]] = [
         (ITEMS_FILE, table.getvalue().to_pybytes()),
-        (ALS_ITEMS_FILE, _npy(snapshot.als_items)),
-        (ALS_GRAM_FILE, _npy(snapshot.als_gram)),
-        (POPULAR_FILE, _npy(snapshot.popular)),
+        (ALS_ITEMS_FILE, npy_bytes(snapshot.als_items)),
+        (ALS_GRAM_FILE, npy_bytes(snapshot.als_gram)),
+        (POPULAR_FILE, npy_bytes(snapshot.popular)),
+        (SIMILAR_FILE, npy_bytes(snapshot.similar)),
     ]
     for metric, name in INDEX_FILES.items():
         index = snapshot.indexes[metric]
@@ -204,20 +207,31 @@ def _files_of(snapshot: Snapshot) -> list[tuple[str, bytes]]:
     return files
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array in NumPy's format."""
     out = io.BytesIO()
     np.save(out, np.ascontiguousarray(array), allow_pickle=False)
     return out.getvalue()
 
 
+def npy_array(data: bytes) -> np.ndarray:
+    """What `npy_bytes` made. Raises ValueError; pickled objects are refused."""
+    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
+
+
 def _snapshot_of(manifest: Manifest, files: Mapping[str, bytes], where: str) -> Snapshot:
-    absent = [n for n in (ITEMS_FILE, ALS_ITEMS_FILE, ALS_GRAM_FILE, POPULAR_FILE, *INDEX_FILES.values()) if n not in files]
+    absent = [
+        n
+        for n in (ITEMS_FILE, ALS_ITEMS_FILE, ALS_GRAM_FILE, POPULAR_FILE, SIMILAR_FILE, *INDEX_FILES.values())
+        if n not in files
+    ]
     if absent:
         raise ReleaseError(f"{where}: {MANIFEST} does not list {', '.join(absent)}")
 
     def array(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
         try:
-            loaded: np.ndarray = np.load(io.BytesIO(files[name]), allow_pickle=False)
+            loaded = npy_array(files[name])
         except ValueError as error:
             raise ReleaseError(f"{where}: {name} is not an array: {error}") from error
         if len(shape) != loaded.ndim or any(want not in (None, got) for want, got in zip(shape, loaded.shape, strict=True)):
@@ -243,9 +257,13 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, bytes], where: str) -> 
             raise ReleaseError(f"{where}: {name}: {error}") from error
         if (index.items, index.dimension) != als_items.shape:
             raise ReleaseError(
-                f"{where}: {name} holds {index.items} vectors of dimension {index.dimension}, {ALS_ITEMS_FILE} {als_items.shape}"
+                f"{where}: {name} holds {index.items} vectors of dimension {index.dimension}, "
+                f"{ALS_ITEMS_FILE} {als_items.shape}"
             )
         indexes[metric] = index
+    similar = array(SIMILAR_FILE, (items.num_rows, None))
+    if similar.dtype.kind != "i" or similar.min(initial=-1) < -1 or similar.max(initial=-1) >= items.num_rows:
+        raise ReleaseError(f"{where}: {SIMILAR_FILE} holds what is no position of {items.num_rows} items")
     try:
         return Snapshot(
             release_id=manifest.release_id,
@@ -257,6 +275,7 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, bytes], where: str) -> 
             als_regularization=float(als.get("regularization", 0.0)),
             als_regularization_per_item=float(als.get("regularization_per_item", 0.0)),
             popular=array(POPULAR_FILE, (items.num_rows,)),
+            similar=similar,
             indexes=indexes,
         )
     except ValueError as error:

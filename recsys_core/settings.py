@@ -69,7 +69,7 @@ class EventSettings(Section):
 
 class SparkSettings(Section):
     master: str = Field("local[*]", description="spark.master: local[*], spark://…, k8s://…, yarn")
-    app_name: str = "recsys"
+    app_name: str = Field("recsys", description="name of the Spark application")
     conf: dict[str, str] = Field(default_factory=dict, description="any further Spark property")
     driver_memory: str = Field("3g", description="spark.driver.memory; locally, the whole of Spark")
     shuffle_partitions: int = Field(4, ge=1, description="spark.sql.shuffle.partitions; raise it on a cluster")
@@ -86,11 +86,11 @@ class AlsSettings(Section):
     )
     rank: int = Field(64, ge=1, description="number of factors")
     iterations: int = Field(10, ge=1, description="alternating sweeps")
-    alpha: float = Field(10.0, gt=0, description="confidence of an interaction of weight w is 1 + alpha·w")
+    alpha: float = Field(1.0, gt=0, description="confidence of an interaction of weight w is 1 + alpha·w")
     regularization: float = Field(
-        0.1, ge=0, description="λ for each observation, as MLlib scales it; `implicit` gets λ × mean observations"
+        0.3, ge=0, description="λ for each observation, as MLlib scales it; `implicit` gets λ × mean observations"
     )
-    seed: int = 7
+    seed: int = Field(7, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")
     min_item_interactions: int = Field(1, ge=1, description="items with fewer users get no factors")
 
@@ -100,12 +100,12 @@ class IndexSettings(Section):
     ef_construction: int = Field(200, ge=8, description="HNSW build-time search width")
     recall_target: float = Field(0.99, gt=0, le=1, description="recall@50 that efSearch is tuned to")
     tuning_queries: int = Field(500, ge=10, description="sampled queries of the tuning")
-    max_ef_search: int = Field(1024, ge=16)
+    max_ef_search: int = Field(1024, ge=16, description="largest efSearch that the tuning tries")
 
 
 class TrendSettings(Section):
     half_life_hours: float = Field(1.0, gt=0, description="age at which an event counts half in `trending_items`")
-    window_hours: int = Field(24, ge=1)
+    window_hours: int = Field(24, ge=1, description="events of so many hours count for `trending_items`")
     top: int = Field(500, ge=1, description="items kept")
 
 
@@ -116,7 +116,7 @@ class RankingSettings(Section):
     trend_weight: float = Field(0.5, ge=0, description="boost by the trend of the last hours")
     popular_weight: float = Field(0.1, ge=0, description="weight of the window's popularity")
     candidates: int = Field(200, ge=10, description="nearest neighbours drawn from the index for a user")
-    session_candidates: int = Field(100, ge=1, description="items drawn that are similar to the last items of a user")
+    session_neighbours: int = Field(20, ge=1, le=50, description="similar items drawn for each of the last items of a user")
     session_decay: float = Field(0.8, gt=0, le=1, description="weight of the n-th last item is decay^n")
     trending: int = Field(100, ge=0, description="trending items among the candidates")
     popular: int = Field(100, ge=0, description="popular items among the candidates")
@@ -149,22 +149,22 @@ class RedisSettings(Section):
 
 
 class KafkaSettings(Section):
-    bootstrap_servers: str = "127.0.0.1:9092"
-    topic: str = "clickstream.events"
+    bootstrap_servers: str = Field("127.0.0.1:9092", description="host:port of brokers, separated by commas")
+    topic: str = Field("clickstream.events", description="topic of the events, keyed by user_id")
 
 
 class ServingSettings(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(50051, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="address that the gRPC server listens on")
+    port: int = Field(50051, ge=0, le=65535, description="its port; 0: any free one")
     max_items: int = Field(500, ge=1, description="largest `count` of a request")
     max_batch: int = Field(10_000, ge=1, description="most users of a RecommendBatch")
     pointer_poll_seconds: float = Field(1.0, gt=0, description="how often the champion pointer is looked at")
-    reflection: bool = True
+    reflection: bool = Field(True, description="offer gRPC server reflection")
 
 
 class DagsterSettings(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(3000, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="address of the web UI")
+    port: int = Field(3000, ge=0, le=65535, description="its port; the next free one when it is taken")
     automation: bool = Field(False, description="start schedules and sensors by themselves after a deploy")
 
 
@@ -198,7 +198,7 @@ class SourceMapping(Section):
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> SourceMapping:
-        needed = {"item_id": self.item_id}
+        needed: dict[str, str | None] = {"item_id": self.item_id}
         if self.kind == "events":
             needed |= {"user_id": self.user_id, "ts": self.ts}
         missing = [name for name, column in needed.items() if not column]
@@ -247,8 +247,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         home = init_settings().get("home") or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME
         files = [Path(home) / "recsys.toml", Path(os.environ.get(CONFIG_VARIABLE) or "recsys.toml")]

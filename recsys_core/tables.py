@@ -14,6 +14,7 @@ from recsys_core.events import (
     EVENT_TYPE,
     HOUR_MS,
     ITEM_ID,
+    MINUTE_MS,
     RECOMMENDATION_ID,
     SESSION_ID,
     TS,
@@ -54,11 +55,12 @@ def build_clicks_hourly(
     activity (the source's own is kept as `source_session_id`), sorted by user and time. Rows that can't be events go
     to `clicks_quarantine` of the same hour, with the reason.
 
-    Sessions and duplicates are followed `lookback_hours` back over the borders of the hours, so that the result does
-    not depend on which hours are made together. A session longer than that without a pause starts anew there.
+    Sessions and duplicates are followed `lookback_hours` back over the borders of the hours, from each event's own hour,
+    so that the result does not depend on which hours are made together. An event whose session began earlier than that
+    is in a session of its hour; an occurrence of an `event_id` that is earlier than that does not hide a later one.
     """
     start, end = key_start_ms(min(hours)), key_start_ms(max(hours)) + HOUR_MS
-    from_ms = start - settings.lookback_hours * HOUR_MS
+    from_ms = start - settings.lookback_hours * HOUR_MS - settings.session_gap_minutes * MINUTE_MS
     paths = [lake.url(f.path) for f in landing.covering(from_ms, end)]
     if not paths:
         return _publish_empty(lake, CLICKS_HOURLY, hours)
@@ -67,46 +69,67 @@ def build_clicks_hourly(
 
 
 def _build_clicks(
-    spark: SparkSession, lake: Lake, paths: list[str], times: tuple[int, int, int], hours: Sequence[str], settings: EventSettings
+    spark: SparkSession,
+    lake: Lake,
+    paths: list[str],
+    times: tuple[int, int, int],
+    hours: Sequence[str],
+    settings: EventSettings,
 ) -> list[Partition]:
+    from pyspark.sql import Observation
     from pyspark.sql import functions as F
 
     from_ms, start, end = times
     raw = spark.read.schema(LANDING_DDL).parquet(*paths).where(F.col(TS).between(from_ms, end - 1))
-    judged = raw.withColumn(REASON, _reason(settings))
-    sessions = with_sessions(distinct_events(judged.where(F.col(REASON).isNull()).drop(REASON)), settings.session_gap_minutes)
-    wanted = sessions.where(F.col(TS) >= start).withColumn("hour", _hour())
+    seen = Observation()
+    bad = F.col(REASON).isNotNull() & (F.col(TS) >= start)
+    judged = raw.withColumn(REASON, _reason(settings)).observe(seen, F.count_if(bad).alias("rejected"))
+    events = with_sessions(judged.where(F.col(REASON).isNull()), settings.session_gap_minutes, settings.lookback_hours)
+    wanted = distinct_events(events, settings.lookback_hours).where(F.col(TS) >= start).withColumn("hour", _hour())
     staged = lake.stage(CLICKS_HOURLY)
     _write(wanted, lake.url(staged), "hour", [USER_ID, TS, EVENT_ID])
-    rejected = judged.where(F.col(REASON).isNotNull() & (F.col(TS) >= start)).withColumn("hour", _hour())
-    quarantine = lake.stage(CLICKS_QUARANTINE)
-    _write(rejected, lake.url(quarantine), "hour", [REASON, TS])
-    touched = {name.partition("=")[2] for name in _folders(lake, quarantine)} | set(lake.keys(CLICKS_QUARANTINE))
-    _publish(spark, lake, CLICKS_QUARANTINE, quarantine, "hour", sorted(touched & set(hours)))
+    rejected = judged.where(bad).withColumn("hour", _hour()) if seen.get["rejected"] else None
+    _quarantine(spark, lake, rejected, hours)
     return _publish(spark, lake, CLICKS_HOURLY, staged, "hour", hours)
 
 
-def distinct_events(events: DataFrame) -> DataFrame:
-    """Each `event_id` once: its earliest row, the smallest by content where times are equal."""
-    from pyspark.sql import Window
-    from pyspark.sql import functions as F
+def _quarantine(spark: SparkSession, lake: Lake, rejected: DataFrame | None, hours: Sequence[str]) -> None:
+    """Replace the partitions of `clicks_quarantine` that have rows now or had some before."""
+    staged = lake.stage(CLICKS_QUARANTINE)
+    if rejected is not None:
+        _write(rejected, lake.url(staged), "hour", [REASON, TS])
+    touched = {name.partition("=")[2] for name in _folders(lake, staged)} | set(lake.keys(CLICKS_QUARANTINE))
+    _publish(spark, lake, CLICKS_QUARANTINE, staged, "hour", sorted(touched & set(hours)))
 
-    order = Window.partitionBy(EVENT_ID).orderBy(TS, USER_ID, ITEM_ID, EVENT_TYPE)
-    return events.withColumn("_n", F.row_number().over(order)).where("_n = 1").drop("_n")
 
+def distinct_events(events: DataFrame, lookback_hours: int) -> DataFrame:
+    """Each `event_id` once: its earliest row, the smallest by content where times are equal.
 
-def with_sessions(events: DataFrame, gap_minutes: int) -> DataFrame:
-    """Add `session_id`: the user's events with pauses of at most `gap_minutes` share one.
-
-    The id is made of the user and the time of the session's first event, so it is the same wherever it is computed.
+    A row is left out when the lookback of its hour holds an earlier one.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    by_time = Window.partitionBy(USER_ID).orderBy(TS, EVENT_ID)
+    content = [name for name in events.columns if name not in (EVENT_ID, TS)]
+    earlier = F.lag(TS).over(Window.partitionBy(EVENT_ID).orderBy(TS, *content))
+    marked = events.withColumn("_earlier", earlier)
+    return marked.where(F.col("_earlier").isNull() | (F.col("_earlier") < _lookback_start(lookback_hours))).drop("_earlier")
+
+
+def with_sessions(events: DataFrame, gap_minutes: int, lookback_hours: int) -> DataFrame:
+    """Add `session_id`: the user's events with pauses of at most `gap_minutes` share one.
+
+    The id is made of the user and the time of the session's first event, at the earliest the start of the lookback of
+    the event's hour, so it is the same wherever it is computed.
+    """
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    by_time = Window.partitionBy(USER_ID).orderBy(TS)
     pause = F.col(TS) - F.lag(TS).over(by_time)
-    starts = F.when(pause.isNull() | (pause > gap_minutes * 60_000), F.col(TS))
-    first = F.last(starts, ignorenulls=True).over(by_time.rowsBetween(Window.unboundedPreceding, Window.currentRow))
+    starts = F.when(pause.isNull() | (pause > gap_minutes * MINUTE_MS), F.col(TS))
+    last_start = F.last(starts, ignorenulls=True).over(by_time.rowsBetween(Window.unboundedPreceding, Window.currentRow))
+    first = F.greatest(last_start, _lookback_start(lookback_hours))
     return events.select(
         EVENT_ID,
         USER_ID,
@@ -120,6 +143,13 @@ def with_sessions(events: DataFrame, gap_minutes: int) -> DataFrame:
         VALUE,
         RECOMMENDATION_ID,
     )
+
+
+def _lookback_start(hours: int) -> Column:
+    """First millisecond of the lookback of an event's hour."""
+    from pyspark.sql import functions as F
+
+    return F.col(TS) - F.col(TS) % HOUR_MS - hours * HOUR_MS
 
 
 def _reason(settings: EventSettings) -> Column:

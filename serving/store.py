@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -30,7 +31,9 @@ from recsys_core.settings import RedisSettings
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 16
+MAX_CALLS = 128
+"""Calls that share one round trip."""
 TIMEOUTS_TO_OPEN = 3
 PAUSE_SECONDS = 0.5
 BACKGROUND_SECONDS = 1.0
@@ -96,6 +99,9 @@ class UserState:
         return UserRecord.decode(self.values)
 
 
+_Read = tuple[Sequence[str], asyncio.Future[list[UserState]]]
+
+
 class Store:
     """Reads that never raise and never last longer than their deadline.
 
@@ -116,10 +122,44 @@ class Store:
         self._deadline = settings.timeout_ms / 1000
         self._ttl = ttl_seconds
         self._breaker = Breaker()
+        self._waiting: list[_Read] = []
+        self._reader: asyncio.Task[None] | None = None
         self.counts: Counter[str] = Counter()
 
     async def read(self, user_ids: Sequence[str]) -> list[UserState]:
-        """The states of some users in one round trip; empty ones when Redis does not answer in time."""
+        """The states of some users; empty ones when Redis does not answer in time.
+
+        Calls that wait at the same time share one round trip, so that a busy process makes fewer and larger ones.
+        """
+        states: asyncio.Future[list[UserState]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((user_ids, states))
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._read_waiting())
+        return await states
+
+    async def _read_waiting(self) -> None:
+        try:
+            while self._waiting:
+                taken, self._waiting = self._waiting[:MAX_CALLS], self._waiting[MAX_CALLS:]
+                await self._read_together(taken)
+        finally:
+            self._reader = None
+
+    async def _read_together(self, calls: Sequence[_Read]) -> None:
+        try:
+            states = iter(await self._read_all([user_id for user_ids, _ in calls for user_id in user_ids]))
+            results = [list(islice(states, len(user_ids))) for user_ids, _ in calls]
+        except Exception as error:
+            log.exception("reading from Redis failed")
+            for _, future in calls:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), result in zip(calls, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+    async def _read_all(self, user_ids: Sequence[str]) -> list[UserState]:
         pipeline = self._redis.pipeline(transaction=False)
         for user_id in user_ids:
             pipeline.hmget(user_key(user_id), RECORD_FIELDS)

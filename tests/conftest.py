@@ -38,7 +38,7 @@ def lake(tmp_path: Path) -> Lake:
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """The local session of the whole test run; starting one takes some seconds."""
-    local = {"master": "local[2]", "shuffle_partitions": 4}
+    local = {"master": "local[2]", "shuffle_partitions": 2}
     started = session(default_settings(tmp_path_factory.mktemp("spark-home"), spark=local))
     yield started
     started.stop()

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pyarrow as pa
 
-from recsys_core.index import Metric, VectorIndex, build_index
+from recsys_core.index import Metric, VectorIndex, build_index, similar_items
 from recsys_core.ranking import Snapshot
 from recsys_core.release import Manifest
 from recsys_core.settings import IndexSettings
@@ -52,6 +52,7 @@ def make_snapshot(
         als_alpha=10.0,
         als_regularization=0.1,
         popular=np.round(1000 / np.arange(1, items + 1)).astype(np.float32),
+        similar=similar_items(vectors, 50, indexes["cosine"]),
         indexes=indexes,
     )
 

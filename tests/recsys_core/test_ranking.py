@@ -130,7 +130,7 @@ def test_a_filter_that_allows_nothing_gives_nothing(snapshot: Snapshot, trend: T
     assert np.isneginf(ranked.scores).all()
 
 
-def test_more_than_there_is_is_padded(trend: Trend) -> None:
+def test_more_than_there_is_is_padded() -> None:
     small = make_snapshot(items=20)
     ranked = rank(small, Trend.of(small, {}), nobody(small), 50, SETTINGS)
     assert ranked.positions.shape == ranked.scores.shape == (1, 50)
@@ -147,7 +147,7 @@ def test_a_category_holds_what_is_below_it_and_not_what_begins_alike(snapshot: S
     assert not snapshot.in_categories([]).any()
 
 
-def test_trends_leave_out_what_is_unknown_or_unavailable(snapshot: Snapshot, trend: Trend) -> None:
+def test_trends_leave_out_what_is_unknown_or_unavailable(trend: Trend) -> None:
     assert trend.order.tolist() == [100, 101]
     assert trend.part[100] == pytest.approx(np.log1p(9) / np.log1p(50))
 

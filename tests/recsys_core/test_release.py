@@ -80,7 +80,9 @@ def test_no_releases_are_an_empty_list_and_no_champion(tmp_path: Path) -> None:
     assert empty.champion() is None
 
 
-@pytest.mark.parametrize("name", ["items.parquet", "als/items.npy", "als/gram.npy", "popular.npy", "index/cosine.faiss"])
+@pytest.mark.parametrize(
+    "name", ["items.parquet", "als/items.npy", "als/gram.npy", "popular.npy", "similar.npy", "index/cosine.faiss"]
+)
 @pytest.mark.parametrize("at", [0.0, 0.5, 0.999])
 def test_a_flipped_byte_anywhere_is_refused_and_never_promoted(releases: Releases, name: str, at: float) -> None:
     path = file_of(releases, name)

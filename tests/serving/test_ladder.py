@@ -196,6 +196,13 @@ class TestLeftOut:
         assert {item.category for item in answer} == {"sports/shoes", "sports/balls"}
         assert answer.tier == ("REALTIME_ALS_ONLY" if user == "ann" else "POPULAR")
 
+    def test_a_category_of_which_the_popular_items_are_excluded_still_fills_the_answer(self, world: World) -> None:
+        shoes_and_balls = [i for i in range(500) if i % 5 in (0, 1)]
+        excluded = [f"item-{i}" for i in shoes_and_balls[:150]]
+        answer = world.client.recommend("nobody", 30, categories=["sports"], exclude=excluded)
+        assert len(answer) == 30
+        assert not set(ids(answer)) & set(excluded)
+
     def test_an_unknown_category_is_an_empty_answer(self, world: World) -> None:
         assert len(world.client.recommend("nobody", categories=["no/such"])) == 0
 

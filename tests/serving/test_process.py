@@ -22,7 +22,10 @@ import pathlib, sys
 from recsys_core.settings import load_settings
 from serving.server import main
 ready = pathlib.Path(sys.argv[1])
-sys.exit(main(load_settings(), lambda address: (ready.with_suffix(".tmp").write_text(address), ready.with_suffix(".tmp").rename(ready))))
+def announce(address):
+    ready.with_suffix(".tmp").write_text(address)
+    ready.with_suffix(".tmp").rename(ready)
+sys.exit(main(load_settings(), announce))
 """
 
 

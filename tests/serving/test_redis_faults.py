@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from snapshots import make_snapshot
 from worlds import World, eventually, now_ms
 
 from recsys_core.online import TRENDING_KEY, recs_key, user_key
+from serving.client import RecsysClient
 
 
 def tier(world: World, user_id: str = "ann") -> str:
@@ -27,8 +30,6 @@ def test_a_killed_redis_lowers_the_tier_and_a_restarted_one_raises_it(world: Wor
 
 
 def test_the_server_starts_without_redis(empty_world: World) -> None:
-    from snapshots import make_snapshot
-
     empty_world.promote(make_snapshot())
     empty_world.redis.kill()
     empty_world.start()
@@ -130,3 +131,28 @@ def test_an_answer_whose_items_are_corrupt_is_noticed_where_they_are_read(world:
 def test_an_answer_from_a_clock_ahead_of_this_one_is_fresh(world: World) -> None:
     world.put_cached_user("ann", computed_at=now_ms() + 2000)
     assert tier(world) == "CACHE"
+
+
+def test_calls_that_share_a_round_trip_get_their_own_answers(world: World) -> None:
+    users = [f"user-{i}" for i in range(40)]
+    world.put_answers({user: world.put_known_user(user, taste=i * 7) for i, user in enumerate(users)})
+    alone = {user: [item.item_id for item in world.client.recommend(user)] for user in users}
+    assert len(set(map(tuple, alone.values()))) == len(users)
+    with ThreadPoolExecutor(16) as threads:
+        together = list(threads.map(world.client.recommend, users * 20))
+    assert {answer.tier for answer in together} == {"CACHE"}
+    for user, answer in zip(users * 20, together, strict=True):
+        assert [item.item_id for item in answer] == alone[user]
+
+
+def test_a_call_that_is_given_up_leaves_the_others_alone(world: World) -> None:
+    world.put_cached_user("ann")
+    world.redis.signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(8) as threads:
+        with RecsysClient(world.address, timeout=0.02) as hasty:
+            given_up = [threads.submit(hasty.recommend, "ann") for _ in range(4)]
+            patient = [threads.submit(world.client.recommend, "ann") for _ in range(4)]
+            assert {p.result().tier for p in patient} == {"POPULAR"}
+            assert all(g.exception() is None or g.exception().status == "DEADLINE_EXCEEDED" for g in given_up)
+    world.redis.signal(signal.SIGCONT)
+    eventually(lambda: tier(world) == "CACHE", seconds=3)

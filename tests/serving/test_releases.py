@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from snapshots import make_manifest, make_snapshot
 from worlds import World, eventually
 
 from recsys_core.lake import write_atomically
-from recsys_core.release import CHAMPION, Pointer
+from recsys_core.release import CHAMPION, Pointer, Releases
 from serving.client import RecsysClient, RecsysError
 
 OLD = "2026-01-01.a"
@@ -70,6 +73,7 @@ FILES = [
     "als/items.npy",
     "als/gram.npy",
     "popular.npy",
+    "similar.npy",
     "index/inner_product.faiss",
     "index/cosine.faiss",
 ]
@@ -163,6 +167,8 @@ WRONG: dict[str, Callable[[World], tuple[str, bytes]]] = {
     "a gram of another rank": lambda _: ("als/gram.npy", npy(np.zeros((8, 8)))),
     "popularity of fewer items": lambda _: ("popular.npy", npy(np.zeros(499, np.float32))),
     "factors that are not finite": lambda _: ("als/items.npy", npy(np.full((500, 16), np.nan, np.float32))),
+    "similar items that are none": lambda _: ("similar.npy", npy(np.full((500, 50), 500, np.int32))),
+    "similar items of fewer items": lambda _: ("similar.npy", npy(np.zeros((499, 50), np.int32))),
     "an index of another dimension": lambda _: (
         "index/cosine.faiss",
         make_snapshot(items=500, rank=8).indexes["cosine"].serialize(),
@@ -175,9 +181,7 @@ WRONG: dict[str, Callable[[World], tuple[str, bytes]]] = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_a_consistent_release_of_wrong_content_is_refused(
-    world: World, fault: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_consistent_release_of_wrong_content_is_refused(world: World, fault: str, caplog: pytest.LogCaptureFixture) -> None:
     write_new(world)
     name, data = WRONG[fault](world)
     rewrite(world, name, data)
@@ -186,9 +190,6 @@ def test_a_consistent_release_of_wrong_content_is_refused(
 
 @pytest.mark.parametrize("fault", ["duplicate ids", "a missing column"])
 def test_a_wrong_item_table_is_refused(world: World, fault: str, caplog: pytest.LogCaptureFixture) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     write_new(world)
     items = make_snapshot(NEW).items
     if fault == "duplicate ids":
@@ -224,12 +225,27 @@ def test_a_pointer_that_is_no_pointer_leaves_the_release_in_service(world: World
 
 
 def test_a_release_folder_that_vanishes_under_the_server_is_not_missed(world: World) -> None:
-    import shutil
-
     shutil.rmtree(world.releases.root)
     time.sleep(0.3)
     assert len(world.client.recommend("nobody")) == 10
     assert len(world.client.similar_items("item-1")) == 10
+
+
+def test_a_refused_release_is_not_read_again_at_every_look(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    load = Releases.load
+
+    def counted(releases: Releases, release_id: str, digest: str | None = None) -> Any:
+        reads.append(release_id)
+        return load(releases, release_id, digest)
+
+    monkeypatch.setattr(Releases, "load", counted)
+    write_new(world)
+    flip_byte(folder(world) / "popular.npy")
+    point_at_new(world)
+    eventually(lambda: world.client.get_release().last_refused)
+    time.sleep(10 * world.settings.serving.pointer_poll_seconds)
+    assert reads == [NEW]
 
 
 def test_a_repaired_release_is_taken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from worlds import World
+from snapshots import make_snapshot
+from worlds import World, eventually
 
 from serving import recsys_pb2 as pb
 from serving.client import RecsysError
@@ -158,9 +159,6 @@ def test_every_method_of_the_proto_is_served(world: World) -> None:
 
 @pytest.mark.parametrize("service", ["", "recsys.v1.Recommender"])
 def test_health_follows_the_release(empty_world: World, service: str) -> None:
-    from snapshots import make_snapshot
-    from worlds import eventually
-
     def status() -> int:
         stub = health_pb2_grpc.HealthStub(empty_world.client._channel)
         return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status)

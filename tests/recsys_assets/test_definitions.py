@@ -1,0 +1,242 @@
+"""The code location: what it costs to load, and what every asset of the graph says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from recsys_assets.definitions import build_definitions
+from recsys_assets.partitions import daily, hourly
+from recsys_core.settings import DagsterSettings, Settings
+
+PROJECT = Path(__file__).resolve().parents[2]
+HEAVY = ("pyspark", "tensorflow", "faiss", "implicit", "matplotlib", "mlflow")
+SECONDS_TO_LOAD = 4.0
+"""2 s on an idle machine; other work may run beside the tests."""
+
+DATA_ENGINEERING, ML_ENGINEERING = ["team:data-engineering"], ["team:ml-engineering"]
+GRAPH: dict[str, dict[str, object]] = {
+    "clickstream_topic": {
+        "group": "ingestion",
+        "deps": [],
+        "partitions": None,
+        "owners": DATA_ENGINEERING,
+        "kinds": ["kafka"],
+        "checks": [],
+    },
+    "clickstream_landing": {
+        "group": "ingestion",
+        "deps": ["clickstream_topic"],
+        "partitions": None,
+        "owners": DATA_ENGINEERING,
+        "kinds": ["parquet"],
+        "checks": [],
+    },
+    "item_catalog": {
+        "group": "ingestion",
+        "deps": [],
+        "partitions": None,
+        "owners": DATA_ENGINEERING,
+        "kinds": ["parquet"],
+        "checks": [],
+    },
+    "clicks_hourly": {
+        "group": "ingestion",
+        "deps": ["clickstream_landing"],
+        "partitions": "hourly",
+        "owners": DATA_ENGINEERING,
+        "kinds": ["parquet", "spark"],
+        "checks": ["event_ids_are_unique", "events_lie_in_their_hour"],
+    },
+    "interactions": {
+        "group": "features",
+        "deps": ["clicks_hourly"],
+        "partitions": "daily",
+        "owners": DATA_ENGINEERING,
+        "kinds": ["parquet", "spark"],
+        "checks": ["weights_are_positive_and_finite"],
+    },
+    "als_factors": {
+        "group": "models",
+        "deps": ["interactions"],
+        "partitions": "daily",
+        "owners": ML_ENGINEERING,
+        "kinds": ["numpy", "spark"],
+        "checks": ["factors_are_finite_and_not_all_zero"],
+    },
+    "evaluation": {
+        "group": "models",
+        "deps": ["clicks_hourly", "interactions"],
+        "partitions": "daily",
+        "owners": ML_ENGINEERING,
+        "kinds": ["numpy"],
+        "checks": [],
+    },
+    "item_index": {
+        "group": "retrieval",
+        "deps": ["als_factors"],
+        "partitions": "daily",
+        "owners": ML_ENGINEERING,
+        "kinds": ["faiss"],
+        "checks": ["recall_reaches_its_target"],
+    },
+    "popular_items": {
+        "group": "serving",
+        "deps": ["interactions"],
+        "partitions": "daily",
+        "owners": ML_ENGINEERING,
+        "kinds": ["parquet"],
+        "checks": [],
+    },
+    "trending_items": {
+        "group": "serving",
+        "deps": ["clicks_hourly"],
+        "partitions": "hourly",
+        "owners": ML_ENGINEERING,
+        "kinds": ["parquet"],
+        "checks": [],
+    },
+    "release": {
+        "group": "serving",
+        "deps": ["als_factors", "evaluation", "item_catalog", "item_index", "popular_items"],
+        "partitions": "daily",
+        "owners": ML_ENGINEERING,
+        "kinds": ["faiss", "parquet"],
+        "checks": ["champion_verifies"],
+    },
+    "online_features": {
+        "group": "serving",
+        "deps": ["als_factors", "clicks_hourly", "interactions", "release"],
+        "partitions": "daily",
+        "owners": ML_ENGINEERING,
+        "kinds": ["redis", "spark"],
+        "checks": [],
+    },
+    "rec_cache": {
+        "group": "serving",
+        "deps": ["clicks_hourly", "online_features", "release", "trending_items"],
+        "partitions": "hourly",
+        "owners": ML_ENGINEERING,
+        "kinds": ["redis", "spark"],
+        "checks": ["active_users_have_an_answer"],
+    },
+}
+BLOCKING = {"factors_are_finite_and_not_all_zero", "weights_are_positive_and_finite"}
+
+LOAD = """
+import json, sys, time
+started = time.perf_counter()
+from recsys_assets.definitions import defs
+defs().get_repository_def().load_all_definitions()
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "modules": sorted(m for m in sys.modules if "." not in m)}))
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An installation of its own, with the default settings."""
+    (tmp_path / "empty.toml").touch()
+    own = {"RECSYS_HOME": str(tmp_path), "RECSYS_CONFIG": str(tmp_path / "empty.toml"), "DAGSTER_HOME": str(tmp_path)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RECSYS_")}
+    return {**kept, **own, "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.fixture
+def definitions(settings: Settings) -> dg.Definitions:
+    return build_definitions(settings)
+
+
+def test_the_code_location_loads_quickly_and_without_any_heavy_import(environment: dict[str, str]) -> None:
+    loads = []
+    for _ in range(2):
+        output = subprocess.run(
+            [sys.executable, "-c", LOAD], env=environment, check=True, capture_output=True, text=True, timeout=120
+        ).stdout
+        loads.append(json.loads(output))
+    assert [module for module in HEAVY if module in loads[0]["modules"]] == []
+    assert min(load["seconds"] for load in loads) < SECONDS_TO_LOAD
+
+
+def test_dagster_finds_the_workspace_valid(environment: dict[str, str]) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "dagster", "definitions", "validate", "-w", str(PROJECT / "workspace.yaml")],
+        cwd=environment["RECSYS_HOME"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    output = found.stdout + found.stderr
+    assert found.returncode == 0, output
+    assert "Validation successful for code location recsys" in output
+    assert "All code locations passed validation" in output
+
+
+def test_the_graph_is_as_written_here(definitions: dg.Definitions) -> None:
+    graph = definitions.resolve_asset_graph()
+    kinds = {hourly: "hourly", daily: "daily", None: None}
+    checks = {key: sorted(c.name for c in graph.asset_check_keys if c.asset_key == key) for key in graph.get_all_asset_keys()}
+    found = {
+        key.to_user_string(): {
+            "group": graph.get(key).group_name,
+            "deps": sorted(parent.to_user_string() for parent in graph.get(key).parent_keys),
+            "partitions": kinds[graph.get(key).partitions_def],
+            "owners": list(graph.get(key).owners),
+            "kinds": sorted(graph.get(key).kinds),
+            "checks": checks[key],
+        }
+        for key in graph.get_all_asset_keys()
+    }
+    assert found == GRAPH
+
+
+def test_every_asset_says_what_it_is_whose_it_is_and_what_it_is_made_with(definitions: dg.Definitions) -> None:
+    graph = definitions.resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        assert node.description, key
+        assert node.description.endswith("."), key
+        assert node.owners, key
+        assert node.kinds, key
+
+
+def test_a_check_states_a_claim_and_the_blocking_ones_are_known(definitions: dg.Definitions) -> None:
+    verbs = {"are", "have", "lie", "reaches", "verifies"}
+    specs = [spec for checks in definitions.asset_checks or () for spec in checks.check_specs]
+    for spec in specs:
+        assert verbs & set(spec.name.split("_")), spec.name
+        assert spec.description, spec.name
+    assert {spec.name for spec in specs if spec.blocking} == BLOCKING
+
+
+def test_the_jobs_are_the_hour_the_night_and_the_look_at_arrivals(definitions: dg.Definitions) -> None:
+    members = {
+        job: {key.to_user_string() for key in definitions.resolve_job_def(job).asset_layer.executable_asset_keys}
+        for job in ("arrivals", "hourly", "nightly")
+    }
+    assert members["arrivals"] == {"clickstream_landing", "item_catalog"}
+    assert members["hourly"] == {"clicks_hourly", "trending_items", "rec_cache"}
+    assert set().union(*members.values()) == set(GRAPH) - {"clickstream_topic"}
+
+
+@pytest.mark.parametrize(
+    ("automation", "status"), [(False, dg.DefaultScheduleStatus.STOPPED), (True, dg.DefaultScheduleStatus.RUNNING)]
+)
+def test_schedules_run_by_themselves_only_when_the_settings_say_so(
+    settings: Settings, automation: bool, status: dg.DefaultScheduleStatus
+) -> None:
+    chosen = settings.model_copy(update={"dagster": DagsterSettings(automation=automation)})
+    definitions = build_definitions(chosen)
+    schedules = {schedule.name: schedule for schedule in definitions.get_repository_def().schedule_defs}
+    assert {name: s.cron_schedule for name, s in schedules.items()} == {
+        "hourly_schedule": "5 * * * *",
+        "nightly_schedule": "10 1 * * *",
+    }
+    assert {s.default_status for s in schedules.values()} == {status}

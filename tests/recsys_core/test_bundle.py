@@ -1,0 +1,178 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+from builders import write_interactions
+
+from recsys_core.als import fit_als, read_factors
+from recsys_core.bundle import (
+    ALS_FACTORS,
+    POPULAR_ITEMS,
+    MismatchedParts,
+    assemble,
+    build_item_index,
+    fit_als_factors,
+    item_factors,
+    publish_release,
+    with_catalog,
+)
+from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
+from recsys_core.evaluation import EVALUATION
+from recsys_core.lake import MissingPartition
+from recsys_core.popularity import popular_items
+from recsys_core.ranking import Trend, Users, rank
+from recsys_core.release import Releases
+from recsys_core.settings import Settings
+
+DAY = "2026-03-02"
+ITEMS = [f"i{n}" for n in range(12)]
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"als": settings.als.model_copy(update={"rank": 4})})
+
+
+def catalog(*rows: tuple) -> pa.Table:
+    filled = [dict(zip(CATALOG_SCHEMA.names, (*row, *[None] * (6 - len(row))), strict=True)) for row in rows]
+    return pa.Table.from_pylist([{**row, "available": row["available"] is not False} for row in filled], schema=CATALOG_SCHEMA)
+
+
+@pytest.fixture
+def made(lake, settings):
+    """Everything a release of the day is assembled from. `i3` and `i5` can't be had, `i9` is not in the catalogue."""
+    random = np.random.default_rng(0)
+    rows = [(f"u{u}", item, 1.0 + (item == "i5")) for u in range(30) for item in random.permutation(ITEMS)[:5].tolist()]
+    write_interactions(lake, DAY, rows)
+    fit_als_factors(lake, DAY, settings, None, "implicit")
+    build_item_index(lake, DAY, settings)
+    lake.write(POPULAR_ITEMS, DAY, popular_items(lake.dataset("interactions", [DAY])))
+    known = [item for item in reversed(ITEMS) if item != "i9"]
+    merge_catalog(lake, catalog(*((item, f"Title {item}", "a/b", 1.0, item not in ("i3", "i5")) for item in known)))
+    return lake
+
+
+def test_positions_are_the_items_in_the_order_of_their_ids_in_every_part(made):
+    snapshot = assemble(made, DAY, "r1").snapshot
+    assert snapshot.item_ids == sorted(ITEMS)
+    factors = read_factors(made, ALS_FACTORS, DAY, "items")
+    popular = {row["item_id"]: row["score"] for row in made.read(POPULAR_ITEMS, DAY).to_pylist()}
+    for item, vector in zip(factors.ids, factors.vectors, strict=True):
+        position = snapshot.positions[item]
+        assert (snapshot.als_items[position] == vector).all()
+        assert snapshot.popular[position] == popular[item]
+        assert snapshot.indexes["cosine"].search(vector[None], 1).tolist() == [[position]]
+    assert np.allclose(snapshot.als_gram, factors.vectors.T.astype(np.float64) @ factors.vectors)
+
+
+def test_items_carry_their_catalogue_row_and_unavailable_ones_are_not_recommended(made, settings):
+    snapshot = assemble(made, DAY, "r1").snapshot
+    rows = {row["item_id"]: row for row in snapshot.items.to_pylist()}
+    assert snapshot.items.schema.equals(CATALOG_SCHEMA)
+    assert (rows["i2"]["title"], rows["i2"]["category"], rows["i2"]["price"]) == ("Title i2", "a/b", 1.0)
+    assert (rows["i9"]["title"], rows["i9"]["available"]) == (None, True)
+    assert [item for item in snapshot.item_ids if not snapshot.available[snapshot.positions[item]]] == ["i3", "i5"]
+    users = Users(snapshot.als_items[:1], np.full((1, 1), -1, np.int64), np.full((1, 1), -1, np.int64))
+    positions = rank(snapshot, Trend.of(snapshot, {"i5": 9.0}), users, 12, settings.ranking).positions[0]
+    assert {snapshot.item_ids[p] for p in positions if p >= 0} == set(ITEMS) - {"i3", "i5"}
+
+
+def test_catalogue_rows_follow_the_items_and_lacking_ones_get_defaults():
+    rows = with_catalog(np.array(["c", "a", "x"], object), catalog(("a", "A"), ("b", "B"), ("c", "C", "k", 2.0, False, "{}")))
+    assert rows.to_pydict() == {
+        "item_id": ["c", "a", "x"],
+        "title": ["C", "A", None],
+        "category": ["k", None, None],
+        "price": [2.0, None, None],
+        "available": [False, True, True],
+        "attributes": ["{}", None, None],
+    }
+
+
+def test_items_without_any_catalogue_are_available_and_untitled():
+    rows = with_catalog(np.array(["b", "a"], object), CATALOG_SCHEMA.empty_table())
+    assert rows.schema.equals(CATALOG_SCHEMA)
+    assert rows.select(["item_id", "title", "available"]).to_pylist() == [
+        {"item_id": item, "title": None, "available": True} for item in ("b", "a")
+    ]
+
+
+def test_an_index_over_the_factors_of_another_fit_is_refused(made, settings):
+    other = settings.model_copy(update={"als": settings.als.model_copy(update={"seed": 99})})
+    fit_als_factors(made, DAY, other, None, "implicit")
+    with pytest.raises(MismatchedParts, match=f"item_index of {DAY} was built over other factors than als_factors of {DAY}"):
+        assemble(made, DAY, "r1")
+    build_item_index(made, DAY, other)
+    assert assemble(made, DAY, "r1").snapshot.release_id == "r1"
+
+
+@pytest.mark.parametrize("side", ["users", "items"])
+def test_users_and_items_of_different_fits_are_refused(made, settings, side):
+    other = settings.als.model_copy(update={"seed": 99})
+    fit_als(made, made.files("interactions", [DAY]), "other", DAY, other, None, "implicit")
+    made.write(f"{ALS_FACTORS}_{side}", DAY, made.read(f"other_{side}", DAY))
+    for use in (
+        lambda: item_factors(made, DAY),
+        lambda: assemble(made, DAY, "r1"),
+        lambda: build_item_index(made, DAY, settings),
+    ):
+        with pytest.raises(MismatchedParts, match=f"als_factors_{side} of {DAY} is not of the fit that als_factors"):
+            use()
+
+
+def test_the_same_fit_made_again_fits_the_index_of_before(made, settings):
+    before = assemble(made, DAY, "r1")
+    fit_als_factors(made, DAY, settings, None, "implicit")
+    assert assemble(made, DAY, "r1").sources == before.sources
+
+
+def test_a_part_that_was_never_made_is_named(lake, settings):
+    with pytest.raises(MissingPartition, match="'als_factors'"):
+        assemble(lake, DAY, "r1")
+    write_interactions(lake, DAY, [("u", "i", 1.0), ("v", "j", 1.0)])
+    fit_als_factors(lake, DAY, settings, None, "implicit")
+    with pytest.raises(MissingPartition, match="'item_index'"):
+        assemble(lake, DAY, "r1")
+    build_item_index(lake, DAY, settings)
+    with pytest.raises(MissingPartition, match="'popular_items'"):
+        assemble(lake, DAY, "r1")
+
+
+def test_the_sources_are_what_the_parts_were_made_from(made):
+    fitted_on = made.get("interactions", DAY).data_version
+    write_interactions(made, DAY, [("late", "i1", 1.0)])
+    sources = assemble(made, DAY, "r1").sources
+    assert sources["interactions"] == {"partition": DAY, "data_version": fitted_on}
+    assert sources["item_catalog"]["data_version"] == made.get("item_catalog", "current").data_version
+    assert sources["popular_items"] == {"partition": DAY, "data_version": made.get(POPULAR_ITEMS, DAY).data_version}
+
+
+def test_a_published_release_is_the_champion_and_loads_as_what_was_assembled(made, settings):
+    releases = Releases(settings.releases_uri)
+    made.write_blobs(EVALUATION, DAY, {"evaluation.json": b"{}"}, 1, {"metrics": {"ALS": {"ndcg@10": 0.5}}})
+    manifest, snapshot = publish_release(made, releases, DAY, settings, {"release": "run-1"})
+    assert releases.champion().release_id == manifest.release_id
+    assert manifest.release_id.startswith(DAY)
+    read, loaded = releases.load(manifest.release_id, releases.champion().manifest_sha256)
+    assert read == manifest
+    assert (read.metrics, read.run_ids) == ({"ALS": {"ndcg@10": 0.5}}, {"release": "run-1"})
+    assert read.models["als"]["version"] == made.get(ALS_FACTORS, DAY).data_version
+    assert read.models["two_tower"] is None
+    assert loaded.items.equals(snapshot.items)
+    for name in ("als_items", "als_gram", "popular"):
+        assert (getattr(loaded, name) == getattr(snapshot, name)).all()
+    for name in ("als_version", "als_alpha", "als_regularization", "als_regularization_per_item", "release_id"):
+        assert getattr(loaded, name) == getattr(snapshot, name)
+    for metric, index in snapshot.indexes.items():
+        queries = snapshot.als_items[:5]
+        assert loaded.indexes[metric].search(queries, 4).tolist() == index.search(queries, 4).tolist()
+
+
+def test_the_champion_stays_when_the_next_release_does_not_fit_together(made, settings):
+    releases = Releases(settings.releases_uri)
+    manifest, _ = publish_release(made, releases, DAY, settings, {})
+    other = settings.model_copy(update={"als": settings.als.model_copy(update={"seed": 99})})
+    fit_als_factors(made, DAY, other, None, "implicit")
+    with pytest.raises(MismatchedParts):
+        publish_release(made, releases, DAY, settings, {})
+    assert releases.champion().release_id == manifest.release_id
+    assert [m.release_id for m in releases.list()] == [manifest.release_id]
