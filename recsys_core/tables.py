@@ -40,6 +40,9 @@ ACTIVE_USERS = "active_users"
 SOURCE_SESSION_ID = "source_session_id"
 REASON = "reason"
 
+SMALLEST_WEIGHT = 1e-30
+"""A pair stays, and stays out of what is recommended again, however old it is."""
+
 LANDING_DDL = (
     "event_id string, user_id string, item_id string, event_type string, ts bigint, session_id string, device string, "
     "country string, value double, recommendation_id string"
@@ -88,7 +91,9 @@ def _build_clicks(
     wanted = distinct_events(events, settings.lookback_hours).where(F.col(TS) >= start).withColumn("hour", _hour())
     staged = lake.stage(CLICKS_HOURLY)
     _write(wanted, lake.url(staged), "hour", [USER_ID, TS, EVENT_ID])
-    rejected = judged.where(bad).withColumn("hour", _hour()) if seen.get["rejected"] else None
+    # Spark prunes a plan that turns out to give no row, and what it would have observed with it.
+    maybe = not _folders(lake, staged) or seen.get["rejected"]
+    rejected = judged.where(bad).withColumn("hour", _hour()) if maybe else None
     _quarantine(spark, lake, rejected, hours)
     return _publish(spark, lake, CLICKS_HOURLY, staged, "hour", hours)
 
@@ -192,13 +197,13 @@ def build_interactions(
         weights = F.create_map(*[F.lit(part) for pair in sorted(events.weights.items()) for part in pair])
         weight = weights[F.col(EVENT_TYPE)] * F.pow(F.lit(2.0), -age_ms / (settings.half_life_days * DAY_MS))
         rows = windowed.groupBy("day", USER_ID, ITEM_ID).agg(
-            F.round(F.sum(weight), 6).cast("float").alias("weight"),
+            F.greatest(F.sum(weight), F.lit(SMALLEST_WEIGHT)).cast("float").alias("weight"),
             F.count("*").cast("int").alias("n_events"),
             F.min(TS).alias("first_ts"),
             F.max(TS).alias("last_ts"),
         )
         staged = lake.stage(INTERACTIONS)
-        _write(rows.where(F.col("weight") > 0), lake.url(staged), "day", [USER_ID, ITEM_ID])
+        _write(rows, lake.url(staged), "day", [USER_ID, ITEM_ID])
         return _publish(spark, lake, INTERACTIONS, staged, "day", days)
 
 

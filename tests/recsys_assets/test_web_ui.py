@@ -89,6 +89,7 @@ def stack(lake: Lake) -> Iterator[Stack]:
         "RECSYS_CONFIG": str(home / "empty.toml"),
         "RECSYS_DAGSTER__PORT": str(free_port()),
         "RECSYS_SERVING__PORT": str(free_port()),
+        "RECSYS_SPARK__SHUFFLE_PARTITIONS": "1",
         "RECSYS_REDIS__URL": f"redis://127.0.0.1:{free_port()}/0",
     }
     log = home / "up.log"
@@ -126,7 +127,7 @@ def stack(lake: Lake) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def page(stack: Stack) -> Iterator[Page]:
+def page() -> Iterator[Page]:
     # So large that the graph is drawn with all details and whole names.
     with open_page(2500, 2100, PAGE_SECONDS) as opened:
         yield opened

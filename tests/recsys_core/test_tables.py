@@ -129,7 +129,7 @@ def test_an_hour_is_the_same_whether_made_alone_in_a_range_in_any_order_or_again
     moments = [(f"{DAY}T{h:02}:{m:02}", h * 60 + m) for h in range(2, 6) for m in range(5, 60, 10)]
     always = [event(f"always-{n}", "always", f"i{n % 3}", moment) for moment, n in moments]
     early = [event(f"early-{n}", "early", "i1", moment) for moment, n in moments if n < 260]
-    again = [event(f"always-{n - 20}", "always", f"i{n % 3}", moment) for moment, n in moments if n % 50 == 25]
+    again = [event(f"always-{n - 20}", "always", f"i{n % 3}", moment) for moment, n in moments if n > 150 and n % 50 == 25]
     far = [event("far", "far", "i1", f"{DAY}T{h:02}:30") for h in (2, 3, 5)]
     same = [event("same", "same", "i1", f"{DAY}T04:00", device=device) for device in ("tv", None, "phone")]
     land(lake, *always, *far, *same, name="1")
@@ -167,7 +167,10 @@ def test_an_hour_without_events_is_empty_and_one_whose_events_went_is_emptied(la
     build(keys)
     assert [lake.get(CLICKS_HOURLY, key).rows for key in keys] == [0, 1, 0]
     assert lake.dataset(CLICKS_HOURLY, [keys[0], keys[2]]) is None
-    far = hours("2026-05-01T00", "2026-05-01T01")
+    land(lake, event("z", "u", "i", "2026-07-01T10:00"), event("y", "u", "i", "2026-03-01T10:00"), name="wide")
+    gap = hours("2026-06-01T00", "2026-06-01T01")
+    assert build(gap) == dict.fromkeys(gap, "empty")
+    far = hours("2026-08-01T00", "2026-08-01T01")
     assert build(far) == dict.fromkeys(far, "empty")
     lake.fs.rm(path)
     build(keys)
