@@ -82,6 +82,7 @@ def up(settings: Settings, console: Console) -> int:
         java = ensure_java()
         services, environment = plan(settings, console)
         environment["JAVA_HOME"] = str(java.path)
+        create_dagster_storage(environment)
         description = _description_file(home)
         description.write_text(json.dumps({"pid": os.getpid(), "services": [asdict(s) for s in services]}, indent=1))
         try:
@@ -251,6 +252,18 @@ def prepare_dagster_home(home: Path) -> Path:
         link.unlink(missing_ok=True)
         link.symlink_to(_project_file("dagster.yaml"))
     return folder
+
+
+def create_dagster_storage(environment: Mapping[str, str]) -> None:
+    """Make Dagster's tables in a new DAGSTER_HOME. Raises StackError when that fails.
+
+    The web UI, the daemon and their code servers each make them when they are missing; two at once leave SQLite tables
+    that no Dagster opens any more ("more than one head present").
+    """
+    command = [*_dagster("dagster"), "instance", "info"]
+    made = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if made.returncode:
+        raise StackError(f"Dagster can't open its storage in {environment['DAGSTER_HOME']}:\n{made.stderr[-2000:]}")
 
 
 # -- Redis ------------------------------------------------------------------------------------------------------
