@@ -31,7 +31,6 @@ def spark_conf(settings: Settings) -> dict[str, str]:
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
         "spark.sql.parquet.compression.codec": "zstd",
-        "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
         "spark.ui.showConsoleProgress": "false",
     }
     if is_local(spark.master):
@@ -40,6 +39,8 @@ def spark_conf(settings: Settings) -> dict[str, str]:
             "spark.driver.host": "127.0.0.1",
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.ui.enabled": "false",
+            # Less work beside the tasks than G1's on few cores.
+            "spark.driver.extraJavaOptions": "-XX:+UseParallelGC",
             # Many small files are listed faster here than by a Spark job.
             "spark.sql.sources.parallelPartitionDiscovery.threshold": "100000",
             "spark.local.dir": str(work / "tmp"),
