@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +53,7 @@ def run(data: Path | None, mapping: str | None, home: Path) -> None:
         raise FileNotFoundError(2, "No such file or folder", str(data))
     console = Console()
     steps = Steps(console)
-    home = _own_home(home.absolute())
-    with home_lock(home):
+    with _own_home(home.absolute()) as home:
         _empty(home)
         os.environ["JAVA_HOME"] = str(ensure_java().path)
         os.environ["DAGSTER_HOME"] = str(prepare_dagster_home(home))
@@ -74,18 +73,22 @@ def run(data: Path | None, mapping: str | None, home: Path) -> None:
 # -- the folder -------------------------------------------------------------------------------------------------
 
 
-def _own_home(home: Path) -> Path:
-    """`home`, or the next one beside it while that is in use by a running stack or another demo."""
-    for number in range(2, 10):
+@contextmanager
+def _own_home(wanted: Path) -> Iterator[Path]:
+    """Hold `wanted`, or the next folder beside it while that is in use by a running stack or another demo."""
+    for home in (wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10))):
         if home.exists() and not (home / MARKER).exists() and any(home.iterdir()):
             raise StackError(f"{home} holds something that no demo made; choose another folder by --home")
-        try:
-            with home_lock(home):
-                (home / MARKER).touch()
-            return home
-        except StackError:
-            home = home.with_name(f"{home.name.rstrip('0123456789').rstrip('-')}-{number}")
-    raise StackError(f"all demo folders beside {home} are in use")
+        home.mkdir(parents=True, exist_ok=True)
+        (home / MARKER).touch()
+        with ExitStack() as held:
+            try:
+                held.enter_context(home_lock(home))
+            except StackError:
+                continue
+            yield home
+            return
+    raise StackError(f"{wanted} and the folders beside it are in use by other demos")
 
 
 def _empty(home: Path) -> None:

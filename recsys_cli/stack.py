@@ -283,19 +283,19 @@ def redis_server(home: Path, port: int = 0) -> Iterator[str]:
 
 
 def redis_command(home: Path, port: int) -> list[str]:
-    """A Redis that keeps nothing on disk, listens on loopback alone and drops expiring keys when its memory is full."""
+    """A Redis on loopback that keeps its data in the home over a restart and drops expiring keys when memory is full."""
     folder = home / "redis"
     folder.mkdir(parents=True, exist_ok=True)
     options = {
         "--port": str(port),
         "--bind": LOOPBACK,
         "--dir": str(folder),
-        "--save": "",
+        "--rdbcompression": "no",
         "--appendonly": "no",
         "--maxmemory": REDIS_MEMORY,
         "--maxmemory-policy": "volatile-lru",
     }
-    return [str(ensure_redis()), *(word for pair in options.items() for word in pair)]
+    return [str(ensure_redis()), *(word for pair in options.items() for word in pair), "--save", "900", "1"]
 
 
 def redis_binary() -> Path:

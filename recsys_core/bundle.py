@@ -71,7 +71,9 @@ def fit_als_factors(
 
 
 def item_factors(lake: Lake, day: str) -> Factors:
-    """The item factors of a day in the order of their ids: the order of positions in index and release.
+    """The item factors of a day, longest first, then by id: the order of positions in index and release.
+
+    Long vectors are the neighbours of most users; a graph that takes them in first finds more of them (docs/decisions.md).
 
     Raises MissingPartition, and MismatchedParts when users and items are not of one fit.
     """
@@ -81,6 +83,7 @@ def item_factors(lake: Lake, day: str) -> Factors:
             raise MismatchedParts(f"{table} of {day} is not of the fit that als_factors of {day} records: make it again")
     found = read_factors(lake, ALS_FACTORS, day, "items")
     order = np.argsort(found.ids)
+    order = order[np.argsort(-np.linalg.norm(found.vectors[order], axis=1), kind="stable")]
     return Factors(found.ids[order], found.n[order], np.ascontiguousarray(found.vectors[order]))
 
 

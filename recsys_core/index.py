@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 Metric = Literal["inner_product", "cosine"]
 RECALL_AT = 50
-EXHAUSTIVE_ITEMS = 100_000
+GRAPH_ABOVE = 50_000
+"""With fewer items the vectors are scanned: as fast as the graph for one query, several times faster for many, and exact."""
+SIMILAR_BY_SCAN = 100_000
+"""Up to so many items, the similar ones of all are found by comparing all with all."""
 EXACT_BELOW = 4096
 """Filters that leave fewer items are searched exhaustively: HNSW finds few of them, and this is as fast."""
 
@@ -101,19 +104,30 @@ class VectorIndex:
             allowed: positions that may be returned, int64 (m,), None for all. They are filtered inside the search.
 
         Returns:
-            int64 (b, k), best first, padded by -1. A small set of allowed positions is searched exactly.
+            int64 (b, k), best first, padded by -1. Few items, or few allowed ones, are searched exhaustively.
         """
-        import faiss
-
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if self.metric == "cosine":
             queries = unit_rows(queries)
         if allowed is not None and len(allowed) <= EXACT_BELOW:
             return self._search_exactly(queries, k, np.asarray(allowed, np.int64))
-        parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef_search, k))  # type: ignore[attr-defined]
-        if allowed is not None:
-            parameters.sel = faiss.IDSelectorBatch(np.ascontiguousarray(allowed, dtype=np.int64))
-        _, positions = self.index.search(queries, min(k, self.items), params=parameters)
+        return self._search(queries, k, allowed, through_graph=self.items > GRAPH_ABOVE)
+
+    def search_graph(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """`search` through the graph, however few items there are: what the tuning measures."""
+        queries = unit_rows(queries) if self.metric == "cosine" else np.ascontiguousarray(queries, dtype=np.float32)
+        return self._search(queries, k, None, through_graph=True)
+
+    def _search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None, through_graph: bool) -> np.ndarray:
+        import faiss
+
+        selector = None if allowed is None else faiss.IDSelectorBatch(np.ascontiguousarray(allowed, dtype=np.int64))
+        if through_graph:
+            parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef_search, k), sel=selector)  # type: ignore[attr-defined]
+            _, positions = self.index.search(queries, min(k, self.items), params=parameters)
+        else:
+            vectors = faiss.downcast_index(self.index.storage)
+            _, positions = vectors.search(queries, min(k, self.items), params=faiss.SearchParameters(sel=selector))  # type: ignore[call-arg]
         if positions.shape[1] < k:
             positions = np.pad(positions, ((0, 0), (0, k - positions.shape[1])), constant_values=-1)
         return positions
@@ -208,14 +222,14 @@ def _tune(index: VectorIndex, vectors: np.ndarray, queries: np.ndarray, settings
     exact = exact_neighbours(queries, vectors, index.metric, RECALL_AT)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
-    index.search(queries[:8], RECALL_AT)
+    index.search_graph(queries[:8], RECALL_AT)
     curve = []
     try:
         ef = RECALL_AT
         while True:
             index.ef_search = ef
             started = time.perf_counter()
-            found = index.search(queries, exact.shape[1])
+            found = index.search_graph(queries, exact.shape[1])
             milliseconds = (time.perf_counter() - started) * 1000 / len(queries)
             curve.append(CurvePoint(ef, recall(found, exact, queries, vectors, index.metric), milliseconds))
             if curve[-1].recall >= settings.recall_target or ef >= settings.max_ef_search:
@@ -228,7 +242,7 @@ def _tune(index: VectorIndex, vectors: np.ndarray, queries: np.ndarray, settings
 def similar_items(vectors: np.ndarray, k: int, index: Searchable) -> np.ndarray:
     """The `k` nearest other items of every item by cosine, int32 (n, k), nearest first, padded by -1.
 
-    Up to EXHAUSTIVE_ITEMS all are compared with all, beyond that `index` is searched. Items without a direction have none.
+    Up to SIMILAR_BY_SCAN all are compared with all, beyond that `index` is searched. Items without a direction have none.
     """
     import faiss
 
@@ -237,7 +251,7 @@ def similar_items(vectors: np.ndarray, k: int, index: Searchable) -> np.ndarray:
     step = 4096
     for at in progress.track(range(0, len(units), step), "similar items"):
         queries = units[at : at + step]
-        if len(units) <= EXHAUSTIVE_ITEMS:
+        if len(units) <= SIMILAR_BY_SCAN:
             _, nearest = faiss.knn(queries, units, min(k + 1, len(units)), faiss.METRIC_INNER_PRODUCT)
         else:
             nearest = index.search(queries, k + 1)

@@ -190,9 +190,11 @@ def rank(
     """
     servable = snapshot.available if allowed is None else snapshot.available & allowed
     selection = None if allowed is None else np.flatnonzero(servable)
+    factors = unit_rows(with_fold_in(snapshot, users))
+    candidates = _candidates(snapshot, trend, factors, users.last_items, settings, n, servable, selection)
     blocks = [
-        _rank_block(snapshot, trend, users.rows(slice(at, at + BLOCK)), n, settings, servable, selection)
-        for at in range(0, max(len(users), 1), BLOCK)
+        _rank_block(snapshot, trend, users.rows(rows), factors[rows], candidates[rows], n, settings, servable)
+        for rows in (slice(at, at + BLOCK) for at in range(0, max(len(users), 1), BLOCK))
     ]
     return Ranked(*(np.concatenate([getattr(block, f.name) for block in blocks]) for f in fields(Ranked)))
 
@@ -201,14 +203,13 @@ def _rank_block(
     snapshot: Snapshot,
     trend: Trend,
     users: Users,
+    factors: np.ndarray,
+    candidates: np.ndarray,
     n: int,
     settings: RankingSettings,
     servable: np.ndarray,
-    selection: np.ndarray | None,
 ) -> Ranked:
-    factors = unit_rows(with_fold_in(snapshot, users))
     sessions = session_vectors(snapshot, users.last_items, settings.session_decay)
-    candidates = _candidates(snapshot, trend, factors, users.last_items, settings, n, servable, selection)
     positions = _distinct(candidates, users.excluded)
     usable = (positions >= 0) & servable[positions]
     parts = _parts(snapshot, trend, factors, sessions, positions)

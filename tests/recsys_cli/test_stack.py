@@ -84,9 +84,17 @@ def test_redis_answers_while_the_block_runs_and_is_gone_after_it(tmp_path: Path)
         client = redis.Redis.from_url(url)
         assert client.set("a", "1")
         assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "volatile-lru"
-        assert client.config_get("save")["save"] == ""
+        assert client.config_get("bind")["bind"] == "127.0.0.1"
     assert not stack.redis_answers(url)
     assert processes_of(tmp_path) == []
+
+
+def test_redis_keeps_its_data_over_a_restart(tmp_path: Path) -> None:
+    with stack.redis_server(tmp_path) as url, redis.Redis.from_url(url) as client:
+        client.set("recs:{u1}", b"answer", ex=1000)
+    with stack.redis_server(tmp_path) as url, redis.Redis.from_url(url) as client:
+        assert client.get("recs:{u1}") == b"answer"
+        assert 0 < client.ttl("recs:{u1}") <= 1000
 
 
 def test_redis_stops_when_the_block_fails(tmp_path: Path) -> None:

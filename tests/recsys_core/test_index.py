@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from recsys_core import index as index_module
 from recsys_core.index import (
     EXACT_BELOW,
     ExactIndex,
@@ -13,6 +14,7 @@ from recsys_core.index import (
     build_index,
     exact_neighbours,
     recall,
+    similar_items,
     unit_rows,
 )
 from recsys_core.settings import IndexSettings
@@ -36,7 +38,8 @@ def test_the_tuned_index_reaches_its_recall_target(metric: Metric) -> None:
     assert report.recall >= SETTINGS.recall_target
     assert index.ef_search == report.ef_search == report.curve[-1].ef_search
     exact = exact_neighbours(queries, vectors, metric, 50)
-    assert recall(index.search(queries, 50), exact, queries, vectors, metric) >= 0.97
+    assert recall(index.search_graph(queries, 50), exact, queries, vectors, metric) >= 0.97
+    assert recall(index.search(queries, 50), exact, queries, vectors, metric) == 1.0
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -47,8 +50,10 @@ def test_exact_neighbours_are_those_of_a_full_sort(metric: Metric) -> None:
     np.testing.assert_array_equal(ExactIndex(vectors, metric).search(queries, 10), np.argsort(-scores, axis=1)[:, :10])
 
 
+@pytest.mark.parametrize("graph_above", [index_module.GRAPH_ABOVE, 0])
 @pytest.mark.parametrize("allowed_items", [0, 5, 300, EXACT_BELOW + 500])
-def test_only_allowed_positions_are_found(allowed_items: int) -> None:
+def test_only_allowed_positions_are_found(allowed_items: int, graph_above: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "GRAPH_ABOVE", graph_above)
     vectors = clustered(6000)
     index, _ = build_index(vectors, "inner_product", SETTINGS)
     allowed = np.sort(np.random.default_rng(2).choice(6000, allowed_items, replace=False))
@@ -60,6 +65,26 @@ def test_only_allowed_positions_are_found(allowed_items: int) -> None:
     if allowed_items:
         exact = allowed[exact_neighbours(queries, vectors[allowed], "inner_product", 50)]
         assert recall(found, exact, queries, vectors, "inner_product") >= 0.97
+
+
+def test_similar_items_are_the_nearest_others_by_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = clustered(400)
+    vectors[7] = 0
+    index, _ = build_index(vectors, "cosine", SETTINGS)
+    cosines = unit_rows(vectors) @ unit_rows(vectors).T
+    np.fill_diagonal(cosines, -np.inf)
+    expected = np.argsort(-cosines, axis=1)[:, :5]
+    by_scan = similar_items(vectors, 5, index)
+    monkeypatch.setattr(index_module, "SIMILAR_BY_SCAN", 0)
+    for found in (by_scan, similar_items(vectors, 5, index)):
+        assert (found[7] == -1).all()
+        rest = np.arange(400) != 7
+        np.testing.assert_array_equal(found[rest], expected[rest])
+
+
+def test_an_item_alone_has_no_similar_ones() -> None:
+    index, _ = build_index(clustered(1), "cosine", SETTINGS)
+    assert similar_items(clustered(1), 5, index).tolist() == [[-1] * 5]
 
 
 def test_recall_is_the_share_that_is_as_near_as_the_true_neighbours() -> None:
