@@ -18,6 +18,7 @@ from recsys_cli.java import ensure_java
 from recsys_cli.processes import StackError, home_lock, run_folder
 from recsys_cli.stack import prepare_dagster_home, redis_server, serving_process
 from recsys_core.settings import HOME_VARIABLE, Settings, load_settings
+from recsys_core.spark import stop_session
 
 if TYPE_CHECKING:
     from recsys_core.landing import Landing
@@ -63,7 +64,10 @@ def run(data: Path | None, mapping: str | None, home: Path) -> None:
             settings = load_settings(home)
             with steps.step("landing"):
                 day = _land(settings, data, mapping, console)
-            metrics = materialize_line(home, day, steps)
+            try:
+                metrics = materialize_line(home, day, steps)
+            finally:
+                stop_session()
             with steps.step("answers"), serving_process(home) as address:
                 _ask(address, load_settings(home), day, console)
         _evaluation(metrics, day, console)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from recsys_core import progress
 from recsys_core.settings import Settings
 
+STOP_SECONDS = 30
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
@@ -60,6 +62,21 @@ def session(settings: Settings) -> SparkSession:
     for name, value in spark_conf(settings).items():
         builder = builder.config(name, value)
     return builder.getOrCreate()
+
+
+def stop_session() -> None:
+    """Stop this process's Spark, if it runs, and wait until its JVM and Python workers are gone."""
+    from pyspark import SparkContext
+
+    context, gateway = SparkContext._active_spark_context, SparkContext._gateway
+    if context is not None:
+        context.stop()
+    if gateway is not None:
+        jvm = gateway.proc
+        gateway.shutdown()
+        SparkContext._gateway = SparkContext._jvm = None
+        jvm.stdin.close()
+        jvm.wait(STOP_SECONDS)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from recsys_core.events import (
     COUNTRY,
     DAY_MS,
@@ -191,7 +193,7 @@ def build_interactions(
         return _publish_empty(lake, INTERACTIONS, days)
     with stage_progress(spark, f"interactions ({_span(days)})"):
         clicks = spark.read.parquet(*map(lake.url, paths)).select(USER_ID, ITEM_ID, EVENT_TYPE, TS)
-        borders = spark.createDataFrame(list(ends.items()), "day string, end bigint")
+        borders = spark.createDataFrame(pa.table({"day": list(ends), "end": list(ends.values())}))
         age_ms = F.col("end") - F.col(TS)
         windowed = clicks.join(F.broadcast(borders), (age_ms > 0) & (age_ms <= settings.window_days * DAY_MS))
         weights = F.create_map(*[F.lit(part) for pair in sorted(events.weights.items()) for part in pair])

@@ -24,7 +24,7 @@ def clicks(tmp_path: Path) -> Path:
     for user in range(40):
         group = user % 2
         for click in range(25):
-            item = 60 * group + (user * 7 + click * 3) % 60
+            item = 60 * group + (user * 7 + click * 11) % 60
             rows.append(f"u{user},i{item},view,{start + user * 61_000 + click * 17_000_000}")
     path = tmp_path / "clicks.csv"
     path.write_text("\n".join(rows) + "\n")
