@@ -86,7 +86,7 @@ class AlsSettings(Section):
     )
     rank: int = Field(64, ge=1, description="number of factors")
     iterations: int = Field(10, ge=1, description="alternating sweeps")
-    alpha: float = Field(1.0, gt=0, description="confidence of an interaction of weight w is 1 + alpha·w")
+    alpha: float = Field(2.0, gt=0, description="confidence of an interaction of weight w is 1 + alpha·w")
     regularization: float = Field(
         0.3, ge=0, description="λ for each observation, as MLlib scales it; `implicit` gets λ × mean observations"
     )
