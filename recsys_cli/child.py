@@ -1,9 +1,10 @@
 """Runs one process of the stack and outlives neither its own process nor the stack's.
 
-    python -m recsys_cli.child --parent PID --pid-file FILE [--address NAME=FILE] -- COMMAND…
+    python -m recsys_cli.child --parent PID --pid-file FILE [--address NAME=FILE] [--restarts N] -- COMMAND…
 
 The command runs in a session of its own. When it ends, when SIGTERM or SIGINT arrives, or when the parent process is
-gone (even killed), every process of that session is ended.
+gone (even killed), every process of that session is ended. A command that ends by itself is started again, up to N
+times without a minute between.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 import psutil
 
 POLL_SECONDS = 0.2
+RESTART_SECONDS = 1.0
+RESTART_WINDOW_SECONDS = 60.0
 GRACE_SECONDS = 4.0
 """Below the 5 seconds after which honcho kills, so that the command's whole session is ended before its keeper is."""
 
@@ -60,6 +63,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--pid-file", type=Path, required=True)
     parser.add_argument("--address", metavar="NAME=FILE", help="start when FILE is there, with its content as variable NAME")
+    parser.add_argument("--restarts", type=int, default=0)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -75,6 +79,21 @@ def main(arguments: list[str]) -> int:
             return 0
         environment[name] = address
 
+    restarts = 0
+    while True:
+        started = time.monotonic()
+        code = _run(command, environment, options, stopping)
+        if stopping.is_set() or not is_alive(options.parent):
+            return code
+        restarts = 1 if time.monotonic() - started > RESTART_WINDOW_SECONDS else restarts + 1
+        if restarts > options.restarts:
+            return code
+        print(f"ended with exit code {code}; starting it again", flush=True)
+        stopping.wait(RESTART_SECONDS)
+
+
+def _run(command: list[str], environment: dict[str, str], options: argparse.Namespace, stopping: threading.Event) -> int:
+    """Run the command once, until it ends or has to, and return its exit code."""
     with subprocess.Popen(command, env=environment, start_new_session=True) as child:
         options.pid_file.write_text(str(child.pid))
         try:

@@ -311,9 +311,13 @@ def _serving_address(home: Path | None) -> str:
 def _show_answer(answer: Recommendation | SimilarItems, title: str, tier: str = "") -> None:
     from recsys_cli.console import table
 
+    titled = any(item.title for item in answer)
     rows: list[dict[str, object]] = []
     for rank, item in enumerate(answer, start=1):
-        rows.append({"#": rank, "item": item.item_id, "title": item.title, "score": item.score, **(item.parts or {})})
+        row: dict[str, object] = {"#": rank, "item": item.item_id}
+        if titled:
+            row["title"] = item.title
+        rows.append({**row, "score": item.score, **(item.parts or {})})
     by = f"{tier}, " if tier else ""
     _console().print(table(f"{title} ({by}release {answer.release_id or 'none'}, {answer.milliseconds:.1f} ms)", rows))
 

@@ -49,6 +49,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 OLDEST_REDIS = (6, 2)
 REDIS_MEMORY = "1gb"
 CHECK_SECONDS = 2.0
+RESTARTS = 3
+"""Starts of a part that keeps ending, before the whole stack is stopped."""
 RECSYS = (sys.executable, "-m", "recsys_cli.main")
 
 
@@ -187,7 +189,7 @@ def _keep_running(home: Path, services: Sequence[Service], environment: dict[str
     for service in services:
         address = ("RECSYS_KAFKA__BOOTSTRAP_SERVERS", run_folder(home) / "broker.address")
         needs_broker = service.name not in ("redis", "broker")
-        command = kept_command(service.name, home, service.command, address if needs_broker else None)
+        command = kept_command(service.name, home, service.command, address if needs_broker else None, RESTARTS)
         manager.add_process(service.name, f"exec {shlex.join(command)}", env=environment)
     web = next(service.where for service in services if service.name == "webserver")
     console.print(f"Web UI: {web}   state of all parts: recsys status   stop: Ctrl-C", highlight=False, soft_wrap=True)

@@ -170,10 +170,29 @@ def test_a_killed_stack_leaves_no_process(tmp_path: Path) -> None:
     assert stack.running_services(tmp_path) == []
 
 
-def test_when_one_part_ends_the_stack_stops_and_names_it(tmp_path: Path) -> None:
+def test_a_part_that_is_killed_is_started_again(tmp_path: Path) -> None:
     up = start(KEEPS_A_SMALL_STACK, tmp_path)
-    pid, _ = pids_of(tmp_path, "redis", "webserver")
-    os.kill(pid, signal.SIGKILL)
+    first, web = pids_of(tmp_path, "redis", "webserver")
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: pids_of(tmp_path, "redis") != [first])
+    wait_for(lambda: bool(stack.running_services(tmp_path)))
+    [where] = [service.where for service in stack.running_services(tmp_path) if service.name == "redis"]
+    wait_for(lambda: stack.redis_answers(where))
+    assert pids_of(tmp_path, "webserver") == [web]
+    up.send_signal(signal.SIGINT)
+    up.communicate(timeout=30)
+    assert processes_of(tmp_path) == []
+
+
+def test_when_one_part_keeps_ending_the_stack_stops_and_names_it(tmp_path: Path) -> None:
+    up = start(KEEPS_A_SMALL_STACK, tmp_path)
+    killed: set[int] = set()
+    pids_of(tmp_path, "redis", "webserver")
+    while len(killed) <= stack.RESTARTS:
+        wait_for(lambda: set(pids_of(tmp_path, "redis")).isdisjoint(killed))
+        [pid] = pids_of(tmp_path, "redis")
+        killed.add(pid)
+        os.kill(pid, signal.SIGKILL)
     output, _ = up.communicate(timeout=30)
     assert up.returncode == 1
     assert "redis ended with exit code 137, so the whole stack was stopped" in output
