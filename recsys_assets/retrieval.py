@@ -26,7 +26,7 @@ def item_index(context: dg.AssetExecutionContext, platform: PlatformResource) ->
             "items": part.rows,
             "dimension": reports[0].dimension,
             "bytes": part.bytes,
-            "lowest recall@50": min(r.recall for r in reports),
+            "lowest recall@50": round(min(r.recall for r in reports), 4),
             "indexes": table(["metric", "efSearch", "recall@50", "ms a query", "build seconds"], rows),
             "recall and latency": recall_plot(reports, platform.settings.index.recall_target),
         },

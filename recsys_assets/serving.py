@@ -116,7 +116,7 @@ def online_features(context: dg.AssetExecutionContext, platform: PlatformResourc
         metadata={
             "dagster/row_count": part.rows,
             "users written": report.users,
-            "users a second": report.users_per_second,
+            "users a second": round(report.users_per_second),
         },
         data_version=dg.DataVersion(part.data_version),
     )
@@ -153,7 +153,7 @@ def rec_cache(context: dg.AssetExecutionContext, platform: PlatformResource) -> 
             "active users": active.rows,
             "users written": report.users,
             "users without any item": report.empty,
-            "users a second": report.users_per_second,
+            "users a second": round(report.users_per_second),
             "release_id": snapshot.release_id,
             "samples": recommendations_table(snapshot, report.samples),
         }

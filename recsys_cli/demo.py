@@ -271,15 +271,14 @@ def _summary(steps: Steps, home: Path, console: Console) -> None:
     rows = [{"step": name, "seconds": round(seconds, 1)} for name, seconds in steps.seconds.items()]
     rows.append({"step": "all", "seconds": round(sum(steps.seconds.values()), 1)})
     console.print(table("Time", rows))
-    shown = os.path.relpath(home)
-    recsys = ".venv/bin/recsys"
+    there = f"--home {os.path.relpath(home)}"
+    advice = [
+        (f".venv/bin/recsys up {there}", "the web UI with this graph and these runs, and the server"),
+        (f".venv/bin/recsys recommend USER --explain {there}", "ask it, while that runs"),
+        ("make demo DATA=<file or folder>", "the same with your own clickstream"),
+        (".venv/bin/recsys ingest --help", "bring your own data to stay"),
+    ]
+    width = max(len(command) for command, _ in advice)
     console.print(
-        "What next:\n"
-        f"  {recsys} up --home {shown}                     the web UI with this graph and these runs, and the server\n"
-        f"  {recsys} recommend USER --explain --home {shown}    ask it, while that runs\n"
-        "  make demo DATA=<file or folder>                   the same with your own clickstream\n"
-        f"  {recsys} ingest --help                            bring your own data to stay",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        "What next:", *(f"  {command:{width}}  {what}" for command, what in advice), sep="\n", markup=False, soft_wrap=True
     )
