@@ -88,7 +88,7 @@ class AlsSettings(Section):
     iterations: int = Field(10, ge=1, description="alternating sweeps")
     alpha: float = Field(2.0, gt=0, description="confidence of an interaction of weight w is 1 + alpha·w")
     regularization: float = Field(
-        0.3, ge=0, description="λ for each observation, as MLlib scales it; `implicit` gets λ × mean observations"
+        2.0, ge=0, description="λ for each observation, as MLlib scales it; `implicit` gets λ × mean observations"
     )
     seed: int = Field(7, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")
