@@ -38,14 +38,18 @@ def catalog(*rows: tuple) -> pa.Table:
 
 
 @pytest.fixture
+def settings(settings):
+    """So few users need less regularisation than the default for their items' vectors to differ in direction."""
+    return settings.model_copy(update={"als": settings.als.model_copy(update={"regularization": 0.1})})
+
+
+@pytest.fixture
 def made(lake, settings):
     """Everything a release of the day is assembled from. `i3` and `i5` can't be had, `i9` is not in the catalogue."""
     random = np.random.default_rng(0)
     rows = [(f"u{u}", item, 1.0 + (item == "i5")) for u in range(30) for item in random.permutation(ITEMS)[:5].tolist()]
     write_interactions(lake, DAY, rows)
-    # So few users need less of it than the default for vectors to differ in direction.
-    lightly = settings.model_copy(update={"als": settings.als.model_copy(update={"regularization": 0.1})})
-    fit_als_factors(lake, DAY, lightly, None, "implicit")
+    fit_als_factors(lake, DAY, settings, None, "implicit")
     build_item_index(lake, DAY, settings)
     lake.write(POPULAR_ITEMS, DAY, popular_items(lake.dataset("interactions", [DAY])))
     known = [item for item in reversed(ITEMS) if item != "i9"]
