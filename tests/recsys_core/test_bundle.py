@@ -29,18 +29,13 @@ ITEMS = [f"i{n}" for n in range(12)]
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    return settings.model_copy(update={"als": settings.als.model_copy(update={"rank": 4})})
+    """So few users need less regularisation than the default for their items' vectors to differ in direction."""
+    return settings.model_copy(update={"als": settings.als.model_copy(update={"rank": 4, "regularization": 0.1})})
 
 
 def catalog(*rows: tuple) -> pa.Table:
     filled = [dict(zip(CATALOG_SCHEMA.names, (*row, *[None] * (6 - len(row))), strict=True)) for row in rows]
     return pa.Table.from_pylist([{**row, "available": row["available"] is not False} for row in filled], schema=CATALOG_SCHEMA)
-
-
-@pytest.fixture
-def settings(settings):
-    """So few users need less regularisation than the default for their items' vectors to differ in direction."""
-    return settings.model_copy(update={"als": settings.als.model_copy(update={"regularization": 0.1})})
 
 
 @pytest.fixture
