@@ -7,12 +7,15 @@ import pyarrow.dataset as ds
 from recsys_assets.features import interactions
 from recsys_assets.ingestion import clicks_hourly
 from recsys_assets.models import als_factors
+from recsys_assets.reports import verdict_table
 from recsys_assets.resources import PlatformResource
 from recsys_assets.retrieval import item_index
-from recsys_assets.serving import rec_cache, release
+from recsys_assets.serving import champion, rec_cache, release
 from recsys_core.als import iter_factors
 from recsys_core.bundle import ALS_FACTORS, ITEM_INDEX, METRICS
+from recsys_core.evaluation import EVALUATION
 from recsys_core.events import HOUR_MS, TS, key_start_ms
+from recsys_core.gate import challenge
 from recsys_core.online import CachedAnswer, recs_key
 from recsys_core.popularity import READ_ROWS
 from recsys_core.release import ReleaseError
@@ -97,17 +100,40 @@ def recall_reaches_its_target(context: dg.AssetCheckExecutionContext, platform: 
     )
 
 
-@dg.asset_check(asset=release)
+@dg.asset_check(asset=release, blocking=True)
+def challenger_beats_champion(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
+    """The new release ranks as well as the champion for the same users on the same day, and keeps the guardrails."""
+    days = _partitions(context, platform.lake.latest(EVALUATION))
+    try:
+        verdicts = [challenge(platform.lake, platform.releases, day, platform.settings) for day in days]
+    except ReleaseError as error:
+        return dg.AssetCheckResult(passed=False, metadata={"reason": str(error)})
+    if not verdicts:
+        return dg.AssetCheckResult(passed=False, metadata={"reason": "there is no release to judge"})
+    verdict = verdicts[-1]
+    return dg.AssetCheckResult(
+        passed=all(v.passed for v in verdicts),
+        description=verdict.reason,
+        metadata={
+            "reason": verdict.reason,
+            "challenger": verdict.release_id,
+            "champion": verdict.champion_id or "none",
+            "scores": verdict_table(verdict),
+        },
+    )
+
+
+@dg.asset_check(asset=champion)
 def champion_verifies(platform: PlatformResource) -> dg.AssetCheckResult:
     """The release that serving reads is complete and unchanged."""
     try:
-        champion = platform.releases.champion()
-        if champion is None:
+        pointer = platform.releases.champion()
+        if pointer is None:
             return dg.AssetCheckResult(passed=False, metadata={"reason": "no release has been promoted"})
-        platform.releases.load(champion.release_id, champion.manifest_sha256)
+        platform.releases.load(pointer.release_id, pointer.manifest_sha256)
     except ReleaseError as error:
         return dg.AssetCheckResult(passed=False, metadata={"reason": str(error)})
-    return dg.AssetCheckResult(passed=True, metadata={"release_id": champion.release_id})
+    return dg.AssetCheckResult(passed=True, metadata={"release_id": pointer.release_id})
 
 
 @dg.asset_check(asset=rec_cache)

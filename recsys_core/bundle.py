@@ -159,7 +159,8 @@ def publish_release(
         run_ids=run_ids,
     )
     complete = releases.write(manifest, bundle.snapshot)
-    return releases.load(complete.release_id)
+    releases.load(complete.release_id)
+    return complete, bundle.snapshot
 
 
 def with_catalog(item_ids: np.ndarray, catalog: pa.Table) -> pa.Table:

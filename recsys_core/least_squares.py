@@ -113,9 +113,7 @@ def _solve_block(
     return np.linalg.solve(left, (y.transpose(0, 2, 1) @ c[..., None]))[..., 0]
 
 
-def _solve_long(
-    excess: sp.csr_matrix, row: int, shared: _Shared, diagonal: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def _solve_long(excess: sp.csr_matrix, row: int, shared: _Shared, diagonal: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """One row that is too long for a block, summed in pieces."""
     dimension = shared.vectors.shape[1]
     left, right = np.diag(diagonal.astype(np.float64)), np.zeros(dimension)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from recsys_core.release import Manifest
@@ -34,6 +35,7 @@ _LONGEST_PARAM = 6000
 _PARAMS_AT_ONCE = 100
 _METRICS_AT_ONCE = 1000
 _LONGEST_DIGEST = 36
+_LONGEST_MESSAGE = 400
 
 
 class RegistryError(Exception):
@@ -53,7 +55,7 @@ class Version:
 
 @dataclass
 class RegistryRun:
-    """A run in the making. Nothing in here raises for MLflow's sake: the first failure is kept in `trouble` and ends the recording.
+    """A run in the making. Nothing in here raises for MLflow's sake: the first failure is `trouble` and ends the recording.
 
     Attributes:
         run_id: None when MLflow did not take the run.
@@ -72,8 +74,8 @@ class RegistryRun:
         from mlflow.entities import Param
 
         made = [Param(_name(key), str(value)[:_LONGEST_PARAM]) for key, value in _flat(params)]
-        for at in range(0, len(made), _PARAMS_AT_ONCE):
-            self._record(lambda client, run_id, at=at: client.log_batch(run_id, params=made[at : at + _PARAMS_AT_ONCE]))
+        for some in _parts(made, _PARAMS_AT_ONCE):
+            self._record(partial(_log_batch, params=some))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
         """Numbers, of epoch `step`; nested mappings get dotted names, what is no number is left out."""
@@ -82,8 +84,8 @@ class RegistryRun:
         now = time.time_ns() // 1_000_000
         numbers = [(key, value) for key, value in _flat(metrics) if isinstance(value, int | float)]
         made = [Metric(_name(key), float(value), now, step) for key, value in numbers]
-        for at in range(0, len(made), _METRICS_AT_ONCE):
-            self._record(lambda client, run_id, at=at: client.log_batch(run_id, metrics=made[at : at + _METRICS_AT_ONCE]))
+        for some in _parts(made, _METRICS_AT_ONCE):
+            self._record(partial(_log_batch, metrics=some))
 
     def log_inputs(self, sources: Mapping[str, Mapping[str, str]], uri: str) -> None:
         """Datasets of the run: `sources` by table with `partition` and `data_version`, under the lake `uri`."""
@@ -105,8 +107,7 @@ class RegistryRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        made = [RunTag(key, str(value)) for key, value in tags.items()]
-        self._record(lambda client, run_id: client.log_batch(run_id, tags=made))
+        self._record(partial(_log_batch, tags=[RunTag(key, str(value)) for key, value in tags.items()]))
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run, once."""
@@ -161,11 +162,11 @@ class Registry:
     def _experiment(self, client: MlflowClient) -> str:
         name = self._settings.experiment
         found = client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        return _unless_it_exists(
-            lambda: client.create_experiment(name, self._artifacts), lambda: client.get_experiment_by_name(name).experiment_id
-        )
+        if found is None:
+            _unless_it_exists(lambda: client.create_experiment(name, self._artifacts))
+            found = client.get_experiment_by_name(name)
+        assert found is not None
+        return str(found.experiment_id)
 
     def run_url(self, experiment_id: str, run_id: str) -> str:
         """The run's page where a server shows it, else its id and the database."""
@@ -198,8 +199,7 @@ class Registry:
 
     def resolve(self, alias: str) -> Version | None:
         """The version that an alias names at this moment; work with the version from then on. Raises RegistryError."""
-        found = next((version for version in self.versions() if alias in version.aliases), None)
-        return found
+        return next((version for version in self.versions() if alias in version.aliases), None)
 
     def find(self, release_id: str) -> Version | None:
         """The version of a release. Raises RegistryError."""
@@ -213,13 +213,11 @@ class Registry:
     def _search(self, filter_string: str) -> list[Version]:
         aliases = self._aliases()
         found: list[ModelVersion] = []
-        token: str | None = None
-        while True:
-            page = self.call(lambda client, token=token: client.search_model_versions(filter_string, page_token=token))
+        token: str | None = ""
+        while token is not None:
+            page = self.call(partial(_search_page, filter_string=filter_string, token=token))
             found += page
-            token = page.token
-            if not token:
-                break
+            token = page.token or None
         versions = [_version(version, aliases) for version in found]
         return sorted(versions, key=lambda v: int(v.version), reverse=True)
 
@@ -242,7 +240,7 @@ class Registry:
         tags = {RELEASE_ID: manifest.release_id, DAY: manifest.day, RELEASE_URI: release_uri}
 
         def create(client: MlflowClient) -> ModelVersion:
-            _unless_it_exists(lambda: client.create_registered_model(model), lambda: None)
+            _unless_it_exists(lambda: client.create_registered_model(model))
             return client.create_model_version(model, source, run_id, tags=tags, await_creation_for=0)
 
         return _version(self.call(create), {})
@@ -260,11 +258,11 @@ class Registry:
                 self._made = client_type(tracking_uri=self.uri, registry_uri=self.uri)
             return work(self._made)
         except failures as error:
-            first_line = str(error).strip().split("\n", 1)[0]
+            first_line = str(error).strip().split("\n", 1)[0][:_LONGEST_MESSAGE]
             raise RegistryError(f"MLflow at {self.uri}: {type(error).__name__}: {first_line}") from error
 
     def _mlflow(self) -> tuple[type[MlflowClient], tuple[type[Exception], ...]]:
-        """The client's class and what it raises. A server that is away is given up after one repeated call, not after minutes."""
+        """The client's class and what it raises. A server that is away is given up after a second call, not after minutes."""
         defaults = {
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(self._settings.timeout_seconds),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -279,16 +277,28 @@ class Registry:
         return MlflowClient, (MlflowException, SQLAlchemyError, OSError)
 
 
-def _unless_it_exists(create: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+def _unless_it_exists(create: Callable[[], Any]) -> None:
     """Two processes may make the same thing at once: the second takes what the first made."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return create()
+        create()
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return otherwise()
+
+
+def _search_page(client: MlflowClient, filter_string: str, token: str) -> Any:
+    return client.search_model_versions(filter_string, page_token=token or None)
+
+
+def _log_batch(client: MlflowClient, run_id: str, **content: Any) -> None:
+    client.log_batch(run_id, **content)
+
+
+def _parts(values: list[T], size: int) -> Iterator[list[T]]:
+    for at in range(0, len(values), size):
+        yield values[at : at + size]
 
 
 def _version(found: ModelVersion, aliases: Mapping[str, str]) -> Version:

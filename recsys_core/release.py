@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -178,7 +178,7 @@ class Releases:
             raise ReleaseError(f"there is no release of {day} under {self.uri}")
         return max(names)
 
-    def names(self) -> list[str]:
+    def names(self) -> Sequence[str]:
         """The ids of all complete releases."""
         self.fs.invalidate_cache()
         if not self.fs.exists(self.root):

@@ -7,7 +7,7 @@ import dagster as dg
 ARRIVALS = dg.AssetSelection.assets("clickstream_landing", "item_catalog")
 HOURLY = dg.AssetSelection.assets("clicks_hourly", "trending_items", "rec_cache")
 NIGHTLY = dg.AssetSelection.assets(
-    "interactions", "als_factors", "item_index", "popular_items", "evaluation", "release", "online_features"
+    "interactions", "als_factors", "item_index", "popular_items", "evaluation", "release", "champion", "online_features"
 )
 
 arrivals_job = dg.define_asset_job("arrivals", ARRIVALS, description="Look at what has landed.")
@@ -19,5 +19,5 @@ hourly_job = dg.define_asset_job(
 nightly_job = dg.define_asset_job(
     "nightly",
     NIGHTLY,
-    description="From the day's interactions to a verified and promoted release and fresh online features.",
+    description="From the day's interactions to a release, through the gate to the champion, and fresh online features.",
 )
