@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from recsys_cli import releases
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -56,6 +58,9 @@ app = typer.Typer(
 )
 
 
+app.add_typer(releases.app, name="release")
+
+
 def _explanation(error: Exception) -> str | None:
     """What to tell the user about an error that is theirs to mend, None for any other."""
     from pydantic import ValidationError
@@ -64,6 +69,7 @@ def _explanation(error: Exception) -> str | None:
     from recsys_cli.java import JavaMissing
     from recsys_cli.processes import StackError
     from recsys_core.readers import IngestError
+    from recsys_core.release import ReleaseError
     from serving.client import RecsysError
 
     if isinstance(error, ValidationError):
@@ -71,7 +77,7 @@ def _explanation(error: Exception) -> str | None:
     if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
         named = error.filename
         return f"{error.strerror}: {named}" if named else str(error)
-    if isinstance(error, StackError | JavaMissing | IngestError):
+    if isinstance(error, StackError | JavaMissing | IngestError | ReleaseError):
         return str(error)
     if isinstance(error, RecsysError):
         hint = " (what is up: `recsys status`)" if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else ""

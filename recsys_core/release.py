@@ -176,7 +176,7 @@ class Releases:
         names = [name for name in self.names() if name.startswith(f"{day}.")]
         if not names:
             raise ReleaseError(f"there is no release of {day} under {self.uri}")
-        return max(names)
+        return max(names, key=lambda name: self.manifest(name).created_at)
 
     def names(self) -> Sequence[str]:
         """The ids of all complete releases."""
@@ -193,6 +193,15 @@ class Releases:
         if manifest.release_id != release_id:
             raise ReleaseError(f"release {release_id}: {MANIFEST} is that of release {manifest.release_id}")
         return manifest
+
+    def item_ids(self, release_id: str) -> Sequence[str]:
+        """The items of a release. Raises ReleaseError."""
+        try:
+            table = pq.read_table(pa.BufferReader(self._bytes(release_id, ITEMS_FILE)), columns=["item_id"])
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise ReleaseError(f"release {release_id}: {ITEMS_FILE} is no table of items: {error}") from error
+        ids: Sequence[str] = table["item_id"].to_pylist()
+        return ids
 
     def load(self, release_id: str, manifest_sha256: str | None = None) -> tuple[Manifest, Snapshot]:
         """Read and verify a release. Raises ReleaseError that names the file at fault."""

@@ -124,7 +124,7 @@ def test_an_hour_made_again_has_the_same_data_version(line: Line) -> None:
 
 def test_the_metadata_of_the_last_day_tells_what_was_made(line: Line) -> None:
     factors = line.metadata("als_factors", LAST_DAY)
-    assert factors["engine"] == "implicit"
+    assert factors["engine"] == "numpy"
     assert factors["users"] > 150
     assert factors["items"] > 100
     assert factors["top items per factor"].startswith("| factor | items |")

@@ -162,9 +162,9 @@ def test_a_pointer_without_a_history_is_read(releases: Releases) -> None:
         releases.champion()
 
 
-def test_the_newest_release_of_a_day_is_found_by_its_name(releases: Releases, snapshot: Snapshot) -> None:
+def test_the_release_of_a_day_that_was_made_last_is_found(releases: Releases, snapshot: Snapshot) -> None:
     with_releases(releases, snapshot, "2026-01-01.c", "2026-01-01.b", "2026-01-02.a")
-    assert releases.newest_of("2026-01-01") == "2026-01-01.c"
+    assert releases.newest_of("2026-01-01") == "2026-01-01.b"
     with pytest.raises(ReleaseError, match="no release of 2025-01-01"):
         releases.newest_of("2025-01-01")
 
