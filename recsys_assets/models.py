@@ -1,18 +1,22 @@
-"""Models: ALS factors, and the evaluation of every model beside the popularity baselines. Each training is an MLflow run."""
+"""Models: ALS factors, the two-tower network, and the evaluation of every model. Each training is an MLflow run."""
+
+from dataclasses import asdict
 
 import dagster as dg
 
 from recsys_assets.features import interactions
 from recsys_assets.ingestion import clicks_hourly
 from recsys_assets.partitions import daily, window_of_days
-from recsys_assets.reports import evaluation_plot, evaluation_table, schema, top_items_per_factor
+from recsys_assets.reports import epochs_table, evaluation_plot, evaluation_table, schema, top_items_per_factor
 from recsys_assets.resources import Platform, PlatformResource
 from recsys_assets.tracking import tracked
+from recsys_core.apart import ApartError, run_apart
 from recsys_core.bundle import fit_als_factors, item_factors
 from recsys_core.catalog import read_catalog
 from recsys_core.evaluation import ALS, EVALUATION, POPULAR_WINDOW, NothingToEvaluate, evaluate_day, write_evaluation
 from recsys_core.lake import MissingPartition
 from recsys_core.tables import INTERACTIONS
+from recsys_core.two_tower import fit_two_tower
 
 GROUP = "models"
 OWNERS = ["team:ml-engineering"]
@@ -51,7 +55,51 @@ def als_factors(context: dg.AssetExecutionContext, platform: PlatformResource) -
 
 
 @dg.asset(
-    deps=[dg.AssetDep(interactions, partition_mapping=window_of_days(2)), clicks_hourly],
+    deps=["training_examples", "item_features"],
+    check_specs=[
+        dg.AssetCheckSpec("two_tower_is_trained", asset="two_tower", description="The day has a two-tower model of its own.")
+    ],
+    partitions_def=daily,
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"tensorflow"},
+    pool="training",
+)
+def two_tower(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
+    """The two-tower network. Where it can't be trained the night goes on without one, and the check says why."""
+    day, lake, settings = context.partition_key, platform.lake, platform.settings
+    with tracked(context, platform, settings.two_tower.model_dump(), ("training_examples", "item_features")) as run:
+        try:
+            report = run_apart(fit_two_tower, lake, day, settings, log=run.log_metrics)
+        except ApartError as error:
+            run.close("FAILED")
+            context.log.exception("no two-tower model")
+            return dg.MaterializeResult(
+                metadata={
+                    **run.link(),
+                    "not trained": str(error),
+                    "what follows": "releases of the day are made from ALS alone",
+                },
+                check_results=[_is_trained(False, {"reason": str(error)})],
+                data_version=dg.DataVersion("not trained"),
+            )
+        numbers = {name: value for name, value in asdict(report).items() if isinstance(value, int | float)}
+        run.log_metrics(numbers)
+    return dg.MaterializeResult(
+        metadata={**run.link(), **numbers, "epochs": epochs_table(report.epochs)},
+        check_results=[_is_trained(True, {"version": report.version})],
+        data_version=dg.DataVersion(report.version),
+    )
+
+
+def _is_trained(passed: bool, metadata: dict[str, str]) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name="two_tower_is_trained", passed=passed, severity=dg.AssetCheckSeverity.WARN, metadata=metadata
+    )
+
+
+@dg.asset(
+    deps=[dg.AssetDep(interactions, partition_mapping=window_of_days(2)), clicks_hourly, two_tower],
     partitions_def=daily,
     group_name=GROUP,
     owners=OWNERS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import dagster as dg
 import numpy as np
@@ -40,6 +40,12 @@ def evaluation_table(evaluation: Evaluation) -> dg.MarkdownMetadataValue:
     names = ["ndcg@10", "recall@10", "hit@10", "map@10", "mrr@10", "coverage@10", "novelty@10"]
     shown = [name for name in names if name in next(iter(evaluation.metrics.values()))]
     return table(["model", *shown], [[model, *(values[n] for n in shown)] for model, values in evaluation.metrics.items()])
+
+
+def epochs_table(epochs: Sequence[Mapping[str, float]]) -> dg.MarkdownMetadataValue:
+    """The metrics of each epoch of a training."""
+    names = list(dict.fromkeys(name for epoch in epochs for name in epoch))
+    return table(["epoch", *names], [[at, *(epoch.get(n, "") for n in names)] for at, epoch in enumerate(epochs, start=1)])
 
 
 def verdict_table(verdict: Verdict) -> dg.MarkdownMetadataValue:

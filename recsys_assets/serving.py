@@ -4,7 +4,7 @@ import dagster as dg
 
 from recsys_assets.features import interactions
 from recsys_assets.ingestion import clicks_hourly
-from recsys_assets.models import als_factors, evaluation
+from recsys_assets.models import als_factors, evaluation, two_tower
 from recsys_assets.partitions import daily, hourly, window_of_hours
 from recsys_assets.reports import recommendations_table, schema, table
 from recsys_assets.resources import Platform, PlatformResource
@@ -75,7 +75,7 @@ def trending_items(context: dg.AssetExecutionContext, platform: PlatformResource
 
 
 @dg.asset(
-    deps=[als_factors, item_index, popular_items, evaluation, "item_catalog"],
+    deps=[als_factors, two_tower, item_index, popular_items, evaluation, "item_catalog"],
     partitions_def=daily,
     group_name=GROUP,
     owners=OWNERS,

@@ -192,7 +192,16 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
         materialize("nightly", ["interactions"], days)
-        for asset in ("als_factors", "item_index", "popular_items", "evaluation", "release", "champion", "online_features"):
+        for asset in (
+            "als_factors",
+            "two_tower",
+            "item_index",
+            "popular_items",
+            "evaluation",
+            "release",
+            "champion",
+            "online_features",
+        ):
             materialize("nightly", [asset], (day, day))
         materialize("hourly", ["trending_items", "rec_cache"], (last_hour, last_hour))
         return platform.lake.get("evaluation", day).extra

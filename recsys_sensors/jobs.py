@@ -7,7 +7,15 @@ import dagster as dg
 ARRIVALS = dg.AssetSelection.assets("clickstream_landing", "item_catalog")
 HOURLY = dg.AssetSelection.assets("clicks_hourly", "trending_items", "rec_cache")
 NIGHTLY = dg.AssetSelection.assets(
-    "interactions", "als_factors", "item_index", "popular_items", "evaluation", "release", "champion", "online_features"
+    "interactions",
+    "als_factors",
+    "two_tower",
+    "item_index",
+    "popular_items",
+    "evaluation",
+    "release",
+    "champion",
+    "online_features",
 )
 
 arrivals_job = dg.define_asset_job("arrivals", ARRIVALS, description="Look at what has landed.")
