@@ -87,7 +87,10 @@ def _blocks(lengths: npt.NDArray[np.int32], dimension: int) -> Iterator[npt.NDAr
 def _solve_block(
     excess: sp.csr_matrix, rows: npt.NDArray[np.int64], shared: _Shared, ridge: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float32]:
-    """Rotated vectors float32 (len(rows), d) of rows of similar length, the longest first."""
+    """Rotated vectors float32 (len(rows), d) of rows of similar length, the longest first.
+
+    An array times its own transpose takes BLAS half the work, so weights are shared out to both sides by their roots.
+    """
     starts, lengths = excess.indptr[rows], np.diff(excess.indptr)[rows]
     longest, dimension = int(lengths[0]), shared.vectors.shape[1]
     diagonal = (shared.spectrum + ridge[:, None]).astype(np.float32)
@@ -101,16 +104,19 @@ def _solve_block(
     y *= within[..., None]
     c = np.where(within, 1 + s, 0)
     if longest < dimension:
-        scaled = y / diagonal[:, None, :]
-        small = scaled @ y.transpose(0, 2, 1)
+        root = np.sqrt(diagonal)
+        y /= root[:, None, :]
+        small = y @ y.transpose(0, 2, 1)
         inverse = np.where(s > 0, 1 / np.where(s > 0, s, 1), 1)
         small[:, at, at] += inverse
         u = np.linalg.solve(small, (inverse * c)[..., None])
-        return (scaled.transpose(0, 2, 1) @ u)[..., 0]
-    left = y.transpose(0, 2, 1) @ (y * s[..., None])
+        return (y.transpose(0, 2, 1) @ u)[..., 0] / root
+    right = y.transpose(0, 2, 1) @ c[..., None]
+    y *= np.sqrt(s)[..., None]
+    left = y.transpose(0, 2, 1) @ y
     axis = np.arange(dimension)
     left[:, axis, axis] += diagonal
-    return np.linalg.solve(left, (y.transpose(0, 2, 1) @ c[..., None]))[..., 0]
+    return np.linalg.solve(left, right)[..., 0]
 
 
 def _solve_long(excess: sp.csr_matrix, row: int, shared: _Shared, diagonal: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
