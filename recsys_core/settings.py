@@ -158,6 +158,8 @@ class ServingSettings(Section):
     port: int = Field(50051, ge=0, le=65535, description="its port; 0: any free one")
     max_items: int = Field(500, ge=1, description="largest `count` of a request")
     max_batch: int = Field(10_000, ge=1, description="most users of a RecommendBatch")
+    rank_timeout_ms: int = Field(250, ge=1, description="deadline of one computed answer; a lower tier answers after it")
+    batch_timeout_ms: int = Field(10_000, ge=1, description="the same for a part of a RecommendBatch")
     pointer_poll_seconds: float = Field(1.0, gt=0, description="how often the champion pointer is looked at")
     reflection: bool = Field(True, description="offer gRPC server reflection")
 

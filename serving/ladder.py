@@ -30,10 +30,6 @@ log = logging.getLogger(__name__)
 
 BATCH_USERS = 128
 """Users of a batch that are read and ranked at a time, between which other calls get their turn."""
-RANK_SECONDS = 0.25
-"""Deadline of one computed answer, its wait for the thread included."""
-BULK_RANK_SECONDS = 10.0
-"""The same for BATCH_USERS users of a batch."""
 MAX_WRITES = 1000
 """Write-backs under way; more are dropped and counted."""
 
@@ -85,8 +81,9 @@ class Ladder:
         self._champion = champion
         self._store = store
         self._settings = settings
-        self._single = Pace(ThreadPoolExecutor(1, "rank", initializer=one_faiss_thread), RANK_SECONDS)
-        self._bulk = Pace(ThreadPoolExecutor(1, "rank-bulk", initializer=one_faiss_thread), BULK_RANK_SECONDS)
+        timeouts = settings.serving
+        self._single = Pace(ThreadPoolExecutor(1, "rank", initializer=one_faiss_thread), timeouts.rank_timeout_ms / 1000)
+        self._bulk = Pace(ThreadPoolExecutor(1, "rank-bulk", initializer=one_faiss_thread), timeouts.batch_timeout_ms / 1000)
         self._writes: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
 

@@ -96,7 +96,7 @@ def test_calls_do_not_fail_while_releases_change(world: World) -> None:
     answered: list[str] = []
 
     def call() -> None:
-        with RecsysClient(world.address, timeout=10) as client:
+        with RecsysClient(world.address, timeout=60) as client:
             while not stop.is_set():
                 for user in users:
                     try:

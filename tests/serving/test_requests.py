@@ -91,7 +91,7 @@ def test_bytes_that_are_no_request_are_an_invalid_argument(world: World, method:
 
 def call_raw(world: World, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
     try:
-        world.client._channel.unary_unary(RECOMMENDER + method)(data, timeout=10)
+        world.client._channel.unary_unary(RECOMMENDER + method)(data, timeout=60)
     except grpc.RpcError as error:
         return error.code(), error.details()
     return grpc.StatusCode.OK, ""
@@ -161,7 +161,7 @@ def test_every_method_of_the_proto_is_served(world: World) -> None:
 def test_health_follows_the_release(empty_world: World, service: str) -> None:
     def status() -> int:
         stub = health_pb2_grpc.HealthStub(empty_world.client._channel)
-        return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status)
+        return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status)
 
     empty_world.start()
     assert status() == health_pb2.HealthCheckResponse.NOT_SERVING
