@@ -5,6 +5,7 @@ from __future__ import annotations
 import dagster as dg
 
 from recsys_assets import checks, features, ingestion, models, retrieval, serving
+from recsys_assets.isolation import executor, isolated
 from recsys_assets.resources import Platform
 from recsys_core.settings import Settings, load_settings
 from recsys_sensors.jobs import arrivals_job, hourly_job, nightly_job
@@ -15,12 +16,12 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     """The code location for an installation."""
     rooms = [ingestion, features, models, retrieval, serving]
     return dg.Definitions(
-        assets=dg.load_assets_from_modules(rooms, include_specs=True),
+        assets=isolated(dg.load_assets_from_modules(rooms, include_specs=True), settings),
         asset_checks=dg.load_asset_checks_from_modules([checks]),
         jobs=[arrivals_job, hourly_job, nightly_job],
         schedules=schedules(settings.dagster.automation),
         resources={"platform": Platform(settings)},
-        executor=dg.in_process_executor,
+        executor=executor(settings),
     )
 
 

@@ -168,6 +168,30 @@ class DagsterSettings(Section):
     host: str = Field("127.0.0.1", description="address of the web UI")
     port: int = Field(3000, ge=0, le=65535, description="its port; the next free one when it is taken")
     automation: bool = Field(False, description="start schedules and sensors by themselves after a deploy")
+    executor: Literal["in_process", "k8s"] = Field(
+        "in_process", description="where the steps of a run work: in its own process, or k8s: each in a pod of its own"
+    )
+    hourly_pool: str = Field(
+        "spark", description="pool of the hourly Spark assets; any other name gives them a session beside the nightly one's"
+    )
+
+
+class PodResources(Section):
+    """What the pod of a step asks for, as Kubernetes quantities; memory is also its limit."""
+
+    cpu: str = Field("500m", pattern=r"^\d+(\.\d+|m)?$", description="cores, or thousandths by `m`")
+    memory: str = Field("2Gi", pattern=r"^\d+(Mi|Gi)$", description="bytes")
+    gpu: int = Field(0, ge=0, description="whole GPUs")
+
+
+class KubernetesSettings(Section):
+    resources: dict[str, PodResources] = Field(
+        default_factory=dict,
+        description='pods of single assets, in place of those in recsys_assets/isolation.py: { als_factors = { cpu = "8" } }',
+    )
+    gpu_resource: str = Field("nvidia.com/gpu", description="name of the GPU resource of the cluster's device plugin")
+    step_account: str = Field("recsys-step", description="service account of steps; it may do nothing")
+    spark_account: str = Field("recsys-spark", description="service account of Spark drivers; it may start executor pods")
 
 
 class SourceMapping(Section):
@@ -233,6 +257,7 @@ class Settings(BaseSettings):
     kafka: KafkaSettings = KafkaSettings()
     serving: ServingSettings = ServingSettings()
     dagster: DagsterSettings = DagsterSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
     mappings: dict[str, SourceMapping] = Field(default_factory=dict, description="own mappings of `recsys ingest`, by name")
 
     @property
