@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +102,18 @@ def test_dagster_and_mlflow_have_a_database_each_and_none_of_the_other(postgres:
         postgres.connect(role, role).close()
         with pytest.raises(psycopg2.OperationalError, match="permission denied for database"):
             postgres.connect(role, other)
+
+
+def test_the_storage_service_of_compose_makes_tables_and_pools(postgres: Postgres, tmp_path: Path) -> None:
+    (tmp_path / "dagster.yaml").write_text((DEPLOY / "compose" / "dagster.yaml").read_text())
+    script = read_yaml("compose.yaml")["services"]["storage"]["command"][-1].replace("$$", "$")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, **postgres.environment(), "DAGSTER_HOME": str(tmp_path), "PATH": path}
+    ended = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    with postgres.connect("dagster", "dagster") as connection, connection.cursor() as cursor:
+        cursor.execute('select concurrency_key, "limit" from concurrency_limits')
+        assert dict(cursor.fetchall()) == {"hourly": 1, "spark": 1, "training": 1}
 
 
 @pytest.mark.parametrize("name", INSTANCES)
