@@ -10,18 +10,20 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from deployment import DEPLOY
 
 from recsys_cli.processes import free_port
 
-USER, DATABASE = "dagster", "dagster"
+PASSWORDS = {"DAGSTER_PG_PASSWORD": 'it\'s a "secret"', "MLFLOW_PG_PASSWORD": "another"}
 SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Postgres:
-    """A server on loopback, of one test session."""
+    """A server on loopback, of one test session, with the roles and databases of deploy/compose/databases.sh."""
 
     port: int
 
@@ -30,10 +32,17 @@ class Postgres:
         return {
             "DAGSTER_PG_HOST": "127.0.0.1",
             "DAGSTER_PG_PORT": str(self.port),
-            "DAGSTER_PG_DB": DATABASE,
-            "DAGSTER_PG_USER": USER,
-            "DAGSTER_PG_PASSWORD": "",
+            "DAGSTER_PG_DB": "dagster",
+            "DAGSTER_PG_USER": "dagster",
+            "DAGSTER_PG_PASSWORD": PASSWORDS["DAGSTER_PG_PASSWORD"],
         }
+
+    def connect(self, role: str, database: str) -> Any:
+        """A connection of `dagster` or `mlflow` to a database, with the role's password."""
+        import psycopg2
+
+        password = PASSWORDS[f"{role.upper()}_PG_PASSWORD"]
+        return psycopg2.connect(host="127.0.0.1", port=self.port, user=role, password=password, dbname=database)
 
 
 def postgres_programs() -> Path | None:
@@ -54,6 +63,7 @@ def unprivileged() -> list[str]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
+    """Started once, when a test asks for it."""
     programs = postgres_programs()
     if programs is None:
         pytest.skip("no PostgreSQL here: apt-get install postgresql")
@@ -67,18 +77,30 @@ def postgres() -> Iterator[Postgres]:
             for path in (Path(folder), data):
                 shutil.chown(path, "nobody")
         port = free_port(0)
-        environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+        environment = {
+            **os.environ,
+            **PASSWORDS,
+            "LC_ALL": "C.UTF-8",
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "PGHOST": folder,
+            "PGPORT": str(port),
+            "POSTGRES_USER": "postgres",
+        }
 
-        def run(program: str, *arguments: str) -> None:
-            command = [*unprivileged(), str(programs / program), *arguments]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
-            assert done.returncode == 0, f"{program}: {done.stdout}{done.stderr}"
+        def run(*command: str) -> None:
+            done = subprocess.run(
+                [*unprivileged(), *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS
+            )
+            assert done.returncode == 0, f"{command[0]}: {done.stdout}{done.stderr}"
 
-        run("initdb", "-D", str(data), "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync")
+        run("initdb", "-D", str(data), "-U", "postgres", "-E", "UTF8", "--auth=trust", "--auth-host=scram-sha-256", "--no-sync")
         options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
         run("pg_ctl", "-D", str(data), "-w", "-l", f"{folder}/log", "-o", options, "start")
         try:
-            run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", USER, DATABASE)
+            script = Path(folder) / "databases.sh"
+            script.write_bytes((DEPLOY / "compose" / "databases.sh").read_bytes())
+            script.chmod(0o755)
+            run(str(script))
             yield Postgres(port)
         finally:
             run("pg_ctl", "-D", str(data), "-m", "immediate", "-w", "stop")

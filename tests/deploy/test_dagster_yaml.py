@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import psycopg2
@@ -14,7 +16,7 @@ from builders import write_interactions
 from conftest import Postgres
 from dagster._core.instance.config import PoolGranularity
 from dagster._core.run_coordinator import QueuedRunCoordinator
-from deployment import DEPLOY, PROJECT, read_yaml
+from deployment import DEPLOY, PROJECT, instance_at, read_yaml
 
 from recsys_assets.definitions import build_definitions
 from recsys_core.lake import Lake
@@ -22,26 +24,6 @@ from recsys_core.settings import Settings
 
 DAY = "2026-03-02"
 INSTANCES = ("dagster.yaml", "compose/dagster.yaml")
-KUBECONFIG = {
-    "apiVersion": "v1",
-    "kind": "Config",
-    "current-context": "here",
-    "clusters": [{"name": "here", "cluster": {"server": "https://127.0.0.1:6443"}}],
-    "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-    "users": [{"name": "me", "user": {"token": "none"}}],
-}
-
-
-def instance_at(folder: Path, config: dict[str, Any]) -> dg.DagsterInstance:
-    """The instance of a dagster.yaml, outside of a cluster."""
-    folder.mkdir()
-    if "run_launcher" in config:
-        (folder / "kubeconfig").write_text(yaml.safe_dump(KUBECONFIG))
-        config["run_launcher"]["config"] |= {"load_incluster_config": False, "kubeconfig_file": str(folder / "kubeconfig")}
-    if config["compute_logs"]["class"] == "LocalComputeLogManager":
-        config["compute_logs"]["config"]["base_dir"] = str(folder / "logs")
-    (folder / "dagster.yaml").write_text(yaml.safe_dump(config))
-    return dg.DagsterInstance.from_config(str(folder))
 
 
 @pytest.fixture(params=INSTANCES)
@@ -66,15 +48,12 @@ def test_a_materialization_is_kept_in_postgres(instance: dg.DagsterInstance, set
         instance=instance,
     )
     assert result.success
-    with psycopg2.connect(host="127.0.0.1", port=postgres.port, user="dagster", dbname="dagster") as connection:
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "select partition from event_logs where run_id = %s and dagster_event_type = 'ASSET_MATERIALIZATION'",
-                (result.run_id,),
-            )
-            assert cursor.fetchall() == [(DAY,)]
-            cursor.execute("select status from runs where run_id = %s", (result.run_id,))
-            assert cursor.fetchall() == [("SUCCESS",)]
+    with postgres.connect("dagster", "dagster") as connection, connection.cursor() as cursor:
+        of_run = "where run_id = %s and dagster_event_type = 'ASSET_MATERIALIZATION'"
+        cursor.execute(f"select partition from event_logs {of_run}", (result.run_id,))
+        assert cursor.fetchall() == [(DAY,)]
+        cursor.execute("select status from runs where run_id = %s", (result.run_id,))
+        assert cursor.fetchall() == [("SUCCESS",)]
 
 
 def test_nothing_of_the_night_keeps_the_hourly_pool_from_working(instance: dg.DagsterInstance, settings: Settings) -> None:
@@ -116,6 +95,25 @@ def test_only_kubernetes_resumes_a_run_whose_pod_is_gone(instance: dg.DagsterIns
     assert launcher in ("K8sRunLauncher", "DefaultRunLauncher")
     assert (instance.run_monitoring_max_resume_run_attempts > 0) == (launcher == "K8sRunLauncher")
     assert instance.run_launcher.supports_resume_run == (launcher == "K8sRunLauncher")
+
+
+def test_dagster_and_mlflow_have_a_database_each_and_none_of_the_other(postgres: Postgres) -> None:
+    for role, other in (("dagster", "mlflow"), ("mlflow", "dagster")):
+        postgres.connect(role, role).close()
+        with pytest.raises(psycopg2.OperationalError, match="permission denied for database"):
+            postgres.connect(role, other)
+
+
+def test_the_storage_service_of_compose_makes_tables_and_pools(postgres: Postgres, tmp_path: Path) -> None:
+    (tmp_path / "dagster.yaml").write_text((DEPLOY / "compose" / "dagster.yaml").read_text())
+    script = read_yaml("compose.yaml")["services"]["storage"]["command"][-1].replace("$$", "$")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, **postgres.environment(), "DAGSTER_HOME": str(tmp_path), "PATH": path}
+    ended = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    with postgres.connect("dagster", "dagster") as connection, connection.cursor() as cursor:
+        cursor.execute('select concurrency_key, "limit" from concurrency_limits')
+        assert dict(cursor.fetchall()) == {"hourly": 1, "spark": 1, "training": 1}
 
 
 @pytest.mark.parametrize("name", INSTANCES)
