@@ -95,6 +95,49 @@ class AlsSettings(Section):
     min_item_interactions: int = Field(1, ge=1, description="items with fewer users get no factors")
 
 
+class TwoTowerSettings(Section):
+    dimension: int = Field(128, ge=2, le=1024, description="length of user and item vectors, and of the embeddings of ids")
+    hidden: tuple[int, ...] = Field(
+        (256, 128), description="hidden layers of both towers; empty: vectors are the sums of the embeddings alone"
+    )
+    user_ids: bool = Field(True, description="give users an embedding of their own beside their history and context")
+    history: int = Field(50, ge=1, le=1000, description="newest items of a user that count")
+    recent: int = Field(3, ge=0, description="newest items that are averaged once more by themselves; 0: none")
+    min_user_examples: int = Field(5, ge=1, description="users with fewer examples share the embedding of unknown users")
+    user_buckets: int = Field(1_000_000, ge=1, description="most rows of the user embedding; more users share rows")
+    item_buckets: int = Field(1_000_000, ge=1, description="most rows of the item embedding; more items share rows")
+    id_dropout: float = Field(0.1, ge=0, lt=1, description="share of ids that training hides, so that unknown ones are learned")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the hidden layers")
+    loss: Literal["softmax", "binary", "contrastive"] = Field(
+        "softmax",
+        description="softmax: sampled, with logQ correction; binary: cross-entropy of pairs; contrastive: that of SimpleX",
+    )
+    temperature: float = Field(0.1, gt=0, description="cosines are divided by it in the losses softmax and binary")
+    margin: float = Field(0.4, ge=-1, le=1, description="cosine below which a negative costs nothing (contrastive)")
+    negative_weight: float = Field(100.0, gt=0, description="weight of the negatives' mean cost (contrastive)")
+    in_batch: bool = Field(True, description="the items of the other examples of a batch are negatives")
+    negatives: int = Field(256, ge=0, description="further negatives for each batch, drawn uniformly from all items")
+    mask_history: bool = Field(True, description="an item of the user's history is never a negative")
+    batch_size: int = Field(1024, ge=2, description="examples of a step on one device")
+    learning_rate: float = Field(0.002, gt=0, description="of Adam, at the start")
+    final_learning_rate: float = Field(0.1, gt=0, le=1, description="share of it after `epochs`; it falls along a cosine")
+    l2: float = Field(0.0, ge=0, description="weight of the squared embeddings that a step touches")
+    epochs: int = Field(5, ge=1, description="most passes over the examples")
+    patience: int = Field(1, ge=1, description="epochs without a lower validation loss before training stops")
+    validation_share: float = Field(
+        0.1, ge=0, lt=1, description="newest part of the examples that decides when to stop; 0: none"
+    )
+    validation_rows: int = Field(50_000, ge=1, description="most of its examples that are looked at")
+    learn_validation: bool = Field(True, description="end with one pass over the validation part")
+    shuffle_rows: int = Field(
+        262_144, ge=2, description="examples shuffled in memory at a time; all are spread at random before"
+    )
+    checkpoint_steps: int = Field(5_000, ge=0, description="steps between checkpoints inside an epoch; 0: after epochs only")
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = Field("float32", description="of the dense layers")
+    devices: int = Field(1, ge=0, description="devices to train on, each with its batch; 0: every GPU")
+    seed: int = Field(7, ge=0, description="of start values, shuffling, dropout and negatives")
+
+
 class IndexSettings(Section):
     m: int = Field(32, ge=4, description="HNSW links of a node")
     ef_construction: int = Field(200, ge=8, description="HNSW build-time search width")
@@ -247,6 +290,7 @@ class Settings(BaseSettings):
     spark: SparkSettings = SparkSettings()
     interactions: InteractionSettings = InteractionSettings()
     als: AlsSettings = AlsSettings()
+    two_tower: TwoTowerSettings = TwoTowerSettings()
     index: IndexSettings = IndexSettings()
     trends: TrendSettings = TrendSettings()
     ranking: RankingSettings = RankingSettings()

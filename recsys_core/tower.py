@@ -162,13 +162,7 @@ class TowerSpec:
 
     def numbers(self, counts: npt.NDArray[np.floating]) -> Float32:
         """Counts (b, 4) as the network reads them, float32 (b, NUMBERS). Anything not finite counts as not known."""
-        values = np.asarray(counts, np.float32)
-        known = np.isfinite(values)
-        result = np.empty((len(values), NUMBERS), np.float32)
-        scaled = np.log1p(np.maximum(np.where(known, values, 0), 0)) - np.array(self.center, np.float32)
-        result[:, :-1] = np.where(known, scaled / np.array(self.spread, np.float32), 0)
-        result[:, -1] = ~known[:, -1]
-        return result
+        return standardise(counts, self.center, self.spread)
 
 
 TABLES = ("user_ids", "item_ids", "users", "history", "hours", "weekdays", "devices", "countries", "categories")
@@ -296,6 +290,19 @@ class UserTower:
         arrays = {name: _read_array(files, f"{name}.npy") for name in names}
         dense = [(arrays[f"dense_{layer}_kernel"], arrays[f"dense_{layer}_bias"]) for layer in range(spec.layers)]
         return cls(spec, {name: arrays[name] for name in TABLES}, dense)
+
+
+def standardise(values: npt.NDArray[np.floating], center: Sequence[float], spread: Sequence[float]) -> Float32:
+    """(log(1 + values) - center) / spread, and whether the last column is unknown: float32 (b, k + 1) of (b, k).
+
+    What is not finite is unknown and becomes 0; what is negative counts as 0.
+    """
+    known = np.isfinite(values)
+    scaled = np.log1p(np.maximum(np.where(known, values, 0), 0, dtype=np.float32)) - np.array(center, np.float32)
+    result = np.empty((len(values), values.shape[1] + 1), np.float32)
+    result[:, :-1] = np.where(known, scaled / np.array(spread, np.float32), 0)
+    result[:, -1] = ~known[:, -1]
+    return result
 
 
 def embedding_rows(places: Int32, table_rows: int) -> Int32:
