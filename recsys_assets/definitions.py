@@ -14,9 +14,11 @@ from recsys_sensors.schedules import schedules
 def build_definitions(settings: Settings) -> dg.Definitions:
     """The code location for an installation."""
     rooms = [ingestion, features, models, retrieval, serving]
+    assets = dg.load_assets_from_modules(rooms, include_specs=True)
+    keys = [key for asset in assets if isinstance(asset, dg.AssetsDefinition) for key in asset.keys]
     return dg.Definitions(
-        assets=dg.load_assets_from_modules(rooms, include_specs=True),
-        asset_checks=dg.load_asset_checks_from_modules([checks]),
+        assets=assets,
+        asset_checks=checks.asset_checks(keys),
         jobs=[arrivals_job, hourly_job, nightly_job],
         schedules=schedules(settings.dagster.automation),
         resources={"platform": Platform(settings)},

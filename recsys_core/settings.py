@@ -143,6 +143,17 @@ class CacheSettings(Section):
     batch_users: int = Field(2048, ge=1, description="users ranked and written at a time")
 
 
+class QualitySettings(Section):
+    sample_rows: int = Field(200_000, ge=100, description="rows that a check holds in memory of an hour or a table")
+    weeks: int = Field(4, ge=1, description="past weeks whose same hour says what is usual")
+    min_events: int = Field(100, ge=1, description="fewer usual events of an hour (or of 24 hours) are not judged")
+    min_priced: int = Field(30, ge=1, description="fewer events with a value are not judged by their median")
+    min_category_events: int = Field(40, ge=1, description="fewer usual events of a category are not missed")
+    max_repeated: float = Field(0.2, gt=0, le=1, description="largest share of events that occur twice, or as a day before")
+    min_known_items: float = Field(0.9, ge=0, le=1, description="least share of events of items in the catalogue (a warning)")
+    min_shift_gain: float = Field(0.15, gt=0, description="correlation that a shift in time must win to count as one")
+
+
 class RedisSettings(Section):
     url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL")
     timeout_ms: int = Field(20, ge=1, description="deadline of one online read")
@@ -227,6 +238,7 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings = EvaluationSettings()
     release: ReleaseSettings = ReleaseSettings()
     cache: CacheSettings = CacheSettings()
+    quality: QualitySettings = QualitySettings()
     redis: RedisSettings = RedisSettings()
     kafka: KafkaSettings = KafkaSettings()
     serving: ServingSettings = ServingSettings()
