@@ -293,7 +293,7 @@ def frame_of(measures: Sequence[Measure]) -> pd.DataFrame:
     return frame.astype({VALUE_COLUMN: "float64", LEAST: "float64", MOST: "float64"})
 
 
-VOLUME_RANGE = {WEEKS: (0.3, 3.5), DAYS: (0.25, 4.0), BEFORE: (0.12, 8.0)}
+VOLUME_RANGE = {WEEKS: (0.3, 3.5), DAYS: (0.25, 4.0), BEFORE: (0.05, 10.0)}
 """Times the usual number of events. A day is not like the day before it, and an hour still less like the one before."""
 
 
