@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 HOME_VARIABLE = "RECSYS_HOME"
@@ -141,6 +141,7 @@ class CacheSettings(Section):
     feature_ttl_seconds: int = Field(7 * 24 * 3600, ge=1, description="Redis TTL of a user's record")
     active_hours: int = Field(24, ge=1, description="users active in so many hours get a cached answer")
     batch_users: int = Field(2048, ge=1, description="users ranked and written at a time")
+    shards: int = Field(8, ge=1, description="parts of the active users; a run that broke off goes on with those not done")
 
 
 class QualitySettings(Section):
@@ -177,6 +178,24 @@ class DagsterSettings(Section):
     host: str = Field("127.0.0.1", description="address of the web UI")
     port: int = Field(3000, ge=0, le=65535, description="its port; the next free one when it is taken")
     automation: bool = Field(False, description="start schedules and sensors by themselves after a deploy")
+    catch_up_hours: int = Field(48, ge=1, description="missed hours and late events are made up for as far back")
+    hours_per_tick: int = Field(6, ge=1, description="missed hours that are asked for at a time")
+    attempts: int = Field(3, ge=1, description="how often a missed hour or night is asked for")
+
+
+class AlertSettings(Section):
+    webhook_url: str = Field("", description="Slack-compatible webhook; better given as RECSYS_ALERTS__WEBHOOK_URL")
+    email_to: list[str] = Field(default_factory=list, description="addresses that get alerts by mail")
+    email_from: str = Field("recsys@localhost", description="sender of the mails")
+    smtp_host: str = Field("", description="mail server; empty: no mail")
+    smtp_port: int = Field(25, ge=1, le=65535, description="its port")
+    smtp_starttls: bool = Field(False, description="encrypt the connection to it")
+    smtp_user: str = Field("", description="user at the mail server, when it wants one")
+    smtp_password: SecretStr = Field(SecretStr(""), description="given as RECSYS_ALERTS__SMTP_PASSWORD")
+    timeout_seconds: float = Field(5.0, gt=0, description="of one attempt to deliver")
+    retries: int = Field(3, ge=0, description="further attempts at once; what can't be delivered waits for the next tick")
+    silent_seconds: int = Field(120, ge=1, description="a stream worker without a heartbeat for so long is an alert")
+    max_lag_events: int = Field(1_000_000, ge=1, description="a stream that is further behind is an alert")
 
 
 class SourceMapping(Section):
@@ -243,6 +262,7 @@ class Settings(BaseSettings):
     kafka: KafkaSettings = KafkaSettings()
     serving: ServingSettings = ServingSettings()
     dagster: DagsterSettings = DagsterSettings()
+    alerts: AlertSettings = AlertSettings()
     mappings: dict[str, SourceMapping] = Field(default_factory=dict, description="own mappings of `recsys ingest`, by name")
 
     @property
