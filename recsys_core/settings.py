@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 HOME_VARIABLE = "RECSYS_HOME"
@@ -184,6 +184,18 @@ class CacheSettings(Section):
     feature_ttl_seconds: int = Field(7 * 24 * 3600, ge=1, description="Redis TTL of a user's record")
     active_hours: int = Field(24, ge=1, description="users active in so many hours get a cached answer")
     batch_users: int = Field(2048, ge=1, description="users ranked and written at a time")
+    shards: int = Field(8, ge=1, description="parts of the active users; a run that broke off goes on with those not done")
+
+
+class QualitySettings(Section):
+    sample_rows: int = Field(200_000, ge=100, description="rows that a check holds in memory of an hour or a table")
+    weeks: int = Field(4, ge=1, description="past weeks whose same hour says what is usual")
+    min_events: int = Field(100, ge=1, description="fewer usual events of an hour (or of 24 hours) are not judged")
+    min_priced: int = Field(30, ge=1, description="fewer events with a value are not judged by their median")
+    min_category_events: int = Field(40, ge=1, description="fewer usual events of a category are not missed")
+    max_repeated: float = Field(0.2, gt=0, le=1, description="largest share of events that occur twice, or as a day before")
+    min_known_items: float = Field(0.9, ge=0, le=1, description="least share of events of items in the catalogue (a warning)")
+    min_shift_gain: float = Field(0.15, gt=0, description="correlation that a shift in time must win to count as one")
 
 
 class RedisSettings(Section):
@@ -217,6 +229,9 @@ class DagsterSettings(Section):
     hourly_pool: str = Field(
         "spark", description="pool of the hourly Spark assets; any other name gives them a session beside the nightly one's"
     )
+    catch_up_hours: int = Field(48, ge=1, description="missed hours and late events are made up for as far back")
+    hours_per_tick: int = Field(6, ge=1, description="missed hours that are asked for at a time")
+    attempts: int = Field(3, ge=1, description="how often a missed hour or night is asked for")
 
 
 class PodResources(Section):
@@ -235,6 +250,21 @@ class KubernetesSettings(Section):
     gpu_resource: str = Field("nvidia.com/gpu", description="name of the GPU resource of the cluster's device plugin")
     step_account: str = Field("recsys-step", description="service account of steps; it may do nothing")
     spark_account: str = Field("recsys-spark", description="service account of Spark drivers; it may start executor pods")
+
+
+class AlertSettings(Section):
+    webhook_url: str = Field("", description="Slack-compatible webhook; better given as RECSYS_ALERTS__WEBHOOK_URL")
+    email_to: list[str] = Field(default_factory=list, description="addresses that get alerts by mail")
+    email_from: str = Field("recsys@localhost", description="sender of the mails")
+    smtp_host: str = Field("", description="mail server; empty: no mail")
+    smtp_port: int = Field(25, ge=1, le=65535, description="its port")
+    smtp_starttls: bool = Field(False, description="encrypt the connection to it")
+    smtp_user: str = Field("", description="user at the mail server, when it wants one")
+    smtp_password: SecretStr = Field(SecretStr(""), description="given as RECSYS_ALERTS__SMTP_PASSWORD")
+    timeout_seconds: float = Field(5.0, gt=0, description="of one attempt to deliver")
+    retries: int = Field(3, ge=0, description="further attempts at once; what can't be delivered waits for the next tick")
+    silent_seconds: int = Field(120, ge=1, description="a stream worker without a heartbeat for so long is an alert")
+    max_lag_events: int = Field(1_000_000, ge=1, description="a stream that is further behind is an alert")
 
 
 class SourceMapping(Section):
@@ -297,11 +327,13 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings = EvaluationSettings()
     release: ReleaseSettings = ReleaseSettings()
     cache: CacheSettings = CacheSettings()
+    quality: QualitySettings = QualitySettings()
     redis: RedisSettings = RedisSettings()
     kafka: KafkaSettings = KafkaSettings()
     serving: ServingSettings = ServingSettings()
     dagster: DagsterSettings = DagsterSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
+    alerts: AlertSettings = AlertSettings()
     mappings: dict[str, SourceMapping] = Field(default_factory=dict, description="own mappings of `recsys ingest`, by name")
 
     @property
