@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+import pyarrow as pa
 
 from recsys_core.ranking import Snapshot, Users
 from recsys_core.settings import RankingSettings
@@ -112,10 +113,8 @@ class AnswerEncoder:
     """
 
     def __init__(self, release_id: str, item_ids: Sequence[str]) -> None:
-        heads = [_item_head(item.encode()) for item in item_ids]
-        self._lengths = np.array([len(h) for h in heads], np.int64)
+        self._blob, self._lengths = _item_heads(item_ids)
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]]).astype(np.int64)
-        self._blob = np.frombuffer(b"".join(heads), np.uint8)
         self._release = release_id.encode()
 
     def encode(self, positions: np.ndarray, scores: np.ndarray, computed_at: int) -> list[bytes]:
@@ -144,6 +143,30 @@ class AnswerEncoder:
             values.append(head + local.tobytes() + data[offset:end])
             item, offset = last, end
         return values
+
+
+def _item_heads(item_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`_item_head` of every id, joined, uint8; and the length of each, int64.
+
+    Ids of up to 119 bytes, whose lengths are single bytes, are done together: a million in a few hundredths of a second.
+    """
+    ids = pa.array(item_ids, pa.large_binary())
+    offsets = np.frombuffer(ids.buffers()[1], np.int64, len(ids) + 1)
+    sizes = np.diff(offsets)
+    if sizes.max(initial=0) > 119:
+        heads = [_item_head(item.encode()) for item in item_ids]
+        return np.frombuffer(b"".join(heads), np.uint8), np.array([len(head) for head in heads], np.int64)
+    lengths = sizes + 5
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    blob = np.empty(int(lengths.sum()), np.uint8)
+    inside = np.ones(len(blob), bool)
+    fixed = ((starts, _ITEM_TAG), (starts + 1, sizes + 7), (starts + 2, _ID_TAG), (starts + 3, sizes), (ends - 1, _SCORE_TAG))
+    for places, value in fixed:
+        blob[places] = value
+        inside[places] = False
+    blob[inside] = np.frombuffer(ids.buffers()[2] or b"", np.uint8, int(offsets[-1]))
+    return blob, lengths
 
 
 def _item_head(item_id: bytes) -> bytes:

@@ -217,6 +217,22 @@ class ServingSettings(Section):
     batch_timeout_ms: int = Field(10_000, ge=1, description="the same for a part of a RecommendBatch")
     pointer_poll_seconds: float = Field(1.0, gt=0, description="how often the champion pointer is looked at")
     reflection: bool = Field(True, description="offer gRPC server reflection")
+    processes: int = Field(1, ge=0, le=256, description="serving processes on the one port; 0: one a core")
+    max_concurrent: int = Field(256, ge=1, description="calls under way in a process; more are refused as RESOURCE_EXHAUSTED")
+    drain_seconds: float = Field(5.0, ge=0, description="what calls under way get to finish after SIGTERM")
+    linger_seconds: float = Field(0.0, ge=0, description="time between saying NOT_SERVING and refusing calls, for balancers")
+    tls_certificate: str = Field("", description="PEM file with the server's certificate chain; empty: no TLS")
+    tls_key: str = Field("", description="PEM file with its key")
+    tls_client_ca: str = Field("", description="PEM file with the CA of client certificates, which are then required")
+    tokens: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="variable that holds a bearer token -> methods that it opens, `*` for all; empty: no tokens",
+    )
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of Prometheus metrics at /metrics; 0: none")
+    log_format: Literal["text", "json"] = Field("text", description="of the lines on stderr")
+    log_sample: float = Field(0.0, ge=0, le=1, description="share of the calls that are logged; failed ones a hundredfold")
+    otlp_endpoint: str = Field("", description="OpenTelemetry collector such as http://127.0.0.1:4317; empty: no traces")
+    trace_ratio: float = Field(0.01, ge=0, le=1, description="share of calls traced, unless the caller's trace decides")
 
 
 class DagsterSettings(Section):
