@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -70,9 +71,7 @@ def init_topics(settings: KafkaSettings) -> list[Topic]:
         found = find_topic(admin, name)
         if found is None:
             _create(admin, NewTopic(name, partitions, settings.replication, config=wanted))
-            found = find_topic(admin, name)
-            if found is None:
-                raise TopicError(f"{name} was made, and the brokers do not know it")
+            found = _await_topic(admin, name)
         elif found.partitions != partitions and name == settings.topic:
             raise TopicError(
                 f"{name} has {found.partitions} partitions and the settings say {partitions}: users would change their "
@@ -90,6 +89,16 @@ def _create(admin: AdminClient, topic: NewTopic) -> None:
     except KafkaException as error:
         if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
             raise TopicError(f"{topic.topic} can't be made: {error.args[0].str()}") from error
+
+
+def _await_topic(admin: AdminClient, name: str) -> Topic:
+    """A topic that was just made; the brokers hear of it a moment later."""
+    deadline = time.monotonic() + ADMIN_SECONDS
+    while time.monotonic() < deadline:
+        if found := find_topic(admin, name):
+            return found
+        time.sleep(0.05)
+    raise TopicError(f"{name} was made, and the brokers do not know it after {ADMIN_SECONDS:.0f} s")
 
 
 def _alter(admin: AdminClient, name: str, wanted: Mapping[str, str]) -> None:
