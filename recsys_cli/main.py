@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from recsys_cli import kafka, stream
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -54,6 +56,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From clickstream to served recommendations: run the platform, bring data to it, ask it.",
 )
+
+
+app.add_typer(kafka.app, name="kafka")
+app.add_typer(stream.app, name="stream")
 
 
 def _explanation(error: Exception) -> str | None:

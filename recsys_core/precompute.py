@@ -62,7 +62,8 @@ def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, se
     started = time.perf_counter()
     users = 0
     for batch in _batches(lake, ONLINE_FEATURES, day, settings.cache.batch_users, "user records"):
-        users += write_records(redis, _records(batch, als_version), settings.cache.feature_ttl_seconds)
+        records = _records(batch, als_version)
+        users += write_records(redis, records, settings.cache.feature_ttl_seconds, settings.ranking.last_items)
     return WriteReport(users, 0, time.perf_counter() - started)
 
 

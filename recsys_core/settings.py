@@ -199,13 +199,66 @@ class QualitySettings(Section):
 
 
 class RedisSettings(Section):
-    url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL")
+    mode: Literal["standalone", "sentinel", "cluster"] = Field("standalone", description="kind of the installation")
+    url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL of a standalone Redis")
+    nodes: list[str] = Field(default_factory=list, description="host:port of the sentinels, or of some nodes of the cluster")
+    service: str = Field("recsys", description="name of the master that the sentinels watch")
+    username: str = Field("", description="ACL user; empty: the default user, or the one in the URL")
+    password: SecretStr = Field(SecretStr(""), description="its password; better given as RECSYS_REDIS__PASSWORD")
+    sentinel_password: SecretStr = Field(SecretStr(""), description="password of the sentinels themselves, if they have one")
+    tls: bool = Field(False, description="TLS to sentinels and cluster nodes; a standalone Redis says it by rediss://")
+    ca_file: str = Field("", description="PEM file of the authority that signed the servers' certificates; empty: the system's")
+    cert_file: str = Field("", description="PEM file of this client's certificate, where the servers ask for one")
+    key_file: str = Field("", description="PEM file of its key")
+    read_replicas: bool = Field(False, description="online reads go to replicas as well; they may be a moment behind")
+    wait_replicas: int = Field(0, ge=0, description="replicas that must have a batch of the speed layer before it counts as written")
     timeout_ms: int = Field(20, ge=1, description="deadline of one online read")
+
+    @model_validator(mode="after")
+    def _has_nodes(self) -> RedisSettings:
+        wrong = [node for node in self.nodes if not node.rpartition(":")[2].isdigit() or not node.rpartition(":")[0]]
+        if wrong:
+            raise ValueError(f"every node is host:port, got {', '.join(wrong)}")
+        if self.mode != "standalone" and not self.nodes:
+            raise ValueError(f"mode {self.mode} needs the host:port of at least one node in `nodes`")
+        return self
 
 
 class KafkaSettings(Section):
     bootstrap_servers: str = Field("127.0.0.1:9092", description="host:port of brokers, separated by commas")
     topic: str = Field("clickstream.events", description="topic of the events, keyed by user_id")
+    dead_letter_topic: str = Field("clickstream.dead-letter", description="topic of the messages that are no event, with the reason")
+    partitions: int = Field(4, ge=1, description="partitions of the topic that `recsys kafka init` makes")
+    replication: int = Field(1, ge=1, description="copies of each partition")
+    retention_hours: int = Field(7 * 24, ge=1, description="how long the topics keep a message")
+    max_message_bytes: int = Field(1 << 20, ge=1024, description="largest message that the broker takes; a larger event is a dead letter")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how clients connect"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "GSSAPI"] = Field(
+        "SCRAM-SHA-512", description="of the SASL protocols"
+    )
+    sasl_username: str = Field("", description="SASL user")
+    sasl_password: SecretStr = Field(SecretStr(""), description="its password; better given as RECSYS_KAFKA__SASL_PASSWORD")
+    ca_file: str = Field("", description="PEM file of the authority that signed the brokers' certificates; empty: the system's")
+    cert_file: str = Field("", description="PEM file of this client's certificate, where the brokers ask for one")
+    key_file: str = Field("", description="PEM file of its key")
+    conf: dict[str, str] = Field(default_factory=dict, description="any further librdkafka property, given to every client")
+
+
+class StreamSettings(Section):
+    group: str = Field("recsys-stream", description="consumer group of the workers")
+    instance_id: str = Field("", description="static member of the group: a restart within its session moves no partition")
+    session_timeout_seconds: float = Field(30.0, gt=0, description="a worker silent for so long loses its partitions")
+    batch_events: int = Field(50_000, ge=1, description="most events of a batch; a worker that has caught up takes what is there")
+    batch_megabytes: int = Field(64, ge=1, description="most bytes of a batch, and of what is fetched ahead of it")
+    archive: bool = Field(True, description="archive the topic into the landing zone")
+    archive_rows: int = Field(100_000, ge=1, description="an archive file ends where the offset is a multiple of this")
+    archive_seconds: int = Field(60, ge=1, description="and where the broker's time enters another interval of this length")
+    bucket_minutes: int = Field(5, ge=1, le=60, description="length of a bucket of the live trends")
+    trend_hours: int = Field(24, ge=1, description="how long a bucket of the live trends is kept")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of the Prometheus metrics; 0: none")
+    heartbeat_seconds: float = Field(5.0, gt=0, description="how often a worker writes its heartbeat, progress and lag to Redis")
 
 
 class ServingSettings(Section):
@@ -346,6 +399,7 @@ class Settings(BaseSettings):
     quality: QualitySettings = QualitySettings()
     redis: RedisSettings = RedisSettings()
     kafka: KafkaSettings = KafkaSettings()
+    stream: StreamSettings = StreamSettings()
     serving: ServingSettings = ServingSettings()
     dagster: DagsterSettings = DagsterSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
