@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import dagster as dg
 import numpy as np
 import pyarrow as pa
 
 from recsys_core.evaluation import Evaluation
+from recsys_core.gate import Verdict
 from recsys_core.index import IndexReport
 from recsys_core.precompute import Sample
 from recsys_core.ranking import Snapshot
@@ -39,6 +40,25 @@ def evaluation_table(evaluation: Evaluation) -> dg.MarkdownMetadataValue:
     names = ["ndcg@10", "recall@10", "hit@10", "map@10", "mrr@10", "coverage@10", "novelty@10"]
     shown = [name for name in names if name in next(iter(evaluation.metrics.values()))]
     return table(["model", *shown], [[model, *(values[n] for n in shown)] for model, values in evaluation.metrics.items()])
+
+
+def epochs_table(epochs: Sequence[Mapping[str, float]]) -> dg.MarkdownMetadataValue:
+    """The metrics of each epoch of a training."""
+    names = list(dict.fromkeys(name for epoch in epochs for name in epoch))
+    return table(["epoch", *names], [[at, *(epoch.get(n, "") for n in names)] for at, epoch in enumerate(epochs, start=1)])
+
+
+def verdict_table(verdict: Verdict) -> dg.MarkdownMetadataValue:
+    """Each claim of the gate: both releases, the bound, whether it was held."""
+    rows = [
+        [claim.name, *("" if v is None else v for v in (claim.challenger, claim.champion, claim.bound)), _held(claim.held)]
+        for claim in verdict.claims
+    ]
+    return table(["score", "challenger", "champion", "bound", "held"], rows)
+
+
+def _held(held: bool) -> str:
+    return "yes" if held else "**no**"
 
 
 def title_of(snapshot: Snapshot, position: int) -> str:

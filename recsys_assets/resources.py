@@ -13,6 +13,7 @@ from recsys_core.als import choose_engine
 from recsys_core.events import now_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
+from recsys_core.registry import Registry
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
 from recsys_core.spark import spark_conf
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 
 
 class Platform:
-    """The lake, the landing zone, the releases, Redis and Spark of one installation.
+    """The lake, the landing zone, the releases, the registry, Redis and Spark of one installation.
 
-    Spark starts at the first use: an asset that needs none pays nothing for it. `now_ms` is the clock that sensors go by.
+    Spark and MLflow start at the first use: an asset that needs none pays nothing for it. `now_ms` is the clock that sensors
+    go by.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], int] = now_ms) -> None:
@@ -34,6 +36,7 @@ class Platform:
         self.lake = Lake(settings.lake_uri, settings.lake.keep_versions)
         self.landing = Landing(self.lake)
         self.releases = Releases(settings.releases_uri)
+        self.registry = Registry(settings)
 
     @cached_property
     def _lazy_spark(self) -> LazyPySparkResource:
@@ -48,6 +51,9 @@ class Platform:
     @property
     def als_engine(self) -> str:
         return choose_engine(self.settings.als, self.settings.spark.master)
+
+    def release_uri(self, release_id: str) -> str:
+        return f"{self.settings.releases_uri}/{release_id}"
 
     @contextmanager
     def redis(self) -> Iterator[Any]:

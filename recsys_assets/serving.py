@@ -1,22 +1,27 @@
-"""Serving: fallbacks and boosts, the release, the online features and the hourly recommendation caches."""
+"""Serving: fallbacks and boosts, the release and its promotion, the online features and the hourly recommendation caches."""
 
 import dagster as dg
 
 from recsys_assets.features import interactions
 from recsys_assets.ingestion import clicks_hourly
-from recsys_assets.models import als_factors, evaluation
+from recsys_assets.models import als_factors, evaluation, two_tower
 from recsys_assets.partitions import daily, hourly, window_of_hours
 from recsys_assets.reports import recommendations_table, schema, table
-from recsys_assets.resources import PlatformResource
+from recsys_assets.resources import Platform, PlatformResource
 from recsys_assets.retrieval import item_index
+from recsys_assets.tracking import tracked
 from recsys_core.bundle import ALS_USERS, POPULAR_ITEMS, TRENDING_ITEMS, publish_release
 from recsys_core.catalog import read_catalog
+from recsys_core.evaluation import EVALUATION
 from recsys_core.events import HOUR_MS, hour_keys, key_start_ms
+from recsys_core.gate import read_verdict
 from recsys_core.popularity import POPULAR_SCHEMA, TRENDING_SCHEMA
 from recsys_core.popularity import popular_items as popularity_of
 from recsys_core.popularity import trending_items as trends_of
 from recsys_core.precompute import read_trend, write_online_features, write_rec_cache, write_trend
 from recsys_core.ranking import Trend
+from recsys_core.registry import CHALLENGER, RegistryError, RegistryRun
+from recsys_core.release import MANIFEST, Manifest, ReleaseError
 from recsys_core.settings import load_settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS, build_active_users, build_online_features
 
@@ -70,24 +75,33 @@ def trending_items(context: dg.AssetExecutionContext, platform: PlatformResource
 
 
 @dg.asset(
-    deps=[als_factors, item_index, popular_items, evaluation, "item_catalog"],
+    deps=[als_factors, two_tower, item_index, popular_items, evaluation, "item_catalog"],
     partitions_def=daily,
     group_name=GROUP,
     owners=OWNERS,
     kinds={"faiss", "parquet"},
 )
 def release(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
-    """One immutable bundle of everything serving needs, read back and verified before it becomes the champion."""
-    run_ids = {"release": context.run_id}
-    manifest, snapshot = publish_release(platform.lake, platform.releases, context.partition_key, platform.settings, run_ids)
+    """One immutable bundle of everything serving needs, read back, verified and registered as `challenger`."""
+    day, settings = context.partition_key, platform.settings
+    with tracked(context, platform, {"gate": settings.gate.model_dump()}, (EVALUATION,)) as run:
+        run_ids = {"release": context.run_id, **({"mlflow": run.run_id} if run.run_id else {})}
+        manifest, snapshot = publish_release(platform.lake, platform.releases, day, settings, run_ids)
+        run.log_inputs(manifest.sources, platform.lake.uri)
+        run.log_metrics(manifest.metrics)
+        run.log_text(f"release/{MANIFEST}", manifest.to_bytes().decode())
+        registered = register_challenger(platform, manifest, run)
     sources = [[name, s["partition"], s["data_version"]] for name, s in manifest.sources.items()]
     files = [[name, f["bytes"], f["sha256"][:12]] for name, f in manifest.files.items()]
+    two_tower = manifest.models.get("two_tower")
     return dg.MaterializeResult(
         metadata={
+            **run.link(),
+            **registered,
             "release_id": manifest.release_id,
             "items": snapshot.items.num_rows,
             "bytes": sum(f["bytes"] for f in manifest.files.values()),
-            "two-tower model": "none: answers come from ALS alone",
+            "two-tower model": two_tower["version"] if two_tower else "none: answers come from ALS alone",
             "made from": table(["asset", "partition", "data version"], sources),
             "files": table(["file", "bytes", "sha256"], files),
         },
@@ -95,8 +109,58 @@ def release(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg
     )
 
 
+def register_challenger(platform: Platform, manifest: Manifest, run: RegistryRun) -> dict[str, str]:
+    """Register a release, and let the alias `champion` follow the pointer file where an earlier night was cut off in between.
+
+    Returns what the metadata say of it; MLflow that is away is told and waited for by nobody.
+    """
+    pointer = platform.releases.champion()
+    try:
+        if pointer is not None:
+            platform.registry.promote(platform.releases.manifest(pointer.release_id), platform.release_uri(pointer.release_id))
+        version = platform.registry.register(manifest, platform.release_uri(manifest.release_id), run)
+    except (RegistryError, ReleaseError) as error:
+        return {"not registered": str(error)}
+    return {"registered as": f"version {version.version}, {CHALLENGER}"}
+
+
 @dg.asset(
-    deps=[release, interactions, als_factors, clicks_hourly],
+    deps=[release],
+    partitions_def=daily,
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"mlflow"},
+)
+def champion(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
+    """The release that serving reads. One that passed the gate takes the place: in the registry, then in the pointer file."""
+    day = context.partition_key
+    verdict = read_verdict(platform.lake, day)
+    if verdict is None or not verdict.passed:
+        reason = verdict.reason if verdict else "no release of this day was judged: materialize `release` first"
+        raise dg.Failure(f"the champion stays: {reason}", allow_retries=False)
+    aliased = {}
+    try:
+        manifest = platform.releases.manifest(verdict.release_id)
+        version = platform.registry.promote(manifest, platform.release_uri(verdict.release_id))
+        aliased["registry version"] = version.version
+    except RegistryError as error:
+        aliased["MLflow trouble"] = str(error)
+    before = platform.releases.champion()
+    if before is None or before.release_id != verdict.release_id:
+        platform.releases.promote(verdict.release_id, reason=verdict.reason)
+    return dg.MaterializeResult(
+        metadata={
+            "release_id": verdict.release_id,
+            "took the place of": before.release_id if before else "none",
+            "reason": verdict.reason,
+            **aliased,
+        },
+        data_version=dg.DataVersion(verdict.release_id),
+    )
+
+
+@dg.asset(
+    deps=[champion, interactions, als_factors, clicks_hourly],
     partitions_def=daily,
     group_name=GROUP,
     owners=OWNERS,
@@ -125,7 +189,7 @@ def online_features(context: dg.AssetExecutionContext, platform: PlatformResourc
 @dg.asset(
     deps=[
         dg.AssetDep(clicks_hourly, partition_mapping=window_of_hours(_settings.cache.active_hours)),
-        dg.AssetDep(release, partition_mapping=dg.LastPartitionMapping()),
+        dg.AssetDep(champion, partition_mapping=dg.LastPartitionMapping()),
         dg.AssetDep(online_features, partition_mapping=dg.LastPartitionMapping()),
         trending_items,
     ],
@@ -141,14 +205,14 @@ def rec_cache(context: dg.AssetExecutionContext, platform: PlatformResource) -> 
     An hour that is made up for later writes nothing over the caches of a newer one.
     """
     hour, settings = context.partition_key, platform.settings
-    champion = platform.releases.champion()
-    if champion is None:
-        raise dg.Failure("no release has been promoted yet: materialize `release` first")
+    pointer = platform.releases.champion()
+    if pointer is None:
+        raise dg.Failure("no release has been promoted yet: materialize `release` and `champion` first")
     newest = platform.lake.latest(ACTIVE_USERS) or hour
     if hour < newest:
         return dg.MaterializeResult(metadata={"nothing written": f"the caches are those of {newest} already"})
     active = build_active_users(platform.spark(), platform.lake, hour, settings.cache.active_hours)
-    _, snapshot = platform.releases.load(champion.release_id, champion.manifest_sha256)
+    _, snapshot = platform.releases.load(pointer.release_id, pointer.manifest_sha256)
     trending = read_trend(platform.lake, hour)
     with platform.redis() as redis:
         write_trend(redis, trending, settings.cache.ttl_seconds)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from recsys_core.landing import Landing
 
 MARKER = ".demo"
-OWN = ("lake", "releases", "dagster", "redis", "spark", "truth")
+OWN = ("lake", "releases", "dagster", "mlflow", "redis", "spark", "truth")
 LOG = "demo.log"
 USERS = 5
 STRANGER = "someone-new"
@@ -98,7 +98,8 @@ def _own_home(wanted: Path) -> Iterator[Path]:
 def _empty(home: Path) -> None:
     for name in OWN:
         shutil.rmtree(home / name, ignore_errors=True)
-    (home / "recsys.toml").unlink(missing_ok=True)
+    for name in ("recsys.toml", "mlflow.db"):
+        (home / name).unlink(missing_ok=True)
 
 
 # -- the line ---------------------------------------------------------------------------------------------------
@@ -191,7 +192,16 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
         materialize("nightly", ["interactions"], days)
-        for asset in ("als_factors", "item_index", "popular_items", "evaluation", "release", "online_features"):
+        for asset in (
+            "als_factors",
+            "two_tower",
+            "item_index",
+            "popular_items",
+            "evaluation",
+            "release",
+            "champion",
+            "online_features",
+        ):
             materialize("nightly", [asset], (day, day))
         materialize("hourly", ["trending_items", "rec_cache"], (last_hour, last_hour))
         return platform.lake.get("evaluation", day).extra

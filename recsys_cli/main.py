@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from recsys_cli import kafka, stream
+from recsys_cli import kafka, releases, stream
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +60,7 @@ app = typer.Typer(
 
 app.add_typer(kafka.app, name="kafka")
 app.add_typer(stream.app, name="stream")
+app.add_typer(releases.app, name="release")
 
 
 def _explanation(error: Exception) -> str | None:
@@ -70,6 +71,7 @@ def _explanation(error: Exception) -> str | None:
     from recsys_cli.java import JavaMissing
     from recsys_cli.processes import StackError
     from recsys_core.readers import IngestError
+    from recsys_core.release import ReleaseError
     from serving.client import RecsysError
 
     if isinstance(error, ValidationError):
@@ -77,7 +79,7 @@ def _explanation(error: Exception) -> str | None:
     if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
         named = error.filename
         return f"{error.strerror}: {named}" if named else str(error)
-    if isinstance(error, StackError | JavaMissing | IngestError):
+    if isinstance(error, StackError | JavaMissing | IngestError | ReleaseError):
         return str(error)
     if isinstance(error, RecsysError):
         hint = " (what is up: `recsys status`)" if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else ""

@@ -1,9 +1,14 @@
-"""Alternating least squares for implicit feedback (Hu, Koren, Volinsky 2008), two engines behind one interface.
+"""Alternating least squares for implicit feedback (Hu, Koren, Volinsky 2008), three engines behind one interface.
 
-`implicit` fits on one machine, Spark MLlib on a cluster. Both minimise the same weighted squares: preference 1 with
-confidence 1 + alpha·w for each observed user-item pair of weight w, preference 0 with confidence 1 for all others.
-They differ in the ridge term. MLlib gives row r λ·n_r (n_r its observations, ALS-WR), `implicit` takes one number
-for all rows, which is λ times the mean of n_r over all users and items.
+`numpy` and `implicit` fit on one machine, Spark MLlib on a cluster. All minimise the same weighted squares: preference 1
+with confidence 1 + alpha·w for each observed user-item pair of weight w, preference 0 with confidence 1 for all others.
+They differ in the ridge term, n_r being the observations of row r and n̄ their mean over all users and items:
+
+- MLlib: λ·n_r (ALS-WR).
+- `implicit`: λ·n̄ for every row.
+- `numpy`: λ·n̄·(1 − s + s·f_r/f̄) with s = `frequency_scaling` and f_r = n_r + N_r/alpha, N_r the size of the other side:
+  at 0 that of `implicit`, at 1 frequency-scaled regularisation (Rendle et al. 2022, "Revisiting the performance of iALS",
+  eq. 7 with ν = 1; 1/alpha is their weight of an unobserved pair), with the same mean for every s.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import scipy.sparse as sp
 
 from recsys_core import progress
 from recsys_core.lake import Lake, MissingPartition
+from recsys_core.least_squares import solve_rows
 from recsys_core.settings import AlsSettings
 from recsys_core.spark import is_local
 
@@ -34,6 +40,7 @@ FloatArray = npt.NDArray[np.floating]
 READ_ROWS = 1 << 20
 FACTOR_ROWS = 1 << 16
 ID_BUCKETS = 256
+START_DEVIATION = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,18 @@ class AlsReport:
 
 
 @dataclass(frozen=True)
+class Ridge:
+    """The ridge of a row of n observations: `constant + per_observation · n`."""
+
+    constant: float
+    per_observation: float
+
+    def of(self, observations: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+        """float64 (m,) of int (m,)."""
+        return self.constant + self.per_observation * observations.astype(np.float64)
+
+
+@dataclass(frozen=True)
 class Factors:
     """Rows of a factor table: ids object (m,), observations int32 (m,), vectors float32 (m, rank), C-contiguous."""
 
@@ -62,10 +81,10 @@ class Factors:
 
 
 def choose_engine(settings: AlsSettings, spark_master: str) -> str:
-    """`implicit` or `spark`: the engine that the settings name; on auto, `implicit` when Spark would run in this process."""
+    """The engine that the settings name; on auto, `numpy` when Spark would run in this process, else `spark`."""
     if settings.engine != "auto":
         return settings.engine
-    return "implicit" if is_local(spark_master) else "spark"
+    return "numpy" if is_local(spark_master) else "spark"
 
 
 def fit_als(
@@ -83,29 +102,30 @@ def fit_als(
     The tables have the columns id string, n int32 (observations in the fit), factor list of `rank` float32. A pair
     counts when its user has `min_user_interactions` and its item `min_item_interactions` before any pair is left out.
 
-    `implicit` gives the same factors, to the bit, for the same rows, versions and machine, whatever their order and
-    the number of threads. Spark repeats start values and blocks by the seed, but adds partial sums in the order in
+    `numpy` and `implicit` give the same factors, to the bit, for the same rows, versions and machine, whatever their order
+    and the number of threads. Spark repeats start values and blocks by the seed, but adds partial sums in the order in
     which tasks end, so its factors repeat to rounding only.
 
-    Raises ValueError when nothing is left to fit, for a weight that isn't finite and positive, for an unknown engine,
-    and when the fit diverges.
+    Raises ValueError when nothing is left to fit, for a weight that isn't finite and positive, for an unknown engine, for
+    settings that an engine does not have, and when the fit diverges.
     """
     started = time.perf_counter()
     name = f"{table}, partition {key!r}"
     if not files:
         raise ValueError(f"{name}: no interactions to fit, there is no file of them")
-    if engine == "implicit":
-        users, items, observations, ridge = _fit_implicit(lake, files, table, key, settings)
-        per_observation = 0.0
+    if engine in ("numpy", "implicit"):
+        if engine == "implicit" and settings.frequency_scaling:
+            raise ValueError(f"{name}: `implicit` has one ridge for all rows; als.frequency_scaling needs the engine `numpy`")
+        users, items, observations, ridge = _fit_one_machine(lake, files, table, key, settings, engine)
     elif engine == "spark":
         if spark is None:
             raise ValueError(f"{name}: the engine `spark` needs a Spark session")
         users, items, observations = _fit_spark(lake, files, table, key, settings, spark())
-        ridge, per_observation = 0.0, settings.regularization
+        ridge = Ridge(0.0, settings.regularization)
     else:
-        raise ValueError(f"{name}: unknown ALS engine {engine!r}, use `implicit` or `spark`")
+        raise ValueError(f"{name}: unknown ALS engine {engine!r}, use `numpy`, `implicit` or `spark`")
     seconds = time.perf_counter() - started
-    return AlsReport(engine, users, items, observations, seconds, ridge, per_observation)
+    return AlsReport(engine, users, items, observations, seconds, ridge.constant, ridge.per_observation)
 
 
 def _nothing_left(name: str, settings: AlsSettings) -> ValueError:
@@ -127,15 +147,19 @@ class _Interactions:
     weights: sp.csr_matrix
 
 
-def _fit_implicit(lake: Lake, files: Sequence[str], table: str, key: str, settings: AlsSettings) -> tuple[int, int, int, float]:
+def _fit_one_machine(
+    lake: Lake, files: Sequence[str], table: str, key: str, settings: AlsSettings, engine: str
+) -> tuple[int, int, int, Ridge]:
+    """Users, items, observations, and the users' ridge."""
     name = f"{table}, partition {key!r}"
     data = _frequent(_read_interactions(lake, files, name), settings)
     users, items = data.weights.shape
     observations = int(data.weights.nnz)
     if not observations:
         raise _nothing_left(name, settings)
-    ridge = settings.regularization * 2 * observations / (users + items)
-    user_vectors, item_vectors = _factorize(data.weights, ridge, settings)
+    ridges = ridges_of(observations, (users, items), settings)
+    factorize = _factorize_exactly if engine == "numpy" else _factorize_implicit
+    user_vectors, item_vectors = factorize(data.weights, ridges, settings)
     sides: tuple[tuple[Side, pa.Array, npt.NDArray[np.float32], npt.NDArray[np.int64]], ...] = (
         ("users", data.user_ids, user_vectors, data.weights.getnnz(axis=1)),
         ("items", data.item_ids, item_vectors, data.weights.getnnz(axis=0)),
@@ -145,7 +169,18 @@ def _fit_implicit(lake: Lake, files: Sequence[str], table: str, key: str, settin
             raise ValueError(f"{name}: the fit diverged, {side} have factors that aren't finite; raise als.regularization")
     for side, ids, vectors, counts in sides:
         lake.write(f"{table}_{side}", key, _factor_batches(ids, counts, vectors), _factor_schema(settings.rank))
-    return users, items, observations, ridge
+    return users, items, observations, ridges[0]
+
+
+def ridges_of(observations: int, shape: tuple[int, int], settings: AlsSettings) -> tuple[Ridge, Ridge]:
+    """The ridges of users and of items for a fit of `shape` (users, items); see the module's first lines for the formula."""
+    mean = 2 * observations / sum(shape)
+    offsets = (shape[1] / settings.alpha, shape[0] / settings.alpha)
+    mean_frequency = mean + 2 * shape[0] * shape[1] / settings.alpha / sum(shape)
+    even = settings.regularization * mean * (1 - settings.frequency_scaling)
+    scaled = settings.regularization * mean * settings.frequency_scaling / mean_frequency
+    users, items = (Ridge(even + scaled * offset, scaled) for offset in offsets)
+    return users, items
 
 
 def _factor_schema(rank: int) -> pa.Schema:
@@ -207,10 +242,34 @@ def _frequent(data: _Interactions, settings: AlsSettings) -> _Interactions:
     )
 
 
-def _factorize(
-    weights: sp.csr_matrix, ridge: float, settings: AlsSettings
+def _factorize_exactly(
+    weights: sp.csr_matrix, ridges: tuple[Ridge, Ridge], settings: AlsSettings
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """User and item vectors, float32 (users, rank) and (items, rank).
+    """User and item vectors, float32 (users, rank) and (items, rank), each half-sweep solved exactly.
+
+    Items start from a normal distribution of standard deviation START_DEVIATION/√rank (Rendle et al. 2022, section 4.2).
+    """
+    by_user = weights.copy()
+    by_user.data = np.float32(settings.alpha) * by_user.data
+    by_item = by_user.T.tocsr()
+    by_item.sort_indices()
+    user_ridge, item_ridge = (r.of(m.getnnz(axis=1)) for r, m in zip(ridges, (by_user, by_item), strict=True))
+    random = np.random.default_rng(settings.seed)
+    items = random.standard_normal((by_item.shape[0], settings.rank), np.float32)
+    items *= np.float32(START_DEVIATION / np.sqrt(settings.rank))
+    users = np.zeros((by_user.shape[0], settings.rank), np.float32)
+    with progress.task("ALS iterations", settings.iterations) as bar:
+        for done in range(settings.iterations):
+            users = solve_rows(by_user, items, user_ridge)
+            items = solve_rows(by_item, users, item_ridge)
+            bar.update(done + 1)
+    return users, items
+
+
+def _factorize_implicit(
+    weights: sp.csr_matrix, ridges: tuple[Ridge, Ridge], settings: AlsSettings
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """User and item vectors, float32 (users, rank) and (items, rank), by a few conjugate gradient steps a half-sweep.
 
     `implicit` takes the stored value as the whole confidence (implicit 0.7, cpu/als.py: b += c·y, A += (c − 1)·y·yᵀ),
     MLlib takes 1 + alpha·value; so the values handed over are 1 + alpha·w, with `implicit`'s own alpha at 1.
@@ -224,7 +283,7 @@ def _factorize(
     with threadpool_limits(1, "blas"), progress.task("ALS iterations", settings.iterations) as bar:
         model = AlternatingLeastSquares(
             factors=settings.rank,
-            regularization=ridge,
+            regularization=ridges[0].constant,
             alpha=1.0,
             iterations=settings.iterations,
             random_state=settings.seed,

@@ -140,9 +140,9 @@ def assemble(lake: Lake, day: str, release_id: str) -> Bundle:
 def publish_release(
     lake: Lake, releases: Releases, day: str, settings: Settings, run_ids: dict[str, str]
 ) -> tuple[Manifest, Snapshot]:
-    """Write the release of a day and promote it, after all of it was read back and verified.
+    """Write the release of a day and read all of it back, verified. What is served does not change.
 
-    Raises MissingPartition, MismatchedParts, ReleaseError; the champion then stays what it was.
+    Raises MissingPartition, MismatchedParts, ReleaseError.
     """
     created_at = time.time()
     bundle = assemble(lake, day, new_release_id(day, created_at))
@@ -159,7 +159,7 @@ def publish_release(
         run_ids=run_ids,
     )
     complete = releases.write(manifest, bundle.snapshot)
-    releases.promote(complete.release_id, reason="verified")
+    releases.load(complete.release_id)
     return complete, bundle.snapshot
 
 

@@ -116,6 +116,28 @@ def evaluate_day(lake: Lake, day: str, settings: Settings, spark: Callable[[], S
     return Evaluation(day, len(split.users), len(split.items), split.relevant.nnz, split.new_item_share, metrics, report)
 
 
+def evaluate_snapshot(
+    lake: Lake, day: str, snapshot: Snapshot, settings: Settings, split: Split | None = None
+) -> dict[str, float]:
+    """Metrics of a release's served ranking on `day`, for the users and items of the day's split. Raises as `evaluate_day`."""
+    start = key_start_ms(day)
+    if split is None:
+        split = time_split(lake, day_key(start - DAY_MS), day, settings.evaluation.max_users, settings.ranking.last_items)
+    users = np.zeros((len(split.users), snapshot.als_items.shape[1]), np.float32)
+    for key in reversed(lake.keys("als_factors")):
+        if lake.get("als_factors", key).data_version == snapshot.als_version:
+            users = aligned(read_factors(lake, "als_factors", key, "users", split.users), split.users, users.shape[1])
+            break
+    hours = hour_keys(start - settings.trends.window_hours * HOUR_MS, start)
+    clicks = lake.dataset(CLICKS_HOURLY, hours, missing_ok=True)
+    trends = clicks and trending_items(
+        clicks, start, settings.events.weights, settings.trends.half_life_hours, settings.trends.top
+    )
+    columns = _codes(snapshot.items[ITEM_ID], split.items)
+    ranked = _rank_split(snapshot, split, columns, users, trends, max(settings.evaluation.ks), settings)
+    return evaluate(ranked, split.relevant, settings.evaluation.ks, split.users_of_item, len(split.items))
+
+
 def write_evaluation(lake: Lake, day: str, evaluation: Evaluation | None, reason: str = "") -> Partition:
     """Replace partition `day` of `evaluation`; without one, `reason` says why the day was not evaluated."""
     content = asdict(evaluation) if evaluation else {"day": day, "metrics": {}, "reason": reason}
@@ -235,7 +257,6 @@ def _served(
     settings: Settings,
     report: AlsReport,
 ) -> np.ndarray:
-    """The scoring path of serving, on the state of the moment before the day."""
     snapshot = Snapshot(
         release_id="holdout",
         items=pa.table(
@@ -255,14 +276,34 @@ def _served(
         similar=similar_items(item_vectors, settings.ranking.session_neighbours, ExactIndex(item_vectors, "cosine")),
         indexes={"inner_product": ExactIndex(item_vectors, "inner_product"), "cosine": ExactIndex(item_vectors, "cosine")},
     )
+    return _rank_split(snapshot, split, np.arange(len(split.items)), user_vectors, trends, k, settings)
+
+
+def _rank_split(
+    snapshot: Snapshot,
+    split: Split,
+    columns: np.ndarray,
+    user_vectors: np.ndarray,
+    trends: pa.Table | None,
+    k: int,
+    settings: Settings,
+) -> np.ndarray:
+    """The scoring path of serving on the state of the moment before the day: columns of `split`, int64 (users, k).
+
+    `columns` (items of the snapshot,) are the columns of its items, -1 for one that the split does not know.
+    """
     scores = dict(zip(trends[ITEM_ID].to_pylist(), trends["score"].to_pylist(), strict=True)) if trends is not None else {}
     trend = Trend.of(snapshot, scores)
-    ranked = np.empty((len(split.users), k), np.int64)
+    positions = np.full(len(split.items) + 1, -1, np.int64)
+    positions[columns] = np.arange(len(columns))
+    positions[-1] = -1
+    ranked = np.full((len(split.users), k), -1, np.int64)
     for at in range(0, len(split.users), 512):
         rows = slice(at, at + 512)
         seen = split.seen[rows]
         width = int(np.diff(seen.indptr).max(initial=0))
         excluded = _most_recent(np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.indices, seen.shape[0], width)
-        users = Users(user_vectors[rows], split.recent[rows], excluded)
-        ranked[rows] = rank(snapshot, trend, users, k, settings.ranking).positions
+        users = Users(user_vectors[rows], positions[split.recent[rows]], positions[excluded])
+        found = rank(snapshot, trend, users, k, settings.ranking).positions
+        ranked[rows] = np.where(found >= 0, columns[found], -1)
     return ranked

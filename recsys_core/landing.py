@@ -214,23 +214,6 @@ class Landing:
         """The files that may hold events of [start_ms, end_ms)."""
         return [f for f in self.files() if f.rows and f.first_ts < end_ms and f.last_ts >= start_ms]
 
-    def touched_hours(self, since: float) -> dict[str, int]:
-        """Events by hour in the files that were written after `since` (seconds since 1970): hours to be made again.
-
-        Late events make this name hours that were made long ago.
-        """
-        fs = self.lake.fs
-        fs.invalidate_cache()
-        root = self.lake.path(LANDING)
-        touched: Counter[str] = Counter()
-        for path in sorted(fs.find(root)) if fs.exists(root) else []:
-            if path.endswith(".parquet") and fs.modified(path).timestamp() > since:
-                with fs.open(path, "rb") as source:
-                    times = pq.read_table(source, columns=[TS])[TS].drop_null().to_numpy()
-                hours, counts = np.unique(times // HOUR_MS, return_counts=True)
-                touched.update({hour_key(int(h) * HOUR_MS): int(n) for h, n in zip(hours, counts, strict=True)})
-        return dict(sorted(touched.items()))
-
     def extent(self) -> tuple[int, int] | None:
         """First and last event time in the landing zone (ms), None when it is empty."""
         files = [f for f in self.files() if f.first_ts <= f.last_ts]

@@ -24,7 +24,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ from recsys_core.ranking import Snapshot
 MANIFEST = "manifest.json"
 CHAMPION = "champion.json"
 SCHEMA_VERSION = 1
+KEPT_CHAMPIONS = 20
 NPY_HEADER_BYTES = 4096
 
 Buffer = bytes | memoryview
@@ -101,12 +102,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Pointer:
-    """Which release is served. `manifest_sha256` ties it to the manifest's content."""
+    """Which release is served. `manifest_sha256` ties it to the manifest's content, `previous` are the champions before it,
+    newest first, to which a rollback returns."""
 
     release_id: str
     manifest_sha256: str
     promoted_at: float
     reason: str = ""
+    previous: tuple[str, ...] = ()
 
 
 class Releases:
@@ -137,8 +140,30 @@ class Releases:
     def promote(self, release_id: str, reason: str = "") -> Pointer:
         """Make a release the champion after reading and verifying all of it. Raises ReleaseError."""
         self.load(release_id)
+        replaced = self.champion()
+        before = (replaced.release_id, *replaced.previous) if replaced else ()
+        return self._point(release_id, reason, tuple(name for name in before if name != release_id)[:KEPT_CHAMPIONS])
+
+    def roll_back(self, reason: str = "rollback") -> tuple[Pointer, dict[str, str]]:
+        """Return to the champion before this one, or to the next one before it that is whole.
+
+        Returns the new pointer and, by release id, why others were passed over. Raises ReleaseError when there is none.
+        """
+        current = self.champion()
+        passed_over: dict[str, str] = {}
+        for at, release_id in enumerate(current.previous if current else ()):
+            try:
+                self.load(release_id)
+            except ReleaseError as error:
+                passed_over[release_id] = str(error)
+                continue
+            assert current is not None
+            return self._point(release_id, reason, current.previous[at + 1 :]), passed_over
+        raise ReleaseError("; ".join(["there is no earlier champion to return to", *passed_over.values()]))
+
+    def _point(self, release_id: str, reason: str, previous: tuple[str, ...]) -> Pointer:
         digest = hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest()
-        pointer = Pointer(release_id, digest, time.time(), reason)
+        pointer = Pointer(release_id, digest, time.time(), reason, previous)
         write_atomically(self.fs, self.path(CHAMPION), json.dumps(asdict(pointer), indent=2).encode())
         return pointer
 
@@ -148,20 +173,30 @@ class Releases:
         """The pointer, None when nothing was promoted yet. Raises ReleaseError when it can't be read."""
         try:
             raw = json.loads(self.fs.cat_file(self.path(CHAMPION)))
-            return Pointer(**raw)
+            return Pointer(**{**raw, "previous": tuple(raw.get("previous", ()))})
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ReleaseError(f"{self.uri}/{CHAMPION} is not a pointer: {error}") from error
 
     def list(self) -> list[Manifest]:
         """The manifests of all complete releases, oldest first."""
+        return sorted((self.manifest(name) for name in self.names()), key=lambda m: m.created_at)
+
+    def newest_of(self, day: str) -> str:
+        """The release of a day that was made last. Raises ReleaseError when there is none."""
+        names = [name for name in self.names() if name.startswith(f"{day}.")]
+        if not names:
+            raise ReleaseError(f"there is no release of {day} under {self.uri}")
+        return max(names, key=lambda name: self.manifest(name).created_at)
+
+    def names(self) -> Sequence[str]:
+        """The ids of all complete releases."""
         self.fs.invalidate_cache()
         if not self.fs.exists(self.root):
             return []
-        names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=True)]
-        found = [self.manifest(name) for name in names if self.fs.exists(self.path(name, MANIFEST))]
-        return sorted(found, key=lambda m: m.created_at)
+        names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=True))
+        return [name for name in names if self.fs.exists(self.path(name, MANIFEST))]
 
     def manifest(self, release_id: str) -> Manifest:
         """The manifest of a release. Raises ReleaseError."""
@@ -170,6 +205,15 @@ class Releases:
         if manifest.release_id != release_id:
             raise ReleaseError(f"release {release_id}: {MANIFEST} is that of release {manifest.release_id}")
         return manifest
+
+    def item_ids(self, release_id: str) -> Sequence[str]:
+        """The items of a release. Raises ReleaseError."""
+        try:
+            table = pq.read_table(pa.BufferReader(self._bytes(release_id, ITEMS_FILE)), columns=["item_id"])
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise ReleaseError(f"release {release_id}: {ITEMS_FILE} is no table of items: {error}") from error
+        ids: Sequence[str] = table["item_id"].to_pylist()
+        return ids
 
     def load(self, release_id: str, manifest_sha256: str | None = None, local: Path | None = None) -> tuple[Manifest, Snapshot]:
         """Read and verify a release. Raises ReleaseError that names the file at fault.

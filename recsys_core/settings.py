@@ -81,14 +81,17 @@ class InteractionSettings(Section):
 
 
 class AlsSettings(Section):
-    engine: Literal["auto", "spark", "implicit"] = Field(
-        "auto", description="auto: `implicit` when spark.master is local, else Spark MLlib"
+    engine: Literal["auto", "spark", "numpy", "implicit"] = Field(
+        "auto", description="auto: `numpy` when spark.master is local, else Spark MLlib; `implicit`: approximate, one machine"
     )
     rank: int = Field(64, ge=1, description="number of factors")
     iterations: int = Field(10, ge=1, description="alternating sweeps")
     alpha: float = Field(2.0, gt=0, description="confidence of an interaction of weight w is 1 + alpha·w")
     regularization: float = Field(
-        2.0, ge=0, description="λ for each observation, as MLlib scales it; `implicit` gets λ × mean observations"
+        2.0, gt=0, description="λ for each observation, as MLlib scales it; on one machine λ × mean observations is the mean"
+    )
+    frequency_scaling: float = Field(
+        0.0, ge=0, le=1, description="share of that ridge in proportion to a row's frequency (`numpy`); 0: equal for all rows"
     )
     seed: int = Field(7, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")
@@ -175,6 +178,23 @@ class EvaluationSettings(Section):
 
 class ReleaseSettings(Section):
     uri: str = Field("", description="root of the releases; empty: <home>/releases")
+
+
+class GateSettings(Section):
+    metric: str = Field("ndcg@10", description="metric of the served ranking that a challenger must hold")
+    tolerance: float = Field(0.03, ge=0, lt=1, description="share of the champion's value that it may be worse by")
+    min_coverage: float = Field(0.001, ge=0, le=1, description="least share of the items among anyone's first ten")
+    max_latency_ms: float = Field(20.0, gt=0, description="most milliseconds (median) to rank for one user")
+    max_segment_drop: float = Field(0.3, ge=0, le=1, description="share of the champion's value that a segment may lose")
+    min_segment_users: int = Field(50, ge=1, description="users that a segment needs to be judged")
+
+
+class MlflowSettings(Section):
+    tracking_uri: str = Field("", description="MLflow's server or database; empty: sqlite in <home>/mlflow.db")
+    artifact_uri: str = Field("", description="where runs keep files; empty: <home>/mlflow, or what the server says")
+    experiment: str = Field("recsys", description="experiment of the runs")
+    model: str = Field("recsys", description="registered model whose versions are the releases")
+    timeout_seconds: int = Field(10, ge=1, description="deadline of one call to a server")
 
 
 class CacheSettings(Section):
@@ -395,6 +415,8 @@ class Settings(BaseSettings):
     ranking: RankingSettings = RankingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     release: ReleaseSettings = ReleaseSettings()
+    gate: GateSettings = GateSettings()
+    mlflow: MlflowSettings = MlflowSettings()
     cache: CacheSettings = CacheSettings()
     quality: QualitySettings = QualitySettings()
     redis: RedisSettings = RedisSettings()
@@ -413,6 +435,16 @@ class Settings(BaseSettings):
     @property
     def releases_uri(self) -> str:
         return self.release.uri or str(self.home.absolute() / "releases")
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.mlflow.tracking_uri or f"sqlite:///{self.home.absolute() / 'mlflow.db'}"
+
+    @property
+    def run_artifacts_uri(self) -> str | None:
+        """None: MLflow's server decides."""
+        own = None if self.mlflow.tracking_uri else (self.home.absolute() / "mlflow").as_uri()
+        return self.mlflow.artifact_uri or own
 
     @classmethod
     def settings_customise_sources(

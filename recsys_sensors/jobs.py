@@ -7,7 +7,15 @@ import dagster as dg
 ARRIVALS = dg.AssetSelection.assets("clickstream_landing", "item_catalog")
 HOURLY = dg.AssetSelection.assets("clicks_hourly", "trending_items", "rec_cache")
 NIGHTLY = dg.AssetSelection.assets(
-    "interactions", "als_factors", "item_index", "popular_items", "evaluation", "release", "online_features"
+    "interactions",
+    "als_factors",
+    "two_tower",
+    "item_index",
+    "popular_items",
+    "evaluation",
+    "release",
+    "champion",
+    "online_features",
 )
 CATALOGUE_CHECKS = dg.AssetSelection.checks_for_assets("item_catalog")
 """Part of the night: a catalogue that is not sound stops the release that would be made with it."""
@@ -38,6 +46,6 @@ nightly_job = dg.define_asset_job(
     "nightly",
     NIGHTLY | CATALOGUE_CHECKS,
     tags={WORK: "nightly"},
-    description="From the day's interactions to a verified and promoted release and fresh online features.",
+    description="From the day's interactions to a release, through the gate to the champion, and fresh online features.",
 )
 JOBS = [arrivals_job, hourly_job, caches_job, late_job, nightly_job]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from recsys_core.lake import Lake
+from recsys_core.registry import Registry
 from recsys_core.settings import Settings, load_settings
 from recsys_core.spark import session
 
@@ -33,6 +35,21 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def lake(tmp_path: Path) -> Lake:
     return Lake(str(tmp_path / "lake"))
+
+
+@pytest.fixture(scope="session")
+def migrated_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without any run; migrating one takes seconds, copying it does not."""
+    settings = default_settings(tmp_path_factory.mktemp("mlflow-home"))
+    Registry(settings).call(lambda client: client.search_experiments())
+    return settings.home / "mlflow.db"
+
+
+@pytest.fixture
+def mlflow_settings(settings: Settings, migrated_mlflow: Path) -> Settings:
+    """The settings of a home that has an MLflow database."""
+    shutil.copy(migrated_mlflow, settings.home / "mlflow.db")
+    return settings
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,14 @@ import pytest
 import scipy.sparse as sp
 
 from recsys_core import progress
-from recsys_core.als import AlsReport, Side, choose_engine, fit_als, fold_in, gram, iter_factors, read_factors
+from recsys_core.als import AlsReport, Side, choose_engine, fit_als, fold_in, gram, iter_factors, read_factors, ridges_of
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.metrics import evaluate, rank_all
 from recsys_core.settings import AlsSettings
 
 KEY = "2026-01-31"
-ENGINES = ["implicit", "spark"]
+ENGINES = ["numpy", "implicit", "spark"]
+ONE_MACHINE = ["numpy", "implicit"]
 
 
 def write_interactions(lake: Lake, rows: list[tuple[str, str, float]], pieces: int = 1) -> list[str]:
@@ -59,7 +60,7 @@ def matrix_order(lake: Lake, side: Side, size: int) -> np.ndarray:
     return vectors
 
 
-def test_both_engines_rank_far_better_than_popularity_and_like_each_other(lake, spark):
+def test_all_engines_rank_far_better_than_popularity_and_like_each_other(lake, spark):
     train, test = taste(users=1500, items=600, rank=8, per_user=25, seed=1)
     files = write_interactions(lake, pairs_of(train))
     popularity = train.getnnz(axis=0)
@@ -69,13 +70,13 @@ def test_both_engines_rank_far_better_than_popularity_and_like_each_other(lake, 
         fit(lake, files, engine, spark, rank=8, iterations=10, alpha=5.0, regularization=0.1)
         users, items = matrix_order(lake, "users", 1500), matrix_order(lake, "items", 600)
         ndcg[engine] = evaluate(rank_all(users, items, train, 10), test, [10], popularity, 600)["ndcg@10"]
-    print(ndcg)
-    assert min(ndcg["implicit"], ndcg["spark"]) > 2 * ndcg["popularity"]
-    assert ndcg["implicit"] == pytest.approx(ndcg["spark"], rel=0.05)
+    for engine in ENGINES:
+        assert ndcg[engine] > 2 * ndcg["popularity"]
+        assert ndcg[engine] == pytest.approx(ndcg["spark"], rel=0.05)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_both_engines_write_the_same_rows(lake, spark, engine):
+def test_every_engine_writes_the_same_rows(lake, spark, engine):
     rows = [("ann", "x", 1.0), ("ann", "y", 0.5), ("bob", "x", 2.0), ("eve", "ü/ж", 1.0), ("eve", "x", 0.1)]
     files = write_interactions(lake, rows, pieces=2)
     report = fit(lake, files, engine, spark, rank=3, iterations=3)
@@ -111,12 +112,13 @@ def test_user_vectors_solve_their_own_normal_equations(lake, spark, engine):
     assert np.median(np.linalg.norm(without_weights - users, axis=1) / np.linalg.norm(users, axis=1)) > 0.05
 
 
-def test_the_implicit_engine_repeats_to_the_bit_whatever_the_order_of_rows(lake, spark):
+@pytest.mark.parametrize("engine", ONE_MACHINE)
+def test_the_engines_of_one_machine_repeat_to_the_bit_whatever_the_order_of_rows(lake, spark, engine):
     train, _ = taste(users=60, items=30, rank=3, per_user=6, seed=2)
     rows = pairs_of(train)
     found = []
     for order in (rows, rows[::-1]):
-        fit(lake, write_interactions(lake, order, pieces=3), "implicit", spark, rank=5, iterations=4, seed=11)
+        fit(lake, write_interactions(lake, order, pieces=3), engine, spark, rank=5, iterations=4, seed=11)
         found.append([read_factors(lake, "als_factors", KEY, side) for side in get_args(Side)])
     for first, second in zip(*found, strict=True):
         assert first.ids.tolist() == second.ids.tolist()
@@ -222,15 +224,55 @@ def test_fold_in_is_the_closed_form_for_one_user_and_for_many():
 @pytest.mark.parametrize(
     ("engine", "master", "chosen"),
     [
-        ("auto", "local[*]", "implicit"),
+        ("auto", "local[*]", "numpy"),
         ("auto", "spark://host:7077", "spark"),
         ("auto", "k8s://https://host", "spark"),
         ("spark", "local[2]", "spark"),
         ("implicit", "yarn", "implicit"),
     ],
 )
-def test_auto_takes_implicit_only_where_spark_would_be_local(engine, master, chosen):
+def test_auto_takes_numpy_only_where_spark_would_be_local(engine, master, chosen):
     assert choose_engine(AlsSettings(engine=engine), master) == chosen
+
+
+@pytest.mark.parametrize("scaling", [0.3, 1.0])
+def test_with_frequency_scaling_users_are_folded_in_with_the_ridge_of_their_fit(lake, spark, scaling):
+    train, _ = taste(users=80, items=40, rank=3, per_user=8, seed=4)
+    train.data[np.random.default_rng(1).random(train.nnz) < 0.4] = 0
+    train.eliminate_zeros()
+    files = write_interactions(lake, pairs_of(train))
+    report = fit(lake, files, "numpy", spark, rank=4, iterations=60, alpha=2.0, regularization=0.3, frequency_scaling=scaling)
+    users, items = matrix_order(lake, "users", 80), matrix_order(lake, "items", 40)
+    n = train.getnnz(axis=1)
+    some = n > 0
+    assert report.ridge_per_observation > 0
+    ridge = report.ridge + report.ridge_per_observation * n
+    folded = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), train.toarray(), 2.0, ridge)
+    relative = np.linalg.norm(folded - users, axis=1)[some] / np.linalg.norm(users, axis=1)[some]
+    assert np.median(relative) < 0.01
+
+
+@pytest.mark.parametrize("scaling", [0.0, 0.5, 1.0])
+def test_the_mean_ridge_is_lambda_times_the_mean_number_of_observations_whatever_the_scaling(scaling):
+    n = np.random.default_rng(0).integers(1, 50, 300)
+    m = np.random.default_rng(1).multinomial(n.sum() - 20, np.ones(20) / 20) + 1
+    users, items = ridges_of(int(n.sum()), (300, 20), AlsSettings(regularization=0.7, alpha=3.0, frequency_scaling=scaling))
+    mean = np.concatenate([users.of(n), items.of(m)]).mean()
+    assert mean == pytest.approx(0.7 * 2 * n.sum() / 320)
+
+
+def test_frequency_scaling_at_one_is_that_of_the_paper():
+    """Rendle et al. 2022: λ·(n_u + α0·|I|) for users and λ·(n_i + α0·|U|) for items, α0 = 1/alpha."""
+    users, items = ridges_of(900, (60, 30), AlsSettings(regularization=0.5, alpha=4.0, frequency_scaling=1.0))
+    assert users.constant / users.per_observation == pytest.approx(30 / 4)
+    assert items.constant / items.per_observation == pytest.approx(60 / 4)
+    assert users.per_observation == items.per_observation
+
+
+def test_frequency_scaling_is_refused_where_the_engine_lacks_it(lake, spark):
+    files = write_interactions(lake, [("ann", "x", 1.0)])
+    with pytest.raises(ValueError, match=r"als\.frequency_scaling needs the engine `numpy`"):
+        fit(lake, files, "implicit", spark, rank=2, frequency_scaling=0.5)
 
 
 def test_an_unknown_engine_is_refused(lake, spark):
@@ -238,7 +280,8 @@ def test_an_unknown_engine_is_refused(lake, spark):
         fit(lake, write_interactions(lake, [("ann", "x", 1.0)]), "magic", spark)
 
 
-def test_a_fit_reports_each_iteration(lake, spark):
+@pytest.mark.parametrize("engine", ONE_MACHINE)
+def test_a_fit_reports_each_iteration(lake, spark, engine):
     seen = []
 
     class Bar:
@@ -252,5 +295,5 @@ def test_a_fit_reports_each_iteration(lake, spark):
             seen.append(completed)
 
     with progress.reporting_to(lambda _description, _total: Bar()):
-        fit(lake, write_interactions(lake, pairs_of(taste(20, 10, 2, 4, seed=2)[0])), "implicit", spark, rank=2, iterations=3)
+        fit(lake, write_interactions(lake, pairs_of(taste(20, 10, 2, 4, seed=2)[0])), engine, spark, rank=2, iterations=3)
     assert seen == [1, 2, 3]

@@ -148,13 +148,13 @@ def test_the_sources_are_what_the_parts_were_made_from(made):
     assert sources["popular_items"] == {"partition": DAY, "data_version": made.get(POPULAR_ITEMS, DAY).data_version}
 
 
-def test_a_published_release_is_the_champion_and_loads_as_what_was_assembled(made, settings):
+def test_a_published_release_loads_as_what_was_assembled_and_is_not_served_yet(made, settings):
     releases = Releases(settings.releases_uri)
     made.write_blobs(EVALUATION, DAY, {"evaluation.json": b"{}"}, 1, {"metrics": {"ALS": {"ndcg@10": 0.5}}})
     manifest, snapshot = publish_release(made, releases, DAY, settings, {"release": "run-1"})
-    assert releases.champion().release_id == manifest.release_id
-    assert manifest.release_id.startswith(DAY)
-    read, loaded = releases.load(manifest.release_id, releases.champion().manifest_sha256)
+    assert releases.champion() is None
+    assert releases.newest_of(DAY) == manifest.release_id
+    read, loaded = releases.load(manifest.release_id)
     assert read == manifest
     assert (read.metrics, read.run_ids) == ({"ALS": {"ndcg@10": 0.5}}, {"release": "run-1"})
     assert read.models["als"]["version"] == made.get(ALS_FACTORS, DAY).data_version
@@ -169,12 +169,11 @@ def test_a_published_release_is_the_champion_and_loads_as_what_was_assembled(mad
         assert loaded.indexes[metric].search(queries, 4).tolist() == index.search(queries, 4).tolist()
 
 
-def test_the_champion_stays_when_the_next_release_does_not_fit_together(made, settings):
+def test_no_release_is_made_of_parts_that_do_not_fit_together(made, settings):
     releases = Releases(settings.releases_uri)
     manifest, _ = publish_release(made, releases, DAY, settings, {})
     other = settings.model_copy(update={"als": settings.als.model_copy(update={"seed": 99})})
     fit_als_factors(made, DAY, other, None, "implicit")
     with pytest.raises(MismatchedParts):
         publish_release(made, releases, DAY, settings, {})
-    assert releases.champion().release_id == manifest.release_id
     assert [m.release_id for m in releases.list()] == [manifest.release_id]

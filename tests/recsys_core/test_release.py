@@ -11,7 +11,7 @@ import pytest
 from snapshots import make_manifest, make_snapshot
 
 from recsys_core.ranking import Snapshot
-from recsys_core.release import MANIFEST, Manifest, ReleaseError, Releases, new_release_id
+from recsys_core.release import CHAMPION, MANIFEST, Manifest, Pointer, ReleaseError, Releases, new_release_id
 
 NAME = "2026-01-01.a"
 
@@ -117,6 +117,56 @@ def test_the_champion_is_what_was_promoted_last(releases: Releases, snapshot: Sn
     pointer = releases.promote("2026-01-02.b", reason="better")
     assert releases.champion() == pointer
     assert (pointer.release_id, pointer.reason) == ("2026-01-02.b", "better")
+
+
+def with_releases(releases: Releases, snapshot: Snapshot, *names: str) -> None:
+    """Further releases, each promoted."""
+    for name in names:
+        other = replace(snapshot, release_id=name)
+        releases.write(make_manifest(other), other)
+        releases.promote(name)
+
+
+def test_a_rollback_returns_to_the_champions_before_one_after_the_other(releases: Releases, snapshot: Snapshot) -> None:
+    releases.promote(NAME)
+    with_releases(releases, snapshot, "2026-01-02.b", "2026-01-03.c")
+    assert [releases.roll_back()[0].release_id for _ in range(2)] == ["2026-01-02.b", NAME]
+    with pytest.raises(ReleaseError, match="no earlier champion"):
+        releases.roll_back()
+    assert releases.champion().release_id == NAME
+
+
+def test_a_rollback_passes_over_a_release_that_is_gone_or_broken(releases: Releases, snapshot: Snapshot) -> None:
+    releases.promote(NAME)
+    with_releases(releases, snapshot, "2026-01-02.b", "2026-01-03.c")
+    Path(releases.path("2026-01-02.b", "popular.npy")).write_bytes(b"")
+    pointer, passed_over = releases.roll_back(reason="bad answers")
+    assert (pointer.release_id, pointer.reason) == (NAME, "bad answers")
+    assert list(passed_over) == ["2026-01-02.b"]
+    assert "popular.npy" in passed_over["2026-01-02.b"]
+
+
+def test_a_release_promoted_again_is_once_in_the_history(releases: Releases, snapshot: Snapshot) -> None:
+    releases.promote(NAME)
+    with_releases(releases, snapshot, "2026-01-02.b")
+    releases.promote(NAME)
+    releases.promote(NAME)
+    assert releases.champion().previous == ("2026-01-02.b",)
+
+
+def test_a_pointer_without_a_history_is_read(releases: Releases) -> None:
+    Path(releases.path(CHAMPION)).write_text('{"release_id": "a", "manifest_sha256": "b", "promoted_at": 1.0}')
+    assert releases.champion() == Pointer("a", "b", 1.0)
+    Path(releases.path(CHAMPION)).write_text("[]")
+    with pytest.raises(ReleaseError, match="not a pointer"):
+        releases.champion()
+
+
+def test_the_release_of_a_day_that_was_made_last_is_found(releases: Releases, snapshot: Snapshot) -> None:
+    with_releases(releases, snapshot, "2026-01-01.c", "2026-01-01.b", "2026-01-02.a")
+    assert releases.newest_of("2026-01-01") == "2026-01-01.b"
+    with pytest.raises(ReleaseError, match="no release of 2025-01-01"):
+        releases.newest_of("2025-01-01")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,193 @@
+"""The gate: whether a new release may take the champion's place, judged for the same users on the same day.
+
+The challenger's scores are those of the day's holdout in `evaluation` (models fitted on the window before the day), the
+champion's are its release ranked for the same users, or its own holdout when it is of the same day.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import orjson
+
+from recsys_core.evaluation import EVALUATION, SERVED, NothingToEvaluate, evaluate_snapshot
+from recsys_core.lake import Lake, MissingPartition, Partition
+from recsys_core.online import UserRecord, users_of
+from recsys_core.ranking import Snapshot, Trend, rank
+from recsys_core.release import ReleaseError, Releases
+from recsys_core.settings import GateSettings, Settings
+
+GATE = "gate"
+COVERAGE = "coverage@10"
+LATENCY = "latency_ms"
+OF = " of "
+"""Between a metric and the segment it was taken over: `ndcg@10 of cold users`; `users of cold users` is its size."""
+
+TIMED_CALLS = 40
+TIMED_ITEMS = 50
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of the verdict: a value of the challenger, the champion's, and the bound that it had to keep."""
+
+    name: str
+    challenger: float | None
+    champion: float | None
+    bound: float | None
+    held: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of a release, and why. `reason` is one sentence a claim that was not held, or why it passes."""
+
+    passed: bool
+    reason: str
+    claims: tuple[Claim, ...] = ()
+    release_id: str = ""
+    champion_id: str = ""
+
+
+def judge(challenger: Mapping[str, float], champion: Mapping[str, float] | None, settings: GateSettings) -> Verdict:
+    """Judge two sets of scores by name: `[gate] metric`, `coverage@10`, `latency_ms` and the metric by segment.
+
+    A score that is absent or not finite keeps no claim. Without a champion everything passes: there is nothing to protect.
+    """
+    if champion is None:
+        return Verdict(True, "there is no champion yet")
+    metric = settings.metric
+    claims = [_at_least(metric, challenger, champion, _less(champion.get(metric), settings.tolerance))]
+    claims.append(_at_least(COVERAGE, challenger, champion, settings.min_coverage))
+    latency = _finite(challenger.get(LATENCY))
+    held = latency is not None and latency <= settings.max_latency_ms
+    claims.append(Claim(LATENCY, latency, _finite(champion.get(LATENCY)), settings.max_latency_ms, held))
+    segments = [name for name in sorted(challenger.keys() & champion.keys()) if name.startswith(metric + OF)]
+    claims += [
+        _at_least(name, challenger, champion, _less(champion[name], settings.max_segment_drop))
+        for name in segments
+        if _users(name, challenger) >= settings.min_segment_users
+    ]
+    broken = [_sentence(claim) for claim in claims if not claim.held]
+    return Verdict(not broken, "; ".join(broken) or f"{metric} and every guardrail held", tuple(claims))
+
+
+def _at_least(name: str, challenger: Mapping[str, float], champion: Mapping[str, float], bound: float | None) -> Claim:
+    value = _finite(challenger.get(name))
+    held = value is not None and bound is not None and value >= bound
+    return Claim(name, value, _finite(champion.get(name)), bound, held)
+
+
+def _less(value: float | None, share: float) -> float | None:
+    known = _finite(value)
+    return None if known is None else known * (1 - share)
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _users(name: str, scores: Mapping[str, float]) -> float:
+    """Size of the segment of a score; one of unknown size counts as large enough."""
+    return scores.get(f"users{OF}{name.split(OF, 1)[1]}", math.inf)
+
+
+def _sentence(claim: Claim) -> str:
+    if claim.challenger is None:
+        return f"the challenger has no {claim.name}"
+    if claim.bound is None:
+        return f"the champion has no {claim.name} to be compared with"
+    than = "above" if claim.name == LATENCY else "below"
+    beside = f" (champion {claim.champion:.4g})" if claim.champion is not None else ""
+    return f"{claim.name} {claim.challenger:.4g} is {than} {claim.bound:.4g}{beside}"
+
+
+# -- the releases -----------------------------------------------------------------------------------------------------
+
+
+def challenge(lake: Lake, releases: Releases, day: str, settings: Settings) -> Verdict:
+    """Judge the newest release of `day` against the champion and keep the verdict as partition `day` of `gate`.
+
+    Raises ReleaseError when the release is not there or not whole.
+    """
+    release_id = releases.newest_of(day)
+    _, snapshot = releases.load(release_id)
+    evaluated = lake.find(EVALUATION, day)
+    scores = served_scores(evaluated.extra["metrics"] if evaluated else {})
+    opponent = _opponent(lake, releases, day, release_id, settings)
+    verdict = judge({**scores, LATENCY: ranking_milliseconds(snapshot, settings)}, opponent.scores, settings.gate)
+    if opponent.decides is not None:
+        verdict = replace(verdict, passed=opponent.decides, reason=opponent.reason)
+    verdict = replace(verdict, release_id=release_id, champion_id=opponent.release_id)
+    write_verdict(lake, day, verdict)
+    return verdict
+
+
+def write_verdict(lake: Lake, day: str, verdict: Verdict) -> Partition:
+    content = asdict(verdict)
+    return lake.write_blobs(GATE, day, {"verdict.json": orjson.dumps(content)}, len(verdict.claims), content)
+
+
+def read_verdict(lake: Lake, day: str) -> Verdict | None:
+    """The last verdict over a release of `day`, None when the gate never judged one."""
+    found = lake.find(GATE, day)
+    if found is None:
+        return None
+    return Verdict(**{**found.extra, "claims": tuple(Claim(**claim) for claim in found.extra["claims"])})
+
+
+def served_scores(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The scores of the served ranking out of the metrics by model of an evaluation or a manifest; none where it has none."""
+    return {name: float(value) for name, value in metrics.get(SERVED, {}).items() if isinstance(value, int | float)}
+
+
+@dataclass(frozen=True)
+class _Opponent:
+    """The champion as the gate meets it: its scores, or what decides without them and why."""
+
+    release_id: str = ""
+    scores: dict[str, float] | None = None
+    decides: bool | None = None
+    reason: str = ""
+
+
+def _opponent(lake: Lake, releases: Releases, day: str, challenger_id: str, settings: Settings) -> _Opponent:
+    pointer = releases.champion()
+    if pointer is None:
+        return _Opponent()
+    name = pointer.release_id
+    if name == challenger_id:
+        return _Opponent(name, decides=True, reason="it is the champion already")
+    try:
+        manifest, snapshot = releases.load(name, pointer.manifest_sha256)
+    except ReleaseError as error:
+        return _Opponent(name, decides=True, reason=f"the champion can't be used, so there is nothing to protect: {error}")
+    if manifest.day > day:
+        return _Opponent(name, decides=False, reason=f"the champion {name} knows a later day than {day}")
+    if manifest.day == day:
+        return _Opponent(name, served_scores(manifest.metrics))
+    try:
+        scores = evaluate_snapshot(lake, day, snapshot, settings)
+    except (NothingToEvaluate, MissingPartition) as error:
+        return _Opponent(name, decides=False, reason=f"the champion {name} can't be scored on {day}: {error}")
+    return _Opponent(name, {**scores, LATENCY: ranking_milliseconds(snapshot, settings)})
+
+
+def ranking_milliseconds(snapshot: Snapshot, settings: Settings) -> float:
+    """Median time to rank for one user with a factor and a last item, on this machine."""
+    random = np.random.default_rng(0)
+    trend = Trend.of(snapshot, {})
+    taken = []
+    for position in random.integers(0, snapshot.items.num_rows, TIMED_CALLS):
+        last = ((snapshot.item_ids[position], "view", 0),)
+        record = UserRecord(last, als_version=snapshot.als_version, als=snapshot.als_items[position])
+        started = time.perf_counter()
+        users = users_of(snapshot, [record], settings.ranking)
+        rank(snapshot, trend, users, TIMED_ITEMS, settings.ranking)
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken)) * 1000

@@ -1,0 +1,127 @@
+"""The half-sweep of ALS: every row's ridge regression on the other side's vectors, solved exactly, many rows at a time.
+
+Row r with the entries Ω_r and the ridge ρ_r solves (YᵀY + Σ_Ω s·y·yᵀ + ρ_r·I) x = Σ_Ω (1 + s)·y, s its excess confidence
+(Hu, Koren, Volinsky 2008, eq. 4). With YᵀY = QΛQᵀ and everything rotated by Q, the part that all rows share is the diagonal
+D_r = Λ + ρ_r, whatever the row's ridge. A row of fewer entries than factors is then solved in its entries instead of the
+factors: (D + YᵀSY)⁻¹Yᵀ = D⁻¹Yᵀ(I + S·YD⁻¹Yᵀ)⁻¹, a system as small as the row.
+
+Rows of similar length are padded to blocks, so that memory is bounded and NumPy's stacked products and solves do the work.
+Blocks depend on the lengths alone and each is solved by one thread: the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+BLOCK_FLOATS = 1 << 22
+"""Largest array of a block (16 MB); a row that is longer is summed in pieces of it."""
+PADDING = 0.15
+"""A block's rows are at most so much shorter than its longest."""
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all rows of a half-sweep share: rotated vectors float32 (n, d), Λ float64 (d,), Q float32 (d, d)."""
+
+    vectors: npt.NDArray[np.float32]
+    spectrum: npt.NDArray[np.float64]
+    rotation: npt.NDArray[np.float32]
+
+
+def solve_rows(
+    excess: sp.csr_matrix, vectors: npt.NDArray[np.float32], ridge: npt.NDArray[np.float64], threads: int | None = None
+) -> npt.NDArray[np.float32]:
+    """Vectors float32 (rows, d) of the rows of `excess`, CSR float32 (rows, n), confidence beyond 1 of each observed pair.
+
+    `vectors` is float32 (n, d), `ridge` (rows,) and above 0. A row without entries gets zeros. `threads` is the number of
+    blocks in work, by default the number of cores.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        spectrum, basis = np.linalg.eigh(_gram(vectors))
+        rotation = basis.astype(np.float32)
+        shared = _Shared(vectors @ rotation, np.maximum(spectrum, 0), rotation)
+        found = np.zeros((excess.shape[0], vectors.shape[1]), np.float32)
+
+        def solve(rows: npt.NDArray[np.int64]) -> None:
+            found[rows] = _solve_block(excess, rows, shared, ridge[rows]) @ rotation.T
+
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+            for _ in pool.map(solve, _blocks(np.diff(excess.indptr), vectors.shape[1])):
+                pass
+    return found
+
+
+def _gram(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    total = np.zeros((vectors.shape[1], vectors.shape[1]))
+    step = max(1, BLOCK_FLOATS // vectors.shape[1])
+    for at in range(0, len(vectors), step):
+        block = vectors[at : at + step].astype(np.float64)
+        total += block.T @ block
+    return total
+
+
+def _blocks(lengths: npt.NDArray[np.int32], dimension: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Rows with entries, longest first, cut so that a block fits BLOCK_FLOATS and pads little."""
+    order = np.argsort(-lengths, kind="stable")
+    order = order[: np.count_nonzero(lengths)]
+    at = 0
+    while at < len(order):
+        longest = int(lengths[order[at]])
+        width = max(longest * dimension, min(longest, dimension) ** 2)
+        most = max(1, BLOCK_FLOATS // width)
+        least = longest - max(4, int(PADDING * longest))
+        similar = int(np.searchsorted(-lengths[order[at : at + most]], -least, side="right"))
+        yield order[at : at + max(1, similar)]
+        at += max(1, similar)
+
+
+def _solve_block(
+    excess: sp.csr_matrix, rows: npt.NDArray[np.int64], shared: _Shared, ridge: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float32]:
+    """Rotated vectors float32 (len(rows), d) of rows of similar length, the longest first."""
+    starts, lengths = excess.indptr[rows], np.diff(excess.indptr)[rows]
+    longest, dimension = int(lengths[0]), shared.vectors.shape[1]
+    diagonal = (shared.spectrum + ridge[:, None]).astype(np.float32)
+    if longest * dimension > BLOCK_FLOATS:
+        return _solve_long(excess, int(rows[0]), shared, diagonal[0])[None]
+    at = np.arange(longest)
+    within = at < lengths[:, None]
+    place = np.where(within, starts[:, None] + at, 0)
+    s = np.where(within, excess.data[place], 0)
+    y = shared.vectors[excess.indices[place]]
+    y *= within[..., None]
+    c = np.where(within, 1 + s, 0)
+    if longest < dimension:
+        scaled = y / diagonal[:, None, :]
+        small = scaled @ y.transpose(0, 2, 1)
+        inverse = np.where(s > 0, 1 / np.where(s > 0, s, 1), 1)
+        small[:, at, at] += inverse
+        u = np.linalg.solve(small, (inverse * c)[..., None])
+        return (scaled.transpose(0, 2, 1) @ u)[..., 0]
+    left = y.transpose(0, 2, 1) @ (y * s[..., None])
+    axis = np.arange(dimension)
+    left[:, axis, axis] += diagonal
+    return np.linalg.solve(left, (y.transpose(0, 2, 1) @ c[..., None]))[..., 0]
+
+
+def _solve_long(excess: sp.csr_matrix, row: int, shared: _Shared, diagonal: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """One row that is too long for a block, summed in pieces."""
+    dimension = shared.vectors.shape[1]
+    left, right = np.diag(diagonal.astype(np.float64)), np.zeros(dimension)
+    step = max(1, BLOCK_FLOATS // dimension)
+    end = int(excess.indptr[row + 1])
+    for at in range(int(excess.indptr[row]), end, step):
+        piece = slice(at, min(at + step, end))
+        y, s = shared.vectors[excess.indices[piece]], excess.data[piece]
+        left += y.T @ (y * s[:, None])
+        right += y.T @ (1 + s)
+    return np.linalg.solve(left, right).astype(np.float32)

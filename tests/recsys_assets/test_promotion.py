@@ -1,0 +1,161 @@
+"""The night's last steps on a real Dagster instance and a real MLflow: a challenger becomes the champion, or stays out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import dagster as dg
+import pytest
+from mlflow import MlflowClient
+from nights import GOOD, evaluate_as, prepare_night, small
+
+from recsys_assets.definitions import build_definitions
+from recsys_core.gate import read_verdict
+from recsys_core.lake import Lake
+from recsys_core.registry import CHALLENGER, CHAMPION, Registry
+from recsys_core.release import Releases
+from recsys_core.settings import Settings
+
+DAY = "2026-01-02"
+STEPS = [dg.AssetKey("release"), dg.AssetKey("champion")]
+
+
+class Night:
+    """Runs the steps of the nightly job for one day, and knows what they left."""
+
+    def __init__(self, settings: Settings, instance: dg.DagsterInstance) -> None:
+        self.settings = settings
+        self.instance = instance
+        self.lake = Lake(settings.lake_uri)
+        self.releases = Releases(settings.releases_uri)
+        self.registry = Registry(settings)
+
+    def run(self, *assets: dg.AssetKey) -> dg.ExecuteInProcessResult:
+        job = build_definitions(self.settings).resolve_job_def("nightly")
+        return job.execute_in_process(
+            instance=self.instance, asset_selection=list(assets) or STEPS, partition_key=DAY, raise_on_error=False
+        )
+
+    @property
+    def served(self) -> str | None:
+        pointer = self.releases.champion()
+        return pointer.release_id if pointer else None
+
+    def alias(self, name: str) -> str | None:
+        version = self.registry.resolve(name)
+        return version.release_id if version else None
+
+
+def made(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, object]:
+    """Metadata of the asset that the run made."""
+    found = [e for e in result.get_asset_materialization_events() if e.asset_key == dg.AssetKey(asset)]
+    return {name: value.value for name, value in found[-1].materialization.metadata.items()}
+
+
+def checked(result: dg.ExecuteInProcessResult, name: str) -> dg.AssetCheckEvaluation:
+    return next(e for e in result.get_asset_check_evaluations() if e.check_name == name)
+
+
+@pytest.fixture
+def night(mlflow_settings: Settings) -> Iterator[Night]:
+    settings = small(mlflow_settings)
+    with dg.DagsterInstance.ephemeral() as instance:
+        found = Night(settings, instance)
+        prepare_night(found.lake, DAY, settings, GOOD)
+        yield found
+
+
+def test_the_first_release_becomes_the_champion_in_pointer_and_registry(night: Night) -> None:
+    result = night.run()
+    assert result.success
+    release_id = made(result, "release")["release_id"]
+    assert night.served == night.alias(CHAMPION) == release_id
+    assert night.alias(CHALLENGER) is None
+    assert made(result, "champion")["took the place of"] == "none"
+    assert checked(result, "challenger_beats_champion").passed
+    assert checked(result, "champion_verifies").passed
+
+
+def test_the_run_of_a_release_and_the_run_in_dagster_name_each_other(night: Night) -> None:
+    result = night.run()
+    link = str(made(result, "release")["MLflow run"])
+    run = MlflowClient(night.registry.uri).get_run(link.split(" in ")[0])
+    assert run.data.tags["dagster.run_id"] == result.run_id
+    assert (run.data.tags["dagster.asset"], run.data.tags["dagster.partition"]) == ("release", DAY)
+    assert run.data.metrics["served ranking.ndcg at 10"] == GOOD["ndcg@10"]
+    assert night.releases.manifest(str(night.served)).run_ids == {"release": result.run_id, "mlflow": run.info.run_id}
+    datasets = {given.dataset.name for given in run.inputs.dataset_inputs}
+    assert {f"als_factors/{DAY}", f"item_index/{DAY}", f"evaluation/{DAY}"} <= datasets
+
+
+def test_a_worse_challenger_fails_the_run_with_the_reason_and_the_champion_stays(night: Night) -> None:
+    first = made(night.run(), "release")["release_id"]
+    evaluate_as(night.lake, DAY, {**GOOD, "ndcg@10": 0.2})
+    result = night.run()
+    assert not result.success
+    assert not [e for e in result.get_asset_materialization_events() if e.asset_key == dg.AssetKey("champion")]
+    check = checked(result, "challenger_beats_champion")
+    assert (check.passed, check.blocking) == (False, True)
+    assert check.metadata["reason"].value == "ndcg@10 0.2 is below 0.388 (champion 0.4)"
+    assert "| ndcg@10 | 0.2000 | 0.4000 | 0.3880 | **no** |" in str(check.metadata["scores"].value)
+    second = made(result, "release")["release_id"]
+    assert second != first
+    assert night.served == night.alias(CHAMPION) == first
+    assert night.alias(CHALLENGER) == second
+
+
+def test_materializing_the_champion_alone_does_not_get_around_the_gate(night: Night) -> None:
+    first = made(night.run(), "release")["release_id"]
+    evaluate_as(night.lake, DAY, {**GOOD, "ndcg@10": 0.2})
+    night.run()
+    assert not night.run(dg.AssetKey("champion")).success
+    assert night.served == first
+
+
+def test_without_a_judged_release_there_is_no_champion(night: Night) -> None:
+    assert not night.run(dg.AssetKey("champion")).success
+    assert night.served is None
+
+
+def test_a_better_challenger_after_a_failed_one_takes_the_place(night: Night) -> None:
+    first = made(night.run(), "release")["release_id"]
+    evaluate_as(night.lake, DAY, {**GOOD, "ndcg@10": 0.2})
+    night.run()
+    evaluate_as(night.lake, DAY, {**GOOD, "ndcg@10": 0.41})
+    result = night.run()
+    assert result.success
+    assert made(result, "champion")["took the place of"] == first
+    assert night.served == night.alias(CHAMPION) == made(result, "release")["release_id"]
+
+
+def test_a_promotion_cut_off_between_alias_and_pointer_is_mended(night: Night) -> None:
+    """The pointer is what counts: after the cut it still names the old release, and the alias comes back to it."""
+    first = str(made(night.run(), "release")["release_id"])
+    evaluate_as(night.lake, DAY, {**GOOD, "ndcg@10": 0.2})
+    second = str(made(night.run(), "release")["release_id"])
+    night.registry.promote(night.releases.manifest(second), "")
+    assert (night.served, night.alias(CHAMPION)) == (first, second)
+    night.run()
+    assert night.served == night.alias(CHAMPION) == first
+
+
+def test_promoting_again_after_a_cut_ends_with_pointer_and_alias_alike(night: Night) -> None:
+    night.run(dg.AssetKey("release"))
+    verdict = read_verdict(night.lake, DAY)
+    assert verdict is not None
+    night.registry.promote(night.releases.manifest(verdict.release_id), "")
+    for _ in range(2):
+        assert night.run(dg.AssetKey("champion")).success
+        assert night.served == night.alias(CHAMPION) == verdict.release_id
+    assert night.releases.champion().previous == ()
+
+
+def test_a_night_without_mlflow_releases_and_promotes_and_says_so(night: Night) -> None:
+    away = night.settings.mlflow.model_copy(update={"tracking_uri": "http://127.0.0.1:9"})
+    night.settings = night.settings.model_copy(update={"mlflow": away})
+    result = night.run()
+    assert result.success
+    assert night.served == made(result, "release")["release_id"]
+    for asset in ("release", "champion"):
+        assert "http://127.0.0.1:9" in str(made(result, asset)["MLflow trouble"])
+    assert "not registered" in made(result, "release")
