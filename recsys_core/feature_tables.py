@@ -93,7 +93,11 @@ def build_training_examples(spark: SparkSession, lake: Lake, days: Sequence[str]
         inside = (F.col(TS) < F.col("end")) & (F.col(TS) >= F.col("end") - window_ms) & (F.col(DRAW) < F.col("limit"))
         rows = rows.join(F.broadcast(spark.createDataFrame(borders)), inside)
         rows = rows.withColumn(WEIGHT, F.col(WEIGHT).cast("float")).select(*EXAMPLE_COLUMNS, "day")
-        return _replace(spark, lake, TRAINING_EXAMPLES, rows, [F.xxhash64(USER_ID, ITEM_ID, TS), EVENT_TYPE], days)
+        staged = lake.stage(TRAINING_EXAMPLES)
+        # The rows are wide and spread over the tasks by user already: one more shuffle would cost more than it evens out.
+        shuffled = rows.sortWithinPartitions("day", F.xxhash64(USER_ID, ITEM_ID, TS), EVENT_TYPE)
+        shuffled.write.partitionBy("day").parquet(lake.url(staged), mode="append")
+        return publish(spark, lake, TRAINING_EXAMPLES, staged, "day", days)
 
 
 def build_user_features(spark: SparkSession, lake: Lake, days: Sequence[str], settings: Settings) -> list[Partition]:
@@ -103,8 +107,6 @@ def build_user_features(spark: SparkSession, lake: Lake, days: Sequence[str], se
     item_id, event_type, ts), `last_ts` (ms), `device` and `country` (the latest known), `seen` (as `history`, at most
     `ranking.max_consumed`), `features` (what the online record holds of all this, see OnlineFeatures).
     """
-    from pyspark.sql import functions as F
-
     window_days = settings.interactions.window_days
     ends = _ends(days)
     source = Clicks.find(lake, min(ends.values()) - window_days * DAY_MS, max(ends.values()))
@@ -113,16 +115,15 @@ def build_user_features(spark: SparkSession, lake: Lake, days: Sequence[str], se
     with stage_progress(spark, f"user_features ({span(days)})"):
         clicks = source.read(spark, settings)
         categories = _catalog(spark, lake).select(ITEM_ID, CATEGORY)
-        events = clicks.join(categories, ITEM_ID, "left").withColumn(WANTED, F.lit(False))
-        moments = _moments(spark, clicks.select(USER_ID).distinct(), ends)
         stage = partial(
             user_summaries,
+            ends=sorted(ends.values()),
             window_days=window_days,
             history=settings.features.history,
             actions=settings.ranking.last_items,
             seen=settings.ranking.max_consumed,
         )
-        rows = _by_time(events.unionByName(moments, True), USER_ID, stage, SUMMARY_DDL, kept=(USER_ID, TS))
+        rows = _by_time(clicks.join(categories, ITEM_ID, "left"), USER_ID, stage, SUMMARY_DDL, kept=(USER_ID, TS))
         return _replace(spark, lake, USER_FEATURES, _with_day(spark, rows, ends), [USER_ID], days)
 
 
@@ -140,9 +141,9 @@ def build_item_features(spark: SparkSession, lake: Lake, days: Sequence[str], se
         clicks = source.read(spark, settings).select(ITEM_ID, TS, WEIGHT).withColumn(WANTED, F.lit(False))
         catalog = _catalog(spark, lake).withColumn("listed", F.lit(True))
         items = clicks.select(ITEM_ID).distinct().join(catalog, ITEM_ID, "full")
-        rows = _by_time(
-            clicks.unionByName(_moments(spark, items, ends), True), ITEM_ID, _item_stage(settings), ITEM_DDL
-        ).where(F.col(WANTED) & (F.coalesce("listed", F.lit(False)) | (F.col("item_events_window") > 0)))
+        rows = _by_time(clicks.unionByName(_moments(spark, items, ends), True), ITEM_ID, _item_stage(settings), ITEM_DDL).where(
+            F.col(WANTED) & (F.coalesce("listed", F.lit(False)) | (F.col("item_events_window") > 0))
+        )
         price = F.when(F.col("price_bucket") >= 0, F.col(PRICE))
         named = _with_day(spark, rows, ends).withColumn(PRICE, price)
         named = named.select(ITEM_ID, "title", PRICE, "first_ts", *ITEM_COLUMNS, "day")
@@ -197,12 +198,12 @@ def _ends(days: Sequence[str]) -> dict[str, int]:
     return {day: key_start_ms(day) + DAY_MS for day in days}
 
 
-def _moments(spark: SparkSession, whom: DataFrame, ends: dict[str, int]) -> DataFrame:
-    """A row without a weight for each of `whom` at the end of each day: what is asked for."""
+def _moments(spark: SparkSession, items: DataFrame, ends: dict[str, int]) -> DataFrame:
+    """A row without a weight for each item at the end of each day: what is asked for."""
     from pyspark.sql import functions as F
 
     times = spark.createDataFrame(pa.table({TS: list(ends.values())}))
-    return whom.crossJoin(F.broadcast(times)).withColumn(WANTED, F.lit(True))
+    return items.crossJoin(F.broadcast(times)).withColumn(WANTED, F.lit(True))
 
 
 def _with_day(spark: SparkSession, rows: DataFrame, ends: dict[str, int]) -> DataFrame:

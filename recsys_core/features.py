@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from recsys_core.events import COUNTRY, DAY_MS, DEVICE, EVENT_ID, EVENT_TYPE, HOUR_MS, ITEM_ID, TS, USER_ID
+from recsys_core.events import COUNTRY, DAY_MS, DEVICE, EVENT_TYPE, HOUR_MS, ITEM_ID, TS, USER_ID
 
 USER_FEATURES = "user_features"
 ITEM_FEATURES = "item_features"
@@ -43,11 +44,18 @@ class Window(NamedTuple):
     week: int
     whole: int
 
-    @classmethod
-    def at(cls, ts: int, window_days: int) -> Window:
-        hour = ts - ts % HOUR_MS
-        whole = ts - ts % DAY_MS - window_days * DAY_MS
-        return cls(max(hour - DAY_MS, whole), max(hour - 7 * DAY_MS, whole), whole)
+
+@lru_cache(maxsize=1024)
+def window_of_hour(hour: int, window_days: int) -> Window:
+    """The window of the moments of an hour, numbered from 1970."""
+    start = hour * HOUR_MS
+    whole = start - start % DAY_MS - window_days * DAY_MS
+    return Window(max(start - DAY_MS, whole), max(start - 7 * DAY_MS, whole), whole)
+
+
+def window_at(ts: int, window_days: int) -> Window:
+    """The window of a moment (ms)."""
+    return window_of_hour(ts // HOUR_MS, window_days)
 
 
 class Counts(NamedTuple):
@@ -82,7 +90,7 @@ class Activity:
     def before(self, ts: int) -> Counts:
         """What happened before `ts` (ms)."""
         times, end = self._times, len(self._times)
-        window = Window.at(ts, self._window_days)
+        window = window_at(ts, self._window_days)
         now, day, week, whole = self._now, self._day, self._week, self._whole
         while now < end and times[now] < ts:
             now += 1
@@ -93,9 +101,7 @@ class Activity:
         while whole < now and times[whole] < window.whole:
             whole += 1
         held = now > whole
-        found = Counts(
-            now - day, now - week, now - whole, times[whole] if held else None, times[now - 1] if held else None
-        )
+        found = Counts(now - day, now - week, now - whole, times[whole] if held else None, times[now - 1] if held else None)
         if whole > _TRIM:
             del times[:whole]
             now, day, week, whole = now - whole, day - whole, week - whole, 0
@@ -135,7 +141,8 @@ class UserState:
         self._tastes: deque[tuple[int, str, int]] = deque()
         self._units: dict[str, list[int]] = {}
         self._category: str | None = None
-        self._context: dict[str, tuple[str, int]] = {}
+        self._latest: dict[str, tuple[str, int]] = {}
+        self._edge = 0
 
     def add(self, event: Event) -> None:
         """Take in an event; it counts for later moments only."""
@@ -147,13 +154,12 @@ class UserState:
     def move_to(self, ts: int) -> Counts:
         """Make everything below mean the state before `ts`, and give the counts."""
         self._arrive(ts)
-        edge = Window.at(ts, self._window_days).whole
+        edge = self._edge = window_at(ts, self._window_days).whole
         while self._recent and next(iter(self._recent.values())) < edge:
             self._recent.popitem(last=False)
         while self._actions and self._actions[0].ts < edge:
             self._actions.popleft()
         self._forget_tastes(edge)
-        self._context = {name: kept for name, kept in self._context.items() if kept[1] >= edge}
         return self.activity.before(ts)
 
     @property
@@ -174,7 +180,8 @@ class UserState:
 
     def latest(self, name: str) -> str | None:
         """The latest known `device` or `country`."""
-        return self._context[name][0] if name in self._context else None
+        value, ts = self._latest.get(name, (None, 0))
+        return value if ts >= self._edge else None
 
     def _arrive(self, ts: int) -> None:
         while self._coming and self._coming[0].ts < ts:
@@ -184,9 +191,10 @@ class UserState:
             if len(self._recent) > self._items:
                 self._recent.popitem(last=False)
             self._actions.append(event)
-            for name, value in ((DEVICE, event.device), (COUNTRY, event.country)):
-                if value:
-                    self._context[name] = (value, event.ts)
+            if event.device:
+                self._latest[DEVICE] = event.device, event.ts
+            if event.country:
+                self._latest[COUNTRY] = event.country, event.ts
             if event.top:
                 self._like(event.top, event.units, event.ts)
 
@@ -309,7 +317,7 @@ class OnlineFeatures:
 
         `live` are the times (ms) of the user's events since `at`; those not before `ts` do not count.
         """
-        window = Window.at(ts, self.window_days)
+        window = window_at(ts, self.window_days)
         since = [t for t in live if self.at <= t < ts]
 
         def count(edge: int, spans: tuple[tuple[int, int], ...], unit: int) -> int:
@@ -356,14 +364,21 @@ def with_item_features(batches: Iterable[pa.RecordBatch], window_days: int) -> I
 
 def user_examples(batches: Iterable[pa.RecordBatch], window_days: int, history: int) -> Iterator[pa.RecordBatch]:
     """The WANTED ones of rows sorted by user and time, with the user's features before each row's own time."""
-    for batch, asked in _states(batches, window_days, history, 0):
+    user, state = None, UserState(window_days, history, 0)
+    for batch in batches:
         rows, histories, found, recency, categories = [], [], [], [], []
-        for row, ts, state, counts in asked:
-            rows.append(row)
-            histories.append(state.history(history))
-            found.append(counts)
-            recency.append(counts.recency_hours(ts))
-            categories.append(state.category)
+        columns = zip(batch[USER_ID].to_pylist(), batch[WANTED].to_pylist(), _events(batch), strict=True)
+        for row, (key, wanted, event) in enumerate(columns):
+            if key != user:
+                user, state = key, UserState(window_days, history, 0)
+            if wanted:
+                counts = state.move_to(event.ts)
+                rows.append(row)
+                histories.append(state.history(history))
+                found.append(counts)
+                recency.append(counts.recency_hours(event.ts))
+                categories.append(state.category)
+            state.add(event)
         taken = batch.take(pa.array(rows, pa.int64()))
         moments = taken[TS].to_numpy()
         added = {
@@ -377,61 +392,77 @@ def user_examples(batches: Iterable[pa.RecordBatch], window_days: int, history: 
         yield _extended(taken, added)
 
 
-ACTION = pa.struct([(ITEM_ID, pa.string()), (EVENT_TYPE, pa.string()), (TS, pa.int64())])
+class Summary(NamedTuple):
+    """A user's row of `user_features`."""
+
+    user: str
+    ts: int
+    counts: Counts
+    history: list[str]
+    seen: list[str]
+    last: list[Event]
+    online: OnlineFeatures
 
 
 def user_summaries(
-    batches: Iterable[pa.RecordBatch], window_days: int, history: int, actions: int, seen: int
+    batches: Iterable[pa.RecordBatch], ends: Sequence[int], window_days: int, history: int, actions: int, seen: int
 ) -> Iterator[pa.RecordBatch]:
-    """One row for each WANTED row of rows sorted by user and time, of users with an event in its window."""
-    for batch, asked in _states(batches, window_days, max(history, seen), actions):
-        rows, columns = [], []
-        for row, ts, state, counts in asked:
-            if not counts.whole:
-                continue
-            online = OnlineFeatures.of(state, ts, window_days)
-            last = [{ITEM_ID: a.item, EVENT_TYPE: a.kind, TS: a.ts} for a in state.actions]
-            rows.append(row)
-            columns.append((state.history(history), last, state.history(seen), counts, counts.recency_hours(ts), online))
-        histories, lasts, seens, found, recency, onlines = zip(*columns, strict=True) if columns else ((),) * 6
-        taken = batch.take(pa.array(rows, pa.int64())).select([USER_ID, TS])
-        added = {
-            "history": pa.array(histories, pa.list_(pa.string())),
-            **_count_columns("user", found),
-            "user_recency_hours": pa.array(recency, pa.float32()),
-            "user_category": pa.array([o.category for o in onlines], pa.string()),
-            "last": pa.array(lasts, pa.list_(ACTION)),
-            "last_ts": pa.array([counts.last for counts in found], pa.int64()),
-            DEVICE: pa.array([o.device for o in onlines], pa.string()),
-            COUNTRY: pa.array([o.country for o in onlines], pa.string()),
-            "seen": pa.array(seens, pa.list_(pa.string())),
-            "features": pa.array([o.encode().decode() for o in onlines], pa.string()),
-        }
-        yield _extended(taken, added)
+    """Of rows sorted by user and time, a row for each user and each of `ends` (ms, sorted) with an event in its window."""
+    user, state, due = None, UserState(window_days, max(history, seen), actions), 0
+    rows: list[Summary] = []
 
-
-def _states(
-    batches: Iterable[pa.RecordBatch], window_days: int, items: int, actions: int
-) -> Iterator[tuple[pa.RecordBatch, Iterator[tuple[int, int, UserState, Counts]]]]:
-    """Each batch with (row, ts, state, counts) of its WANTED rows; the state is that of before ts until the next is drawn."""
-    user, state = None, UserState(window_days, items, actions)
-
-    def asked(batch: pa.RecordBatch) -> Iterator[tuple[int, int, UserState, Counts]]:
-        nonlocal user, state
-        tops = {category: top_of(category) for category in batch[CATEGORY].unique().to_pylist()}
-        names = (USER_ID, TS, WANTED, WEIGHT, ITEM_ID, EVENT_TYPE, CATEGORY, DEVICE, COUNTRY)
-        columns = zip(*(batch[name].to_pylist() for name in names), strict=True)
-        for row, (key, ts, wanted, weight, item, kind, category, device, country) in enumerate(columns):
-            if key != user:
-                user, state = key, UserState(window_days, items, actions)
-            if wanted:
-                yield row, ts, state, state.move_to(ts)
-            if weight is not None:
-                units = round(weight * WEIGHT_UNITS)
-                state.add(Event(item, kind, ts, units, tops[category], device, country))
+    def pass_ends(until: int | None) -> None:
+        nonlocal due
+        while user is not None and due < len(ends) and (until is None or ends[due] <= until):
+            ts = ends[due]
+            counts = state.move_to(ts)
+            if counts.whole:
+                online = OnlineFeatures.of(state, ts, window_days)
+                rows.append(Summary(user, ts, counts, state.history(history), state.history(seen), state.actions, online))
+            due += 1
 
     for batch in batches:
-        yield batch, asked(batch)
+        for key, event in zip(batch[USER_ID].to_pylist(), _events(batch), strict=True):
+            if key != user:
+                pass_ends(None)
+                user, state, due = key, UserState(window_days, max(history, seen), actions), 0
+            pass_ends(event.ts)
+            state.add(event)
+        yield _summary_batch(rows)
+        rows.clear()
+    pass_ends(None)
+    yield _summary_batch(rows)
+
+
+ACTION = pa.struct([(ITEM_ID, pa.string()), (EVENT_TYPE, pa.string()), (TS, pa.int64())])
+
+
+def _summary_batch(rows: Sequence[Summary]) -> pa.RecordBatch:
+    last = [[{ITEM_ID: action.item, EVENT_TYPE: action.kind, TS: action.ts} for action in row.last] for row in rows]
+    return pa.RecordBatch.from_pydict(
+        {
+            USER_ID: pa.array([row.user for row in rows], pa.string()),
+            TS: pa.array([row.ts for row in rows], pa.int64()),
+            "history": pa.array([row.history for row in rows], pa.list_(pa.string())),
+            **_count_columns("user", [row.counts for row in rows]),
+            "user_recency_hours": pa.array([row.counts.recency_hours(row.ts) for row in rows], pa.float32()),
+            "user_category": pa.array([row.online.category for row in rows], pa.string()),
+            "last": pa.array(last, pa.list_(ACTION)),
+            "last_ts": pa.array([row.counts.last for row in rows], pa.int64()),
+            DEVICE: pa.array([row.online.device for row in rows], pa.string()),
+            COUNTRY: pa.array([row.online.country for row in rows], pa.string()),
+            "seen": pa.array([row.seen for row in rows], pa.list_(pa.string())),
+            "features": pa.array([row.online.encode().decode() for row in rows], pa.string()),
+        }
+    )
+
+
+def _events(batch: pa.RecordBatch) -> Iterator[Event]:
+    tops = {category: top_of(category) for category in batch[CATEGORY].unique().to_pylist()}
+    names = (ITEM_ID, EVENT_TYPE, TS, WEIGHT, CATEGORY, DEVICE, COUNTRY)
+    columns = zip(*(batch[name].to_pylist() for name in names), strict=True)
+    for item, kind, ts, weight, category, device, country in columns:
+        yield Event(item, kind, ts, round(weight * WEIGHT_UNITS), tops[category], device, country)
 
 
 def _count_columns(of: str, found: Sequence[Counts]) -> dict[str, pa.Array]:

@@ -83,7 +83,9 @@ class InteractionSettings(Section):
 class FeatureSettings(Section):
     history: int = Field(50, ge=1, le=1000, description="distinct items of a user's history, newest first")
     max_examples: int = Field(
-        10_000_000, ge=1000, description="training examples of a day's window; beyond it events are sampled by a hash of their id"
+        10_000_000,
+        ge=1000,
+        description="training examples of a day's window; beyond it events are sampled by a hash of their id",
     )
     checked_examples: int = Field(200, ge=1, description="examples of a day that are made again from the clicks by the check")
 
