@@ -80,6 +80,16 @@ class InteractionSettings(Section):
     half_life_days: float = Field(30.0, gt=0, description="age at which an event counts half")
 
 
+class FeatureSettings(Section):
+    history: int = Field(50, ge=1, le=1000, description="distinct items of a user's history, newest first")
+    max_examples: int = Field(
+        10_000_000,
+        ge=1000,
+        description="training examples of a day's window; beyond it events are sampled by a hash of their id",
+    )
+    checked_examples: int = Field(200, ge=1, description="examples of a day that are made again from the clicks by the check")
+
+
 class AlsSettings(Section):
     engine: Literal["auto", "spark", "numpy", "implicit"] = Field(
         "auto", description="auto: `numpy` when spark.master is local, else Spark MLlib; `implicit`: approximate, one machine"
@@ -408,6 +418,7 @@ class Settings(BaseSettings):
     events: EventSettings = EventSettings()
     spark: SparkSettings = SparkSettings()
     interactions: InteractionSettings = InteractionSettings()
+    features: FeatureSettings = FeatureSettings()
     als: AlsSettings = AlsSettings()
     two_tower: TwoTowerSettings = TwoTowerSettings()
     index: IndexSettings = IndexSettings()
