@@ -1,150 +1,396 @@
-"""Asset checks, each named as the claim it makes."""
+"""Asset checks, each named as the claim it makes: groups of claims by asset, and the factory that makes checks of them.
+
+A group judges some partitions of one asset in one step. A blocking claim that fails stops what is made from the asset
+in the same run: nothing that would harm a model goes on to the champion. The claims of an hour of clicks block nothing,
+so that the caches go on; they are the hour's verdict, and `window_is_sound` of the day's interactions reads it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import dagster as dg
-import numpy as np
 import pyarrow.dataset as ds
 
-from recsys_assets.features import interactions
-from recsys_assets.ingestion import clicks_hourly
-from recsys_assets.models import als_factors
-from recsys_assets.reports import verdict_table
-from recsys_assets.resources import PlatformResource
-from recsys_assets.retrieval import item_index
-from recsys_assets.serving import champion, rec_cache, release
-from recsys_core.als import iter_factors
-from recsys_core.bundle import ALS_FACTORS, ITEM_INDEX, METRICS
-from recsys_core.evaluation import EVALUATION
-from recsys_core.events import HOUR_MS, TS, key_start_ms
-from recsys_core.gate import challenge
-from recsys_core.online import CachedAnswer, recs_key
-from recsys_core.popularity import READ_ROWS
-from recsys_core.release import ReleaseError
+from recsys_assets.reports import table
+from recsys_assets.resources import Platform, PlatformResource
+from recsys_core import model_quality, quality
+from recsys_core.bundle import ALS_FACTORS, ITEM_INDEX
+from recsys_core.catalog import CATALOG_KEY, CATALOG_TABLE
+from recsys_core.events import DAY_MS, USER_ID, hour_keys, key_start_ms
+from recsys_core.profiles import (
+    Measure,
+    Profiles,
+    judge,
+    judge_catalogue,
+    missing_hours,
+    unsound_hours,
+    window_report,
+)
+from recsys_core.quality import Report, validate
+from recsys_core.release import Manifest, ReleaseError
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
 
-
-def _partitions(context: dg.AssetCheckExecutionContext, latest: str | None) -> list[str]:
-    """The partitions of the run, else the latest that exists."""
-    if context.has_partition_key or context.has_partition_key_range:
-        return list(context.partition_keys)
-    return [latest] if latest else []
+NEWEST_FILES = 20
+CACHE_SAMPLE = 1000
 
 
-@dg.asset_check(asset=clicks_hourly)
-def event_ids_are_unique(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
-    """No event is counted twice within its hour."""
-    repeated, rows = {}, 0
-    for hour in _partitions(context, platform.lake.latest(CLICKS_HOURLY)):
-        dataset = platform.lake.dataset(CLICKS_HOURLY, [hour])
-        ids = dataset.to_table(columns=["event_id"])["event_id"] if dataset else None
-        if ids is not None:
-            rows += len(ids)
-            twice = len(ids) - len(ids.unique())
-            if twice:
-                repeated[hour] = twice
-    return dg.AssetCheckResult(passed=not repeated, metadata={"rows": rows, "repeated ids by hour": repeated})
+@dataclass(frozen=True)
+class Claim:
+    """What a check claims, whether a failure is a warning only, and whether it stops what is made from the asset."""
+
+    name: str
+    description: str
+    blocking: bool = False
+    warning: bool = False
 
 
-@dg.asset_check(asset=clicks_hourly)
-def events_lie_in_their_hour(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
-    """The time of every event is inside its partition."""
-    outside = {}
-    for hour in _partitions(context, platform.lake.latest(CLICKS_HOURLY)):
-        dataset = platform.lake.dataset(CLICKS_HOURLY, [hour])
-        if dataset is not None:
-            start = key_start_ms(hour)
-            count = dataset.count_rows(filter=(ds.field(TS) < start) | (ds.field(TS) >= start + HOUR_MS))
-            if count:
-                outside[hour] = count
-    return dg.AssetCheckResult(passed=not outside, metadata={"events outside by hour": outside})
+@dataclass(frozen=True)
+class Group:
+    """The claims on an asset, and how some of its partitions are judged: a report by claim.
+
+    `partitions` gives those to look at when none are named: the latest.
+    """
+
+    asset: str
+    claims: tuple[Claim, ...]
+    judge: Callable[[Platform, Sequence[str]], Mapping[str, Report]]
+    latest: Callable[[Platform], str | None]
+
+    def reports(self, platform: Platform, partitions: Sequence[str] = ()) -> list[tuple[Claim, Report]]:
+        """Every claim with its report on `partitions`, by default the latest."""
+        latest = self.latest(platform) if not partitions else None
+        found = self.judge(platform, list(partitions) or ([latest] if latest else []))
+        return [(claim, found[claim.name]) for claim in self.claims]
 
 
-@dg.asset_check(asset=interactions, blocking=True)
-def weights_are_positive_and_finite(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
-    """Every weight is a finite number above zero, so that a model can be fitted."""
-    bad = rows = 0
-    for day in _partitions(context, platform.lake.latest(INTERACTIONS)):
-        dataset = platform.lake.dataset(INTERACTIONS, [day])
-        for batch in dataset.to_batches(columns=["weight"], batch_size=READ_ROWS) if dataset else ():
-            weights = batch["weight"].to_numpy(zero_copy_only=False)
-            rows += len(weights)
-            bad += int(np.count_nonzero(~(np.isfinite(weights) & (weights > 0))))
-    return dg.AssetCheckResult(passed=rows > 0 and bad == 0, metadata={"rows": rows, "bad weights": bad})
+def _latest_of(name: str) -> Callable[[Platform], str | None]:
+    return lambda platform: platform.lake.latest(name)
 
 
-@dg.asset_check(asset=als_factors, blocking=True)
-def factors_are_finite_and_not_all_zero(
-    context: dg.AssetCheckExecutionContext, platform: PlatformResource
-) -> dg.AssetCheckResult:
-    """Users and items have usable vectors."""
-    counts = {"vectors": 0, "not finite": 0, "zero": 0}
-    for day in _partitions(context, platform.lake.latest(ALS_FACTORS)):
-        for side in ("users", "items"):
-            for part in iter_factors(platform.lake, ALS_FACTORS, day, side):
-                counts["vectors"] += len(part.ids)
-                counts["not finite"] += int((~np.isfinite(part.vectors)).any(axis=1).sum())
-                counts["zero"] += int((~part.vectors.any(axis=1)).sum())
-    passed = counts["not finite"] == 0 and counts["zero"] < counts["vectors"]
-    return dg.AssetCheckResult(passed=passed, metadata={**counts})
+def _nothing(platform: Platform) -> str | None:  # noqa: ARG001
+    """For assets that have no partitions."""
+    return None
 
 
-@dg.asset_check(asset=item_index)
-def recall_reaches_its_target(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
-    """recall@50 of each index is at least the target."""
+def _merged(claims: Iterable[str], found: Iterable[Mapping[str, Sequence[Measure]]]) -> dict[str, Report]:
+    """One report a claim from the measures of several partitions."""
+    measures: dict[str, list[Measure]] = {claim: [] for claim in claims}
+    for of_partition in found:
+        for claim, more in of_partition.items():
+            measures[claim] += more
+    return {claim: model_quality.report_of(claim, of_claim) for claim, of_claim in measures.items()}
+
+
+# -- ingestion --------------------------------------------------------------------------------------------------
+
+
+def _landing(platform: Platform, partitions: Sequence[str]) -> dict[str, Report]:  # noqa: ARG001
+    files = sorted((f for f in platform.landing.files() if f.rows), key=lambda f: f.last_ts)[-NEWEST_FILES:]
+    dataset = ds.dataset([f.path for f in files], filesystem=platform.lake.fs, format="parquet") if files else None
+    rows = quality.sample_rows(dataset, platform.settings.quality.sample_rows)
+    landed = sum(f.rows for f in platform.landing.files())
+    rejected = sum(t.num_rows for t in platform.landing.quarantined())
+    share = [Measure("now", "share of rows in quarantine", rejected / max(landed + rejected, 1), most=0.2)]
+    return {
+        "landed_rows_are_events": validate(quality.landing_suite(platform.settings.events), rows),
+        "quarantined_rows_are_few": model_quality.report_of("quarantined_rows_are_few", share),
+    }
+
+
+def _clicks(platform: Platform, hours: Sequence[str]) -> dict[str, Report]:
+    settings = platform.settings
+    found = judge(Profiles(platform.lake, settings.quality), hours)
+    rows = quality.sample_of(platform.lake, CLICKS_HOURLY, hours, settings.quality.sample_rows)
+    return {**found, "rows_are_whole_events": validate(quality.clicks_suite(settings.events), rows)}
+
+
+def _catalogue(platform: Platform, partitions: Sequence[str], accepted: bool = False) -> dict[str, Report]:  # noqa: ARG001
+    rows = quality.sample_of(platform.lake, CATALOG_TABLE, [CATALOG_KEY], platform.settings.quality.sample_rows)
+    report = validate(quality.catalogue_suite(), rows)
+    return {report.claim: report, **judge_catalogue(platform.lake, report, accepted)}
+
+
+def accept_catalogue(platform: Platform) -> None:
+    """A person's word that the catalogue is as it should be; later ones are held against it."""
+    _catalogue(platform, (), accepted=True)
+
+
+LANDING = Group(
+    "clickstream_landing",
+    (
+        Claim("landed_rows_are_events", "Rows that landed last can be events of schema v1.", warning=True),
+        Claim("quarantined_rows_are_few", "At most a fifth of what arrived was rejected.", warning=True),
+    ),
+    _landing,
+    _nothing,
+)
+CLICKS = Group(
+    CLICKS_HOURLY,
+    (
+        Claim("event_ids_are_unique", "No event is counted twice within its hour."),
+        Claim("events_lie_in_their_hour", "The time of every event is inside its partition."),
+        Claim("rows_are_whole_events", "Every row has its ids, a known type, a time and a session."),
+        Claim("events_are_not_repeated", "Hardly an event occurs again in its hour, or as a copy a day later."),
+        Claim("volume_is_as_usual", "There are about as many events as in the same hour of past weeks."),
+        Claim("users_are_many", "No single user makes most of the events."),
+        Claim("event_types_are_as_usual", "Each event type has about its usual share of the last 24 hours."),
+        Claim("prices_are_as_usual", "The median value of events is about the usual one."),
+        Claim("categories_are_all_there", "No category that usually has events has lost them."),
+        Claim("hours_lie_in_their_time_zone", "The curve of the day is not shifted against the days before."),
+        Claim("items_are_in_the_catalogue", "Nearly all events are about items of the catalogue.", warning=True),
+    ),
+    _clicks,
+    _latest_of(CLICKS_HOURLY),
+)
+CATALOGUE = Group(
+    CATALOG_TABLE,
+    (
+        Claim("catalogue_rows_are_items", "Every row is an item with an own id, a price that can be paid.", blocking=True),
+        Claim("catalogue_size_is_as_usual", "The catalogue has not lost its items.", blocking=True),
+        Claim("catalogue_prices_are_as_usual", "The median price is about that of the last sound one.", blocking=True),
+        Claim("catalogue_categories_are_all_there", "No first-level category has lost its items.", blocking=True),
+    ),
+    _catalogue,
+    _nothing,
+)
+
+
+# -- features ---------------------------------------------------------------------------------------------------
+
+
+def _window(platform: Platform, days: Sequence[str]) -> list[str]:
+    ends = [key_start_ms(day) + DAY_MS for day in days]
+    span = platform.settings.interactions.window_days * DAY_MS
+    return hour_keys(min(ends) - span, max(ends)) if ends else []
+
+
+def _interactions(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
+    settings, hours = platform.settings, _window(platform, days)
+    profiles = Profiles(platform.lake, settings.quality)
+    rows = quality.sample_of(platform.lake, INTERACTIONS, days, settings.quality.sample_rows)
+    missing = dict.fromkeys(missing_hours(profiles, hours), "was never made; materialize it")
+    weights = [w for day in days for w in model_quality.weight_measures(platform.lake, day)]
+    return {
+        "weights_are_positive_and_finite": model_quality.report_of("weights_are_positive_and_finite", weights),
+        "pairs_are_whole_and_single": validate(quality.interactions_suite(), rows),
+        "hours_are_all_there": window_report("hours_are_all_there", missing, len(hours)),
+        "window_is_sound": window_report("window_is_sound", unsound_hours(profiles, hours), len(hours)),
+    }
+
+
+FEATURES = Group(
+    INTERACTIONS,
+    (
+        Claim("weights_are_positive_and_finite", "Every weight is a finite number above zero: it can be fitted.", True),
+        Claim("pairs_are_whole_and_single", "Every row is one user and one item, with counts and ordered times.", True),
+        Claim("hours_are_all_there", "No hour of the window is missing after the first that was made.", True),
+        Claim("window_is_sound", "Every hour of the window passed its checks, or a person accepted it.", True),
+    ),
+    _interactions,
+    _latest_of(INTERACTIONS),
+)
+
+
+def _rows_group(name: str, suite: Callable[[Platform], quality.Suite], claim: Claim) -> Group:
+    """A group of one suite over a sample of the rows of a daily table."""
+
+    def run(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
+        chosen = suite(platform)
+        columns = sorted({c for e in chosen.expectations for c in e.columns})
+        dataset = platform.lake.dataset(name, days, missing_ok=True)
+        return {claim.name: validate(chosen, quality.sample_rows(dataset, platform.settings.quality.sample_rows, columns))}
+
+    return Group(name, (claim,), run, _latest_of(name))
+
+
+USER_FEATURES = _rows_group(
+    "user_features",
+    lambda _: quality.user_features_suite(),
+    Claim("user_features_are_in_range", "Counts of users' events are there and are windows of one another.", warning=True),
+)
+ITEM_FEATURES = _rows_group(
+    "item_features",
+    lambda _: quality.item_features_suite(),
+    Claim("item_features_are_in_range", "Counts of items' events are there and are windows of one another.", warning=True),
+)
+EXAMPLES = _rows_group(
+    "training_examples",
+    lambda platform: quality.training_examples_suite(platform.settings.events),
+    Claim("examples_are_in_range", "Every example has a weight, a moment and features that can be learned from.", True),
+)
+
+
+# -- models -----------------------------------------------------------------------------------------------------
+
+
+def _factors(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
+    return _merged([c.name for c in FACTORS.claims], (model_quality.factor_measures(platform.lake, day) for day in days))
+
+
+def _tower(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
+    return _merged([c.name for c in TOWER.claims], (model_quality.tower_measures(platform.lake, day) for day in days))
+
+
+def _index(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
     target = platform.settings.index.recall_target
-    short: dict[str, float] = {}
-    for day in _partitions(context, platform.lake.latest(ITEM_INDEX)):
-        extra = platform.lake.get(ITEM_INDEX, day).extra
-        short |= {f"{day} {m}": extra[m]["recall"] for m in METRICS if extra[m]["recall"] < target}
-    return dg.AssetCheckResult(
-        passed=not short, severity=dg.AssetCheckSeverity.WARN, metadata={"target": target, "below it": short}
-    )
+    found = (model_quality.index_measures(platform.lake, day, target) for day in days)
+    return _merged([c.name for c in INDEX.claims], found)
 
 
-@dg.asset_check(asset=release, blocking=True)
-def challenger_beats_champion(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
-    """The new release ranks as well as the champion for the same users on the same day, and keeps the guardrails."""
-    days = _partitions(context, platform.lake.latest(EVALUATION))
+FACTORS = Group(
+    ALS_FACTORS,
+    (
+        Claim("factors_are_finite_and_not_all_zero", "Users and items have usable vectors.", blocking=True),
+        Claim("lengths_are_in_range", "No vector is out of all proportion to the others.", warning=True),
+        Claim("items_are_covered", "Most items of the window have a factor.", warning=True),
+    ),
+    _factors,
+    _latest_of(ALS_FACTORS),
+)
+TOWER = Group(
+    "two_tower",
+    (
+        Claim("tower_vectors_are_finite", "Items have usable vectors, where the day has such a model.", blocking=True),
+        Claim("tower_vectors_have_length_one", "Inner products of them are cosines.", blocking=True),
+    ),
+    _tower,
+    _latest_of("two_tower"),
+)
+INDEX = Group(
+    ITEM_INDEX,
+    (
+        Claim("recall_reaches_its_target", "recall@50 of each index is at least the target.", warning=True),
+        Claim("index_is_of_the_same_factors", "The index holds the vectors of the day's factors.", blocking=True),
+    ),
+    _index,
+    _latest_of(ITEM_INDEX),
+)
+
+
+# -- serving ----------------------------------------------------------------------------------------------------
+
+
+def _release(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
+    measures: dict[str, list[Measure]] = {claim.name: [] for claim in RELEASE.claims}
+    for manifest in _newest_releases(platform, days):
+        try:
+            _, snapshot = platform.releases.load(manifest.release_id)
+        except ReleaseError as error:
+            measures["releases_are_whole"].append(Measure(str(error), "verifies (1: yes)", 0, least=1))
+            continue
+        measures["releases_are_whole"].append(Measure(manifest.release_id, "verifies (1: yes)", 1, least=1))
+        users = model_quality.records_of(platform.lake, manifest.day, snapshot.als_version)
+        for claim, more in model_quality.release_measures(snapshot, users, platform.settings.ranking).items():
+            measures[claim] += more
+    measures["champion_verifies"].append(_champion(platform))
+    return {claim: model_quality.report_of(claim, of_claim) for claim, of_claim in measures.items()}
+
+
+def _newest_releases(platform: Platform, days: Sequence[str]) -> list[Manifest]:
+    newest = {manifest.day: manifest for manifest in platform.releases.list()}
+    return [newest[day] for day in (days or sorted(newest)[-1:]) if day in newest]
+
+
+def _champion(platform: Platform) -> Measure:
     try:
-        verdicts = [challenge(platform.lake, platform.releases, day, platform.settings) for day in days]
+        champion = platform.releases.champion()
+        if champion is None:
+            return Measure("no release has been promoted", "champion", 1)
+        platform.releases.load(champion.release_id, champion.manifest_sha256)
     except ReleaseError as error:
-        return dg.AssetCheckResult(passed=False, metadata={"reason": str(error)})
-    if not verdicts:
-        return dg.AssetCheckResult(passed=False, metadata={"reason": "there is no release to judge"})
-    verdict = verdicts[-1]
+        return Measure(str(error), "champion verifies (1: yes)", 0, least=1)
+    return Measure(champion.release_id, "champion verifies (1: yes)", 1, least=1)
+
+
+def _caches(platform: Platform, hours: Sequence[str]) -> dict[str, Report]:
+    champion = platform.releases.champion()
+    found = []
+    newest = platform.lake.latest(ACTIVE_USERS)
+    for hour in hours:
+        part = platform.lake.find(ACTIVE_USERS, hour)
+        if part is not None and champion is not None and hour == newest:
+            rows = quality.sample_of(platform.lake, ACTIVE_USERS, [hour], CACHE_SAMPLE)
+            with platform.redis() as redis:
+                users = rows[USER_ID].tolist() if part.rows else []
+                found.append(model_quality.cache_measures(redis, hour, users, part.rows, champion.release_id))
+    return _merged([c.name for c in CACHES.claims], found)
+
+
+RELEASE = Group(
+    "release",
+    (
+        Claim("releases_are_whole", "The day's release is complete, and its files are what its manifest says.", True),
+        Claim("indexes_are_of_the_release", "The release's indexes hold its own vectors, all of them finite.", True),
+        Claim("users_all_have_an_answer", "Sampled users, and one that nothing is known of, get items.", True),
+        Claim("champion_verifies", "The release that serving reads is complete and unchanged."),
+    ),
+    _release,
+    _nothing,
+)
+CACHES = Group(
+    "rec_cache",
+    (
+        Claim("active_users_have_an_answer", "Sampled active users have a cached answer with items."),
+        Claim("caches_are_of_the_champion", "Every sampled answer names the release that is served."),
+        Claim("caches_are_as_many_as_active_users", "There is an answer for nearly every active user.", warning=True),
+    ),
+    _caches,
+    _latest_of(ACTIVE_USERS),
+)
+
+GROUPS = (
+    LANDING,
+    CLICKS,
+    CATALOGUE,
+    FEATURES,
+    USER_FEATURES,
+    ITEM_FEATURES,
+    EXAMPLES,
+    FACTORS,
+    TOWER,
+    INDEX,
+    RELEASE,
+    CACHES,
+)
+
+
+# -- the factory ------------------------------------------------------------------------------------------------
+
+
+def asset_checks(assets: Iterable[dg.AssetKey]) -> list[dg.AssetChecksDefinition]:
+    """The checks of those assets that the code location has."""
+    there = {key.to_user_string() for key in assets}
+    return [_checks_of(group) for group in GROUPS if group.asset in there]
+
+
+def _checks_of(group: Group) -> dg.AssetChecksDefinition:
+    specs = [dg.AssetCheckSpec(c.name, asset=group.asset, blocking=c.blocking, description=c.description) for c in group.claims]
+
+    @dg.multi_asset_check(specs=specs, name=f"{group.asset}_quality", can_subset=True)
+    def checks(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> Iterator[dg.AssetCheckResult]:
+        wanted = {key.name for key in context.selected_asset_check_keys}
+        for claim, report in group.reports(platform, _partitions(context)):
+            if claim.name in wanted:
+                yield result_of(group, claim, report)
+
+    return checks
+
+
+def _partitions(context: dg.AssetCheckExecutionContext) -> list[str]:
+    return list(context.partition_keys) if context.has_partition_key or context.has_partition_key_range else []
+
+
+def result_of(group: Group, claim: Claim, report: Report) -> dg.AssetCheckResult:
+    """A report as the result of an asset check: what was looked at, what each expectation found, rows that fail."""
+    severity = dg.AssetCheckSeverity.WARN if claim.warning else dg.AssetCheckSeverity.ERROR
+    metadata: dict[str, dg.MetadataValue | str | int] = {"rows": report.rows}
+    if report.findings:
+        findings = [["yes" if f.passed else "NO", f.expectation, f.unexpected] for f in report.findings]
+        metadata["report"] = table(["holds", "expectation", "unexpected rows"], findings)
+    if not report.passed:
+        metadata["reason"] = report.reason
+        if report.sample:
+            metadata["failing rows"] = table(list(report.sample[0]), [list(row.values()) for row in report.sample])
     return dg.AssetCheckResult(
-        passed=all(v.passed for v in verdicts),
-        description=verdict.reason,
-        metadata={
-            "reason": verdict.reason,
-            "challenger": verdict.release_id,
-            "champion": verdict.champion_id or "none",
-            "scores": verdict_table(verdict),
-        },
+        check_name=claim.name, asset_key=group.asset, passed=report.passed, severity=severity, metadata=metadata
     )
-
-
-@dg.asset_check(asset=champion)
-def champion_verifies(platform: PlatformResource) -> dg.AssetCheckResult:
-    """The release that serving reads is complete and unchanged."""
-    try:
-        pointer = platform.releases.champion()
-        if pointer is None:
-            return dg.AssetCheckResult(passed=False, metadata={"reason": "no release has been promoted"})
-        platform.releases.load(pointer.release_id, pointer.manifest_sha256)
-    except ReleaseError as error:
-        return dg.AssetCheckResult(passed=False, metadata={"reason": str(error)})
-    return dg.AssetCheckResult(passed=True, metadata={"release_id": pointer.release_id})
-
-
-@dg.asset_check(asset=rec_cache)
-def active_users_have_an_answer(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
-    """Of the users active in the last hours, those sampled have a cached answer with items."""
-    missing, looked_at = [], 0
-    for hour in _partitions(context, platform.lake.latest(ACTIVE_USERS)):
-        dataset = platform.lake.dataset(ACTIVE_USERS, [hour])
-        users = dataset.head(1000, columns=["user_id"])["user_id"].to_pylist() if dataset else []
-        looked_at += len(users)
-        with platform.redis() as redis:
-            values = redis.mget([recs_key(user) for user in users]) if users else []
-        missing += [u for u, v in zip(users, values, strict=True) if v is None or not len(CachedAnswer.decode(v).ends)]
-    return dg.AssetCheckResult(passed=not missing, metadata={"users looked at": looked_at, "without an answer": missing[:20]})

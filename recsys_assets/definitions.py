@@ -1,26 +1,36 @@
-"""The code location: every asset, check, job and schedule, and the resources of this installation."""
+"""The code location: every asset, check, job, schedule and sensor, and the resources of this installation."""
 
 from __future__ import annotations
 
 import dagster as dg
 
-from recsys_assets import checks, features, ingestion, models, retrieval, serving
+from recsys_assets import checks, features, gate, ingestion, models, retrieval, serving
+from recsys_assets.isolation import executor, isolated
 from recsys_assets.resources import Platform
 from recsys_core.settings import Settings, load_settings
-from recsys_sensors.jobs import arrivals_job, hourly_job, nightly_job
+from recsys_sensors.automation import automated
+from recsys_sensors.freshness import with_deadline
+from recsys_sensors.jobs import JOBS
 from recsys_sensors.schedules import schedules
+from recsys_sensors.sensors import sensors
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
     """The code location for an installation."""
     rooms = [ingestion, features, models, retrieval, serving]
+    loaded = [
+        a for a in dg.load_assets_from_modules(rooms, include_specs=True) if isinstance(a, dg.AssetsDefinition | dg.AssetSpec)
+    ]
+    assets = dg.map_asset_specs(lambda spec: automated(with_deadline(spec)), loaded)
+    keys = [key for asset in assets if isinstance(asset, dg.AssetsDefinition) for key in asset.keys]
     return dg.Definitions(
-        assets=dg.load_assets_from_modules(rooms, include_specs=True),
-        asset_checks=dg.load_asset_checks_from_modules([checks]),
-        jobs=[arrivals_job, hourly_job, nightly_job],
+        assets=isolated(assets, settings),
+        asset_checks=[*checks.asset_checks(keys), *dg.load_asset_checks_from_modules([checks, gate])],
+        jobs=JOBS,
         schedules=schedules(settings.dagster.automation),
+        sensors=sensors(settings.dagster.automation),
         resources={"platform": Platform(settings)},
-        executor=dg.in_process_executor,
+        executor=executor(settings),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from recsys_core.als import choose_engine
+from recsys_core.events import now_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
 from recsys_core.registry import Registry
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 class Platform:
     """The lake, the landing zone, the releases, the registry, Redis and Spark of one installation.
 
-    Spark and MLflow start at the first use: an asset that needs none pays nothing for it.
+    Spark and MLflow start at the first use: an asset that needs none pays nothing for it. `now_ms` is the clock that sensors
+    go by.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], int] = now_ms) -> None:
         self.settings = settings
+        self.now_ms = clock
         self.lake = Lake(settings.lake_uri, settings.lake.keep_versions)
         self.landing = Landing(self.lake)
         self.releases = Releases(settings.releases_uri)

@@ -23,7 +23,7 @@ from recsys_core.ranking import Trend
 from recsys_core.registry import CHALLENGER, RegistryError, RegistryRun
 from recsys_core.release import MANIFEST, Manifest, ReleaseError
 from recsys_core.settings import load_settings
-from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS, build_active_users, build_online_features
+from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS, build_active_users, build_online_features
 
 GROUP = "serving"
 OWNERS = ["team:ml-engineering"]
@@ -200,11 +200,17 @@ def online_features(context: dg.AssetExecutionContext, platform: PlatformResourc
     pool="spark",
 )
 def rec_cache(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
-    """The top items of every user active in the last hours, ranked with the champion release, in Redis."""
+    """The top items of every user active in the last hours, ranked with the champion release, in Redis.
+
+    An hour that is made up for later writes nothing over the caches of a newer one.
+    """
     hour, settings = context.partition_key, platform.settings
     pointer = platform.releases.champion()
     if pointer is None:
         raise dg.Failure("no release has been promoted yet: materialize `release` and `champion` first")
+    newest = platform.lake.latest(ACTIVE_USERS) or hour
+    if hour < newest:
+        return dg.MaterializeResult(metadata={"nothing written": f"the caches are those of {newest} already"})
     active = build_active_users(platform.spark(), platform.lake, hour, settings.cache.active_hours)
     _, snapshot = platform.releases.load(pointer.release_id, pointer.manifest_sha256)
     trending = read_trend(platform.lake, hour)

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from rich.table import Table
 from rich.text import Text
@@ -108,6 +108,8 @@ def _toml(value: Any) -> str:
         return _toml(value.model_dump(exclude_none=True))
     if isinstance(value, Enum):
         return _toml(value.value)
+    if isinstance(value, SecretStr):
+        return '""'
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from recsys_cli import releases
+from recsys_cli import kafka, releases, stream
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +58,8 @@ app = typer.Typer(
 )
 
 
+app.add_typer(kafka.app, name="kafka")
+app.add_typer(stream.app, name="stream")
 app.add_typer(releases.app, name="release")
 
 

@@ -94,12 +94,15 @@ def content_ids(columns: list[pa.Array | pa.ChunkedArray]) -> pa.Array:
     return pa.array([blake2b(row.encode(), digest_size=16).hexdigest() for row in rows.to_pylist()], pa.string())
 
 
-def invalid_reasons(events: pa.Table | pa.RecordBatch, settings: EventSettings, now: int | None = None) -> pa.Array:
+def invalid_reasons(events: pa.Table | pa.RecordBatch, settings: EventSettings, now: int | np.ndarray | None = None) -> pa.Array:
     """Why each row can't be an event, string (n,), null where it can.
 
-    `events` has the columns of EVENT_SCHEMA, nulls allowed everywhere. The first reason that applies is given.
+    `events` has the columns of EVENT_SCHEMA, nulls allowed everywhere. The first reason that applies is given. `now` is
+    the moment that the future is judged by, in ms, for all rows or for each (int64 (n,)); without it, the clock.
     """
     latest = (now_ms() if now is None else now) + settings.max_future_minutes * MINUTE_MS
+    if isinstance(latest, np.ndarray):
+        latest = pa.array(latest)
     rules: list[tuple[str, pa.Array]] = []
     for name in (USER_ID, ITEM_ID, EVENT_ID):
         column = events[name]

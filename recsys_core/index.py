@@ -86,6 +86,7 @@ class VectorIndex:
         self.index = index
         self.metric = metric
         self.ef_search = ef_search
+        self._content: np.ndarray | None = None
 
     @property
     def items(self) -> int:
@@ -146,17 +147,20 @@ class VectorIndex:
         return bytes(faiss.serialize_index(self.index))
 
     @classmethod
-    def deserialize(cls, data: bytes, metric: Metric, ef_search: int) -> VectorIndex:
-        """Read what `serialize` made. Raises ValueError when it is not an HNSW index."""
+    def deserialize(cls, data: bytes | memoryview, metric: Metric, ef_search: int) -> VectorIndex:
+        """Read what `serialize` made, over the memory of `data`. Raises ValueError when it is not an HNSW index."""
         import faiss
 
+        content = np.frombuffer(data, dtype=np.uint8)
         try:
-            index = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
+            index = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(content), content.size))  # type: ignore[attr-defined]
         except RuntimeError as error:
             raise ValueError(f"not a FAISS index: {str(error).splitlines()[0]}") from error
         if not isinstance(index, faiss.IndexHNSWFlat):
             raise ValueError(f"a {type(index).__name__} is not an HNSW index")
-        return cls(index, metric, ef_search)
+        made = cls(index, metric, ef_search)
+        made._content = content
+        return made
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

@@ -238,13 +238,7 @@ class Lake:
 
     def keys(self, table: str) -> list[str]:
         """The partitions that exist, in order."""
-        self.fs.invalidate_cache()
-        try:
-            entries = self.fs.ls(self.path(table), detail=False)
-        except FileNotFoundError:
-            return []
-        names = (os.path.basename(e.rstrip("/")) for e in entries)
-        return sorted(n for n in names if n != STAGING and self.fs.exists(self.path(table, n, POINTER)))
+        return [name for name in self._folders(table) if self.fs.exists(self.path(table, name, POINTER))]
 
     def files(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> list[str]:
         """Paths of the Parquet files of some partitions. Raises MissingPartition unless `missing_ok`."""
@@ -276,6 +270,17 @@ class Lake:
         return dataset.to_table(columns=list(columns) if columns else None)
 
     def latest(self, table: str, until: str | None = None) -> str | None:
-        """The last partition that exists, not later than `until`."""
-        keys = [k for k in self.keys(table) if until is None or k <= until]
-        return keys[-1] if keys else None
+        """The last partition that exists, not later than `until`. It looks at as few pointers as it can."""
+        for name in reversed(self._folders(table)):
+            if (until is None or name <= until) and self.fs.exists(self.path(table, name, POINTER)):
+                return name
+        return None
+
+    def _folders(self, table: str) -> list[str]:
+        """Names of a table's partition folders, in order, whether or not they hold a version."""
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self.path(table), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for e in entries if (name := os.path.basename(e.rstrip("/"))) != STAGING)

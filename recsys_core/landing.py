@@ -3,22 +3,29 @@
     <lake>/landing/<source>/<name>.parquet       events; names are fixed by the content's origin, so a replay rewrites them
     <lake>/quarantine/<source>/<name>.parquet    rows that can't be events: origin, row number, reason, the row as text
 
+The archive of a Kafka topic has the topic as its source and names of topic identity, partition, first and last offset:
+`OffsetRange`. Its files have a further column, `offset`.
+
 Which files hold events of an hour is read from the Parquet statistics of `ts` in the files' footers.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys_core.events import DAY_MS, EVENT_SCHEMA, TS, day_key
+from recsys_core.events import DAY_MS, EVENT_SCHEMA, HOUR_MS, TS, day_key, hour_key
 from recsys_core.lake import Lake, write_atomically
 
 LANDING = "landing"
@@ -33,6 +40,69 @@ QUARANTINE_SCHEMA = pa.schema(
     ]
 )
 """`origin` is the file (or topic-partition) and `row` the 1-based data row (or offset) in it."""
+
+
+OFFSET = "offset"
+ARCHIVE_SCHEMA = EVENT_SCHEMA.append(pa.field(OFFSET, pa.int64(), nullable=False))
+ARCHIVE_METADATA = b"recsys.archive"
+"""Key of the JSON in an archive file's footer: topic, source, first, last, events, rejected, hours {key: events}."""
+_RANGE_NAME = re.compile(r"^(?P<identity>[0-9a-f]{8})-(?P<partition>\d{5})-(?P<first>\d{20})-(?P<last>\d{20})\.parquet$")
+
+
+@dataclass(frozen=True, order=True)
+class OffsetRange:
+    """What an archive file holds: the offsets from `first` to `last` of a partition of a topic.
+
+    `identity` are 8 hexadecimal digits of the topic's id; a topic that was deleted and made again has another.
+    """
+
+    topic: str
+    identity: str
+    partition: int
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """Name of the file, without `.parquet`."""
+        return f"{self.identity}-{self.partition:05d}-{self.first:020d}-{self.last:020d}"
+
+    def without(self, others: Iterable[OffsetRange]) -> list[OffsetRange]:
+        """The parts of this range that none of `others` holds."""
+        parts, first = [], self.first
+        for other in sorted(others):
+            if (other.topic, other.identity, other.partition) != (self.topic, self.identity, self.partition):
+                continue
+            if other.last < first or other.first > self.last:
+                continue
+            if other.first > first:
+                parts.append(replace(self, first=first, last=other.first - 1))
+            first = max(first, other.last + 1)
+        return parts if first > self.last else [*parts, replace(self, first=first)]
+
+    @classmethod
+    def parse(cls, path: str) -> OffsetRange | None:
+        """The range that a path of the landing zone names, None for a file that is no archive of a topic."""
+        file = PurePosixPath(path)
+        found = _RANGE_NAME.match(file.name)
+        if not found:
+            return None
+        return cls(file.parent.name, found["identity"], int(found["partition"]), int(found["first"]), int(found["last"]))
+
+
+def offset_faults(ranges: Iterable[OffsetRange]) -> list[str]:
+    """Where the ranges of a partition leave offsets out or hold them twice, in words; none when each is held once."""
+    faults = []
+    ordered = sorted(ranges)
+    for before, after in zip(ordered, ordered[1:], strict=False):
+        if (before.topic, before.identity, before.partition) != (after.topic, after.identity, after.partition):
+            continue
+        where = f"{before.topic} ({before.identity}) partition {before.partition}"
+        if after.first > before.last + 1:
+            faults.append(f"{where}: offsets {before.last + 1} to {after.first - 1} are missing")
+        elif after.first <= before.last:
+            faults.append(f"{where}: offsets {after.first} to {min(before.last, after.last)} are in two files")
+    return faults
 
 
 @dataclass(frozen=True)
@@ -56,6 +126,62 @@ class Landing:
     def write_events(self, source: str, name: str, events: pa.Table) -> str:
         """Write one file of events. `events` has EVENT_SCHEMA. Returns its path."""
         return self._write(LANDING, source, name, events.cast(EVENT_SCHEMA))
+
+    def write_archive(self, held: OffsetRange, events: pa.Table, rejected: pa.Table) -> str:
+        """Write the archive file of a range, and the quarantine file of the same name when something was rejected.
+
+        `events` has ARCHIVE_SCHEMA, `rejected` QUARANTINE_SCHEMA with the offset as its row. The same content gives the
+        same bytes. Returns the path of the events.
+        """
+        if rejected.num_rows:
+            self.write_quarantine(held.topic, held.name, rejected)
+        hours, counts = np.unique(events[TS].to_numpy() // HOUR_MS, return_counts=True)
+        facts = {
+            "topic": held.topic,
+            "source": f"{held.identity}.{held.partition}",
+            "first": held.first,
+            "last": held.last,
+            "events": events.num_rows,
+            "rejected": rejected.num_rows,
+            "hours": {hour_key(int(hour) * HOUR_MS): int(count) for hour, count in zip(hours, counts, strict=True)},
+        }
+        metadata = {ARCHIVE_METADATA: json.dumps(facts).encode()}
+        table = events.cast(ARCHIVE_SCHEMA).combine_chunks().replace_schema_metadata(metadata)
+        return self._write(LANDING, held.topic, held.name, table)
+
+    def archived(self, topic: str | None = None) -> list[OffsetRange]:
+        """The ranges of all archive files, or of those of one topic, in order."""
+        self.lake.fs.invalidate_cache()
+        root = self.lake.path(LANDING, *([topic] if topic else []))
+        paths = self.lake.fs.find(root) if self.lake.fs.exists(root) else []
+        return sorted(found for path in paths if (found := OffsetRange.parse(path)))
+
+    def archive_facts(self, held: OffsetRange) -> dict[str, Any]:
+        """What the footer of an archive file says of it, see ARCHIVE_METADATA."""
+        with self.lake.fs.open(self.lake.path(LANDING, held.topic, f"{held.name}.parquet"), "rb") as source:
+            facts: dict[str, Any] = json.loads(pq.read_schema(source).metadata[ARCHIVE_METADATA])
+        return facts
+
+    def touched_hours(self, since: float) -> dict[str, int]:
+        """Events by hour in the files that were written after `since` (seconds since 1970): hours to be made again.
+
+        Late events make this name hours that were made long ago.
+        """
+        fs = self.lake.fs
+        fs.invalidate_cache()
+        root = self.lake.path(LANDING)
+        touched: Counter[str] = Counter()
+        for path in sorted(fs.find(root)) if fs.exists(root) else []:
+            if path.endswith(".parquet") and fs.modified(path).timestamp() > since:
+                held = OffsetRange.parse(path)
+                touched.update(self.archive_facts(held)["hours"] if held else self._hours(path))
+        return dict(sorted(touched.items()))
+
+    def _hours(self, path: str) -> dict[str, int]:
+        with self.lake.fs.open(path, "rb") as source:
+            times = pq.read_table(source, columns=[TS])[TS].drop_null().to_numpy()
+        hours, counts = np.unique(times // HOUR_MS, return_counts=True)
+        return {hour_key(int(hour) * HOUR_MS): int(count) for hour, count in zip(hours, counts, strict=True)}
 
     def write_quarantine(self, source: str, name: str, rows: pa.Table) -> str:
         """Write one file of rejected rows. `rows` has QUARANTINE_SCHEMA. Returns its path."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from recsys_core import progress
@@ -28,6 +29,8 @@ from recsys_core.ranking import Snapshot, Trend, rank
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
 
+CACHE_SHARDS = "rec_cache_shards"
+"""Lake table of what a run of `rec_cache` has done of its hour, while it runs."""
 SAMPLES = 10
 
 
@@ -59,18 +62,55 @@ def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, se
     started = time.perf_counter()
     users = 0
     for batch in _batches(lake, ONLINE_FEATURES, day, settings.cache.batch_users, "user records"):
-        users += write_records(redis, _records(batch, als_version), settings.cache.feature_ttl_seconds)
+        records = _records(batch, als_version)
+        users += write_records(redis, records, settings.cache.feature_ttl_seconds, settings.ranking.last_items)
     return WriteReport(users, 0, time.perf_counter() - started)
 
 
 def write_rec_cache(redis: Any, lake: Lake, hour: str, snapshot: Snapshot, trend: Trend, settings: Settings) -> WriteReport:
-    """Rank for the partition `hour` of `active_users` from their records in Redis and write their answers."""
+    """Rank for the partition `hour` of `active_users` from their records in Redis and write their answers.
+
+    Users are taken in shards by a hash of their id. What a run that broke off had done of the same hour, users and release
+    is not done again.
+    """
     started = time.perf_counter()
     encoder = AnswerEncoder(snapshot.release_id, snapshot.item_ids)
+    work = {"release": snapshot.release_id, "users": lake.get(ACTIVE_USERS, hour).data_version, "shards": settings.cache.shards}
+    done = _shards_done(lake, hour, work)
+    samples: list[Sample] = []
+    with progress.task("shards of users", settings.cache.shards) as bar:
+        for shard in range(settings.cache.shards):
+            if str(shard) not in done:
+                users, empty, seen = _write_shard(redis, lake, hour, shard, snapshot, trend, encoder, settings)
+                samples += seen[: SAMPLES - len(samples)]
+                done[str(shard)] = [users, empty]
+                lake.write_blobs(CACHE_SHARDS, hour, {}, users, {**work, "done": done})
+            bar.update(len(done), settings.cache.shards)
+    lake.write_blobs(CACHE_SHARDS, hour, {}, 0, {**work, "done": {}, "written": sum(n for n, _ in done.values())})
+    users, empty = (sum(column) for column in zip(*done.values(), strict=True))
+    return WriteReport(users, empty, time.perf_counter() - started, tuple(samples))
+
+
+def _shards_done(lake: Lake, hour: str, work: dict[str, Any]) -> dict[str, list[int]]:
+    """Users written, and those of them without an item, by finished shard of the same work that was broken off."""
+    kept = lake.find(CACHE_SHARDS, hour)
+    return dict(kept.extra["done"]) if kept and all(kept.extra[name] == value for name, value in work.items()) else {}
+
+
+def _write_shard(
+    redis: Any,
+    lake: Lake,
+    hour: str,
+    shard: int,
+    snapshot: Snapshot,
+    trend: Trend,
+    encoder: AnswerEncoder,
+    settings: Settings,
+) -> tuple[int, int, list[Sample]]:
+    """Users written, those of them without an item, and samples. Memory holds a batch of users."""
     users = empty = 0
     samples: list[Sample] = []
-    for batch in _batches(lake, ACTIVE_USERS, hour, settings.cache.batch_users, "recommendations"):
-        ids = batch[USER_ID].to_pylist()
+    for ids in _users_of_shard(lake, hour, shard, settings):
         computed_at = now_ms()
         state = users_of(snapshot, read_records(redis, ids), settings.ranking)
         ranked = rank(snapshot, trend, state, settings.cache.items, settings.ranking)
@@ -81,7 +121,20 @@ def write_rec_cache(redis: Any, lake: Lake, hour: str, snapshot: Snapshot, trend
             Sample(ids[row], _held(state.last_items[row]), _held(ranked.positions[row, :5]))
             for row in range(min(len(ids), SAMPLES - len(samples)))
         ]
-    return WriteReport(users, empty, time.perf_counter() - started, tuple(samples))
+    return users, empty, samples
+
+
+def _users_of_shard(lake: Lake, hour: str, shard: int, settings: Settings) -> Iterator[list[str]]:
+    """The active users of an hour whose hash falls into the shard, `batch_users` at a time."""
+    waiting: list[str] = []
+    for batch in _batches(lake, ACTIVE_USERS, hour, settings.cache.batch_users, f"recommendations, shard {shard}"):
+        ids = batch[USER_ID].to_numpy(zero_copy_only=False)
+        waiting += ids[pd.util.hash_array(ids, categorize=False) % np.uint64(settings.cache.shards) == shard].tolist()
+        while len(waiting) >= settings.cache.batch_users:
+            yield waiting[: settings.cache.batch_users]
+            waiting = waiting[settings.cache.batch_users :]
+    if waiting:
+        yield waiting
 
 
 def read_trend(lake: Lake, hour: str) -> TrendingValue:

@@ -18,14 +18,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import mmap
+import os
+import shutil
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from recsys_core.index import Metric, VectorIndex
 from recsys_core.lake import open_filesystem, write_atomically
@@ -35,6 +43,10 @@ MANIFEST = "manifest.json"
 CHAMPION = "champion.json"
 SCHEMA_VERSION = 1
 KEPT_CHAMPIONS = 20
+NPY_HEADER_BYTES = 4096
+
+Buffer = bytes | memoryview
+"""The content of a file, in memory or mapped."""
 
 ITEMS_FILE = "items.parquet"
 ITEM_COLUMNS = ("item_id", "title", "category", "available")
@@ -203,21 +215,33 @@ class Releases:
         ids: Sequence[str] = table["item_id"].to_pylist()
         return ids
 
-    def load(self, release_id: str, manifest_sha256: str | None = None) -> tuple[Manifest, Snapshot]:
-        """Read and verify a release. Raises ReleaseError that names the file at fault."""
-        where = f"release {release_id}"
+    def load(self, release_id: str, manifest_sha256: str | None = None, local: Path | None = None) -> tuple[Manifest, Snapshot]:
+        """Read and verify a release. Raises ReleaseError that names the file at fault.
+
+        With `local`, a folder on this machine, the files are brought there and mapped into memory: the processes that load
+        the release share its pages, and its deletion at the source does no harm. What was verified there is not hashed again
+        as long as its size, time and inode stay.
+        """
         manifest = self.manifest(release_id)
         if manifest_sha256 and hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest() != manifest_sha256:
-            raise ReleaseError(f"{where}: {MANIFEST} is not the one that was promoted")
-        files = {}
-        for name, expected in manifest.files.items():
-            data = self._bytes(release_id, name)
-            if len(data) != expected["bytes"]:
-                raise ReleaseError(f"{where}: {name} has {len(data)} bytes, the manifest says {expected['bytes']}")
-            if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-                raise ReleaseError(f"{where}: {name} is corrupt: its sha256 is not the manifest's")
-            files[name] = data
-        return manifest, _snapshot_of(manifest, files, where)
+            raise ReleaseError(f"release {release_id}: {MANIFEST} is not the one that was promoted")
+        files: Mapping[str, Buffer]
+        if local is None:
+            files = {name: self._verified(release_id, name, expected) for name, expected in manifest.files.items()}
+        else:
+            files = LocalFiles(self, manifest, local).fetch()
+        return manifest, _snapshot_of(manifest, files, f"release {release_id}")
+
+    def _verified(self, release_id: str, name: str, expected: Mapping[str, Any]) -> bytes:
+        data = self._bytes(release_id, name)
+        check_file(release_id, name, expected, len(data), lambda: hashlib.sha256(data).hexdigest())
+        return data
+
+    def forget(self, local: Path, kept: Collection[str]) -> None:
+        """Remove the local files of all releases but `kept`. Pages that are mapped stay readable."""
+        for folder in local.iterdir() if local.is_dir() else ():
+            if folder.is_dir() and folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _bytes(self, release_id: str, name: str) -> bytes:
         try:
@@ -226,6 +250,112 @@ class Releases:
             raise ReleaseError(f"release {release_id}: {name} is missing") from error
         except OSError as error:
             raise ReleaseError(f"release {release_id}: {name} can't be read: {error}") from error
+
+
+def check_file(release_id: str, name: str, expected: Mapping[str, Any], size: int, sha256: Callable[[], str]) -> None:
+    """Raises ReleaseError when a file is not the one that the manifest lists."""
+    if size != expected["bytes"]:
+        raise ReleaseError(f"release {release_id}: {name} has {size} bytes, the manifest says {expected['bytes']}")
+    if sha256() != expected["sha256"]:
+        raise ReleaseError(f"release {release_id}: {name} is corrupt: its sha256 is not the manifest's")
+
+
+class LocalFiles:
+    """A release's files in a folder of this machine: fetched or linked, verified once, mapped into memory."""
+
+    def __init__(self, releases: Releases, manifest: Manifest, local: Path) -> None:
+        self._releases = releases
+        self._manifest = manifest
+        self._folder = local / manifest.release_id
+        self._mark = self._folder / "verified.json"
+
+    def fetch(self) -> dict[str, memoryview]:
+        """The mapped files by name. One process at a time fetches, the others find what it brought. Raises ReleaseError."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self._folder / "lock", "w") as lock, _exclusive(lock):
+                return self._bring_all()
+        except OSError as error:
+            raise ReleaseError(
+                f"release {self._manifest.release_id}: it can't be brought to {self._folder}: {error}"
+            ) from error
+
+    def _bring_all(self) -> dict[str, memoryview]:
+        known = self._verified_before()
+        verified: dict[str, list[Any]] = {}
+        mapped: dict[str, memoryview] = {}
+        for name, expected in self._manifest.files.items():
+            path = self._folder / name
+            if not path.is_file() or known.get(name) != _stamp(path, expected):
+                self._bring(name, path)
+                self._verify(name, path, expected)
+            verified[name] = _stamp(path, expected)
+            mapped[name] = _mapped(path)
+        if verified != known:
+            write_atomically(LocalFileSystem(), str(self._mark), json.dumps(verified).encode())
+        return mapped
+
+    def _verified_before(self) -> dict[str, list[Any]]:
+        try:
+            found = json.loads(self._mark.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _bring(self, name: str, path: Path) -> None:
+        """A hard link where the file lies on this file system, else a copy. A half-made copy has another name."""
+        source = self._releases.path(self._manifest.release_id, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if isinstance(self._releases.fs, LocalFileSystem):
+            if not os.path.isfile(source):
+                raise ReleaseError(f"release {self._manifest.release_id}: {name} is missing")
+            try:
+                os.link(source, path)
+                return
+            except OSError:  # another file system, or one without links
+                pass
+        half = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            self._releases.fs.get_file(source, str(half))
+            half.replace(path)
+        except FileNotFoundError as error:
+            raise ReleaseError(f"release {self._manifest.release_id}: {name} is missing") from error
+        finally:
+            half.unlink(missing_ok=True)
+
+    def _verify(self, name: str, path: Path, expected: Mapping[str, Any]) -> None:
+        def sha256() -> str:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        try:
+            check_file(self._manifest.release_id, name, expected, path.stat().st_size, sha256)
+        except ReleaseError:
+            path.unlink()
+            raise
+
+
+@contextmanager
+def _exclusive(lock: IO[str]) -> Iterator[None]:
+    """Hold the file's lock among processes; it is given back when the file is closed."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+
+
+def _stamp(path: Path, expected: Mapping[str, Any]) -> list[Any]:
+    """What tells that a verified file has not been touched since."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, expected["sha256"]]
+
+
+def _mapped(path: Path) -> memoryview:
+    """The file in memory, read-only, its pages shared by all processes; it stays readable after the file is deleted."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if path.stat().st_size else memoryview(b"")
 
 
 def new_release_id(day: str, created_at: float) -> str:
@@ -258,13 +388,21 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def npy_array(data: bytes) -> np.ndarray:
-    """What `npy_bytes` made. Raises ValueError; pickled objects are refused."""
-    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    return array
+def npy_array(data: Buffer) -> np.ndarray:
+    """What `npy_bytes` made, over the memory of `data` and read-only. Raises ValueError; pickled objects are refused."""
+    head = io.BytesIO(data[:NPY_HEADER_BYTES])
+    version = np.lib.format.read_magic(head)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(head)
+    if dtype.hasobject or fortran_order:
+        raise ValueError(f"an array of {dtype}{' in Fortran order' if fortran_order else ''} is not read")
+    count = math.prod(shape)
+    if len(data) != head.tell() + count * dtype.itemsize:
+        raise ValueError(f"{len(data)} bytes are not the {count} values of {dtype} that its header says")
+    return np.frombuffer(data, dtype, count, head.tell()).reshape(shape)
 
 
-def _snapshot_of(manifest: Manifest, files: Mapping[str, bytes], where: str) -> Snapshot:
+def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) -> Snapshot:
     absent = [
         n
         for n in (ITEMS_FILE, ALS_ITEMS_FILE, ALS_GRAM_FILE, POPULAR_FILE, SIMILAR_FILE, *INDEX_FILES.values())

@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 HOME_VARIABLE = "RECSYS_HOME"
@@ -78,6 +78,16 @@ class SparkSettings(Section):
 class InteractionSettings(Section):
     window_days: int = Field(90, ge=1, description="length of the sliding window")
     half_life_days: float = Field(30.0, gt=0, description="age at which an event counts half")
+
+
+class FeatureSettings(Section):
+    history: int = Field(50, ge=1, le=1000, description="distinct items of a user's history, newest first")
+    max_examples: int = Field(
+        10_000_000,
+        ge=1000,
+        description="training examples of a day's window; beyond it events are sampled by a hash of their id",
+    )
+    checked_examples: int = Field(200, ge=1, description="examples of a day that are made again from the clicks by the check")
 
 
 class AlsSettings(Section):
@@ -204,16 +214,81 @@ class CacheSettings(Section):
     feature_ttl_seconds: int = Field(7 * 24 * 3600, ge=1, description="Redis TTL of a user's record")
     active_hours: int = Field(24, ge=1, description="users active in so many hours get a cached answer")
     batch_users: int = Field(2048, ge=1, description="users ranked and written at a time")
+    shards: int = Field(8, ge=1, description="parts of the active users; a run that broke off goes on with those not done")
+
+
+class QualitySettings(Section):
+    sample_rows: int = Field(200_000, ge=100, description="rows that a check holds in memory of an hour or a table")
+    weeks: int = Field(4, ge=1, description="past weeks whose same hour says what is usual")
+    min_events: int = Field(100, ge=1, description="fewer usual events of an hour (or of 24 hours) are not judged")
+    min_priced: int = Field(30, ge=1, description="fewer events with a value are not judged by their median")
+    min_category_events: int = Field(40, ge=1, description="fewer usual events of a category are not missed")
+    max_repeated: float = Field(0.2, gt=0, le=1, description="largest share of events that occur twice, or as a day before")
+    min_known_items: float = Field(0.9, ge=0, le=1, description="least share of events of items in the catalogue (a warning)")
+    min_shift_gain: float = Field(0.15, gt=0, description="correlation that a shift in time must win to count as one")
 
 
 class RedisSettings(Section):
-    url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL")
+    mode: Literal["standalone", "sentinel", "cluster"] = Field("standalone", description="kind of the installation")
+    url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL of a standalone Redis")
+    nodes: list[str] = Field(default_factory=list, description="host:port of the sentinels, or of some nodes of the cluster")
+    service: str = Field("recsys", description="name of the master that the sentinels watch")
+    username: str = Field("", description="ACL user; empty: the default user, or the one in the URL")
+    password: SecretStr = Field(SecretStr(""), description="its password; better given as RECSYS_REDIS__PASSWORD")
+    sentinel_password: SecretStr = Field(SecretStr(""), description="password of the sentinels themselves, if they have one")
+    tls: bool = Field(False, description="TLS to sentinels and cluster nodes; a standalone Redis says it by rediss://")
+    ca_file: str = Field("", description="PEM file of the authority that signed the servers' certificates; empty: the system's")
+    cert_file: str = Field("", description="PEM file of this client's certificate, where the servers ask for one")
+    key_file: str = Field("", description="PEM file of its key")
+    read_replicas: bool = Field(False, description="online reads go to replicas as well; they may be a moment behind")
+    wait_replicas: int = Field(0, ge=0, description="replicas that must have a batch of the speed layer before it counts as written")
     timeout_ms: int = Field(20, ge=1, description="deadline of one online read")
+
+    @model_validator(mode="after")
+    def _has_nodes(self) -> RedisSettings:
+        wrong = [node for node in self.nodes if not node.rpartition(":")[2].isdigit() or not node.rpartition(":")[0]]
+        if wrong:
+            raise ValueError(f"every node is host:port, got {', '.join(wrong)}")
+        if self.mode != "standalone" and not self.nodes:
+            raise ValueError(f"mode {self.mode} needs the host:port of at least one node in `nodes`")
+        return self
 
 
 class KafkaSettings(Section):
     bootstrap_servers: str = Field("127.0.0.1:9092", description="host:port of brokers, separated by commas")
     topic: str = Field("clickstream.events", description="topic of the events, keyed by user_id")
+    dead_letter_topic: str = Field("clickstream.dead-letter", description="topic of the messages that are no event, with the reason")
+    partitions: int = Field(4, ge=1, description="partitions of the topic that `recsys kafka init` makes")
+    replication: int = Field(1, ge=1, description="copies of each partition")
+    retention_hours: int = Field(7 * 24, ge=1, description="how long the topics keep a message")
+    max_message_bytes: int = Field(1 << 20, ge=1024, description="largest message that the broker takes; a larger event is a dead letter")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how clients connect"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "GSSAPI"] = Field(
+        "SCRAM-SHA-512", description="of the SASL protocols"
+    )
+    sasl_username: str = Field("", description="SASL user")
+    sasl_password: SecretStr = Field(SecretStr(""), description="its password; better given as RECSYS_KAFKA__SASL_PASSWORD")
+    ca_file: str = Field("", description="PEM file of the authority that signed the brokers' certificates; empty: the system's")
+    cert_file: str = Field("", description="PEM file of this client's certificate, where the brokers ask for one")
+    key_file: str = Field("", description="PEM file of its key")
+    conf: dict[str, str] = Field(default_factory=dict, description="any further librdkafka property, given to every client")
+
+
+class StreamSettings(Section):
+    group: str = Field("recsys-stream", description="consumer group of the workers")
+    instance_id: str = Field("", description="static member of the group: a restart within its session moves no partition")
+    session_timeout_seconds: float = Field(30.0, gt=0, description="a worker silent for so long loses its partitions")
+    batch_events: int = Field(50_000, ge=1, description="most events of a batch; a worker that has caught up takes what is there")
+    batch_megabytes: int = Field(64, ge=1, description="most bytes of a batch, and of what is fetched ahead of it")
+    archive: bool = Field(True, description="archive the topic into the landing zone")
+    archive_rows: int = Field(100_000, ge=1, description="an archive file ends where the offset is a multiple of this")
+    archive_seconds: int = Field(60, ge=1, description="and where the broker's time enters another interval of this length")
+    bucket_minutes: int = Field(5, ge=1, le=60, description="length of a bucket of the live trends")
+    trend_hours: int = Field(24, ge=1, description="how long a bucket of the live trends is kept")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of the Prometheus metrics; 0: none")
+    heartbeat_seconds: float = Field(5.0, gt=0, description="how often a worker writes its heartbeat, progress and lag to Redis")
 
 
 class ServingSettings(Section):
@@ -221,14 +296,74 @@ class ServingSettings(Section):
     port: int = Field(50051, ge=0, le=65535, description="its port; 0: any free one")
     max_items: int = Field(500, ge=1, description="largest `count` of a request")
     max_batch: int = Field(10_000, ge=1, description="most users of a RecommendBatch")
+    rank_timeout_ms: int = Field(250, ge=1, description="deadline of one computed answer; a lower tier answers after it")
+    batch_timeout_ms: int = Field(10_000, ge=1, description="the same for a part of a RecommendBatch")
     pointer_poll_seconds: float = Field(1.0, gt=0, description="how often the champion pointer is looked at")
     reflection: bool = Field(True, description="offer gRPC server reflection")
+    processes: int = Field(1, ge=0, le=256, description="serving processes on the one port; 0: one a core")
+    max_concurrent: int = Field(256, ge=1, description="calls under way in a process; more are refused as RESOURCE_EXHAUSTED")
+    drain_seconds: float = Field(5.0, ge=0, description="what calls under way get to finish after SIGTERM")
+    linger_seconds: float = Field(0.0, ge=0, description="time between saying NOT_SERVING and refusing calls, for balancers")
+    tls_certificate: str = Field("", description="PEM file with the server's certificate chain; empty: no TLS")
+    tls_key: str = Field("", description="PEM file with its key")
+    tls_client_ca: str = Field("", description="PEM file with the CA of client certificates, which are then required")
+    tokens: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="variable that holds a bearer token -> methods that it opens, `*` for all; empty: no tokens",
+    )
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of Prometheus metrics at /metrics; 0: none")
+    log_format: Literal["text", "json"] = Field("text", description="of the lines on stderr")
+    log_sample: float = Field(0.0, ge=0, le=1, description="share of the calls that are logged; failed ones a hundredfold")
+    otlp_endpoint: str = Field("", description="OpenTelemetry collector such as http://127.0.0.1:4317; empty: no traces")
+    trace_ratio: float = Field(0.01, ge=0, le=1, description="share of calls traced, unless the caller's trace decides")
 
 
 class DagsterSettings(Section):
     host: str = Field("127.0.0.1", description="address of the web UI")
     port: int = Field(3000, ge=0, le=65535, description="its port; the next free one when it is taken")
     automation: bool = Field(False, description="start schedules and sensors by themselves after a deploy")
+    executor: Literal["in_process", "k8s"] = Field(
+        "in_process", description="where the steps of a run work: in its own process, or k8s: each in a pod of its own"
+    )
+    hourly_pool: str = Field(
+        "spark", description="pool of the hourly Spark assets; any other name gives them a session beside the nightly one's"
+    )
+    catch_up_hours: int = Field(48, ge=1, description="missed hours and late events are made up for as far back")
+    hours_per_tick: int = Field(6, ge=1, description="missed hours that are asked for at a time")
+    attempts: int = Field(3, ge=1, description="how often a missed hour or night is asked for")
+
+
+class PodResources(Section):
+    """What the pod of a step asks for, as Kubernetes quantities; memory is also its limit."""
+
+    cpu: str = Field("500m", pattern=r"^\d+(\.\d+|m)?$", description="cores, or thousandths by `m`")
+    memory: str = Field("2Gi", pattern=r"^\d+(Mi|Gi)$", description="bytes")
+    gpu: int = Field(0, ge=0, description="whole GPUs")
+
+
+class KubernetesSettings(Section):
+    resources: dict[str, PodResources] = Field(
+        default_factory=dict,
+        description='pods of single assets, in place of those in recsys_assets/isolation.py: { als_factors = { cpu = "8" } }',
+    )
+    gpu_resource: str = Field("nvidia.com/gpu", description="name of the GPU resource of the cluster's device plugin")
+    step_account: str = Field("recsys-step", description="service account of steps; it may do nothing")
+    spark_account: str = Field("recsys-spark", description="service account of Spark drivers; it may start executor pods")
+
+
+class AlertSettings(Section):
+    webhook_url: str = Field("", description="Slack-compatible webhook; better given as RECSYS_ALERTS__WEBHOOK_URL")
+    email_to: list[str] = Field(default_factory=list, description="addresses that get alerts by mail")
+    email_from: str = Field("recsys@localhost", description="sender of the mails")
+    smtp_host: str = Field("", description="mail server; empty: no mail")
+    smtp_port: int = Field(25, ge=1, le=65535, description="its port")
+    smtp_starttls: bool = Field(False, description="encrypt the connection to it")
+    smtp_user: str = Field("", description="user at the mail server, when it wants one")
+    smtp_password: SecretStr = Field(SecretStr(""), description="given as RECSYS_ALERTS__SMTP_PASSWORD")
+    timeout_seconds: float = Field(5.0, gt=0, description="of one attempt to deliver")
+    retries: int = Field(3, ge=0, description="further attempts at once; what can't be delivered waits for the next tick")
+    silent_seconds: int = Field(120, ge=1, description="a stream worker without a heartbeat for so long is an alert")
+    max_lag_events: int = Field(1_000_000, ge=1, description="a stream that is further behind is an alert")
 
 
 class SourceMapping(Section):
@@ -283,6 +418,7 @@ class Settings(BaseSettings):
     events: EventSettings = EventSettings()
     spark: SparkSettings = SparkSettings()
     interactions: InteractionSettings = InteractionSettings()
+    features: FeatureSettings = FeatureSettings()
     als: AlsSettings = AlsSettings()
     two_tower: TwoTowerSettings = TwoTowerSettings()
     index: IndexSettings = IndexSettings()
@@ -293,10 +429,14 @@ class Settings(BaseSettings):
     gate: GateSettings = GateSettings()
     mlflow: MlflowSettings = MlflowSettings()
     cache: CacheSettings = CacheSettings()
+    quality: QualitySettings = QualitySettings()
     redis: RedisSettings = RedisSettings()
     kafka: KafkaSettings = KafkaSettings()
+    stream: StreamSettings = StreamSettings()
     serving: ServingSettings = ServingSettings()
     dagster: DagsterSettings = DagsterSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
+    alerts: AlertSettings = AlertSettings()
     mappings: dict[str, SourceMapping] = Field(default_factory=dict, description="own mappings of `recsys ingest`, by name")
 
     @property

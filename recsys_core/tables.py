@@ -68,8 +68,8 @@ def build_clicks_hourly(
     from_ms = start - settings.lookback_hours * HOUR_MS - settings.session_gap_minutes * MINUTE_MS
     paths = [lake.url(f.path) for f in landing.covering(from_ms, end)]
     if not paths:
-        return _publish_empty(lake, CLICKS_HOURLY, hours)
-    with stage_progress(spark, f"clicks_hourly ({_span(hours)})"):
+        return publish_empty(lake, CLICKS_HOURLY, hours)
+    with stage_progress(spark, f"clicks_hourly ({span(hours)})"):
         return _build_clicks(spark, lake, paths, (from_ms, start, end), hours, settings)
 
 
@@ -92,21 +92,21 @@ def _build_clicks(
     events = with_sessions(judged.where(F.col(REASON).isNull()), settings.session_gap_minutes, settings.lookback_hours)
     wanted = distinct_events(events, settings.lookback_hours).where(F.col(TS) >= start).withColumn("hour", _hour())
     staged = lake.stage(CLICKS_HOURLY)
-    _write(wanted, lake.url(staged), "hour", [USER_ID, TS, EVENT_ID])
+    write_staged(wanted, lake.url(staged), "hour", [USER_ID, TS, EVENT_ID])
     # Spark prunes a plan that turns out to give no row, and what it would have observed with it.
     maybe = not _folders(lake, staged) or seen.get["rejected"]
     rejected = judged.where(bad).withColumn("hour", _hour()) if maybe else None
     _quarantine(spark, lake, rejected, hours)
-    return _publish(spark, lake, CLICKS_HOURLY, staged, "hour", hours)
+    return publish(spark, lake, CLICKS_HOURLY, staged, "hour", hours)
 
 
 def _quarantine(spark: SparkSession, lake: Lake, rejected: DataFrame | None, hours: Sequence[str]) -> None:
     """Replace the partitions of `clicks_quarantine` that have rows now or had some before."""
     staged = lake.stage(CLICKS_QUARANTINE)
     if rejected is not None:
-        _write(rejected, lake.url(staged), "hour", [REASON, TS])
+        write_staged(rejected, lake.url(staged), "hour", [REASON, TS])
     touched = {name.partition("=")[2] for name in _folders(lake, staged)} | set(lake.keys(CLICKS_QUARANTINE))
-    _publish(spark, lake, CLICKS_QUARANTINE, staged, "hour", sorted(touched & set(hours)))
+    publish(spark, lake, CLICKS_QUARANTINE, staged, "hour", sorted(touched & set(hours)))
 
 
 def distinct_events(events: DataFrame, lookback_hours: int) -> DataFrame:
@@ -190,8 +190,8 @@ def build_interactions(
     first = min(ends.values()) - settings.window_days * DAY_MS
     paths = lake.files(CLICKS_HOURLY, hour_keys(first, max(ends.values())), missing_ok=True)
     if not paths:
-        return _publish_empty(lake, INTERACTIONS, days)
-    with stage_progress(spark, f"interactions ({_span(days)})"):
+        return publish_empty(lake, INTERACTIONS, days)
+    with stage_progress(spark, f"interactions ({span(days)})"):
         clicks = spark.read.parquet(*map(lake.url, paths)).select(USER_ID, ITEM_ID, EVENT_TYPE, TS)
         borders = spark.createDataFrame(pa.table({"day": list(ends), "end": list(ends.values())}))
         age_ms = F.col("end") - F.col(TS)
@@ -205,8 +205,8 @@ def build_interactions(
             F.max(TS).alias("last_ts"),
         )
         staged = lake.stage(INTERACTIONS)
-        _write(rows, lake.url(staged), "day", [USER_ID, ITEM_ID])
-        return _publish(spark, lake, INTERACTIONS, staged, "day", days)
+        write_staged(rows, lake.url(staged), "day", [USER_ID, ITEM_ID])
+        return publish(spark, lake, INTERACTIONS, staged, "day", days)
 
 
 def build_online_features(
@@ -249,8 +249,8 @@ def build_online_features(
             .withColumn("day", F.lit(day))
         )
         staged = lake.stage(ONLINE_FEATURES)
-        _write(rows, lake.url(staged), "day", [USER_ID])
-        return _publish(spark, lake, ONLINE_FEATURES, staged, "day", [day])[0]
+        write_staged(rows, lake.url(staged), "day", [USER_ID])
+        return publish(spark, lake, ONLINE_FEATURES, staged, "day", [day])[0]
 
 
 def build_active_users(spark: SparkSession, lake: Lake, hour: str, active_hours: int) -> Partition:
@@ -260,12 +260,12 @@ def build_active_users(spark: SparkSession, lake: Lake, hour: str, active_hours:
     end = key_start_ms(hour) + HOUR_MS
     paths = lake.files(CLICKS_HOURLY, hour_keys(end - active_hours * HOUR_MS, end), missing_ok=True)
     if not paths:
-        return _publish_empty(lake, ACTIVE_USERS, [hour])[0]
+        return publish_empty(lake, ACTIVE_USERS, [hour])[0]
     with stage_progress(spark, f"active users ({hour})"):
         users = spark.read.parquet(*map(lake.url, paths)).select(USER_ID).distinct().withColumn("hour", F.lit(hour))
         staged = lake.stage(ACTIVE_USERS)
-        _write(users, lake.url(staged), "hour", [USER_ID])
-        return _publish(spark, lake, ACTIVE_USERS, staged, "hour", [hour])[0]
+        write_staged(users, lake.url(staged), "hour", [USER_ID])
+        return publish(spark, lake, ACTIVE_USERS, staged, "hour", [hour])[0]
 
 
 def _hour() -> Column:
@@ -274,14 +274,14 @@ def _hour() -> Column:
     return F.date_format(F.timestamp_millis(F.col(TS)), "yyyy-MM-dd'T'HH")
 
 
-def _write(rows: DataFrame, url: str, partition: str, order: list[str]) -> None:
+def write_staged(rows: DataFrame, url: str, partition: str, order: Sequence[str | Column]) -> None:
     """Write into `<partition>=<key>` folders; the rebalance splits large partitions over tasks and joins small ones."""
     rows.hint("rebalance", partition).sortWithinPartitions(partition, *order).write.partitionBy(partition).parquet(
         url, mode="append"
     )
 
 
-def _publish(spark: SparkSession, lake: Lake, table: str, staged: str, column: str, keys: Sequence[str]) -> list[Partition]:
+def publish(spark: SparkSession, lake: Lake, table: str, staged: str, column: str, keys: Sequence[str]) -> list[Partition]:
     """Point the partitions `keys` at what was staged, with row counts and data versions read back from it.
 
     The data version is the exclusive or of the rows' 64-bit hashes: equal rows give an equal version in any order.
@@ -308,9 +308,9 @@ def _folders(lake: Lake, staged: str) -> list[str]:
     return [name for name in names if "=" in name]
 
 
-def _publish_empty(lake: Lake, table: str, keys: Sequence[str]) -> list[Partition]:
+def publish_empty(lake: Lake, table: str, keys: Sequence[str]) -> list[Partition]:
     return lake.publish_staged(table, lake.stage(table), "none", dict.fromkeys(keys, (0, "empty")))
 
 
-def _span(keys: Sequence[str]) -> str:
+def span(keys: Sequence[str]) -> str:
     return min(keys) if len(set(keys)) == 1 else f"{min(keys)} … {max(keys)}"

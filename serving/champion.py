@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import os
+import sys
+import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
+from pydantic import ValidationError
 
-from recsys_core.online import AnswerEncoder, CachedAnswer
-from recsys_core.ranking import Ranked, Snapshot, Trend, Users, rank
+from recsys_core.online import AnswerEncoder, CachedAnswer, TrendingValue, UserRecord, users_of
+from recsys_core.ranking import Ranked, Snapshot, Trend, rank
 from recsys_core.release import CHAMPION, Manifest, Pointer, ReleaseError, Releases
-from recsys_core.settings import Settings
-from serving.validation import MAX_EXCLUDED
+from recsys_core.settings import RankingSettings, Settings
+from serving.filters import ItemFilters
+from serving.metrics import Metrics
+from serving.validation import MAX_EXCLUDED, ItemFilter
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 30.0
 """A refused release is looked at again after so long: its files may have been repaired."""
+NO_TRENDS = TrendingValue(0, "", {})
 
 
 class NotReady(LookupError):
@@ -32,7 +41,12 @@ class Loaded:
     """A verified release with what is derived from it. Everything in it belongs together.
 
     Attributes:
+        release: its id, encoded.
+        ranking: the weights and numbers that its answers are made with.
+        filters: masks over its items.
+        with_unavailable: the same snapshot for answers that may hold items that are not available.
         trend: of the moment, over the snapshot's items.
+        trend_at: when the trend was counted, ms since 1970; 0 when none is known.
         popular: the answer for nobody in particular, one row, long enough for any count and exclusions.
         popular_answer: the same, encoded.
     """
@@ -40,11 +54,22 @@ class Loaded:
     pointer: Pointer
     manifest: Manifest
     snapshot: Snapshot
+    release: bytes
+    ranking: RankingSettings
+    filters: ItemFilters = field(repr=False)
     encoder: AnswerEncoder = field(repr=False)
     loaded_at: float
     trend: Trend = field(repr=False)
+    trend_at: int
     popular: Ranked = field(repr=False)
     popular_answer: CachedAnswer = field(repr=False)
+
+    @cached_property
+    def with_unavailable(self) -> Snapshot:
+        everything = copy.copy(self.snapshot)
+        everything.__dict__.pop("by_popularity", None)
+        everything.__dict__["available"] = np.ones(everything.items.num_rows, bool)
+        return everything
 
 
 @dataclass(frozen=True)
@@ -64,15 +89,17 @@ class Champion:
         refused: the last release that was not taken.
     """
 
-    def __init__(self, releases: Releases, settings: Settings) -> None:
+    def __init__(self, releases: Releases, settings: Settings, metrics: Metrics | None = None) -> None:
         self.current: Loaded | None = None
         self.refused: Refused | None = None
         self._releases = releases
         self._settings = settings
-        self._scores: Mapping[str, float] = {}
+        self._trending = NO_TRENDS
         self._refused_pointer: Pointer | None = None
         self._retry_at = 0.0
-        self._thread = ThreadPoolExecutor(1, "release", initializer=one_faiss_thread)
+        self._thread = ThreadPoolExecutor(1, "release", initializer=_as_background)
+        self._local = settings.home.absolute() / "serving" / "releases"
+        self._metrics = metrics or Metrics()
         self._building = asyncio.Lock()
 
     def get(self) -> Loaded:
@@ -99,7 +126,7 @@ class Champion:
                 pointer = await loop.run_in_executor(self._thread, self._releases.champion)
                 if pointer is None or not self._is_wanted(pointer):
                     return False
-                new = await loop.run_in_executor(self._thread, self._load, pointer, self._scores)
+                new = await loop.run_in_executor(self._thread, self._load, pointer, self._trending)
             except (ReleaseError, OSError) as error:
                 self._refuse(pointer, str(error))
                 return False
@@ -109,6 +136,7 @@ class Champion:
                 return False
             self.current = new
             self._refused_pointer = None
+            self._metrics.events["swaps"] += 1
             log.info("release %s is in service, %d items", new.snapshot.release_id, new.snapshot.items.num_rows)
             return True
 
@@ -123,58 +151,104 @@ class Champion:
         if self.refused is None or (self.refused.release_id, self.refused.reason) != (name, reason):
             kept = f"{self.current.snapshot.release_id} stays in service" if self.current else "nothing is in service"
             log.error("%s; %s", reason, kept)
+            self._metrics.events["refused_releases"] += 1
             self.refused = Refused(name, reason, time.time())
         self._refused_pointer = pointer
         self._retry_at = time.monotonic() + RETRY_SECONDS
 
-    def _load(self, pointer: Pointer, scores: Mapping[str, float]) -> Loaded:
-        manifest, snapshot = self._releases.load(pointer.release_id, pointer.manifest_sha256)
-        trend, popular, answer, encoder = derive(snapshot, scores, self._settings)
-        _warm(snapshot, trend, self._settings)
-        return Loaded(pointer, manifest, snapshot, encoder, time.time(), trend, popular, answer)
+    def _load(self, pointer: Pointer, trending: TrendingValue) -> Loaded:
+        kept = {pointer.release_id} | ({self.current.snapshot.release_id} if self.current else set())
+        manifest, snapshot = self._releases.load(pointer.release_id, pointer.manifest_sha256, self._local)
+        ranking = ranking_of(manifest, self._settings)
+        loaded = derive(pointer, manifest, snapshot, ranking, trending, self._settings)
+        _warm(loaded, self._settings)
+        self._releases.forget(self._local, kept)
+        return loaded
 
-    async def set_trend(self, scores: Mapping[str, float]) -> None:
-        """Use other trend scores, by item id, from now on."""
+    async def set_trend(self, trending: TrendingValue) -> None:
+        """Use other trend scores from now on."""
         async with self._building:
-            self._scores = scores
+            self._trending = trending
             old = self.current
             if old is None:
                 return
-            trend, popular, answer, _ = await asyncio.get_running_loop().run_in_executor(
-                self._thread, derive, old.snapshot, scores, self._settings, old.encoder
+            self.current = await asyncio.get_running_loop().run_in_executor(
+                self._thread, with_trend, old, trending, self._settings
             )
-            self.current = replace(old, trend=trend, popular=popular, popular_answer=answer)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
+def ranking_of(manifest: Manifest, settings: Settings) -> RankingSettings:
+    """The weights that the release was tuned to; what it does not say is as configured. Raises ReleaseError."""
+    try:
+        return RankingSettings.model_validate({**settings.ranking.model_dump(), **manifest.ranking})
+    except ValidationError as error:
+        raise ReleaseError(f"release {manifest.release_id}: its manifest's ranking does not fit: {error}") from error
+
+
 def derive(
-    snapshot: Snapshot, scores: Mapping[str, float], settings: Settings, encoder: AnswerEncoder | None = None
-) -> tuple[Trend, Ranked, CachedAnswer, AnswerEncoder]:
+    pointer: Pointer,
+    manifest: Manifest,
+    snapshot: Snapshot,
+    ranking: RankingSettings,
+    trending: TrendingValue,
+    settings: Settings,
+) -> Loaded:
+    """A release with everything that is made of it."""
+    encoder = AnswerEncoder(snapshot.release_id, snapshot.item_ids)
+    trend, popular, answer = _popular(snapshot, ranking, encoder, trending, settings)
+    return Loaded(
+        pointer=pointer,
+        manifest=manifest,
+        snapshot=snapshot,
+        release=snapshot.release_id.encode(),
+        ranking=ranking,
+        filters=ItemFilters(snapshot),
+        encoder=encoder,
+        loaded_at=time.time(),
+        trend=trend,
+        trend_at=trending.computed_at,
+        popular=popular,
+        popular_answer=answer,
+    )
+
+
+def with_trend(old: Loaded, trending: TrendingValue, settings: Settings) -> Loaded:
+    """The same release with the trend of another moment."""
+    trend, popular, answer = _popular(old.snapshot, old.ranking, old.encoder, trending, settings)
+    return replace(old, trend=trend, trend_at=trending.computed_at, popular=popular, popular_answer=answer)
+
+
+def _popular(
+    snapshot: Snapshot, ranking: RankingSettings, encoder: AnswerEncoder, trending: TrendingValue, settings: Settings
+) -> tuple[Trend, Ranked, CachedAnswer]:
     """The trend over the snapshot's items, and the answer for nobody in particular."""
-    encoder = encoder or AnswerEncoder(snapshot.release_id, snapshot.item_ids)
-    trend = Trend.of(snapshot, scores)
-    wanted = settings.serving.max_items + settings.ranking.max_consumed + MAX_EXCLUDED
-    popular = rank(snapshot, trend, nobody(snapshot), min(wanted, snapshot.items.num_rows), settings.ranking)
+    trend = Trend.of(snapshot, trending.scores)
+    wanted = settings.serving.max_items + ranking.max_consumed + MAX_EXCLUDED
+    nobody = users_of(snapshot, [UserRecord()], ranking)
+    popular = rank(snapshot, trend, nobody, min(wanted, snapshot.items.num_rows), ranking)
     [value] = encoder.encode(popular.positions, popular.scores, time.time_ns() // 1_000_000)
-    return trend, popular, CachedAnswer.decode(value), encoder
+    return trend, popular, CachedAnswer.decode(value)
 
 
-def nobody(snapshot: Snapshot) -> Users:
-    """One user of whom nothing is known."""
-    none = np.empty((1, 0), np.int64)
-    return Users(np.zeros((1, snapshot.als_items.shape[1]), np.float32), none, none)
-
-
-def _warm(snapshot: Snapshot, trend: Trend, settings: Settings) -> None:
+def _warm(loaded: Loaded, settings: Settings) -> None:
     """Touch what the first requests will need."""
-    last = np.array([[0]], np.int64)
-    users = Users(snapshot.als_items[:1], last, last)
+    snapshot = loaded.snapshot
+    item = snapshot.item_ids[0]
+    users = users_of(snapshot, [UserRecord(last=((item, "view", 0),))], loaded.ranking)
     everything = np.ones(snapshot.items.num_rows, bool)
     for allowed in (None, everything):
-        rank(snapshot, trend, users, settings.cache.items, settings.ranking, allowed)
-    snapshot.in_categories(["warm-up"])
+        rank(snapshot, loaded.trend, users, settings.cache.items, loaded.ranking, allowed)
+    loaded.filters.mask(ItemFilter(("warm-up",)))
+
+
+def _as_background() -> None:
+    """One FAISS thread, and the lowest claim on the processor: calls come first while a release is loaded."""
+    one_faiss_thread()
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def one_faiss_thread() -> None:

@@ -9,35 +9,46 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import numpy as np
 
 from recsys_core.index import unit_rows
 from recsys_core.online import CachedAnswer, CorruptValue, UserRecord, recs_key, user_key, users_of
-from recsys_core.ranking import PARTS, Ranked, Snapshot, rank
+from recsys_core.ranking import Ranked, Snapshot, Users, rank
 from recsys_core.settings import RankingSettings, Settings
 from serving import recsys_pb2 as pb
-from serving.champion import Champion, Loaded, one_faiss_thread
-from serving.store import Store, UserState
-from serving.validation import Options
+from serving.champion import Champion, Loaded
+from serving.diversity import POOL, diversified
+from serving.explain import action_message, add_items, asset_versions, described, parts_message, weights
+from serving.filters import ItemFilters
+from serving.metrics import Metrics
+from serving.ranker import Batch, Computed, Ranker, TooSlow
+from serving.store import LAST_TS_AT, Raw, Store, UserState
+from serving.validation import EVERY_ITEM, NO_DIVERSITY, ItemFilter, Options
+from serving.wire import first_items, tail
 
 log = logging.getLogger(__name__)
 
-BATCH_USERS = 128
+BATCH_USERS = 256
 """Users of a batch that are read and ranked at a time, between which other calls get their turn."""
-RANK_SECONDS = 0.25
-"""Deadline of one computed answer, its wait for the thread included."""
-BULK_RANK_SECONDS = 10.0
-"""The same for BATCH_USERS users of a batch."""
+MICRO_BATCH = 32
+"""Most users of single calls that are ranked together: a bound of the wait of the calls behind them."""
+ANSWER_SHARE = 0.8
+"""Of the time that the caller still waits, what an answer may be computed in; the rest is for a lower tier and the way back."""
 MAX_WRITES = 1000
 """Write-backs under way; more are dropped and counted."""
 
-T = TypeVar("T")
+TIER_NAMES: dict[int, str] = {number: name for name, number in pb.Tier.items()}
+
+
+Remaining = Callable[[], float | None]
+"""Tells how many seconds the caller still waits, None when it has set no deadline."""
+
+
+def no_deadline() -> None:
+    """The caller waits for ever."""
 
 
 class UnknownItem(LookupError):
@@ -45,33 +56,13 @@ class UnknownItem(LookupError):
 
 
 @dataclass(frozen=True)
-class Computed:
-    """A ranked answer.
-
-    Attributes:
-        response: for the caller.
-        value: for the cache, None when the answer is not the user's plain one.
-    """
-
-    response: bytes
-    value: bytes | None
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Where and how long an answer may be computed: one user's never waits behind a batch."""
-
-    thread: ThreadPoolExecutor
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Call:
-    """What stays the same while one call is answered. `now` is in ms."""
+    """What stays the same while one call is answered. `now` is in ms, `remaining` in seconds (None: no deadline)."""
 
     loaded: Loaded
     options: Options
     now: int
+    remaining: float | None = None
 
 
 class Ladder:
@@ -81,41 +72,89 @@ class Ladder:
         counts: answers by tier, and failures, since the start.
     """
 
-    def __init__(self, champion: Champion, store: Store, settings: Settings) -> None:
+    def __init__(self, champion: Champion, store: Store, settings: Settings, metrics: Metrics | None = None) -> None:
+        self.metrics = metrics or store.metrics
+        self.counts = self.metrics.events
         self._champion = champion
         self._store = store
         self._settings = settings
-        self._single = Pace(ThreadPoolExecutor(1, "rank", initializer=one_faiss_thread), RANK_SECONDS)
-        self._bulk = Pace(ThreadPoolExecutor(1, "rank-bulk", initializer=one_faiss_thread), BULK_RANK_SECONDS)
+        self._fresh_ms = settings.cache.fresh_seconds * 1000
+        timeouts = settings.serving
+        self.single = Ranker("rank", self._ranked, timeouts.rank_timeout_ms / 1000, MICRO_BATCH, self.metrics)
+        self.bulk = Ranker("rank-bulk", self._ranked, timeouts.batch_timeout_ms / 1000, BATCH_USERS, self.metrics)
         self._writes: set[asyncio.Task[None]] = set()
-        self.counts: Counter[str] = Counter()
 
-    async def recommend(self, user_id: str, options: Options) -> bytes:
-        """A RecommendResponse. Raises NotReady."""
-        [response] = await self._answers([user_id], options, self._single)
-        return response
+    async def recommend(self, user_id: bytes, options: Options, remaining: Remaining = no_deadline) -> bytes:
+        """A RecommendResponse. `user_id` is checked UTF-8. Raises NotReady."""
+        loaded = self._champion.get()
+        [raw] = await self._store.read((user_id,))
+        now = int(time.time() * 1000)
+        if options.plain:
+            hit = self._hit(loaded, raw, options.count, now)
+            if hit is not None:
+                return hit
+        call = Call(loaded, options, now, remaining())
+        return (await self._answers(call, [user_id.decode()], [raw], self.single))[0]
 
-    async def recommend_batch(self, user_ids: Sequence[str], options: Options) -> list[bytes]:
+    async def recommend_batch(
+        self, user_ids: Sequence[bytes], options: Options, remaining: Remaining = no_deadline
+    ) -> list[bytes]:
         """RecommendResponses in the order of the users. Raises NotReady."""
+        loaded = self._champion.get()
         responses: list[bytes] = []
         for at in range(0, len(user_ids), BATCH_USERS):
-            responses += await self._answers(user_ids[at : at + BATCH_USERS], options, self._bulk)
+            users = user_ids[at : at + BATCH_USERS]
+            raws = await self._store.read(users)
+            now = int(time.time() * 1000)
+            plain = options.plain
+            made = [self._hit(loaded, raw, options.count, now) if plain else None for raw in raws]
+            missing = [k for k, response in enumerate(made) if response is None]
+            if missing:
+                call = Call(loaded, options, now, remaining())
+                some = [users[k].decode() for k in missing]
+                for k, response in zip(
+                    missing, await self._answers(call, some, [raws[k] for k in missing], self.bulk), strict=True
+                ):
+                    made[k] = response
+            responses += [response for response in made if response is not None]
         return responses
 
-    async def similar(self, item_id: str, options: Options) -> bytes:
-        """A SimilarItemsResponse. Raises NotReady, UnknownItem, TimeoutError."""
+    async def similar(self, item_id: str, options: Options, same_category: bool, remaining: Remaining = no_deadline) -> bytes:
+        """A SimilarItemsResponse. Raises NotReady, UnknownItem, TooSlow."""
         loaded = self._champion.get()
-        return await _in_thread(self._single, lambda: similar_items(loaded.snapshot, item_id, options))
+        return await self.single.run(lambda: similar_items(loaded, item_id, options, same_category), remaining())
 
-    async def _answers(self, user_ids: Sequence[str], options: Options, pace: Pace) -> list[bytes]:
-        call = Call(self._champion.get(), options, time.time_ns() // 1_000_000)
-        states = await self._store.read(user_ids)
+    async def trending(self, options: Options, remaining: Remaining = no_deadline) -> bytes:
+        """A TrendingResponse. Raises NotReady, TooSlow."""
+        loaded = self._champion.get()
+        return await self.single.run(lambda: trending_items(loaded, options), remaining())
+
+    def _hit(self, loaded: Loaded, raw: Raw, count: int, now: int) -> bytes | None:
+        """The cached answer of the release in service, when it is fresh and long enough."""
+        fields, value = raw
+        if type(value) is not bytes or type(fields) not in (list, tuple):
+            return None
+        acted = fields[LAST_TS_AT]
+        if acted is None:
+            last_ts = 0
+        elif acted.isdigit():
+            last_ts = int(acted)
+        else:
+            return None
+        found = first_items(value, loaded.release, count, now - self._fresh_ms, last_ts)
+        if found is None:
+            return None
+        self.counts["CACHE"] += 1
+        return found[0] + tail(pb.CACHE, loaded.snapshot.release_id, found[1])
+
+    async def _answers(self, call: Call, user_ids: Sequence[str], raws: Sequence[Raw], ranker: Ranker) -> list[bytes]:
         try:
+            states = [self._store.state(user_id, raw) for user_id, raw in zip(user_ids, raws, strict=True)]
             cached = [self._from_cache(call, user_id, state) for user_id, state in zip(user_ids, states, strict=True)]
             missing = [at for at, response in enumerate(cached) if response is None]
             if not missing:
                 return [response for response in cached if response is not None]
-            made = await self._without_cache(call, [user_ids[at] for at in missing], [states[at] for at in missing], pace)
+            made = await self._without_cache(call, [user_ids[at] for at in missing], [states[at] for at in missing], ranker)
             rest = iter(made)
             return [next(rest) if response is None else response for response in cached]
         except Exception:
@@ -135,11 +174,16 @@ class Ladder:
             return None
         return self._response(wire, pb.CACHE, answer.release_id, answer.computed_at)
 
-    async def _without_cache(self, call: Call, user_ids: Sequence[str], states: Sequence[UserState], pace: Pace) -> list[bytes]:
+    async def _without_cache(
+        self, call: Call, user_ids: Sequence[str], states: Sequence[UserState], ranker: Ranker
+    ) -> list[bytes]:
         records = [self._record(call, user_id, state) for user_id, state in zip(user_ids, states, strict=True)]
-        wanted = [at for at, r in enumerate(records) if call.options.categories or is_known(call.loaded.snapshot, r)]
-        made = await self._compute(call, [records[at] for at in wanted], pace) if wanted else []
+        filtered = call.options.filter != EVERY_ITEM
+        wanted = [at for at, r in enumerate(records) if filtered or is_known(call.loaded.snapshot, r)]
+        made = await self._compute(call, [records[at] for at in wanted], ranker) if wanted else []
         computed = dict(zip(wanted, made, strict=True)) if made else {}
+        for answer in computed.values():
+            self.counts[TIER_NAMES[answer.tier]] += 1
         self._write_back([(user_ids[at], answer.value) for at, answer in computed.items() if answer.value is not None])
         return [
             computed[at].response
@@ -148,40 +192,60 @@ class Ladder:
             for at in range(len(user_ids))
         ]
 
-    async def _compute(self, call: Call, records: Sequence[UserRecord], pace: Pace) -> list[Computed]:
+    async def _compute(self, call: Call, records: Sequence[UserRecord], ranker: Ranker) -> list[Computed]:
         """Ranked answers; none at all when ranking fails or lasts too long."""
+        remaining = None if call.remaining is None else call.remaining * ANSWER_SHARE
         try:
-            return await _in_thread(pace, lambda: self._ranked(call, records))
-        except TimeoutError:
-            self.counts["late_rankings"] += 1
-            log.warning("ranking %d users took longer than %.2f s", len(records), pace.seconds)
+            return await ranker.compute(call.loaded, call.options, records, call.now, remaining)
+        except TooSlow as error:
+            log.debug("%s", error)
         except Exception:
             self.counts["failed_rankings"] += 1
             log.exception("ranking failed")
         return []
 
-    def _ranked(self, call: Call, records: Sequence[UserRecord]) -> list[Computed]:
-        snapshot, options, ranking = call.loaded.snapshot, call.options, self._settings.ranking
-        keep = self._settings.cache.items
-        users = users_of(snapshot, records, ranking, [options.excluded] * len(records))
-        allowed = snapshot.in_categories(options.categories) if options.categories else None
+    def _ranked(self, batch: Batch) -> list[Computed]:
+        """Rank users and render their answers; runs in a ranker's thread."""
+        loaded, options = batch.loaded, batch.options
+        snapshot, keep = loaded.snapshot, self._settings.cache.items
+        ranking = loaded.ranking
+        if options.include_consumed:
+            ranking = ranking.model_copy(update={"exclude_consumed": False})
+        users = users_of(snapshot, batch.records, ranking, batch.excluded)
         wanted = max(options.count, keep) if options.plain else options.count + len(options.excluded)
-        ranked = rank(snapshot, call.loaded.trend, users, wanted, ranking, allowed)
-        values = call.loaded.encoder.encode(ranked.positions, ranked.scores, call.now)
+        if options.diversity != NO_DIVERSITY:
+            wanted = max(wanted, POOL * options.count)
+        servable, allowed = self._allowed(loaded, options.filter)
+        ranked = rank(servable, loaded.trend, users, wanted, ranking, allowed)
+        if options.diversity != NO_DIVERSITY:
+            ranked = diversified(snapshot, loaded.filters, ranked, options.diversity, options.count)
+        values = loaded.encoder.encode(ranked.positions, ranked.scores, batch.now)
         cacheable = options.plain and options.count <= keep
+        personal = has_two_tower(users)
         computed = []
-        for row, (record, value) in enumerate(zip(records, values, strict=True)):
+        for row, (record, value) in enumerate(zip(batch.records, values, strict=True)):
             tier = pb.REALTIME_ALS_ONLY if is_known(snapshot, record) else pb.POPULAR
-            response = self._rendered(call, ranked, row, CachedAnswer.decode(value), tier)
-            computed.append(Computed(response, value if cacheable else None))
+            if personal[row]:
+                tier = pb.REALTIME
+            answer = CachedAnswer.decode(value)
+            if options.explain:
+                response = self._explained(loaded, options, ranked, row, tier, answer.computed_at, record, users, ranking)
+            else:
+                response = answer.first(options.count) + tail(tier, answer.release_id, answer.computed_at)
+            computed.append(Computed(response, value if cacheable else None, tier))
         return computed
 
+    def _allowed(self, loaded: Loaded, wanted: ItemFilter) -> tuple[Snapshot, np.ndarray | None]:
+        """The snapshot to rank with and the mask of a filter; unavailable items are in only when it asks for them."""
+        mask = loaded.filters.mask(wanted)
+        return (loaded.with_unavailable if wanted.include_unavailable else loaded.snapshot), mask
+
     def _stale(self, call: Call, user_id: str, state: UserState, record: UserRecord) -> bytes | None:
-        """What is left of the cached answer when nothing better can be made; it can't serve a category."""
+        """What is left of the cached answer when nothing better can be made; it can't serve a filter."""
         answer = state.answer
-        if answer is None or call.options.categories:
+        if answer is None or call.options.filter != EVERY_ITEM:
             return None
-        unwanted = {*call.options.excluded, *consumed(record, self._settings.ranking)}
+        unwanted = {*call.options.excluded, *consumed(record, call.loaded.ranking, call.options)}
         wire, items = self._kept(call, user_id, answer, unwanted)
         if not items:
             return None
@@ -190,20 +254,24 @@ class Ladder:
 
     def _popular(self, call: Call, record: UserRecord) -> bytes:
         """What is trending and popular, from the list that lies ready."""
-        loaded, categories = call.loaded, call.options.categories
+        loaded, options = call.loaded, call.options
         answer, ranked = loaded.popular_answer, loaded.popular
-        unwanted = {*call.options.excluded, *consumed(record, self._settings.ranking)}
-        if unwanted or categories:
-            ranked = _filtered(loaded.snapshot, ranked, unwanted, categories)
+        unwanted = {*options.excluded, *consumed(record, loaded.ranking, options)}
+        if unwanted or options.filter != EVERY_ITEM or options.diversity.max_per_category:
+            ranked = _filtered(loaded, ranked, unwanted, options)
             answer = CachedAnswer.decode(loaded.encoder.encode(ranked.positions, ranked.scores, answer.computed_at)[0])
-        return self._rendered(call, ranked, 0, answer, pb.POPULAR)
+        self.counts["POPULAR"] += 1
+        if options.explain:
+            nobody = users_of(loaded.snapshot, [UserRecord()], loaded.ranking)
+            computed_at = answer.computed_at
+            return self._explained(loaded, options, ranked, 0, pb.POPULAR, computed_at, UserRecord(), nobody, loaded.ranking)
+        return answer.first(options.count) + tail(pb.POPULAR, answer.release_id, answer.computed_at)
 
     # -- parts of them ------------------------------------------------------------------------------------------
 
     def _is_fresh(self, answer: CachedAnswer, state: UserState, now: int) -> bool:
         """Whether a cached answer is young enough and the user has not acted since."""
-        young = now - answer.computed_at <= self._settings.cache.fresh_seconds * 1000
-        return young and state.last_ts <= answer.computed_at
+        return now - answer.computed_at <= self._fresh_ms and state.last_ts <= answer.computed_at
 
     def _kept(self, call: Call, user_id: str, answer: CachedAnswer, unwanted: Collection[str]) -> tuple[bytes, int]:
         """Wire format and number of the first `count` items that are still served and not unwanted.
@@ -234,32 +302,33 @@ class Ladder:
         except CorruptValue as error:
             self._store.note_corrupt(user_key(user_id), error)
             record = UserRecord()
-        if call.options.current_item:
-            record = replace(record, last=((call.options.current_item, "view", call.now), *record.last))
+        if current := call.options.context.current_item:
+            record = replace(record, last=((current, "view", call.now), *record.last))
         return record
 
-    def _rendered(self, call: Call, ranked: Ranked, row: int, answer: CachedAnswer, tier: pb.Tier) -> bytes:
-        """The response of a ranked row, `answer` being the row encoded."""
-        if call.options.explain:
-            return self._explained(call, ranked, row, tier, answer.computed_at)
-        return self._response(answer.first(call.options.count), tier, answer.release_id, answer.computed_at)
-
     def _response(self, wire: bytes, tier: pb.Tier, release_id: str, computed_at: int) -> bytes:
-        self.counts[pb.Tier.Name(tier)] += 1
-        rest = pb.RecommendResponse(tier=tier, release_id=release_id, computed_at_ms=computed_at)
-        return wire + rest.SerializeToString()
+        self.counts[TIER_NAMES[tier]] += 1
+        return wire + tail(tier, release_id, computed_at)
 
-    def _explained(self, call: Call, ranked: Ranked, row: int, tier: pb.Tier, computed_at: int) -> bytes:
-        self.counts[pb.Tier.Name(tier)] += 1
-        snapshot = call.loaded.snapshot
-        positions = ranked.positions[row][ranked.positions[row] >= 0][: call.options.count]
-        scores, parts = ranked.scores[row].tolist(), ranked.parts[row].tolist()
-        response = pb.RecommendResponse(tier=tier, release_id=snapshot.release_id, computed_at_ms=computed_at)
-        for at, item in enumerate(described(snapshot, positions)):
-            response.items.add(**item, score=scores[at], parts=pb.Parts(**dict(zip(PARTS, parts[at], strict=True))))
-        weights = {part: getattr(self._settings.ranking, f"{part}_weight") for part in PARTS}
-        response.explanation.weights.MergeFrom(pb.Parts(**weights))
-        response.explanation.sources.extend(asset_versions(call.loaded.manifest.sources))
+    def _explained(
+        self,
+        loaded: Loaded,
+        options: Options,
+        ranked: Ranked,
+        row: int,
+        tier: int,
+        computed_at: int,
+        record: UserRecord,
+        users: Users,
+        ranking: RankingSettings,
+    ) -> bytes:
+        snapshot = loaded.snapshot
+        response = pb.RecommendResponse(tier=pb.Tier.Name(tier), release_id=snapshot.release_id, computed_at_ms=computed_at)
+        of_user = users.rows(slice(row, row + 1))
+        add_items(response, snapshot, loaded.trend, ranked, row, record, of_user, ranking, options.count)
+        response.explanation.weights.MergeFrom(parts_message(weights(ranking)))
+        response.explanation.sources.extend(asset_versions(loaded.manifest.sources))
+        response.explanation.last_actions.extend(action_message(action) for action in record.last[: ranking.last_items])
         return response.SerializeToString()
 
     def _write_back(self, answers: Sequence[tuple[str, bytes]]) -> None:
@@ -275,13 +344,14 @@ class Ladder:
     async def close(self) -> None:
         """Finish the write-backs under way, which have deadlines, and end the threads."""
         await asyncio.gather(*self._writes)
-        for pace in (self._single, self._bulk):
-            pace.thread.shutdown(wait=False, cancel_futures=True)
+        for ranker in (self.single, self.bulk):
+            ranker.close()
 
 
-async def _in_thread(pace: Pace, work: Callable[[], T]) -> T:
-    async with asyncio.timeout(pace.seconds):
-        return await asyncio.get_running_loop().run_in_executor(pace.thread, work)
+def has_two_tower(users: Users) -> np.ndarray:
+    """bool (b,): users whose two-tower vector is known."""
+    vectors = getattr(users, "two_tower", None)
+    return np.zeros(len(users), bool) if vectors is None else np.asarray(vectors.any(axis=1))
 
 
 def is_known(snapshot: Snapshot, record: UserRecord) -> bool:
@@ -291,29 +361,16 @@ def is_known(snapshot: Snapshot, record: UserRecord) -> bool:
     return any(item in snapshot.positions for item, _, _ in record.last)
 
 
-def consumed(record: UserRecord, settings: RankingSettings) -> list[str]:
+def consumed(record: UserRecord, settings: RankingSettings, options: Options) -> list[str]:
     """Items that the user had already and that are therefore left out."""
-    if not settings.exclude_consumed:
+    if not settings.exclude_consumed or options.include_consumed:
         return []
     return [item for item, _, _ in record.last] + list(record.seen[: settings.max_consumed])
 
 
-def described(snapshot: Snapshot, positions: np.ndarray) -> list[dict[str, Any]]:
-    """Item id, title and category of some items."""
-    rows = snapshot.items.select(["item_id", "title", "category"]).take(positions).to_pylist()
-    return [{name: value or "" for name, value in row.items()} for row in rows]
-
-
-def asset_versions(sources: dict[str, dict[str, str]]) -> list[pb.AssetVersion]:
-    """The assets behind a release, by name."""
-    return [
-        pb.AssetVersion(asset=asset, partition=source.get("partition", ""), data_version=source.get("data_version", ""))
-        for asset, source in sorted(sources.items())
-    ]
-
-
-def similar_items(snapshot: Snapshot, item_id: str, options: Options) -> bytes:
+def similar_items(loaded: Loaded, item_id: str, options: Options, same_category: bool) -> bytes:
     """A SimilarItemsResponse: the items of highest cosine similarity. Raises UnknownItem."""
+    snapshot, filters = loaded.snapshot, loaded.filters
     position = snapshot.positions.get(item_id)
     if position is None:
         raise UnknownItem(f"item_id {item_id!r} is not in release {snapshot.release_id}")
@@ -321,7 +378,9 @@ def similar_items(snapshot: Snapshot, item_id: str, options: Options) -> bytes:
     vector = snapshot.als_items[[position]]
     if not vector.any():
         return response.SerializeToString()
-    servable = snapshot.available & snapshot.in_categories(options.categories) if options.categories else snapshot.available
+    servable = _mask(filters, options.filter, snapshot)
+    if same_category:
+        servable = servable & filters.mask_of_category(position)
     unwanted = np.append(snapshot.positions_of(options.excluded), position)
     selection = None if servable.all() else np.flatnonzero(servable)
     found = snapshot.indexes["cosine"].search(vector, options.count + len(unwanted), selection)[0]
@@ -332,10 +391,38 @@ def similar_items(snapshot: Snapshot, item_id: str, options: Options) -> bytes:
     return response.SerializeToString()
 
 
-def _filtered(snapshot: Snapshot, ranked: Ranked, unwanted: Collection[str], categories: Sequence[str]) -> Ranked:
-    """One ranked row without unwanted items and those of other categories."""
+def trending_items(loaded: Loaded, options: Options) -> bytes:
+    """A TrendingResponse: what trends, strongest first, then what is popular."""
+    snapshot, trend = loaded.snapshot, loaded.trend
+    servable = _mask(loaded.filters, options.filter, snapshot).copy()
+    servable[snapshot.positions_of(options.excluded)] = False
+    found = trend.order[servable[trend.order]][: options.count]
+    if len(found) < options.count:
+        servable[found] = False
+        popular = snapshot.by_popularity
+        found = np.append(found, popular[servable[popular]][: options.count - len(found)])
+    response = pb.TrendingResponse(release_id=snapshot.release_id, computed_at_ms=loaded.trend_at)
+    for item, part in zip(described(snapshot, found), trend.part[found].tolist(), strict=True):
+        response.items.add(**item, trend=part)
+    return response.SerializeToString()
+
+
+def _mask(filters: ItemFilters, wanted: ItemFilter, snapshot: Snapshot) -> np.ndarray:
+    mask = filters.mask(wanted)
+    return snapshot.available if mask is None else mask
+
+
+def _filtered(loaded: Loaded, ranked: Ranked, unwanted: Collection[str], options: Options) -> Ranked:
+    """One ranked row without unwanted items and those that a filter leaves out.
+
+    It runs on the event loop: of a filter whose mask is not there yet nothing passes.
+    """
     positions = ranked.positions[0]
-    keep = (positions >= 0) & ~np.isin(positions, snapshot.positions_of(unwanted))
-    if categories:
-        keep &= snapshot.in_categories(categories)[positions]
-    return Ranked(ranked.positions[:, keep], ranked.scores[:, keep], ranked.parts[:, keep])
+    keep = (positions >= 0) & ~np.isin(positions, loaded.snapshot.positions_of(unwanted))
+    if options.filter != EVERY_ITEM:
+        mask = loaded.filters.known(options.filter)
+        keep &= np.zeros(len(positions), bool) if mask is None else mask[positions]
+    kept = Ranked(ranked.positions[:, keep], ranked.scores[:, keep], ranked.parts[:, keep])
+    if options.diversity.max_per_category:
+        return diversified(loaded.snapshot, loaded.filters, kept, replace(options.diversity, relevance=1.0), options.count)
+    return kept

@@ -23,58 +23,119 @@ STALE_CACHE: Tier
 POPULAR: Tier
 
 class Context(_message.Message):
-    __slots__ = ("device", "ts_ms", "current_item_id")
+    __slots__ = ("device", "ts_ms", "current_item_id", "country")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     TS_MS_FIELD_NUMBER: _ClassVar[int]
     CURRENT_ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    COUNTRY_FIELD_NUMBER: _ClassVar[int]
     device: str
     ts_ms: int
     current_item_id: str
-    def __init__(self, device: _Optional[str] = ..., ts_ms: _Optional[int] = ..., current_item_id: _Optional[str] = ...) -> None: ...
+    country: str
+    def __init__(self, device: _Optional[str] = ..., ts_ms: _Optional[int] = ..., current_item_id: _Optional[str] = ..., country: _Optional[str] = ...) -> None: ...
+
+class AttributeFilter(_message.Message):
+    __slots__ = ("name", "values")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    values: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., values: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Filter(_message.Message):
+    __slots__ = ("min_price", "max_price", "attributes", "include_unavailable")
+    MIN_PRICE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PRICE_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    min_price: float
+    max_price: float
+    attributes: _containers.RepeatedCompositeFieldContainer[AttributeFilter]
+    include_unavailable: bool
+    def __init__(self, min_price: _Optional[float] = ..., max_price: _Optional[float] = ..., attributes: _Optional[_Iterable[_Union[AttributeFilter, _Mapping]]] = ..., include_unavailable: _Optional[bool] = ...) -> None: ...
+
+class Diversity(_message.Message):
+    __slots__ = ("relevance", "max_per_category")
+    RELEVANCE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PER_CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    relevance: float
+    max_per_category: int
+    def __init__(self, relevance: _Optional[float] = ..., max_per_category: _Optional[int] = ...) -> None: ...
 
 class RecommendRequest(_message.Message):
-    __slots__ = ("user_id", "count", "context", "categories", "exclude_item_ids", "explain")
+    __slots__ = ("user_id", "count", "context", "categories", "exclude_item_ids", "explain", "filter", "diversity", "include_consumed")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     CATEGORIES_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    DIVERSITY_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_CONSUMED_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     count: int
     context: Context
     categories: _containers.RepeatedScalarFieldContainer[str]
     exclude_item_ids: _containers.RepeatedScalarFieldContainer[str]
     explain: bool
-    def __init__(self, user_id: _Optional[str] = ..., count: _Optional[int] = ..., context: _Optional[_Union[Context, _Mapping]] = ..., categories: _Optional[_Iterable[str]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ...) -> None: ...
+    filter: Filter
+    diversity: Diversity
+    include_consumed: bool
+    def __init__(self, user_id: _Optional[str] = ..., count: _Optional[int] = ..., context: _Optional[_Union[Context, _Mapping]] = ..., categories: _Optional[_Iterable[str]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., diversity: _Optional[_Union[Diversity, _Mapping]] = ..., include_consumed: _Optional[bool] = ...) -> None: ...
 
 class Parts(_message.Message):
-    __slots__ = ("als", "two_tower", "session", "trend", "popular")
+    __slots__ = ("als", "two_tower", "session", "trend", "popular", "others")
+    class OthersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     ALS_FIELD_NUMBER: _ClassVar[int]
     TWO_TOWER_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TREND_FIELD_NUMBER: _ClassVar[int]
     POPULAR_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     als: float
     two_tower: float
     session: float
     trend: float
     popular: float
-    def __init__(self, als: _Optional[float] = ..., two_tower: _Optional[float] = ..., session: _Optional[float] = ..., trend: _Optional[float] = ..., popular: _Optional[float] = ...) -> None: ...
+    others: _containers.ScalarMap[str, float]
+    def __init__(self, als: _Optional[float] = ..., two_tower: _Optional[float] = ..., session: _Optional[float] = ..., trend: _Optional[float] = ..., popular: _Optional[float] = ..., others: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class Influence(_message.Message):
+    __slots__ = ("item_id", "event_type", "ts_ms", "strength")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    EVENT_TYPE_FIELD_NUMBER: _ClassVar[int]
+    TS_MS_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    event_type: str
+    ts_ms: int
+    strength: float
+    def __init__(self, item_id: _Optional[str] = ..., event_type: _Optional[str] = ..., ts_ms: _Optional[int] = ..., strength: _Optional[float] = ...) -> None: ...
 
 class ScoredItem(_message.Message):
-    __slots__ = ("item_id", "score", "parts", "title", "category")
+    __slots__ = ("item_id", "score", "parts", "title", "category", "sources", "moved_by")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     TITLE_FIELD_NUMBER: _ClassVar[int]
     CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BY_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     score: float
     parts: Parts
     title: str
     category: str
-    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., parts: _Optional[_Union[Parts, _Mapping]] = ..., title: _Optional[str] = ..., category: _Optional[str] = ...) -> None: ...
+    sources: _containers.RepeatedScalarFieldContainer[str]
+    moved_by: _containers.RepeatedCompositeFieldContainer[Influence]
+    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., parts: _Optional[_Union[Parts, _Mapping]] = ..., title: _Optional[str] = ..., category: _Optional[str] = ..., sources: _Optional[_Iterable[str]] = ..., moved_by: _Optional[_Iterable[_Union[Influence, _Mapping]]] = ...) -> None: ...
 
 class AssetVersion(_message.Message):
     __slots__ = ("asset", "partition", "data_version")
@@ -87,12 +148,14 @@ class AssetVersion(_message.Message):
     def __init__(self, asset: _Optional[str] = ..., partition: _Optional[str] = ..., data_version: _Optional[str] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("weights", "sources")
+    __slots__ = ("weights", "sources", "last_actions")
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    LAST_ACTIONS_FIELD_NUMBER: _ClassVar[int]
     weights: Parts
     sources: _containers.RepeatedCompositeFieldContainer[AssetVersion]
-    def __init__(self, weights: _Optional[_Union[Parts, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[AssetVersion, _Mapping]]] = ...) -> None: ...
+    last_actions: _containers.RepeatedCompositeFieldContainer[Influence]
+    def __init__(self, weights: _Optional[_Union[Parts, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[AssetVersion, _Mapping]]] = ..., last_actions: _Optional[_Iterable[_Union[Influence, _Mapping]]] = ...) -> None: ...
 
 class RecommendResponse(_message.Message):
     __slots__ = ("items", "tier", "release_id", "computed_at_ms", "explanation")
@@ -109,20 +172,26 @@ class RecommendResponse(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[ScoredItem, _Mapping]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., release_id: _Optional[str] = ..., computed_at_ms: _Optional[int] = ..., explanation: _Optional[_Union[Explanation, _Mapping]] = ...) -> None: ...
 
 class RecommendBatchRequest(_message.Message):
-    __slots__ = ("user_ids", "count", "context", "categories", "exclude_item_ids", "explain")
+    __slots__ = ("user_ids", "count", "context", "categories", "exclude_item_ids", "explain", "filter", "diversity", "include_consumed")
     USER_IDS_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     CATEGORIES_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    DIVERSITY_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_CONSUMED_FIELD_NUMBER: _ClassVar[int]
     user_ids: _containers.RepeatedScalarFieldContainer[str]
     count: int
     context: Context
     categories: _containers.RepeatedScalarFieldContainer[str]
     exclude_item_ids: _containers.RepeatedScalarFieldContainer[str]
     explain: bool
-    def __init__(self, user_ids: _Optional[_Iterable[str]] = ..., count: _Optional[int] = ..., context: _Optional[_Union[Context, _Mapping]] = ..., categories: _Optional[_Iterable[str]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ...) -> None: ...
+    filter: Filter
+    diversity: Diversity
+    include_consumed: bool
+    def __init__(self, user_ids: _Optional[_Iterable[str]] = ..., count: _Optional[int] = ..., context: _Optional[_Union[Context, _Mapping]] = ..., categories: _Optional[_Iterable[str]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., explain: _Optional[bool] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., diversity: _Optional[_Union[Diversity, _Mapping]] = ..., include_consumed: _Optional[bool] = ...) -> None: ...
 
 class RecommendBatchResponse(_message.Message):
     __slots__ = ("responses",)
@@ -131,16 +200,20 @@ class RecommendBatchResponse(_message.Message):
     def __init__(self, responses: _Optional[_Iterable[_Union[RecommendResponse, _Mapping]]] = ...) -> None: ...
 
 class SimilarItemsRequest(_message.Message):
-    __slots__ = ("item_id", "count", "categories", "exclude_item_ids")
+    __slots__ = ("item_id", "count", "categories", "exclude_item_ids", "filter", "same_category")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     CATEGORIES_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    SAME_CATEGORY_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     count: int
     categories: _containers.RepeatedScalarFieldContainer[str]
     exclude_item_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, item_id: _Optional[str] = ..., count: _Optional[int] = ..., categories: _Optional[_Iterable[str]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    filter: Filter
+    same_category: bool
+    def __init__(self, item_id: _Optional[str] = ..., count: _Optional[int] = ..., categories: _Optional[_Iterable[str]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., same_category: _Optional[bool] = ...) -> None: ...
 
 class SimilarItem(_message.Message):
     __slots__ = ("item_id", "similarity", "title", "category")
@@ -161,6 +234,40 @@ class SimilarItemsResponse(_message.Message):
     items: _containers.RepeatedCompositeFieldContainer[SimilarItem]
     release_id: str
     def __init__(self, items: _Optional[_Iterable[_Union[SimilarItem, _Mapping]]] = ..., release_id: _Optional[str] = ...) -> None: ...
+
+class TrendingRequest(_message.Message):
+    __slots__ = ("count", "categories", "exclude_item_ids", "filter")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    CATEGORIES_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    categories: _containers.RepeatedScalarFieldContainer[str]
+    exclude_item_ids: _containers.RepeatedScalarFieldContainer[str]
+    filter: Filter
+    def __init__(self, count: _Optional[int] = ..., categories: _Optional[_Iterable[str]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ...) -> None: ...
+
+class TrendingItem(_message.Message):
+    __slots__ = ("item_id", "trend", "title", "category")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    TREND_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    trend: float
+    title: str
+    category: str
+    def __init__(self, item_id: _Optional[str] = ..., trend: _Optional[float] = ..., title: _Optional[str] = ..., category: _Optional[str] = ...) -> None: ...
+
+class TrendingResponse(_message.Message):
+    __slots__ = ("items", "release_id", "computed_at_ms")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[TrendingItem]
+    release_id: str
+    computed_at_ms: int
+    def __init__(self, items: _Optional[_Iterable[_Union[TrendingItem, _Mapping]]] = ..., release_id: _Optional[str] = ..., computed_at_ms: _Optional[int] = ...) -> None: ...
 
 class GetReleaseRequest(_message.Message):
     __slots__ = ()

@@ -45,10 +45,20 @@ class RecommenderStub:
                 request_serializer=serving_dot_recsys__pb2.RecommendBatchRequest.SerializeToString,
                 response_deserializer=serving_dot_recsys__pb2.RecommendBatchResponse.FromString,
                 _registered_method=True)
+        self.RecommendStream = channel.stream_stream(
+                '/recsys.v1.Recommender/RecommendStream',
+                request_serializer=serving_dot_recsys__pb2.RecommendRequest.SerializeToString,
+                response_deserializer=serving_dot_recsys__pb2.RecommendResponse.FromString,
+                _registered_method=True)
         self.SimilarItems = channel.unary_unary(
                 '/recsys.v1.Recommender/SimilarItems',
                 request_serializer=serving_dot_recsys__pb2.SimilarItemsRequest.SerializeToString,
                 response_deserializer=serving_dot_recsys__pb2.SimilarItemsResponse.FromString,
+                _registered_method=True)
+        self.Trending = channel.unary_unary(
+                '/recsys.v1.Recommender/Trending',
+                request_serializer=serving_dot_recsys__pb2.TrendingRequest.SerializeToString,
+                response_deserializer=serving_dot_recsys__pb2.TrendingResponse.FromString,
                 _registered_method=True)
         self.GetRelease = channel.unary_unary(
                 '/recsys.v1.Recommender/GetRelease',
@@ -75,8 +85,22 @@ class RecommenderServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecommendStream(self, request_iterator, context):
+        """A stream of requests and the answers in the order of the requests; several are worked on at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SimilarItems(self, request, context):
         """Items near one item. NOT_FOUND when the release does not know the item.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trending(self, request, context):
+        """What is trending now, the same for everybody; filled up with what is popular.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,10 +126,20 @@ def add_RecommenderServicer_to_server(servicer, server):
                     request_deserializer=serving_dot_recsys__pb2.RecommendBatchRequest.FromString,
                     response_serializer=serving_dot_recsys__pb2.RecommendBatchResponse.SerializeToString,
             ),
+            'RecommendStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.RecommendStream,
+                    request_deserializer=serving_dot_recsys__pb2.RecommendRequest.FromString,
+                    response_serializer=serving_dot_recsys__pb2.RecommendResponse.SerializeToString,
+            ),
             'SimilarItems': grpc.unary_unary_rpc_method_handler(
                     servicer.SimilarItems,
                     request_deserializer=serving_dot_recsys__pb2.SimilarItemsRequest.FromString,
                     response_serializer=serving_dot_recsys__pb2.SimilarItemsResponse.SerializeToString,
+            ),
+            'Trending': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trending,
+                    request_deserializer=serving_dot_recsys__pb2.TrendingRequest.FromString,
+                    response_serializer=serving_dot_recsys__pb2.TrendingResponse.SerializeToString,
             ),
             'GetRelease': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRelease,
@@ -179,6 +213,33 @@ class Recommender:
             _registered_method=True)
 
     @staticmethod
+    def RecommendStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/recsys.v1.Recommender/RecommendStream',
+            serving_dot_recsys__pb2.RecommendRequest.SerializeToString,
+            serving_dot_recsys__pb2.RecommendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def SimilarItems(request,
             target,
             options=(),
@@ -195,6 +256,33 @@ class Recommender:
             '/recsys.v1.Recommender/SimilarItems',
             serving_dot_recsys__pb2.SimilarItemsRequest.SerializeToString,
             serving_dot_recsys__pb2.SimilarItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trending(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recsys.v1.Recommender/Trending',
+            serving_dot_recsys__pb2.TrendingRequest.SerializeToString,
+            serving_dot_recsys__pb2.TrendingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,39 +3,66 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from recsys_core.online import TrendingValue
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
 from serving import recsys_pb2 as pb
 from serving.champion import Champion, Loaded, NotReady, Refused
-from serving.ladder import Ladder, UnknownItem, asset_versions
+from serving.explain import asset_versions
+from serving.ladder import Ladder, UnknownItem
+from serving.metrics import Metrics, registry
+from serving.ranker import TooSlow
+from serving.security import MissingSecret, Tokens, server_credentials
 from serving.store import Store
-from serving.validation import InvalidRequest, check_batch, check_id, options_of, parse, similar_options_of
+from serving.tracing import Tracing, passed_on, set_up_logging
+from serving.validation import (
+    InvalidRequest,
+    Options,
+    check_batch,
+    check_id,
+    item_options_of,
+    options_of,
+    parse,
+)
+from serving.wire import joined_responses, plain_request
 
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Recommender"].full_name
+LIVE = "live"
+"""Health of the process itself, with or without a release."""
 TREND_SECONDS = 5.0
 COUNTS_SECONDS = 60.0
-GRACE_SECONDS = 5.0
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
+MAX_METADATA_BYTES = 16 * 1024
+MAX_PENDING = 256
+"""Calls that wait in gRPC for their turn; beyond it gRPC refuses more and more of them, beyond its double all."""
+STREAM_WINDOW = 16
+"""Requests of one stream that are worked on at a time."""
+SWITCH_SECONDS = 0.0005
+"""How long a thread that ranks or loads may keep the event loop from the interpreter."""
 
 STATUSES: Mapping[type[Exception], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownItem: grpc.StatusCode.NOT_FOUND,
     NotReady: grpc.StatusCode.UNAVAILABLE,
-    TimeoutError: grpc.StatusCode.UNAVAILABLE,
+    TooSlow: grpc.StatusCode.UNAVAILABLE,
 }
 
-Method = Callable[[bytes], Awaitable[bytes]]
+Context: TypeAlias = grpc.aio.ServicerContext
+Remaining = Callable[[], float | None]
+Method = Callable[[bytes, Remaining], Awaitable[bytes]]
 
 
 class Recommender:
@@ -45,65 +72,195 @@ class Recommender:
         self._champion = champion
         self._ladder = ladder
         self._settings = settings
+        self._max_id = settings.events.max_id_bytes
+        self._plain = [Options(count) for count in range(min(settings.serving.max_items, 127) + 1)]
+        self._plain[0] = Options(min(Options().count, settings.serving.max_items))
 
-    async def recommend(self, data: bytes) -> bytes:
+    async def recommend(self, data: bytes, remaining: Remaining) -> bytes:
+        plain = plain_request(data)
+        if plain is not None:
+            user_id, count = plain
+            if 0 < len(user_id) <= self._max_id and count < len(self._plain) and _is_utf8(user_id):
+                return await self._ladder.recommend(user_id, self._plain[count], remaining)
         request = parse(pb.RecommendRequest, data)
         check_id("user_id", request.user_id, self._settings)
-        return await self._ladder.recommend(request.user_id, options_of(request, self._settings))
+        return await self._ladder.recommend(request.user_id.encode(), options_of(request, self._settings), remaining)
 
-    async def recommend_batch(self, data: bytes) -> bytes:
+    async def recommend_batch(self, data: bytes, remaining: Remaining) -> bytes:
         request = parse(pb.RecommendBatchRequest, data)
         options = options_of(request, self._settings)
-        check_batch(request.user_ids, len(request.user_ids), options.count, self._settings)
-        responses = await self._ladder.recommend_batch(request.user_ids, options)
-        return b"".join(_field(pb.RecommendBatchResponse.RESPONSES_FIELD_NUMBER, response) for response in responses)
+        user_ids = list(request.user_ids)
+        check_batch(user_ids, len(user_ids), options.count, self._settings)
+        return joined_responses(await self._ladder.recommend_batch([u.encode() for u in user_ids], options, remaining))
 
-    async def similar_items(self, data: bytes) -> bytes:
+    async def similar_items(self, data: bytes, remaining: Remaining) -> bytes:
         request = parse(pb.SimilarItemsRequest, data)
         check_id("item_id", request.item_id, self._settings)
-        return await self._ladder.similar(request.item_id, similar_options_of(request, self._settings))
+        options = item_options_of(request, self._settings)
+        return await self._ladder.similar(request.item_id, options, request.same_category, remaining)
 
-    async def get_release(self, data: bytes) -> bytes:
+    async def trending(self, data: bytes, remaining: Remaining) -> bytes:
+        request = parse(pb.TrendingRequest, data)
+        return await self._ladder.trending(item_options_of(request, self._settings), remaining)
+
+    async def get_release(self, data: bytes, remaining: Remaining) -> bytes:  # noqa: ARG002
         parse(pb.GetReleaseRequest, data)
         return release_response(self._champion.get(), self._champion.refused).SerializeToString()
 
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+class Gate:
+    """Between gRPC and the methods: tokens, the limit of calls under way, statuses, and what is measured of every call."""
+
+    def __init__(
+        self, recommender: Recommender, settings: Settings, metrics: Metrics, tokens: Tokens, tracing: Tracing
+    ) -> None:
+        self._recommender = recommender
+        self._limit = settings.serving.max_concurrent
+        self._metrics = metrics
+        self._tokens = tokens
+        self._tracing = tracing
+        self._logs = settings.serving.log_sample > 0
+        self.under_way = 0
+        metrics.gauges["calls_under_way"] = lambda: self.under_way
+
     def handlers(self) -> grpc.GenericRpcHandler:
         """Raw bytes on both sides: a request that can't be parsed gets its status here instead of INTERNAL."""
-        methods: dict[str, Method] = {
-            "Recommend": self.recommend,
-            "RecommendBatch": self.recommend_batch,
-            "SimilarItems": self.similar_items,
-            "GetRelease": self.get_release,
+        methods = self._recommender
+        unary: dict[str, Method] = {
+            "Recommend": methods.recommend,
+            "RecommendBatch": methods.recommend_batch,
+            "SimilarItems": methods.similar_items,
+            "Trending": methods.trending,
+            "GetRelease": methods.get_release,
         }
-        return grpc.method_handlers_generic_handler(
-            SERVICE, {name: grpc.unary_unary_rpc_method_handler(_with_status(method)) for name, method in methods.items()}
-        )
+        handlers = {name: grpc.unary_unary_rpc_method_handler(self._unary(name, method)) for name, method in unary.items()}
+        handlers["RecommendStream"] = grpc.stream_stream_rpc_method_handler(self._stream)
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
+    def _unary(self, name: str, method: Method) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        latency = self._metrics.latency(name)
+        answered = (name, "OK")
+        calls = self._metrics.calls
 
-def _with_status(method: Method) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]:
-    async def handler(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def handler(data: bytes, context: Context) -> bytes:
+            started = time.perf_counter()
+            metadata = context.invocation_metadata() or ()
+            self.under_way += 1
+            try:
+                self._admit(name, metadata)
+                if len(metadata) > 1 and (echoed := passed_on(metadata)):
+                    context.set_trailing_metadata(echoed)
+                if self._tracing.on:
+                    with self._tracing.call(name, metadata):
+                        response = await method(data, context.time_remaining)
+                else:
+                    response = await method(data, context.time_remaining)
+            except Exception as error:
+                status, message = self._status_of(name, error)
+                self._ended(name, status.name, started, metadata)
+                await context.abort(status, message)
+                raise
+            except asyncio.CancelledError:
+                self._ended(name, "CANCELLED", started, metadata)
+                raise
+            finally:
+                self.under_way -= 1
+            calls[answered] += 1
+            took = time.perf_counter() - started
+            latency.observe(took)
+            if self._logs:
+                self._tracing.log(name, "OK", took, metadata)
+            return response
+
+        return handler
+
+    async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """Answers in the order of the requests, STREAM_WINDOW of them worked on at a time."""
+        started, name = time.perf_counter(), "RecommendStream"
+        metadata = context.invocation_metadata() or ()
+        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
+
+        async def read() -> None:
+            try:
+                async for data in requests:
+                    await answers.put(asyncio.create_task(self._of_stream(name, data, context)))
+            finally:
+                await answers.put(None)
+
+        reader: asyncio.Task[None] | None = None
+        status = grpc.StatusCode.OK
+        message = ""
+        task: asyncio.Task[bytes] | None = None
         try:
-            return await method(data)
-        except tuple(STATUSES) as error:
+            self._admit(name, metadata)
+            if echoed := passed_on(metadata):
+                context.set_trailing_metadata(echoed)
+            reader = asyncio.create_task(read())
+            while (task := await answers.get()) is not None:
+                yield await task
+        except Exception as error:  # noqa: BLE001
+            status, message = self._status_of(name, error)
+        finally:
+            if reader is not None:
+                reader.cancel()
+            while not answers.empty():
+                if (left := answers.get_nowait()) is not None:
+                    left.cancel()
+            self._ended(name, status.name, started, metadata)
+        if status is not grpc.StatusCode.OK:
+            await context.abort(status, message)
+
+    async def _of_stream(self, name: str, data: bytes, context: Context) -> bytes:
+        self._admit(name, (), counted=False)
+        self.under_way += 1
+        try:
+            return await self._recommender.recommend(data, context.time_remaining)
+        finally:
+            self.under_way -= 1
+
+    def _admit(self, name: str, metadata: Any, counted: bool = True) -> None:
+        """Raises Refusal when the call may not be made, or not now."""
+        if self.under_way - counted >= self._limit:
+            self._metrics.events["shed"] += 1
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._limit} calls are under way; try again a little later")
+        if self._tokens and counted:
+            status = self._tokens.status(name, metadata)
+            if status is grpc.StatusCode.UNAUTHENTICATED:
+                raise Refusal(status, "a bearer token that this server knows is needed in `authorization`")
+            if status is not grpc.StatusCode.OK:
+                raise Refusal(status, f"this token does not open {name}")
+
+    def _status_of(self, name: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+        if isinstance(error, Refusal):
+            return error.status, str(error)
+        if isinstance(error, tuple(STATUSES)):
             status = next(s for kind, s in STATUSES.items() if isinstance(error, kind))
-            message = str(error) or "the deadline of this answer's computation has passed"
-        except Exception:
-            log.exception("%s failed", method.__name__)
-            status, message = grpc.StatusCode.UNAVAILABLE, "this answer failed; the server's log says why"
-        return await context.abort(status, message)
+            return status, str(error)
+        self._metrics.events["unexpected_failures"] += 1
+        log.error("%s failed", name, exc_info=error)
+        return grpc.StatusCode.UNAVAILABLE, "this answer failed; the server's log says why"
 
-    return handler
+    def _ended(self, name: str, status: str, started: float, metadata: Any) -> None:
+        took = time.perf_counter() - started
+        self._metrics.calls[name, status] += 1
+        self._metrics.latency(name).observe(took)
+        self._tracing.log(name, status, took, metadata)
 
 
-def _field(number: int, data: bytes) -> bytes:
-    """A length-delimited field in protobuf's wire format."""
-    head = bytearray([number << 3 | 2])
-    length = len(data)
-    while length > 0x7F:
-        head.append(length & 0x7F | 0x80)
-        length >>= 7
-    head.append(length)
-    return bytes(head) + data
+class Refusal(Exception):
+    """A call that is not let in. `status` says why."""
+
+    def __init__(self, status: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def release_response(loaded: Loaded, refused: Refused | None) -> pb.GetReleaseResponse:
@@ -142,38 +299,59 @@ def flattened(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Server:
-    """A running server inside an event loop. `start` it, use it, `stop` it."""
+    """A running server inside an event loop. `start` it, use it, `stop` it.
 
-    def __init__(self, settings: Settings, trend_seconds: float = TREND_SECONDS) -> None:
+    Attributes:
+        metrics: its numbers.
+    """
+
+    def __init__(self, settings: Settings, trend_seconds: float = TREND_SECONDS, shared_port: bool = False) -> None:
+        """`shared_port`: other processes listen on the same port. Raises MissingSecret, OSError for files of TLS."""
         self._settings = settings
         self._trend_seconds = trend_seconds
-        self.store = Store(settings.redis, settings.cache.ttl_seconds)
-        self.champion = Champion(Releases(settings.releases_uri), settings)
-        self.ladder = Ladder(self.champion, self.store, settings)
+        self._shared_port = shared_port
+        self.metrics = Metrics()
+        self._credentials = server_credentials(settings.serving)
+        self._tokens = Tokens(settings.serving.tokens)
+        self._tracing = Tracing(settings.serving)
+        self.store = Store(settings.redis, settings.cache.ttl_seconds, self.metrics)
+        self.champion = Champion(Releases(settings.releases_uri), settings, self.metrics)
+        self.ladder = Ladder(self.champion, self.store, settings, self.metrics)
         self._health = health.aio.HealthServicer()
         self._tasks: list[asyncio.Task[None]] = []
         self._server: grpc.aio.Server | None = None
+        self._tell_numbers_of_the_moment()
+
+    def _tell_numbers_of_the_moment(self) -> None:
+        champion, gauges = self.champion, self.metrics.gauges
+        gauges["redis_circuit_open"] = lambda: float(self.store.breaker.open)
+        gauges["ranking_circuit_open"] = lambda: float(self.ladder.single.breaker.open or self.ladder.bulk.breaker.open)
+        gauges["release_age_seconds"] = lambda: time.time() - champion.current.manifest.created_at if champion.current else 0.0
+        gauges["release_items"] = lambda: float(champion.current.snapshot.items.num_rows) if champion.current else 0.0
+        self.metrics.info["release"] = lambda: champion.current.snapshot.release_id if champion.current else ""
 
     async def start(self) -> str:
         """Bind, load the champion if there is one, and return the address. Raises OSError when it can't bind."""
         server = grpc.aio.server(
             options=[
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(self._shared_port)),
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.server.max_pending_requests", MAX_PENDING),
+                ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING),
             ]
         )
-        server.add_generic_rpc_handlers((Recommender(self.champion, self.ladder, self._settings).handlers(),))
+        recommender = Recommender(self.champion, self.ladder, self._settings)
+        gate = Gate(recommender, self._settings, self.metrics, self._tokens, self._tracing)
+        server.add_generic_rpc_handlers((gate.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.serving.reflection:
             from grpc_reflection.v1alpha import reflection
 
             reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        host, wanted = self._settings.serving.host, self._settings.serving.port
-        try:
-            port = server.add_insecure_port(f"{host}:{wanted}")
-        except RuntimeError as error:
-            raise OSError(f"can't listen on {host}:{wanted}, is something else there? ({error})") from error
+        address = self._bind(server)
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         await self._tell_health()
         await server.start()
         self._server = server
@@ -186,22 +364,35 @@ class Server:
         ]
         for task in self._tasks:
             task.add_done_callback(_log_end)
+        return address
+
+    def _bind(self, server: grpc.aio.Server) -> str:
+        host, wanted = self._settings.serving.host, self._settings.serving.port
+        try:
+            if self._credentials is None:
+                port = server.add_insecure_port(f"{host}:{wanted}")
+            else:
+                port = server.add_secure_port(f"{host}:{wanted}", self._credentials)
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {host}:{wanted}, is something else there? ({error})") from error
         return f"{host}:{port}"
 
-    async def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """Say NOT_SERVING, let calls under way finish for `grace` seconds, release everything."""
+    async def stop(self, grace: float | None = None) -> None:
+        """Say NOT_SERVING, wait for balancers to see it, let calls under way finish, release everything."""
         await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(self._settings.serving.linger_seconds)
         if self._server is not None:
-            await self._server.stop(grace)
+            await self._server.stop(self._settings.serving.drain_seconds if grace is None else grace)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.ladder.close()
         self.champion.close()
         await self.store.close()
+        self._tracing.close()
 
-    async def _set_trend(self, value: Any) -> None:
-        await self.champion.set_trend(value.scores)
+    async def _set_trend(self, value: TrendingValue) -> None:
+        await self.champion.set_trend(value)
 
     async def _tell_health(self) -> None:
         serving = health_pb2.HealthCheckResponse.SERVING
@@ -213,7 +404,7 @@ class Server:
         logged: dict[str, int] = {}
         while True:
             await asyncio.sleep(COUNTS_SECONDS)
-            counts = dict(self.ladder.counts + self.store.counts)
+            counts = dict(self.metrics.events)
             if counts != logged:
                 log.info("since the start: %s", ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
                 logged = counts
@@ -232,26 +423,48 @@ async def serve(settings: Settings, on_ready: Callable[[str], None] = lambda _: 
     server = Server(settings)
     try:
         address = await server.start()
+        if settings.serving.metrics_port:
+            from prometheus_client import start_http_server
+
+            numbers = registry(lambda: [server.metrics.snapshot()])
+            start_http_server(settings.serving.metrics_port, settings.serving.host, numbers)
+        settle()
         log.info("serving on %s", address)
         on_ready(address)
         await stopping.wait()
-        log.info("stopping; calls under way get %.0f s", GRACE_SECONDS)
+        log.info("stopping; calls under way get %.0f s", settings.serving.drain_seconds)
     finally:
         await server.stop()
 
 
-def main(settings: Settings, on_ready: Callable[[str], None] = lambda _: None) -> int:
-    """Run `serve` in this process, logging to stderr, and return its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def settle() -> None:
+    """What has been loaded so far stays: the garbage collector need not walk through it again."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()
+
+
+def run(program: Coroutine[Any, Any, None]) -> int:
+    """Run a program on the event loop of this process and return the exit code."""
     if sys.platform == "win32":
-        runner = asyncio.run
+        runner: Any = asyncio.run
     else:
         import uvloop
 
         runner = uvloop.run
     try:
-        runner(serve(settings, on_ready))
-    except OSError as error:
+        runner(program)
+    except (OSError, MissingSecret) as error:
         log.critical("%s", error)
         return 1
     return 0
+
+
+def main(settings: Settings, on_ready: Callable[[str], None] = lambda _: None) -> int:
+    """Serve in this process, or in `serving.processes` children of it, and return the exit code. Logs go to stderr."""
+    set_up_logging(settings.serving)
+    if settings.serving.processes == 1:
+        return run(serve(settings, on_ready))
+    from serving.supervisor import supervise
+
+    return run(supervise(settings, on_ready))

@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, TypeVar
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from hiredis import HiredisError, ReplyError
+from redis.exceptions import RedisError
 
 from recsys_core.online import (
     LAST_TS,
@@ -28,56 +24,22 @@ from recsys_core.online import (
     user_key,
 )
 from recsys_core.settings import RedisSettings
+from serving.breaker import Breaker
+from serving.metrics import Metrics
+from serving.resp import Connection, UserReads, command
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 16
-MAX_CALLS = 128
-"""Calls that share one round trip."""
-TIMEOUTS_TO_OPEN = 3
-PAUSE_SECONDS = 0.5
+MAX_USERS = 512
+"""Users read in one round trip."""
 BACKGROUND_SECONDS = 1.0
 """Deadline of what no caller waits for: trends and write-back."""
 
 T = TypeVar("T")
-_LAST_TS_AT = RECORD_FIELDS.index(LAST_TS)
-
-
-class Breaker:
-    """Whether Redis is worth a call. Refused connections open it at once, timeouts when some come in a row.
-
-    While it is open one call in PAUSE_SECONDS goes through as a probe; its success closes it.
-    """
-
-    def __init__(self) -> None:
-        self.open = False
-        self._timeouts = 0
-        self._probe_at = 0.0
-
-    def allows(self) -> bool:
-        """Whether to call now."""
-        if not self.open:
-            return True
-        now = time.monotonic()
-        if now < self._probe_at:
-            return False
-        self._probe_at = now + PAUSE_SECONDS
-        return True
-
-    def succeeded(self) -> None:
-        if self.open:
-            log.info("Redis answers again")
-        self.open = False
-        self._timeouts = 0
-
-    def failed(self, error: Exception) -> None:
-        self._timeouts += 1
-        if isinstance(error, TimeoutError) and self._timeouts < TIMEOUTS_TO_OPEN:
-            return
-        if not self.open:
-            log.warning("Redis does not answer (%s: %s); answers come from lower tiers", type(error).__name__, error)
-        self.open = True
-        self._probe_at = time.monotonic() + PAUSE_SECONDS
+Raw = tuple[Any, Any]
+"""The replies for a user: values of RECORD_FIELDS, and the cached answer."""
+NOTHING: Raw = ((None,) * len(RECORD_FIELDS), None)
+LAST_TS_AT = RECORD_FIELDS.index(LAST_TS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,87 +61,134 @@ class UserState:
         return UserRecord.decode(self.values)
 
 
-_Read = tuple[Sequence[str], asyncio.Future[list[UserState]]]
+class _Read:
+    """Calls that share a round trip; takes its replies."""
+
+    __slots__ = ("calls", "ended", "started", "store", "timer")
+
+    def __init__(self, store: Store, calls: list[tuple[int, asyncio.Future[list[Raw]]]]) -> None:
+        self.store = store
+        self.calls = calls
+        self.started = time.perf_counter()
+        self.timer: asyncio.TimerHandle | None = None
+        self.ended = False
+
+    def __call__(self, replies: list[Any] | None, error: Exception | None) -> None:
+        """The replies, or why there are none."""
+        if self.ended:
+            return
+        self.ended = True
+        if self.timer is not None:
+            self.timer.cancel()
+        self.store.metrics.steps["redis"].observe(time.perf_counter() - self.started)
+        if replies is None:
+            self.store.note_failure(error or TimeoutError("no answer in time"))
+            self.give_nothing()
+            return
+        self.store.breaker.succeeded()
+        at = 0
+        for users, future in self.calls:
+            if not future.done():
+                future.set_result([(replies[i], replies[i + 1]) for i in range(at, at + 2 * users, 2)])
+            at += 2 * users
+
+    def late(self) -> None:
+        self(None, TimeoutError("no answer in time"))
+
+    def give_nothing(self) -> None:
+        for users, future in self.calls:
+            if not future.done():
+                future.set_result([NOTHING] * users)
 
 
 class Store:
     """Reads that never raise and never last longer than their deadline.
 
     Attributes:
+        breaker: of Redis.
         counts: failures, skipped calls and corrupt values since the start.
     """
 
-    def __init__(self, settings: RedisSettings, ttl_seconds: int) -> None:
-        pool = BlockingConnectionPool.from_url(
-            settings.url,
-            max_connections=MAX_CONNECTIONS,
-            timeout=None,
-            socket_timeout=None,
-            socket_connect_timeout=None,
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._redis: Redis = Redis.from_pool(pool)
+    def __init__(self, settings: RedisSettings, ttl_seconds: int, metrics: Metrics | None = None) -> None:
+        self.metrics = metrics or Metrics()
+        self.counts = self.metrics.events
+        self.breaker = Breaker("Redis")
+        self._connection = Connection(settings.url)
+        self._background = Connection(settings.url)
         self._deadline = settings.timeout_ms / 1000
         self._ttl = ttl_seconds
-        self._breaker = Breaker()
-        self._waiting: list[_Read] = []
-        self._reader: asyncio.Task[None] | None = None
-        self.counts: Counter[str] = Counter()
+        self._reads = UserReads(RECORD_FIELDS)
+        self._waiting: list[tuple[Sequence[bytes], asyncio.Future[list[Raw]]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def read(self, user_ids: Sequence[str]) -> list[UserState]:
-        """The states of some users; empty ones when Redis does not answer in time.
+    def read(self, user_ids: Sequence[bytes]) -> asyncio.Future[list[Raw]]:
+        """What Redis holds of some users; NOTHING for each when it does not answer in time.
 
-        Calls that wait at the same time share one round trip, so that a busy process makes fewer and larger ones.
+        Calls of one turn of the event loop share a round trip, so that a busy process makes fewer and larger ones.
         """
-        states: asyncio.Future[list[UserState]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((user_ids, states))
-        if self._reader is None:
-            self._reader = asyncio.create_task(self._read_waiting())
-        return await states
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[list[Raw]] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._send_waiting)
+        self._waiting.append((user_ids, found))
+        return found
 
-    async def _read_waiting(self) -> None:
-        try:
-            while self._waiting:
-                taken, self._waiting = self._waiting[:MAX_CALLS], self._waiting[MAX_CALLS:]
-                await self._read_together(taken)
-        finally:
-            self._reader = None
+    def _send_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        while waiting:
+            taken: list[tuple[Sequence[bytes], asyncio.Future[list[Raw]]]] = []
+            users: list[bytes] = []
+            while waiting and (not taken or len(users) + len(waiting[0][0]) <= MAX_USERS):
+                call = waiting.pop(0)
+                if not call[1].done():
+                    taken.append(call)
+                    users += call[0]
+            if taken:
+                self._send(users, [(len(user_ids), future) for user_ids, future in taken])
 
-    async def _read_together(self, calls: Sequence[_Read]) -> None:
-        try:
-            states = iter(await self._read_all([user_id for user_ids, _ in calls for user_id in user_ids]))
-            results = [list(islice(states, len(user_ids))) for user_ids, _ in calls]
-        except Exception as error:
-            log.exception("reading from Redis failed")
-            for _, future in calls:
-                if not future.done():
-                    future.set_exception(error)
+    def _send(self, users: list[bytes], calls: list[tuple[int, asyncio.Future[list[Raw]]]]) -> None:
+        read = _Read(self, calls)
+        if not self.breaker.allows():
+            self.counts["redis_skipped"] += 1
+            read.give_nothing()
             return
-        for (_, future), result in zip(calls, results, strict=True):
-            if not future.done():
-                future.set_result(result)
+        read.timer = asyncio.get_running_loop().call_later(self._deadline, read.late)
+        data = self._reads.of(users)
+        if not self._connection.send(data, 2 * len(users), read):
+            task = asyncio.create_task(self._connect_and_send(data, 2 * len(users), read))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _read_all(self, user_ids: Sequence[str]) -> list[UserState]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for user_id in user_ids:
-            pipeline.hmget(user_key(user_id), RECORD_FIELDS)
-            pipeline.get(recs_key(user_id))
-        values = await self._call(lambda: pipeline.execute(raise_on_error=False), self._deadline)
-        if values is None:
-            return [UserState()] * len(user_ids)
-        return [self._state(u, r, a) for u, r, a in zip(user_ids, values[::2], values[1::2], strict=True)]
-
-    def _state(self, user_id: str, record: Any, answer: Any) -> UserState:
-        if isinstance(record, ResponseError):
-            self.note_corrupt(user_key(user_id), record)
-            record = UserState().values
+    async def _connect_and_send(self, data: bytes, replies: int, read: _Read) -> None:
         try:
-            decoded = None if answer is None else CachedAnswer.decode(_bytes(answer))
+            await self._connection.connect()
+        except OSError as error:
+            read(None, error)
+            return
+        if not read.ended and not self._connection.send(data, replies, read):
+            read(None, ConnectionError("the connection was lost at once"))
+
+    def note_failure(self, error: Exception) -> None:
+        """Count a failed call; connections that time out again and again are given up."""
+        self.counts["redis_failures"] += 1
+        if self.breaker.failed(error):
+            self._connection.drop()
+
+    def state(self, user_id: str, raw: Raw) -> UserState:
+        """A user's state from what `read` gave; values that can't be read are counted and passed over."""
+        record, answer = raw
+        if isinstance(record, ReplyError):
+            self.note_corrupt(user_key(user_id), record)
+            record = NOTHING[0]
+        decoded = None
+        try:
+            if isinstance(answer, ReplyError):
+                raise CorruptValue(str(answer))
+            decoded = None if answer is None else CachedAnswer.decode(answer)
         except CorruptValue as error:
             self.note_corrupt(recs_key(user_id), error)
-            decoded = None
         try:
-            last_ts = int(record[_LAST_TS_AT] or 0)
+            last_ts = int(record[LAST_TS_AT] or 0)
         except ValueError as error:
             self.note_corrupt(user_key(user_id), error)
             last_ts = 0
@@ -192,16 +201,20 @@ class Store:
 
     async def write_answers(self, answers: Iterable[tuple[str, bytes]]) -> None:
         """Write encoded answers by user id; a failure is counted."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for user_id, value in answers:
-            pipeline.set(recs_key(user_id), value, ex=self._ttl)
-        await self._call(pipeline.execute, BACKGROUND_SECONDS)
+        ttl = b"%d" % self._ttl
+        commands = [command(b"SET", recs_key(user_id).encode(), value, b"EX", ttl) for user_id, value in answers]
+        started = time.perf_counter()
+        await self._call(lambda: self._background.call(b"".join(commands), len(commands)))
+        self.metrics.steps["write"].observe(time.perf_counter() - started)
 
     async def trending(self) -> TrendingValue | None:
         """What is trending, None when there is nothing or it can't be read."""
-        value = await self._call(lambda: self._redis.get(TRENDING_KEY), BACKGROUND_SECONDS)
+        replies = await self._call(lambda: self._background.call(command(b"GET", TRENDING_KEY.encode()), 1))
+        value = replies[0] if replies else None
         try:
-            return None if value is None else TrendingValue.decode(_bytes(value))
+            if isinstance(value, ReplyError):
+                raise CorruptValue(str(value))
+            return None if value is None else TrendingValue.decode(value)
         except CorruptValue as error:
             self.note_corrupt(TRENDING_KEY, error)
             return None
@@ -216,26 +229,21 @@ class Store:
                 known = found
             await asyncio.sleep(seconds)
 
-    async def _call(self, call: Callable[[], Awaitable[T]], deadline: float) -> T | None:
-        if not self._breaker.allows():
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T | None:
+        if not self.breaker.allows():
             self.counts["redis_skipped"] += 1
             return None
         try:
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(BACKGROUND_SECONDS):
                 result = await call()
-        except (RedisError, OSError) as error:
-            self.counts["redis_failures"] += 1
-            self._breaker.failed(error)
+        except (RedisError, HiredisError, OSError) as error:
+            self._background.drop()
+            self.note_failure(error)
             return None
-        self._breaker.succeeded()
+        self.breaker.succeeded()
         return result
 
     async def close(self) -> None:
-        await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
-
-
-def _bytes(value: Any) -> bytes:
-    if isinstance(value, ResponseError):
-        raise CorruptValue(str(value))
-    return bytes(value)
+        for connection in (self._connection, self._background):
+            connection.drop()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

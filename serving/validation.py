@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -15,6 +17,9 @@ MAX_EXCLUDED = 1000
 MAX_CATEGORIES = 50
 MAX_BATCH_ITEMS = 1_000_000
 """Most items that one RecommendBatch may ask for: users × count."""
+MAX_ATTRIBUTES = 20
+MAX_VALUES = 100
+"""Attributes of a filter, and values of each."""
 
 M = TypeVar("M", bound=Message)
 
@@ -24,25 +29,74 @@ class InvalidRequest(ValueError):
 
 
 @dataclass(frozen=True)
-class Options:
-    """What is asked for, apart from whom for.
+class ItemFilter:
+    """Which items may be in an answer; all that is set must hold.
 
     Attributes:
-        current_item: the item that the user looks at, empty for none. `excluded` holds it too.
+        categories: any of these or one below them.
+        min_price, max_price: inclusive bounds, None for none.
+        attributes: names of catalogue attributes, each with the values of which one must be the item's.
+        include_unavailable: also items that the catalogue says are not available.
     """
 
-    count: int = DEFAULT_COUNT
     categories: tuple[str, ...] = ()
-    excluded: tuple[str, ...] = ()
+    min_price: float | None = None
+    max_price: float | None = None
+    attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    include_unavailable: bool = False
+
+
+EVERY_ITEM = ItemFilter()
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How much the items of an answer have to differ. `relevance` 1 and `max_per_category` 0 ask for nothing."""
+
+    relevance: float = 1.0
+    max_per_category: int = 0
+
+
+NO_DIVERSITY = Diversity()
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where the user is. `current_item` is the item that the user looks at; `excluded` of the options holds it too."""
+
     current_item: str = ""
+    device: str = ""
+    country: str = ""
+    ts_ms: int = 0
+
+
+NO_CONTEXT = Context()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for, apart from whom for."""
+
+    count: int = DEFAULT_COUNT
+    filter: ItemFilter = EVERY_ITEM
+    excluded: tuple[str, ...] = ()
+    context: Context = NO_CONTEXT
+    diversity: Diversity = NO_DIVERSITY
+    include_consumed: bool = False
     explain: bool = False
 
     @property
     def needs_computing(self) -> bool:
         """Whether a cached answer can't hold what is asked for."""
-        return bool(self.categories or self.current_item or self.explain)
+        return bool(
+            self.filter != EVERY_ITEM
+            or self.context.current_item
+            or self.explain
+            or self.diversity != NO_DIVERSITY
+            or self.include_consumed
+        )
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether the answer depends on the user and the count alone, and so may be cached."""
         return not (self.needs_computing or self.excluded)
@@ -58,17 +112,25 @@ def parse(kind: type[M], data: bytes) -> M:
 
 def options_of(request: Any, settings: Settings) -> Options:
     """The options of a RecommendRequest or a RecommendBatchRequest. Raises InvalidRequest."""
-    current = request.context.current_item_id
     excluded = _excluded(request, settings)
-    if current:
-        check_id("context.current_item_id", current, settings)
-        excluded = (*excluded, current)
-    return Options(_count(request, settings), _categories(request, settings), excluded, current, request.explain)
+    context = NO_CONTEXT
+    if request.HasField("context"):
+        context = _context(request.context, settings)
+        excluded = (*excluded, context.current_item) if context.current_item else excluded
+    return Options(
+        count=_count(request, settings),
+        filter=_filter(request, settings),
+        excluded=excluded,
+        context=context,
+        diversity=_diversity(request.diversity, settings) if request.HasField("diversity") else NO_DIVERSITY,
+        include_consumed=request.include_consumed,
+        explain=request.explain,
+    )
 
 
-def similar_options_of(request: Any, settings: Settings) -> Options:
-    """The options of a SimilarItemsRequest. Raises InvalidRequest."""
-    return Options(_count(request, settings), _categories(request, settings), _excluded(request, settings))
+def item_options_of(request: Any, settings: Settings) -> Options:
+    """The options of a SimilarItemsRequest or a TrendingRequest. Raises InvalidRequest."""
+    return Options(_count(request, settings), _filter(request, settings), _excluded(request, settings))
 
 
 def check_batch(user_ids: Iterable[str], users: int, count: int, settings: Settings) -> None:
@@ -102,8 +164,41 @@ def _count(request: Any, settings: Settings) -> int:
     return int(request.count)
 
 
-def _categories(request: Any, settings: Settings) -> tuple[str, ...]:
-    return _limited("categories", request.categories, MAX_CATEGORIES, settings)
+def _context(context: Any, settings: Settings) -> Context:
+    named = (("current_item_id", context.current_item_id), ("device", context.device), ("country", context.country))
+    for name, value in named:
+        if value:
+            check_id(f"context.{name}", value, settings)
+    return Context(context.current_item_id, context.device, context.country, context.ts_ms)
+
+
+def _filter(request: Any, settings: Settings) -> ItemFilter:
+    categories = _limited("categories", request.categories, MAX_CATEGORIES, settings)
+    if not request.HasField("filter"):
+        return ItemFilter(categories) if categories else EVERY_ITEM
+    wanted = request.filter
+    bounds = {name: getattr(wanted, name) for name in ("min_price", "max_price") if wanted.HasField(name)}
+    for name, bound in bounds.items():
+        if math.isnan(bound):
+            raise InvalidRequest(f"filter.{name} is not a number")
+    if len(wanted.attributes) > MAX_ATTRIBUTES:
+        raise InvalidRequest(f"filter.attributes holds {len(wanted.attributes)} attributes; {MAX_ATTRIBUTES} are allowed")
+    attributes = []
+    for at, attribute in enumerate(wanted.attributes):
+        check_id(f"filter.attributes[{at}].name", attribute.name, settings)
+        attributes.append((attribute.name, _limited(f"filter.attributes[{at}].values", attribute.values, MAX_VALUES, settings)))
+    return ItemFilter(categories, attributes=tuple(attributes), include_unavailable=wanted.include_unavailable, **bounds)
+
+
+def _diversity(wanted: Any, settings: Settings) -> Diversity:
+    relevance = wanted.relevance if wanted.HasField("relevance") else 1.0
+    if not 0 <= relevance <= 1:
+        raise InvalidRequest(f"diversity.relevance is {relevance}; it must be 0 to 1")
+    if not 0 <= wanted.max_per_category <= settings.serving.max_items:
+        raise InvalidRequest(
+            f"diversity.max_per_category is {wanted.max_per_category}; it must be 0 to {settings.serving.max_items}"
+        )
+    return Diversity(relevance, wanted.max_per_category)
 
 
 def _excluded(request: Any, settings: Settings) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from recsys_core.online import (
     recs_key,
     user_key,
     users_of,
+    write_answers,
 )
 from recsys_core.popularity import TRENDING_SCHEMA
 from recsys_core.precompute import read_trend, write_online_features, write_rec_cache, write_trend
@@ -149,12 +150,41 @@ def test_the_cached_answers_are_what_the_scoring_path_gives_for_the_records(redi
 
 def test_samples_show_the_last_items_beside_the_first_recommended(redis, lake, settings):
     write_features(lake)
-    write_active(lake, "ann", *(f"guest-{n}" for n in range(20)))
+    write_active(lake, "ann")
     write_online_features(redis, lake, DAY, VERSION, settings)
-    samples = write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings).samples
-    assert len(samples) == 10
-    assert (samples[0].user_id, samples[0].last) == ("ann", (3, 13))
-    assert [SNAPSHOT.item_ids[p] for p in samples[0].recommended] == [i for i, _ in answer_of(redis, "ann").items()[:5]]
+    (sample,) = write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings).samples
+    assert (sample.user_id, sample.last) == ("ann", (3, 13))
+    assert [SNAPSHOT.item_ids[p] for p in sample.recommended] == [i for i, _ in answer_of(redis, "ann").items()[:5]]
+    write_active(lake, *(f"guest-{n}" for n in range(20)))
+    assert len(write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings).samples) == 10
+
+
+def test_a_run_that_broke_off_goes_on_with_the_shards_that_were_not_done(redis, lake, settings, monkeypatch):
+    names = [f"guest-{n}" for n in range(60)]
+    write_active(lake, *names)
+    written: list[str] = []
+
+    def breaks(redis, answers, ttl_seconds):
+        answers = list(answers)
+        if len(written) > 20 and not written_again:
+            raise ConnectionError("the pod was killed")
+        written.extend(user for user, _ in answers)
+        return write_answers(redis, answers, ttl_seconds)
+
+    written_again: list[bool] = []
+    monkeypatch.setattr("recsys_core.precompute.write_answers", breaks)
+    with pytest.raises(ConnectionError):
+        write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings)
+    before = len(written)
+    assert 0 < before < 60
+    written_again.append(True)
+    report = write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings)
+    assert report.users == 60
+    assert set(written) == set(names)
+    assert len(written) < before + 60
+    written.clear()
+    assert write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings).users == 60
+    assert len(written) == 60
 
 
 def test_factors_of_another_fit_than_the_releases_are_not_used_with_it(redis, lake, settings):

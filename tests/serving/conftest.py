@@ -27,8 +27,8 @@ def serving_settings(tmp_path: Path, redis_server: RedisServer, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     return load_settings(
         home=tmp_path / "home",
-        redis={"url": redis_server.url, "timeout_ms": 250},
-        serving={"port": 0, "pointer_poll_seconds": 0.05},
+        redis={"url": redis_server.url, "timeout_ms": 10_000},
+        serving={"port": 0, "pointer_poll_seconds": 0.05, "rank_timeout_ms": 30_000, "batch_timeout_ms": 60_000},
     )
 
 
@@ -36,6 +36,22 @@ def serving_settings(tmp_path: Path, redis_server: RedisServer, monkeypatch: pyt
 def empty_world(serving_settings: Settings, redis_server: RedisServer) -> Iterator[World]:
     """Nothing promoted, nothing started."""
     world = World(serving_settings, redis_server)
+    yield world
+    world.stop()
+
+
+@pytest.fixture
+def hasty_world(serving_settings: Settings, redis_server: RedisServer) -> Iterator[World]:
+    """`world` with deadlines that are missed on purpose."""
+    settings = serving_settings.model_copy(
+        update={
+            "redis": serving_settings.redis.model_copy(update={"timeout_ms": 100}),
+            "serving": serving_settings.serving.model_copy(update={"rank_timeout_ms": 100, "batch_timeout_ms": 100}),
+        }
+    )
+    world = World(settings, redis_server)
+    world.promote(make_snapshot(unavailable=(3, 4)))
+    world.start()
     yield world
     world.stop()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
@@ -98,12 +99,15 @@ class TestTiers:
         assert world.client.recommend("bob").tier == "POPULAR"
         assert world.server.ladder.counts["failed_rankings"] == 2
 
-    def test_a_slow_ranking_is_not_waited_for(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_slow_ranking_is_not_waited_for(self, hasty_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        world = hasty_world
         world.put_known_user("bob")
-        monkeypatch.setattr("serving.ladder.rank", lambda *_: time.sleep(1))
-        answer = world.client.recommend("bob")
+        asked = threading.Event()
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: asked.wait(60))
+        answer = world.client.recommend("bob", current_item="item-5")
+        assert not asked.is_set(), "the answer came while the ranking still ran"
+        asked.set()
         assert answer.tier == "POPULAR"
-        assert answer.milliseconds < 900
         assert world.server.ladder.counts["late_rankings"] == 1
 
     def test_tiers_are_counted(self, world: World) -> None:
@@ -221,7 +225,7 @@ class TestCounts:
 
     def test_without_a_count_there_are_ten(self, world: World) -> None:
         request = pb.RecommendRequest(user_id="nobody")
-        assert len(world.client._stub.Recommend(request, timeout=5).items) == validation.DEFAULT_COUNT
+        assert len(world.client._stub.Recommend(request, timeout=60).items) == validation.DEFAULT_COUNT
 
     def test_a_short_cached_answer_is_served_when_no_longer_one_can_be_made(self, world: World) -> None:
         world.put_cached_user("ann")

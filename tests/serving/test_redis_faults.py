@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -26,7 +25,7 @@ def test_a_killed_redis_lowers_the_tier_and_a_restarted_one_raises_it(world: Wor
     assert world.client.recommend("ann", current_item="item-5").tier == "REALTIME_ALS_ONLY", "no Redis is needed for that"
     world.redis.start()
     world.put_cached_user("ann")
-    eventually(lambda: tier(world) == "CACHE", seconds=3)
+    eventually(lambda: tier(world) == "CACHE")
 
 
 def test_the_server_starts_without_redis(empty_world: World) -> None:
@@ -36,31 +35,26 @@ def test_the_server_starts_without_redis(empty_world: World) -> None:
     assert tier(empty_world) == "POPULAR"
     empty_world.redis.start()
     empty_world.put_cached_user("ann")
-    eventually(lambda: tier(empty_world) == "CACHE", seconds=3)
+    eventually(lambda: tier(empty_world) == "CACHE")
 
 
-def test_a_frozen_redis_costs_a_deadline_now_and_then_and_never_hangs(world: World) -> None:
+def test_a_frozen_redis_costs_a_deadline_now_and_then_and_never_hangs(hasty_world: World) -> None:
+    world = hasty_world
     world.put_cached_user("ann")
-    assert tier(world) == "CACHE"
+    eventually(lambda: tier(world) == "CACHE")
     world.redis.signal(signal.SIGSTOP)
-    took = []
-    for _ in range(50):
-        answer = world.client.recommend("ann")
-        assert answer.tier == "POPULAR"
-        took.append(answer.milliseconds)
-    deadline = world.settings.redis.timeout_ms
-    assert max(took) < deadline + 250
-    assert sum(ms > deadline / 2 for ms in took) <= 6, "most calls do not wait for what is known not to answer"
+    assert {tier(world) for _ in range(5)} == {"POPULAR"}
+    skipped = world.server.store.counts["redis_skipped"]
+    assert {tier(world) for _ in range(50)} == {"POPULAR"}
+    assert world.server.store.counts["redis_skipped"] - skipped >= 25, "most calls do not wait for what does not answer"
     world.redis.signal(signal.SIGCONT)
-    eventually(lambda: tier(world) == "CACHE", seconds=3)
+    eventually(lambda: tier(world) == "CACHE")
 
 
-def test_a_batch_is_answered_while_redis_is_frozen(world: World) -> None:
-    world.redis.signal(signal.SIGSTOP)
-    started = time.monotonic()
-    answers = world.client.recommend_batch([f"user-{i}" for i in range(1000)])
+def test_a_batch_is_answered_while_redis_is_frozen(hasty_world: World) -> None:
+    hasty_world.redis.signal(signal.SIGSTOP)
+    answers = hasty_world.client.recommend_batch([f"user-{i}" for i in range(1000)])
     assert {a.tier for a in answers} == {"POPULAR"}
-    assert time.monotonic() - started < 5
 
 
 def test_a_flushed_redis_is_only_a_cache_miss(world: World) -> None:
@@ -145,7 +139,8 @@ def test_calls_that_share_a_round_trip_get_their_own_answers(world: World) -> No
         assert [item.item_id for item in answer] == alone[user]
 
 
-def test_a_call_that_is_given_up_leaves_the_others_alone(world: World) -> None:
+def test_a_call_that_is_given_up_leaves_the_others_alone(hasty_world: World) -> None:
+    world = hasty_world
     world.put_cached_user("ann")
     world.redis.signal(signal.SIGSTOP)
     with ThreadPoolExecutor(8) as threads:
@@ -155,4 +150,4 @@ def test_a_call_that_is_given_up_leaves_the_others_alone(world: World) -> None:
             assert {p.result().tier for p in patient} == {"POPULAR"}
             assert all(g.exception() is None or g.exception().status == "DEADLINE_EXCEEDED" for g in given_up)
     world.redis.signal(signal.SIGCONT)
-    eventually(lambda: tier(world) == "CACHE", seconds=3)
+    eventually(lambda: tier(world) == "CACHE")

@@ -20,7 +20,9 @@ ALLOWED = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode
 REQUESTS = {
     "Recommend": pb.RecommendRequest,
     "RecommendBatch": pb.RecommendBatchRequest,
+    "RecommendStream": pb.RecommendRequest,
     "SimilarItems": pb.SimilarItemsRequest,
+    "Trending": pb.TrendingRequest,
     "GetRelease": pb.GetReleaseRequest,
 }
 
@@ -39,6 +41,12 @@ REQUESTS = {
         ({"user_id": "a", "exclude_item_ids": ["i"] * 1001}, "exclude_item_ids holds 1001 values; 1000 are allowed"),
         ({"user_id": "a", "exclude_item_ids": ["i" * 300]}, r"exclude_item_ids\[0\] has 300 bytes"),
         ({"user_id": "a", "context": {"current_item_id": "i" * 300}}, "context.current_item_id has 300 bytes"),
+        ({"user_id": "a", "context": {"country": "c" * 300}}, "context.country has 300 bytes"),
+        ({"user_id": "a", "filter": {"min_price": float("nan")}}, "filter.min_price is not a number"),
+        ({"user_id": "a", "filter": {"attributes": [{"name": ""}]}}, r"filter.attributes\[0\].name is empty"),
+        ({"user_id": "a", "filter": {"attributes": [{"name": "n"}] * 21}}, "filter.attributes holds 21 attributes"),
+        ({"user_id": "a", "diversity": {"relevance": 1.5}}, "diversity.relevance is 1.5; it must be 0 to 1"),
+        ({"user_id": "a", "diversity": {"max_per_category": -1}}, "diversity.max_per_category is -1"),
     ],
 )
 def test_a_bad_recommend_request_names_its_field(world: World, request_: dict[str, object], message: str) -> None:
@@ -82,7 +90,7 @@ def test_a_bad_similar_request_names_its_field(world: World, request_: dict[str,
         b"\xff" * 50,
     ],
 )
-@pytest.mark.parametrize("method", ["Recommend", "RecommendBatch", "SimilarItems"])
+@pytest.mark.parametrize("method", ["Recommend", "RecommendBatch", "RecommendStream", "SimilarItems"])
 def test_bytes_that_are_no_request_are_an_invalid_argument(world: World, method: str, data: bytes) -> None:
     status, message = call_raw(world, method, data)
     assert status is grpc.StatusCode.INVALID_ARGUMENT
@@ -91,7 +99,10 @@ def test_bytes_that_are_no_request_are_an_invalid_argument(world: World, method:
 
 def call_raw(world: World, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
     try:
-        world.client._channel.unary_unary(RECOMMENDER + method)(data, timeout=10)
+        if method == "RecommendStream":
+            list(world.client._channel.stream_stream(RECOMMENDER + method)(iter([data]), timeout=60))
+        else:
+            world.client._channel.unary_unary(RECOMMENDER + method)(data, timeout=60)
     except grpc.RpcError as error:
         return error.code(), error.details()
     return grpc.StatusCode.OK, ""
@@ -104,11 +115,20 @@ fields = {
     "categories": st.lists(st.one_of(st.just("sports"), st.text(max_size=10)), max_size=4),
     "exclude_item_ids": st.lists(ids, max_size=4),
 }
+number = st.one_of(st.floats(), st.floats(0, 100))
+attribute = st.builds(pb.AttributeFilter, name=ids, values=st.lists(ids, max_size=3))
+item_filter = st.builds(
+    pb.Filter, min_price=number, max_price=number, attributes=st.lists(attribute, max_size=3), include_unavailable=st.booleans()
+)
+fields["filter"] = st.one_of(st.none(), item_filter)
+diversity = st.builds(pb.Diversity, relevance=st.floats(-1, 2, width=32), max_per_category=st.integers(-2, 5))
+shaped = {"diversity": st.one_of(st.none(), diversity), "include_consumed": st.booleans(), "explain": st.booleans()}
 context = st.builds(pb.Context, current_item_id=ids, ts_ms=st.integers(-(2**63), 2**63 - 1), device=st.text(max_size=5))
 messages = st.one_of(
-    st.builds(pb.RecommendRequest, user_id=ids, explain=st.booleans(), context=context, **fields),
-    st.builds(pb.RecommendBatchRequest, user_ids=st.lists(ids, max_size=5), context=context, **fields),
-    st.builds(pb.SimilarItemsRequest, item_id=ids, **fields),
+    st.builds(pb.RecommendRequest, user_id=ids, context=context, **fields, **shaped),
+    st.builds(pb.RecommendBatchRequest, user_ids=st.lists(ids, max_size=5), context=context, **fields, **shaped),
+    st.builds(pb.SimilarItemsRequest, item_id=ids, same_category=st.booleans(), **fields),
+    st.builds(pb.TrendingRequest, **fields),
 ).map(lambda message: message.SerializeToString())
 
 
@@ -161,7 +181,7 @@ def test_every_method_of_the_proto_is_served(world: World) -> None:
 def test_health_follows_the_release(empty_world: World, service: str) -> None:
     def status() -> int:
         stub = health_pb2_grpc.HealthStub(empty_world.client._channel)
-        return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status)
+        return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status)
 
     empty_world.start()
     assert status() == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -29,7 +29,7 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def eventually(holds: Callable[[], Any], seconds: float = 10.0) -> Any:
+def eventually(holds: Callable[[], Any], seconds: float = 30.0) -> Any:
     """What `holds()` gives once it is true."""
     deadline = time.monotonic() + seconds
     while not (result := holds()):
@@ -115,8 +115,8 @@ class World:
     def start(self, trend_seconds: float = 0.1) -> None:
         self.server = Server(self.settings, trend_seconds=trend_seconds)
         self.address = self._loop.run(self.server.start())
-        self.client = RecsysClient(self.address, timeout=10)
-        self.client.wait_until_ready(10)
+        self.client = RecsysClient(self.address, timeout=60)
+        self.client.wait_until_ready(60)
 
     def stop(self) -> None:
         if self.address:

@@ -1,0 +1,114 @@
+"""`recsys kafka`: a real broker on this machine, and the topics of the platform."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recsys_cli.processes import LOOPBACK, StackError, accepts_connections, free_port, run_folder, running, wait_until
+
+if TYPE_CHECKING:
+    from recsys_core.settings import KafkaSettings, Settings
+
+BROKER_SECONDS = 60.0
+
+app = typer.Typer(no_args_is_help=True, help="A real Kafka broker on this machine, and the topics of the platform.")
+Home = Annotated[Path | None, typer.Option(help="Folder of the installation. Default: RECSYS_HOME, else .recsys.")]
+
+
+@contextmanager
+def kafka_server(home: Path, port: int = 0, settings: KafkaSettings | None = None) -> Iterator[str]:
+    """Run a real broker on loopback while the block runs and yield its address. 0: any free port.
+
+    Its data stays in the home, so the next start goes on with it. Raises KafkaUnavailable, StackError, JavaMissing.
+    """
+    from recsys_cli.java import ensure_java
+    from recsys_core.settings import KafkaSettings
+    from streaming.kafka import plan_broker
+
+    plan = plan_broker(home / "kafka", ensure_java().path, free_port(port), free_port(), settings or KafkaSettings())
+    with running("kafka", home, plan.command) as check_alive:
+        wait_until(lambda: kafka_answers(plan.bootstrap_servers), "kafka", BROKER_SECONDS, check_alive)
+        yield plan.bootstrap_servers
+
+
+def kafka_answers(address: str) -> bool:
+    """Whether a broker takes connections and names itself as the cluster."""
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient
+
+    host, _, port = address.split(",")[0].rpartition(":")
+    if not accepts_connections(host, int(port)):
+        return False
+    try:
+        return bool(AdminClient({"bootstrap.servers": address, "log_level": 0}).list_topics(timeout=2).brokers)
+    except KafkaException:
+        return False
+
+
+@app.command()
+def up(
+    home: Home = None,
+    port: Annotated[int, typer.Option(help="Its port; the next free one when it is taken.")] = 9092,
+    address_file: Annotated[Path | None, typer.Option(help="File that gets the broker's address while it runs.")] = None,
+) -> None:
+    """Run a real single-node Kafka until Ctrl-C, fetched at the first use; its data is in <home>/kafka."""
+    import signal
+    import threading
+
+    from recsys_core.settings import load_settings
+
+    settings = load_settings(home)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    file = address_file or run_folder(settings.home.absolute()) / "kafka.address"
+    with _serving(settings, port) as address:
+        _init(settings, address)
+        file.write_text(address)
+        typer.echo(f"kafka at {address}", color=False)
+        try:
+            while not stop.wait(1.0):
+                if not accepts_connections(LOOPBACK, int(address.rpartition(":")[2])):
+                    raise StackError(f"kafka ended; its output is in {run_folder(settings.home.absolute()) / 'kafka.log'}")
+        finally:
+            file.unlink(missing_ok=True)
+
+
+@app.command()
+def init(home: Home = None) -> None:
+    """Make the topics with their partitions and retention; refuse to change the partitions of one that is there."""
+    from recsys_core.settings import load_settings
+
+    settings = load_settings(home)
+    _init(settings, settings.kafka.bootstrap_servers)
+
+
+@contextmanager
+def _serving(settings: Settings, port: int) -> Iterator[str]:
+    from streaming.kafka import KafkaUnavailable
+
+    try:
+        with kafka_server(settings.home.absolute(), port, settings.kafka) as address:
+            yield address
+    except KafkaUnavailable as error:
+        raise StackError(str(error)) from error
+
+
+def _init(settings: Settings, address: str) -> None:
+    from confluent_kafka import KafkaException
+
+    from streaming.topics import TopicError, init_topics
+
+    try:
+        made = init_topics(settings.kafka.model_copy(update={"bootstrap_servers": address}))
+    except TopicError as error:
+        raise StackError(str(error)) from error
+    except KafkaException as error:
+        raise StackError(f"the brokers at {address} say: {error.args[0].str()}") from error
+    for topic in made:
+        typer.echo(f"{topic.name}: {topic.partitions} partitions, identity {topic.identity}")

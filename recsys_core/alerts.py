@@ -1,0 +1,97 @@
+"""Alerts: what there is to tell, and its delivery to a Slack-compatible webhook and by mail."""
+
+from __future__ import annotations
+
+import smtplib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.message import EmailMessage
+from typing import Protocol
+
+from recsys_core.settings import AlertSettings
+
+
+class NotDelivered(Exception):
+    """A channel did not take an alert after all attempts; the message says why."""
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One thing that is wrong (or right again). `id` is the same for the same thing, so that it is told once."""
+
+    id: str
+    title: str
+    details: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.title}\n{self.details}".strip()
+
+
+class Channel(Protocol):
+    """Somewhere that alerts are sent."""
+
+    name: str
+
+    def send(self, alert: Alert) -> None:
+        """Deliver one alert. Raises NotDelivered."""
+
+
+class Webhook:
+    """A Slack-compatible webhook: POST of `{"text": …}`, repeated on connection errors, 429 and 5xx with growing pauses."""
+
+    name = "webhook"
+
+    def __init__(self, settings: AlertSettings) -> None:
+        self.settings = settings
+
+    def send(self, alert: Alert) -> None:
+        import requests
+        from requests.adapters import HTTPAdapter
+        from urllib3.util import Retry
+
+        retry = Retry(
+            total=self.settings.retries, backoff_factor=0.3, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None
+        )
+        with requests.Session() as session:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, HTTPAdapter(max_retries=retry))
+            try:
+                body = {"text": alert.text, "id": alert.id}
+                session.post(self.settings.webhook_url, json=body, timeout=self.settings.timeout_seconds).raise_for_status()
+            except requests.RequestException as error:
+                # The address of a webhook is a secret; the error's text would tell it.
+                raise NotDelivered(f"webhook: {type(error).__name__}") from None
+
+
+class Mail:
+    """Mails through an SMTP server."""
+
+    name = "mail"
+
+    def __init__(self, settings: AlertSettings) -> None:
+        self.settings = settings
+
+    def send(self, alert: Alert) -> None:
+        settings = self.settings
+        message = EmailMessage()
+        message["Subject"] = f"recsys: {alert.title.splitlines()[0][:120]}"
+        message["From"], message["To"] = settings.email_from, ", ".join(settings.email_to)
+        message.set_content(alert.text)
+        try:
+            with smtplib.SMTP(settings.smtp_host, settings.smtp_port, timeout=settings.timeout_seconds) as server:
+                if settings.smtp_starttls:
+                    server.starttls()
+                if settings.smtp_user:
+                    server.login(settings.smtp_user, settings.smtp_password.get_secret_value())
+                server.send_message(message)
+        except (OSError, smtplib.SMTPException) as error:
+            raise NotDelivered(f"mail by {settings.smtp_host}:{settings.smtp_port}: {error}") from error
+
+
+def channels(settings: AlertSettings) -> Iterator[Channel]:
+    """The channels that the settings name."""
+    if settings.webhook_url:
+        yield Webhook(settings)
+    if settings.smtp_host and settings.email_to:
+        yield Mail(settings)

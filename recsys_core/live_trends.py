@@ -1,0 +1,271 @@
+"""Live trends: weighted counts of items in buckets of some minutes, kept by the speed layer and summed up by readers.
+
+    trend:{<source>}:<bucket>   hash: item id -> Σ weight × 1000 of the events of one Kafka partition in one bucket of event
+                                time; the empty field is the fence, the last offset applied
+    trend:sources               hash: source -> JSON [seen at (ms), bucket length (ms)]
+
+Each partition writes hashes of its own and changes them together with their fence, so a batch that comes again changes
+nothing; counts are whole numbers, so their sum does not depend on an order. A category's trend is that of its items:
+readers know the categories of the release they serve, so none is stored here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_core.events import EVENT_TYPE, HOUR_MS, ITEM_ID, MINUTE_MS, TS
+from recsys_core.live import Batch
+from recsys_core.redis_client import Script
+from recsys_core.settings import Settings
+
+SOURCES_KEY = "trend:sources"
+SCALE = 1000
+FENCE = b""
+KEPT_HALF_LIVES = 10.0
+"""An event older than so many half-lives counts less than a thousandth and is not read."""
+BUCKETS_A_CALL = 8
+
+COUNT_LUA = """
+local out, at = {0}, 1
+for i = 1, #KEYS do
+  local key = KEYS[i]
+  local first, last, expires, n = struct.unpack('<dddd', ARGV[at])
+  local fence = redis.pcall('HGET', key, '')
+  if type(fence) == 'table' and fence.err then
+    redis.call('DEL', key)
+    fence = false
+  end
+  local applied = tonumber(fence or -1) or -1
+  if applied >= last then
+    out[1] = out[1] + 1
+  elseif applied >= first then
+    out[#out + 1] = i
+    out[#out + 1] = applied
+  else
+    for from = 1, n, 2000 do
+      local upto = math.min(from + 1999, n)
+      local old, new = redis.call('HMGET', key, unpack(ARGV, at + from, at + upto)), {}
+      for j = 1, upto - from + 1 do
+        new[2 * j - 1] = ARGV[at + from + j - 1]
+        new[2 * j] = (tonumber(old[j] or 0) or 0) + tonumber(ARGV[at + n + from + j - 1])
+      end
+      redis.call('HSET', key, unpack(new))
+    end
+    redis.call('HSET', key, '', last)
+    redis.call('PEXPIREAT', key, expires)
+  end
+  at = at + 2 * n + 1
+end
+return out
+"""
+"""KEYS: buckets of one source. ARGV for each: (first and last offset, expiry in ms, n) as doubles, n items, n counts.
+Returns what `live.UPDATE_LUA` returns.
+"""
+
+COUNT = Script(COUNT_LUA)
+
+
+def bucket_key(source: str, bucket: int, area: str = "trend") -> str:
+    """Key of the counts of one bucket (its number since 1970) from one source."""
+    return f"{area}:{{{source}}}:{bucket}"
+
+
+@dataclass(frozen=True)
+class BucketCounts:
+    """What one partition adds to one bucket."""
+
+    partition: int
+    bucket: int
+    first: int
+    last: int
+    items: list[bytes]
+    counts: list[int]
+
+
+class TrendWriter:
+    """Applies batches to the buckets."""
+
+    def __init__(self, settings: Settings, area: str = "trend") -> None:
+        self._area = area
+        self._bucket_ms = settings.stream.bucket_minutes * MINUTE_MS
+        self._keep_ms = settings.stream.trend_hours * HOUR_MS
+        names = list(settings.events.weights)
+        self._types = pa.array(names, pa.string())
+        self._weights = np.array([round(SCALE * settings.events.weights[name]) for name in names], np.int64)
+
+    def counts(self, batch: Batch, now_ms: int) -> list[BucketCounts]:
+        """A batch by partition and bucket; what would expire at once is left out."""
+        buckets = batch.events[TS].to_numpy() // self._bucket_ms
+        fresh = (buckets + 1) * self._bucket_ms + self._keep_ms > now_ms
+        if not fresh.all():
+            batch, buckets = batch.take(fresh), buckets[fresh]
+        if not batch.rows:
+            return []
+        weights = self._weights[pc.index_in(batch.events[EVENT_TYPE], self._types).to_numpy()]
+        encoded = batch.events[ITEM_ID].combine_chunks().dictionary_encode()
+        codes = encoded.indices.to_numpy().astype(np.int64)
+        groups, group = np.unique(np.stack([batch.partition, buckets]), axis=1, return_inverse=True)
+        group = group.reshape(-1)
+        pairs, pair = np.unique(group * len(encoded.dictionary) + codes, return_inverse=True)
+        sums = np.bincount(pair.reshape(-1), weights, len(pairs)).astype(np.int64)
+        names = encoded.dictionary.cast(pa.binary()).take(pa.array(pairs % len(encoded.dictionary))).to_pylist()
+        ends = np.searchsorted(pairs // len(encoded.dictionary), np.arange(groups.shape[1]), side="right")
+        first = np.full(groups.shape[1], np.iinfo(np.int64).max)
+        last = np.full(groups.shape[1], -1)
+        np.minimum.at(first, group, batch.offset)
+        np.maximum.at(last, group, batch.offset)
+        found, start = [], 0
+        for at, end in enumerate(ends.tolist()):
+            partition, bucket = int(groups[0, at]), int(groups[1, at])
+            added = sums[start:end].tolist()
+            found.append(BucketCounts(partition, bucket, int(first[at]), int(last[at]), names[start:end], added))
+            start = end
+        return found
+
+    def calls(self, counts: Sequence[BucketCounts], sources: Mapping[int, str]) -> list[tuple[object, ...]]:
+        """The calls of `counts`, in their order. Buckets of one source lie in one slot."""
+        calls = []
+        for together in self._together(counts):
+            keys, words = [], []
+            for part in together:
+                expires = (part.bucket + 1) * self._bucket_ms + self._keep_ms
+                keys.append(bucket_key(sources[part.partition], part.bucket, self._area))
+                head = np.array([part.first, part.last, expires, len(part.items)], "<f8").tobytes()
+                words += [head, *part.items, *part.counts]
+            calls.append(COUNT.call(keys, *words))
+        return calls
+
+    def _together(self, counts: Sequence[BucketCounts]) -> Iterator[list[BucketCounts]]:
+        together: list[BucketCounts] = []
+        for part in counts:
+            if together and (together[0].partition != part.partition or len(together) == BUCKETS_A_CALL):
+                yield together
+                together = []
+            together.append(part)
+        if together:
+            yield together
+
+    def behind(self, counts: Sequence[BucketCounts], answers: Sequence[list[int]]) -> tuple[int, dict[tuple[int, int], int]]:
+        """From the answers of `calls`: what was known already, and the offset of what is half known."""
+        ignored, found = 0, {}
+        for together, answer in zip(self._together(counts), answers, strict=True):
+            ignored += answer[0]
+            for index, applied in zip(answer[1::2], answer[2::2], strict=True):
+                found[together[index - 1].partition, together[index - 1].bucket] = applied
+        return ignored, found
+
+    def not_yet_applied(self, batch: Batch, behind: dict[tuple[int, int], int]) -> Batch:
+        """The events of half known buckets that come after what was applied."""
+        buckets = (batch.events[TS].to_numpy() // self._bucket_ms).tolist()
+        rows = zip(batch.partition.tolist(), buckets, batch.offset.tolist(), strict=True)
+        new = [at for at, (partition, bucket, offset) in enumerate(rows) if offset > behind.get((partition, bucket), offset)]
+        return batch.take(np.array(new, np.int64))
+
+
+def announce_sources(redis: Any, sources: Sequence[str], settings: Settings, now_ms: int) -> None:
+    """Tell readers from which sources there may be buckets; those not seen for longer than a bucket is kept are removed."""
+    if not sources:
+        return
+    keep_ms = (settings.stream.trend_hours + 1) * HOUR_MS
+    value = orjson.dumps([now_ms, settings.stream.bucket_minutes * MINUTE_MS])
+    gone = [name for name, (seen, _) in _sources(redis.hgetall(SOURCES_KEY)).items() if seen < now_ms - keep_ms]
+    if gone:
+        redis.hdel(SOURCES_KEY, *gone)
+    redis.hset(SOURCES_KEY, mapping=dict.fromkeys(sources, value))
+    redis.pexpire(SOURCES_KEY, keep_ms)
+
+
+def _sources(values: Mapping[bytes, bytes]) -> dict[str, tuple[int, int]]:
+    return {name.decode(): tuple(orjson.loads(value)) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class LiveTrend:
+    """Scores of items as of a moment.
+
+    Attributes:
+        items: item ids.
+        scores: float64 (items, half-lives), Σ weight × 2^(−age / half-life); a bucket's age is that of its middle.
+        computed_at: ms since 1970 (UTC).
+    """
+
+    items: tuple[str, ...]
+    scores: np.ndarray
+    computed_at: int
+
+
+class LiveTrendReader:
+    """Reads and sums up the buckets. Those that ended a while ago are read again only now and then.
+
+    `half_lives_hours` are the half-lives of the scores; buckets older than KEPT_HALF_LIVES of the longest are not read.
+    """
+
+    RECENT_MS = 15 * MINUTE_MS
+    REREAD_MS = 5 * MINUTE_MS
+
+    def __init__(self, half_lives_hours: Sequence[float]) -> None:
+        self._half_lives = np.asarray(half_lives_hours, np.float64) * HOUR_MS
+        self._known: dict[str, tuple[int, dict[bytes, int]]] = {}
+
+    def read(self, redis: Any, now_ms: int) -> LiveTrend | None:
+        """The trend as of `now_ms`; None while there are no live buckets. Raises redis.RedisError."""
+        sources = _sources(redis.hgetall(SOURCES_KEY))
+        wanted, stale = self._wanted(sources, now_ms)
+        pipeline = redis.pipeline(transaction=False)
+        for key in stale:
+            pipeline.hgetall(key)
+        return self._score(wanted, stale, pipeline.execute() if stale else [], now_ms)
+
+    async def read_async(self, redis: Any, now_ms: int) -> LiveTrend | None:
+        """`read` by a `redis.asyncio` client."""
+        sources = _sources(await redis.hgetall(SOURCES_KEY))
+        wanted, stale = self._wanted(sources, now_ms)
+        pipeline = redis.pipeline(transaction=False)
+        for key in stale:
+            pipeline.hgetall(key)
+        return self._score(wanted, stale, await pipeline.execute() if stale else [], now_ms)
+
+    def _wanted(self, sources: Mapping[str, tuple[int, int]], now_ms: int) -> tuple[dict[str, float], list[str]]:
+        """The buckets that count with the time (ms) of their middle, and those of them that have to be read."""
+        reach = int(KEPT_HALF_LIVES * self._half_lives.max())
+        wanted, stale = {}, []
+        for source, (_, length) in sources.items():
+            for bucket in range((now_ms - reach) // length, now_ms // length + 1):
+                key = bucket_key(source, bucket)
+                wanted[key] = (bucket + 0.5) * length
+                read_at = self._known[key][0] if key in self._known else -1
+                recent = (bucket + 1) * length > now_ms - self.RECENT_MS
+                if read_at < 0 or recent or read_at < now_ms - self.REREAD_MS:
+                    stale.append(key)
+        return wanted, stale
+
+    def _score(
+        self, wanted: Mapping[str, float], stale: Sequence[str], values: Sequence[Mapping[bytes, bytes]], now_ms: int
+    ) -> LiveTrend | None:
+        known = {key: found for key, found in self._known.items() if key in wanted}
+        for key, fields in zip(stale, values, strict=True):
+            known[key] = (now_ms, {name: int(count) for name, count in fields.items() if name != FENCE})
+        self._known = known
+        position: dict[bytes, int] = {}
+        items, counts, ages = [], [], []
+        for key, (_, fields) in known.items():
+            items += [position.setdefault(name, len(position)) for name in fields]
+            counts += fields.values()
+            ages += [max(0.0, now_ms - wanted[key])] * len(fields)
+        if not position:
+            return None
+        age, count = np.array(ages), np.array(counts, np.float64) / SCALE
+        columns = [np.bincount(items, count * np.exp2(-age / half), len(position)) for half in self._half_lives]
+        return LiveTrend(tuple(name.decode() for name in position), np.stack(columns, axis=1), now_ms)
+
+
+def live_trend(redis: Any, now_ms: int, half_lives_hours: Sequence[float]) -> LiveTrend | None:
+    """The trend as of `now_ms`, read once; None while there are no live buckets."""
+    return LiveTrendReader(half_lives_hours).read(redis, now_ms)

@@ -1,0 +1,642 @@
+"""What an hour of clicks looks like, what is usual for it, and whether it may be learned from.
+
+A profile of an hour is a handful of counts, kept in the lake table `clicks_profile` beside the verdict on the hour, so
+that holding an hour against its past reads a few small files and no clicks. Usual is what the same hour of past weeks
+had, else the same hour of past days, else the hours just before; only hours that were found sound (or that a person
+accepted) count as a past. The model day reads the verdicts of its whole window.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_core import progress
+from recsys_core.catalog import CATALOG_KEY, CATALOG_TABLE, read_catalog
+from recsys_core.events import DAY_MS, EVENT_ID, EVENT_TYPE, HOUR_MS, ITEM_ID, TS, USER_ID, VALUE, hour_key, key_start_ms
+from recsys_core.lake import Lake, Partition
+from recsys_core.quality import LEAST, MOST, SAMPLE, VALUE_COLUMN, Finding, Report, usual_suite, validate
+from recsys_core.settings import QualitySettings
+from recsys_core.tables import CLICKS_HOURLY
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CLICKS_PROFILE = "clicks_profile"
+CATALOG_PROFILE = "catalog_profile"
+
+WEEKS, DAYS, BEFORE = "the same hour of past weeks", "the same hour of past days", "the hours before"
+DAY_HOURS = 24
+MAX_LAG = 11
+"""Hours; a day curve shifted by twelve can't be told from one shifted the other way."""
+LEAST_HOURS, LEAST_REGULAR = 14, 0.7
+"""Hours with events that a curve needs to be judged, and how like each other the days before have to be (correlation)."""
+COLUMNS = [EVENT_ID, USER_ID, ITEM_ID, EVENT_TYPE, TS, VALUE]
+OTHER = "(others)"
+MOST_CATEGORIES = 200
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Counts of an hour of clicks.
+
+    Attributes:
+        hour: partition key.
+        data_version: of the partition that was looked at.
+        events: rows of the partition.
+        looked_at: rows that the other counts are of; less than `events` for an hour above `quality.sample_rows`.
+        users, top_user: distinct users, and events of the most active one.
+        repeated_ids: events whose id occurs before in the hour.
+        outside: events whose time is not in the hour.
+        repeated: events whose user, item, type and time occur before in the hour.
+        copied: events that occur at the same time of the day before.
+        unknown_items: events of items that the catalogue lacks; -1 without a catalogue.
+        priced, price: events with a value, and the median of the values.
+        types, categories: events by event type and by first level of the category.
+    """
+
+    hour: str
+    data_version: str
+    events: int
+    looked_at: int = 0
+    users: int = 0
+    top_user: int = 0
+    repeated_ids: int = 0
+    outside: int = 0
+    repeated: int = 0
+    copied: int = 0
+    unknown_items: int = -1
+    priced: int = 0
+    price: float = 0.0
+    types: dict[str, int] = field(default_factory=dict)
+    categories: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an hour may be learned from: claim -> reason of what failed, and whether a person accepted it anyway."""
+
+    profile: Profile
+    failed: dict[str, str] = field(default_factory=dict)
+    judged: bool = False
+    accepted: bool = False
+
+    @property
+    def sound(self) -> bool:
+        return self.accepted or (self.judged and not self.failed)
+
+
+class Catalogue:
+    """What profiles want to know of the items: first level of the category of each."""
+
+    def __init__(self, lake: Lake) -> None:
+        catalogue = read_catalog(lake)
+        self.items = catalogue[ITEM_ID].combine_chunks()
+        first = pc.list_element(pc.split_pattern(pc.fill_null(catalogue["category"], ""), "/"), 0)
+        self.tops = first.combine_chunks() if isinstance(first, pa.ChunkedArray) else first
+
+    def tops_of(self, items: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+        """First level of each item's category, null for an item that is not there."""
+        return self.tops.take(pc.index_in(items, value_set=self.items))
+
+
+class Profiles:
+    """Profiles and verdicts of hours of one lake, made where they are missing and read once."""
+
+    def __init__(self, lake: Lake, settings: QualitySettings) -> None:
+        self.lake = lake
+        self.settings = settings
+        self._parts: dict[str, Partition | None] = {}
+        self._stored: dict[str, Verdict | None] = {}
+        self._sums: dict[int, Profile | None] = {}
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return Catalogue(self.lake)
+
+    def load(self, hours: Iterable[str]) -> None:
+        """Read the pointers of hours that were not read yet, concurrently."""
+        new = [hour for hour in dict.fromkeys(hours) if hour not in self._parts]
+        if not new:
+            return
+        parts = self.lake.find_all(CLICKS_HOURLY, new)
+        stored = self.lake.find_all(CLICKS_PROFILE, new)
+        for hour in new:
+            part, kept = parts.get(hour), stored.get(hour)
+            self._parts[hour] = part
+            self._stored[hour] = None
+            if part and kept and kept.data_version and kept.extra["profile"]["data_version"] == part.data_version:
+                self._stored[hour] = Verdict(**{**kept.extra, "profile": Profile(**kept.extra["profile"])})
+
+    def events(self, hour: str) -> int | None:
+        """Rows of the hour, None when it was never made."""
+        self.load([hour])
+        part = self._parts[hour]
+        return part.rows if part else None
+
+    def verdict(self, hour: str) -> Verdict | None:
+        """What is stored of the hour as it is now, None when nothing is."""
+        self.load([hour])
+        return self._stored[hour]
+
+    def profile(self, hour: str) -> Profile | None:
+        """The profile of the hour as it is now, None when it was never made."""
+        found = self.verdict(hour)
+        if found:
+            return found.profile
+        part = self._parts[hour]
+        if part is None:
+            return None
+        made = self._measure(part)
+        self._stored[hour] = Verdict(made)
+        return made
+
+    def sound_day(self, start: int) -> Profile | None:
+        """The 24 hours that end with the hour at `start` as one profile, None unless all of them are sound."""
+        if start not in self._sums:
+            verdicts = [self.verdict(hour_key(start - n * HOUR_MS)) for n in range(DAY_HOURS)]
+            self._sums[start] = _summed([v.profile if v and v.sound else None for v in verdicts])
+        return self._sums[start]
+
+    def store(self, verdict: Verdict) -> None:
+        """Keep a verdict beside its profile."""
+        extra = asdict(verdict)
+        self.lake.write_blobs(CLICKS_PROFILE, verdict.profile.hour, {}, verdict.profile.events, extra)
+        self._stored[verdict.profile.hour] = verdict
+
+    def _measure(self, part: Partition) -> Profile:
+        rows = _sample_of_users(self.lake, part, self.settings.sample_rows)
+        if rows is None or not rows.num_rows:
+            return Profile(part.key, part.data_version, part.rows)
+        per_user = pc.value_counts(rows[USER_ID]).field("counts").to_numpy()
+        content = _hashes(rows, 0)
+        tops = self.catalogue.tops_of(rows[ITEM_ID]) if len(self.catalogue.items) else None
+        values = rows[VALUE].drop_null().to_numpy() if VALUE in rows.column_names else np.zeros(0)
+        return Profile(
+            hour=part.key,
+            data_version=part.data_version,
+            events=part.rows,
+            looked_at=rows.num_rows,
+            users=len(per_user),
+            top_user=int(per_user.max()),
+            repeated_ids=rows.num_rows - pc.count_distinct(rows[EVENT_ID]).as_py() if EVENT_ID in rows.column_names else 0,
+            outside=int(np.count_nonzero(rows[TS].to_numpy() // HOUR_MS != key_start_ms(part.key) // HOUR_MS)),
+            repeated=rows.num_rows - len(np.unique(content)),
+            copied=self._copied(part, rows),
+            unknown_items=int(tops.null_count) if tops is not None else -1,
+            priced=len(values),
+            price=float(np.median(values)) if len(values) else 0.0,
+            types=_counts(rows[EVENT_TYPE]),
+            categories=_counts(tops.filter(pc.greater(pc.binary_length(tops), 0))) if tops is not None else {},
+        )
+
+    def _copied(self, part: Partition, rows: pa.Table) -> int:
+        """Rows that the hour of the day before has, a day earlier to the millisecond."""
+        earlier = hour_key(key_start_ms(part.key) - DAY_MS)
+        self.load([earlier])
+        before = self._parts[earlier]
+        if before is None or not before.rows:
+            return 0
+        step = max(1, -(-part.rows // self.settings.sample_rows))
+        found = _sample_of_users(self.lake, before, self.settings.sample_rows, step)
+        return int(np.isin(_hashes(rows, 0), _hashes(found, DAY_MS)).sum()) if found is not None and found.num_rows else 0
+
+    # -- what is usual --------------------------------------------------------------------------------------------
+
+    def past(self, hour: str) -> tuple[list[Profile], str]:
+        """The sound hours that `hour` is held against, and which kind they are; none when there is no past or a small one."""
+        start, settings = key_start_ms(hour), self.settings
+        kinds = (
+            (WEEKS, [start - n * 7 * DAY_MS for n in range(1, settings.weeks + 1)], 2),
+            (DAYS, [start - n * DAY_MS for n in range(1, 8)], 2),
+            (BEFORE, [start - n * HOUR_MS for n in range(1, 4)], 1),
+        )
+        for kind, starts, needed in kinds:
+            found = [profile for ms in starts if (profile := self._sound_profile(hour_key(ms)))]
+            if len(found) >= needed:
+                return (found, kind) if median(p.events for p in found) >= settings.min_events else ([], "")
+        return [], ""
+
+    def _sound_profile(self, hour: str) -> Profile | None:
+        verdict = self.verdict(hour)
+        return verdict.profile if verdict and verdict.sound and verdict.profile.events else None
+
+
+def _sample_of_users(lake: Lake, part: Partition, limit: int, step: int | None = None) -> pa.Table | None:
+    """All rows of one in `step` users, chosen by a hash of their id, so that at most about `limit` are held.
+
+    A user's rows stay together: repetitions, and what one user does to the counts, are seen in the sample as in the whole.
+    """
+    import pandas as pd
+
+    dataset = lake.dataset(part.table, [part.key])
+    if dataset is None:
+        return None
+    step = step or max(1, -(-part.rows // limit))
+    columns = [name for name in COLUMNS if name in dataset.schema.names]
+    kept = []
+    for batch in dataset.to_batches(columns=columns):
+        if step > 1:
+            hashes = pd.util.hash_array(batch[USER_ID].to_numpy(zero_copy_only=False), categorize=False)
+            batch = batch.filter(pa.array(hashes % np.uint64(step) == 0))
+        kept.append(batch)
+    return pa.Table.from_batches(kept, kept[0].schema) if kept else None
+
+
+def _hashes(rows: pa.Table, shift_ms: int) -> np.ndarray:
+    """uint64 (n,): a hash of user, item, type and time + `shift_ms` of each row."""
+    import pandas as pd
+
+    columns = [rows[name].combine_chunks().to_numpy(zero_copy_only=False) for name in (USER_ID, ITEM_ID, EVENT_TYPE)]
+    mixed = pd.util.hash_array(rows[TS].to_numpy() + shift_ms)
+    for column in columns:
+        mixed = mixed * np.uint64(1_000_003) ^ pd.util.hash_array(column, categorize=len(column) > 1000)
+    return np.asarray(mixed, np.uint64)
+
+
+def _counts(column: pa.Array | pa.ChunkedArray) -> dict[str, int]:
+    counted = pc.value_counts(column.drop_null())
+    pairs = Counter(dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True)))
+    most = dict(pairs.most_common(MOST_CATEGORIES))
+    rest = pairs.total() - sum(most.values())
+    return most | ({OTHER: rest} if rest else {})
+
+
+# -- measures beside what is usual -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A value of an hour beside its usual range; a bound that is None is not judged."""
+
+    hour: str
+    what: str
+    value: float
+    least: float | None = None
+    most: float | None = None
+    beside: str = ""
+
+
+def frame_of(measures: Sequence[Measure]) -> pd.DataFrame:
+    """The measures as a frame for `usual_suite`."""
+    import pandas as pd
+
+    frame = pd.DataFrame([asdict(m) for m in measures], columns=["hour", "what", VALUE_COLUMN, LEAST, MOST, "beside"])
+    return frame.astype({VALUE_COLUMN: "float64", LEAST: "float64", MOST: "float64"})
+
+
+VOLUME_RANGE = {WEEKS: (0.3, 3.5), DAYS: (0.25, 4.0), BEFORE: (0.05, 10.0)}
+"""Times the usual number of events. A day is not like the day before it, and an hour still less like the one before."""
+
+
+def repeated_ids(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """Events whose id occurs twice in the hour."""
+    if profile := profiles.profile(hour):
+        yield Measure(hour, "event ids that occur again", profile.repeated_ids, most=0)
+
+
+def outside_times(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """Events whose time is not in the hour."""
+    if profile := profiles.profile(hour):
+        yield Measure(hour, "events of other hours", profile.outside, most=0)
+
+
+def volumes(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """Events of the hour."""
+    past, kind = profiles.past(hour)
+    events = profiles.events(hour) or 0
+    if not past:
+        yield Measure(hour, "events", events, beside="no past to compare with")
+        return
+    usual = median(p.events for p in past)
+    least, most = VOLUME_RANGE[kind]
+    yield Measure(hour, "events", events, usual * least, usual * most, f"{usual:.0f} in {kind}")
+
+
+def repetitions(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """Shares of events that occur before in the hour, or a day earlier to the millisecond."""
+    profile = profiles.profile(hour)
+    if profile and profile.looked_at >= profiles.settings.min_events:
+        limit = profiles.settings.max_repeated
+        yield Measure(hour, "share repeated within the hour", profile.repeated / profile.looked_at, most=limit)
+        yield Measure(hour, "share copied from the day before", profile.copied / profile.looked_at, most=limit)
+
+
+def user_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """Share of the most active user, and distinct users for an event."""
+    profile = profiles.profile(hour)
+    if not profile or profile.looked_at < profiles.settings.min_events:
+        return
+    past, kind = profiles.past(hour)
+    tops = [p.top_user / p.looked_at for p in past if p.looked_at]
+    most = min(0.9, max(0.3, 3 * max(tops))) if tops else 0.6
+    yield Measure(hour, "share of the most active user", profile.top_user / profile.looked_at, None, most, kind)
+    ratios = [p.users / p.looked_at for p in past if p.looked_at]
+    least = 0.2 * median(ratios) if ratios else None
+    yield Measure(hour, "distinct users for an event", profile.users / profile.looked_at, least, None, kind)
+
+
+def type_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """Share of each event type that is or was there, in the 24 hours up to the hour."""
+    now, past = _days(profiles, hour)
+    if not now or not past:
+        return
+    total = sum(now.types.values())
+    for name in sorted(set(now.types).union(*(p.types for p in past))):
+        usual = median(p.types.get(name, 0) / max(sum(p.types.values()), 1) for p in past)
+        share = now.types.get(name, 0) / max(total, 1)
+        least = usual / 4 if usual * total >= profiles.settings.min_events else None
+        most = max(4 * usual, 0.15) if usual < 0.5 else None
+        yield Measure(hour, f"share of {name!r}, 24 hours", share, least, most, f"{usual:.3f} on the days before")
+
+
+def prices(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """Median value of the events that have one, in the hour and in the 24 hours up to it."""
+    least_events = profiles.settings.min_priced
+    now = profiles.profile(hour)
+    past, kind = profiles.past(hour)
+    pairs = [("median value", now, past, kind)]
+    day, days = _days(profiles, hour)
+    pairs.append(("median value, 24 hours", day, days, "the days before"))
+    for what, one, others, beside in pairs:
+        known = [p.price for p in others if p.priced >= least_events and p.price > 0]
+        if one and one.priced >= least_events and known:
+            usual = median(known)
+            yield Measure(hour, what, one.price, usual / 4, usual * 4, f"{usual:.2f} in {beside}")
+
+
+def category_counts(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """Events of each first-level category, in the hour and in the 24 hours up to it, where many are to be expected."""
+    now, (past, kind) = profiles.profile(hour), profiles.past(hour)
+    day, days = _days(profiles, hour)
+    for what, one, others, beside in (("", now, past, kind), (", 24 hours", day, days, "the days before")):
+        if not one or not others:
+            continue
+        for name in sorted(set().union(*(p.categories for p in others)) - {OTHER}):
+            usual = median(p.categories.get(name, 0) / max(p.looked_at, 1) for p in others)
+            expected = usual * one.looked_at
+            if expected >= profiles.settings.min_category_events:
+                least = max(1.0, 0.05 * expected)
+                yield Measure(
+                    hour, f"events of {name!r}{what}", one.categories.get(name, 0), least, None, f"{expected:.0f} by {beside}"
+                )
+
+
+def known_items(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """Share of events whose item the catalogue has."""
+    profile = profiles.profile(hour)
+    if profile and profile.looked_at and profile.unknown_items >= 0:
+        share = 1 - profile.unknown_items / profile.looked_at
+        yield Measure(hour, "share of events of known items", share, profiles.settings.min_known_items)
+
+
+def time_shifts(profiles: Profiles, hour: str) -> Iterator[Measure]:
+    """By how many hours the day curve that ends with the hour has to be moved to lie on that of the days before.
+
+    The curves are log(1 + events) of 24 hours, so that the low of the night counts as much as the peaks; hours without
+    events are left out. The shift is where their circular correlation is largest; one that is hardly better than none
+    counts as none.
+    """
+    start, settings = key_start_ms(hour), profiles.settings
+    curve = _curve(profiles, start)
+    earlier = [c for n in range(1, 8) if (c := _curve(profiles, start - n * DAY_MS, sound=True)) is not None]
+    if curve is None or len(earlier) < 2 or np.expm1(curve).sum() < DAY_HOURS * settings.min_events / 4:
+        return
+    usual = np.mean([c / c.mean() for c in earlier], axis=0)
+    there = curve > 0
+    regular = min(c.std() for c in earlier) > 0 and median(_correlation(c, usual) for c in earlier) > LEAST_REGULAR
+    if not regular or there.sum() < LEAST_HOURS or curve[there].std() == 0:
+        return
+    lags = sorted(range(-MAX_LAG, MAX_LAG + 1), key=abs)
+    fits = {lag: _correlation(curve[there], np.roll(usual, lag)[there]) for lag in lags}
+    best = max(lags, key=lambda lag: fits[lag])
+    told = f"correlation {fits[0]:.2f} as it is, {fits[best]:.2f} when moved by {best} h"
+    shift = best if fits[best] - fits[0] >= settings.min_shift_gain else 0
+    yield Measure(hour, "hours that the day is shifted by", shift, 0, 0, told)
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.corrcoef(one, other)[0, 1]) if other.std() > 0 else 0.0
+
+
+def _curve(profiles: Profiles, start: int, sound: bool = False) -> np.ndarray | None:
+    """log(1 + events) of the 24 hours that end with the hour at `start`; None when some were never made (or not sound)."""
+    hours = [hour_key(start - n * HOUR_MS) for n in range(DAY_HOURS - 1, -1, -1)]
+    counts = [profiles.events(hour) for hour in hours]
+    if any(count is None for count in counts) or not any(counts):
+        return None
+    if sound and any((v := profiles.verdict(hour)) is None or (v.judged and not v.sound) for hour in hours):
+        return None
+    return np.log1p(np.asarray(counts, float))
+
+
+def _days(profiles: Profiles, hour: str) -> tuple[Profile | None, list[Profile]]:
+    """The 24 hours up to the hour as one profile, and those of the seven days before, as far as all are there and sound."""
+    start = key_start_ms(hour)
+    past = [p for n in range(1, 8) if (p := profiles.sound_day(start - n * DAY_MS)) is not None]
+    if not past:
+        return None, []
+    earlier = [profiles.verdict(hour_key(start - n * HOUR_MS)) for n in range(1, DAY_HOURS)]
+    now = _summed([profiles.profile(hour), *(v.profile if v else None for v in earlier)])
+    return (now, past) if now is not None and now.looked_at >= profiles.settings.min_events else (None, [])
+
+
+def _summed(parts: Sequence[Profile | None]) -> Profile | None:
+    """Profiles of hours as one; None when an hour is missing or all are empty. The price is the weighted median of theirs."""
+    known = [part for part in parts if part is not None]
+    total = sum(p.looked_at for p in known)
+    if len(known) < len(parts) or not total:
+        return None
+    types, categories = Counter[str](), Counter[str]()
+    for part in known:
+        types.update(part.types)
+        categories.update(part.categories)
+    by_price = sorted((p.price, p.priced) for p in known if p.priced)
+    weights = np.cumsum([weight for _, weight in by_price])
+    price = by_price[int(np.searchsorted(weights, weights[-1] / 2))][0] if by_price else 0.0
+    return Profile(
+        hour=known[0].hour,
+        data_version="",
+        events=sum(p.events for p in known),
+        looked_at=total,
+        priced=sum(weight for _, weight in by_price),
+        price=price,
+        types=dict(types),
+        categories=dict(categories),
+    )
+
+
+Measuring = Callable[[Profiles, str], Iterable[Measure]]
+HOUR_CLAIMS: Mapping[str, Measuring] = {
+    "event_ids_are_unique": repeated_ids,
+    "events_lie_in_their_hour": outside_times,
+    "events_are_not_repeated": repetitions,
+    "volume_is_as_usual": volumes,
+    "users_are_many": user_shares,
+    "event_types_are_as_usual": type_shares,
+    "prices_are_as_usual": prices,
+    "categories_are_all_there": category_counts,
+    "hours_lie_in_their_time_zone": time_shifts,
+    "items_are_in_the_catalogue": known_items,
+}
+"""What is claimed of an hour of clicks, and how it is measured."""
+WARNINGS = frozenset({"items_are_in_the_catalogue"})
+"""Claims that don't make an hour unsound: an item may be sold before the catalogue knows it."""
+
+
+def judge(profiles: Profiles, hours: Sequence[str]) -> dict[str, Report]:
+    """Judge hours in their order, keep the verdict on each, and return the report of every claim over all of them."""
+    lookback = (max(profiles.settings.weeks * 7, 8) + 1) * DAY_HOURS
+    starts = [key_start_ms(hour) for hour in hours]
+    wanted = {hour_key(ms - n * HOUR_MS) for ms in starts for n in (*range(8 * DAY_HOURS + 1), *_same_hours(lookback))}
+    profiles.load(sorted(wanted))
+    measures: dict[str, list[Measure]] = {claim: [] for claim in HOUR_CLAIMS}
+    for hour in progress.track(sorted(hours), "judging hours", len(hours)):
+        found = {claim: list(measuring(profiles, hour)) for claim, measuring in HOUR_CLAIMS.items()}
+        for claim, of_hour in found.items():
+            measures[claim] += of_hour
+        if (profile := profiles.profile(hour)) is not None:
+            before = profiles.verdict(hour)
+            failed = {claim: "; ".join(map(_told, bad)) for claim, of in found.items() if (bad := [*filter(_unusual, of)])}
+            hard = {claim: reason for claim, reason in failed.items() if claim not in WARNINGS}
+            verdict = Verdict(profile, hard, True, bool(before and before.accepted))
+            if verdict != before:
+                profiles.store(verdict)
+    return {claim: validate(usual_suite(claim), frame_of(of_claim)) for claim, of_claim in measures.items()}
+
+
+def _same_hours(lookback: int) -> range:
+    return range(0, lookback, 7 * DAY_HOURS)
+
+
+def _unusual(measure: Measure) -> bool:
+    low = measure.least is not None and measure.value < measure.least
+    return low or (measure.most is not None and measure.value > measure.most)
+
+
+def _told(measure: Measure) -> str:
+    usual = f"{_number(measure.least)} … {_number(measure.most)}"
+    return f"{measure.what} {_number(measure.value)}, usual {usual}" + (f" ({measure.beside})" if measure.beside else "")
+
+
+def _number(value: float | None) -> str:
+    return "any" if value is None else f"{value:.4g}"
+
+
+def accept(profiles: Profiles, hours: Iterable[str]) -> list[str]:
+    """A person's word that these hours are as they should be; they count as a past from now on. Returns those changed."""
+    changed = []
+    for hour in hours:
+        profile = profiles.profile(hour)
+        verdict = profiles.verdict(hour)
+        if profile is not None and verdict is not None and not verdict.accepted:
+            profiles.store(replace(verdict, accepted=True))
+            changed.append(hour)
+    return changed
+
+
+def unsound_hours(profiles: Profiles, hours: Sequence[str]) -> dict[str, str]:
+    """Hours that may not be learned from, and why. What was not judged yet, or failed, is judged now; hours never made
+    are not among them."""
+    profiles.load(hours)
+    known = [hour for hour in hours if profiles.events(hour) is not None]
+    open_ = [hour for hour in known if (v := profiles.verdict(hour)) is None or not v.sound]
+    if open_:
+        judge(profiles, open_)
+    found = {hour: profiles.verdict(hour) for hour in open_}
+    return {
+        hour: "; ".join(f"{claim}: {reason}" for claim, reason in verdict.failed.items())
+        for hour, verdict in found.items()
+        if verdict and not verdict.sound
+    }
+
+
+def missing_hours(profiles: Profiles, hours: Sequence[str]) -> list[str]:
+    """Hours after the first one that was made that were never made."""
+    profiles.load(hours)
+    made = [profiles.events(hour) is not None for hour in hours]
+    first = made.index(True) if any(made) else len(hours)
+    return [hour for hour, there in zip(hours[first:], made[first:], strict=True) if not there]
+
+
+def window_report(claim: str, found: Mapping[str, str], hours: int) -> Report:
+    """The report of a claim about the hours of a window, from the reasons by hour."""
+    finding = Finding(claim.replace("_", " "), not found, len(found))
+    sample = tuple({"hour": hour, "reason": reason} for hour, reason in sorted(found.items())[:SAMPLE])
+    return Report(claim, hours, (finding,), sample)
+
+
+# -- the catalogue ----------------------------------------------------------------------------------------------
+
+
+def catalogue_measures(lake: Lake) -> tuple[dict[str, list[Measure]], dict[str, Any]]:
+    """What is claimed of the catalogue as it is now beside the last one that was found sound, and its own profile."""
+    table = read_catalog(lake)
+    tops = Counter(_counts(Catalogue(lake).tops))
+    tops.pop("", None)
+    priced = pc.drop_null(table["price"])
+    now = {
+        "items": table.num_rows,
+        "priced": len(priced),
+        "price": float(np.median(priced.to_numpy())) if len(priced) else 0.0,
+        "available": int(pc.sum(table["available"]).as_py() or 0),
+        "categories": dict(tops),
+    }
+    stored = lake.find(CATALOG_PROFILE, CATALOG_KEY)
+    before = stored.extra["profile"] if stored else None
+    told = "the last sound catalogue"
+    measures: dict[str, list[Measure]] = {
+        "catalogue_size_is_as_usual": [Measure("now", "items", now["items"])],
+        "catalogue_prices_are_as_usual": [Measure("now", "median price", now["price"])],
+        "catalogue_categories_are_all_there": [],
+    }
+    if before:
+        size = before["items"]
+        share = before["available"] / 4 if before["available"] >= SAMPLE else None
+        measures["catalogue_size_is_as_usual"] = [
+            Measure("now", "items", now["items"], 0.7 * size, None, f"{size} in {told}"),
+            Measure("now", "available items", now["available"], share, None, f"{before['available']} in {told}"),
+        ]
+        if before["priced"] >= SAMPLE and now["priced"]:
+            usual = before["price"]
+            measures["catalogue_prices_are_as_usual"] = [
+                Measure("now", "median price", now["price"], usual / 4, usual * 4, f"{usual:.2f} in {told}")
+            ]
+        measures["catalogue_categories_are_all_there"] = [
+            Measure(
+                "now", f"items of {name!r}", now["categories"].get(name, 0), max(1, 0.2 * count), None, f"{count} in {told}"
+            )
+            for name, count in before["categories"].items()
+            if count >= SAMPLE and name != OTHER
+        ]
+    return measures, now
+
+
+def judge_catalogue(lake: Lake, rows: Report, accepted: bool = False) -> dict[str, Report]:
+    """The reports on the catalogue; one that is sound, or accepted, is what the next one is held against.
+
+    `rows` is the report on its rows, which has to be good as well.
+    """
+    part = lake.find(CATALOG_TABLE, CATALOG_KEY)
+    measures, now = catalogue_measures(lake)
+    reports = {claim: validate(usual_suite(claim), frame_of(of_claim)) for claim, of_claim in measures.items()}
+    if part and (accepted or (rows.passed and all(report.passed for report in reports.values()))):
+        stored = lake.find(CATALOG_PROFILE, CATALOG_KEY)
+        if stored is None or stored.extra["profile"] != now:
+            lake.write_blobs(CATALOG_PROFILE, CATALOG_KEY, {}, now["items"], {"profile": now})
+    return reports
+
+
+CATALOGUE_CLAIMS = (
+    "catalogue_size_is_as_usual",
+    "catalogue_prices_are_as_usual",
+    "catalogue_categories_are_all_there",
+)

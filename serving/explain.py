@@ -1,0 +1,110 @@
+"""Why an item is in an answer: the parts of its score, who proposed it, which live actions speak for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from recsys_core.index import unit_rows
+from recsys_core.online import UserRecord
+from recsys_core.ranking import PARTS, Ranked, Snapshot, Trend, Users, with_fold_in
+from recsys_core.settings import RankingSettings
+from serving import recsys_pb2 as pb
+
+NAMED_PARTS = tuple(name for name in PARTS if name in pb.Parts.DESCRIPTOR.fields_by_name)
+INFLUENCES = 3
+"""Most actions named for an item."""
+
+
+def parts_message(values: Mapping[str, float]) -> pb.Parts:
+    """Parts of a score, or their weights, by name."""
+    message = pb.Parts()
+    for name in NAMED_PARTS:
+        setattr(message, name, values.get(name, 0.0))
+    for name in values.keys() - set(NAMED_PARTS):
+        message.others[name] = values[name]
+    return message
+
+
+def weights(settings: RankingSettings) -> dict[str, float]:
+    """The weight of each part."""
+    return {part: float(getattr(settings, f"{part}_weight")) for part in PARTS}
+
+
+def described(snapshot: Snapshot, positions: np.ndarray) -> list[dict[str, Any]]:
+    """Item id, title and category of some items."""
+    rows = snapshot.items.select(["item_id", "title", "category"]).take(positions).to_pylist()
+    return [{name: value or "" for name, value in row.items()} for row in rows]
+
+
+def asset_versions(sources: Mapping[str, Mapping[str, str]]) -> list[pb.AssetVersion]:
+    """The assets behind a release, by name."""
+    return [
+        pb.AssetVersion(asset=asset, partition=source.get("partition", ""), data_version=source.get("data_version", ""))
+        for asset, source in sorted(sources.items())
+    ]
+
+
+def add_items(
+    response: pb.RecommendResponse,
+    snapshot: Snapshot,
+    trend: Trend,
+    ranked: Ranked,
+    row: int,
+    record: UserRecord,
+    users: Users,
+    settings: RankingSettings,
+    count: int,
+) -> None:
+    """Put the first `count` items of a ranked row into the response, each with everything that is known of it."""
+    positions = ranked.positions[row][ranked.positions[row] >= 0][:count]
+    scores, parts = ranked.scores[row].tolist(), ranked.parts[row].tolist()
+    sources = candidate_sources(snapshot, trend, users.rows(slice(row, row + 1)), settings, count)
+    influences = moved_by(snapshot, positions, record, settings)
+    for at, item in enumerate(described(snapshot, positions)):
+        added = response.items.add(**item, score=scores[at], parts=parts_message(dict(zip(PARTS, parts[at], strict=True))))
+        position = int(positions[at])
+        added.sources.extend(name for name, proposed in sources.items() if position in proposed)
+        added.moved_by.extend(influences[at])
+
+
+def candidate_sources(
+    snapshot: Snapshot, trend: Trend, user: Users, settings: RankingSettings, count: int
+) -> dict[str, set[int]]:
+    """The positions that each generator proposes for one user, by its name; those of `recsys_core.ranking.rank`."""
+    found: dict[str, set[int]] = {}
+    factor = unit_rows(with_fold_in(snapshot, user))
+    if factor.any():
+        nearest = snapshot.indexes["inner_product"].search(factor, max(settings.candidates, count))
+        found["als"] = set(nearest[0].tolist())
+    last = user.last_items[0]
+    found["session"] = set(snapshot.similar[last[last >= 0], : settings.session_neighbours].ravel().tolist())
+    found["trending"] = set(trend.order[: settings.trending].tolist())
+    found["popular"] = set(snapshot.by_popularity[: max(settings.popular, count)].tolist())
+    return found
+
+
+def moved_by(
+    snapshot: Snapshot, positions: np.ndarray, record: UserRecord, settings: RankingSettings
+) -> list[list[pb.Influence]]:
+    """For each item the user's last actions whose items are like it, strongest first."""
+    acted = [(at, snapshot.positions[action[0]]) for at, action in enumerate(record.last) if action[0] in snapshot.positions]
+    acted = acted[: settings.last_items]
+    if not acted or not len(positions):
+        return [[] for _ in positions]
+    vectors = unit_rows(snapshot.als_items[[position for _, position in acted]])
+    recency = settings.session_decay ** np.arange(len(acted))
+    strengths = (unit_rows(snapshot.als_items[positions]) @ vectors.T) * recency
+    influences = []
+    for of_item in strengths:
+        strongest = [k for k in np.argsort(-of_item)[:INFLUENCES] if of_item[k] > 0]
+        influences.append([action_message(record.last[acted[k][0]], float(of_item[k])) for k in strongest])
+    return influences
+
+
+def action_message(action: Sequence[Any], strength: float = 0.0) -> pb.Influence:
+    """One of a record's last actions."""
+    item, event_type, ts = action
+    return pb.Influence(item_id=item, event_type=event_type, ts_ms=int(ts), strength=strength)

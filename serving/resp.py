@@ -1,0 +1,185 @@
+"""Redis over one pipelined connection: commands of one turn of the event loop leave together, replies come in order.
+
+A general client spends more on one command than gRPC on one call; here a command is bytes that lie ready and a reply is
+what hiredis made of it. For one server (plain or TLS, with password and database) as `redis.url` names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hiredis
+from redis.asyncio.connection import parse_url
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 2.0
+
+
+class RespError(OSError):
+    """The connection is gone or the server refuses it."""
+
+
+Sink = Callable[[list[Any] | None, Exception | None], None]
+"""Takes the replies of a batch of commands, or the error for which there are none."""
+
+
+class _Protocol(asyncio.Protocol):
+    """Matches replies with the batches that wait for them."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.lost = False
+        self._reader = hiredis.Reader()
+        self._waiting: deque[tuple[int, Sink]] = deque()
+        self._replies: list[Any] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def send(self, data: bytes, replies: int, sink: Sink) -> None:
+        """Must not be called on a lost connection."""
+        assert self.transport is not None
+        self._waiting.append((replies, sink))
+        self.transport.write(data)
+
+    def data_received(self, data: bytes) -> None:
+        reader, replies = self._reader, self._replies
+        try:
+            reader.feed(data)
+            while (reply := reader.gets()) is not False:
+                replies.append(reply)
+                if len(replies) == self._waiting[0][0]:
+                    whole, replies = replies, []
+                    self._replies = replies
+                    self._waiting.popleft()[1](whole, None)
+        except (hiredis.HiredisError, IndexError) as error:
+            log.warning("Redis sent what is no reply to anything: %s", error)
+            self.close(RespError(f"Redis does not speak its protocol: {error}"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.close(RespError(f"the connection to Redis was lost: {error or 'closed by the server'}"))
+
+    def close(self, error: Exception) -> None:
+        """Fail everything that waits, at once."""
+        self.lost = True
+        if self.transport is not None:
+            self.transport.abort()
+        while self._waiting:
+            self._waiting.popleft()[1](None, error)
+
+
+class Connection:
+    """One connection, made when it is needed. Every failure is an OSError."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError when `url` is not that of one server."""
+        options: dict[str, Any] = dict(parse_url(url))
+        self._path = options.get("path")
+        self._host, self._port = options.get("host", "localhost"), int(options.get("port", 6379))
+        self._tls = ssl.create_default_context(cafile=options.get("ssl_ca_certs")) if url.startswith("rediss:") else None
+        if self._tls is not None and options.get("ssl_cert_reqs") in ("none", "CERT_NONE"):
+            self._tls.check_hostname = False
+            self._tls.verify_mode = ssl.CERT_NONE
+        self._greetings: list[bytes] = []
+        if password := options.get("password"):
+            user = [options["username"].encode()] if options.get("username") else []
+            self._greetings.append(command(b"AUTH", *user, password.encode()))
+        if database := int(options.get("db") or 0):
+            self._greetings.append(command(b"SELECT", b"%d" % database))
+        self._protocol: _Protocol | None = None
+        self._connecting: asyncio.Task[_Protocol] | None = None
+
+    def send(self, data: bytes, replies: int, sink: Sink) -> bool:
+        """Send encoded commands now; `sink` gets their replies. False, and nothing sent, when there is no connection."""
+        protocol = self._protocol
+        if protocol is None or protocol.lost:
+            return False
+        protocol.send(data, replies, sink)
+        return True
+
+    async def call(self, data: bytes, replies: int) -> list[Any]:
+        """The replies to encoded commands; an error reply is a `hiredis.ReplyError` among them. Raises OSError."""
+        await self.connect()
+        waiting: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+        def take(found: list[Any] | None, error: Exception | None) -> None:
+            if waiting.done():
+                return
+            if found is None:
+                waiting.set_exception(error or RespError("no reply"))
+            else:
+                waiting.set_result(found)
+
+        if not self.send(data, replies, take):
+            raise RespError("the connection to Redis was lost at once")
+        return await waiting
+
+    async def connect(self) -> None:
+        """Make the connection unless there is one. Raises OSError.
+
+        Callers that come while it is being made share it; one that gives up leaves it to the others.
+        """
+        if self._protocol is not None and not self._protocol.lost:
+            return
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._connect())
+            self._connecting.add_done_callback(self._made)
+        await asyncio.shield(self._connecting)
+
+    def _made(self, task: asyncio.Task[_Protocol]) -> None:
+        self._connecting = None
+        if not task.cancelled() and task.exception() is None:
+            self._protocol = task.result()
+
+    async def _connect(self) -> _Protocol:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            return await self._greet()
+
+    async def _greet(self) -> _Protocol:
+        loop = asyncio.get_running_loop()
+        if self._path:
+            _, protocol = await loop.create_unix_connection(_Protocol, self._path)
+        else:
+            _, protocol = await loop.create_connection(_Protocol, self._host, self._port, ssl=self._tls)
+        if self._greetings:
+            greeted: asyncio.Future[list[Any] | None] = loop.create_future()
+            protocol.send(b"".join(self._greetings), len(self._greetings), lambda found, _: greeted.set_result(found))
+            for reply in await greeted or [RespError("it has closed the connection")]:
+                if isinstance(reply, Exception):
+                    protocol.close(RespError(str(reply)))
+                    raise RespError(f"Redis refuses the connection: {reply}")
+        return protocol
+
+    def drop(self) -> None:
+        """Give the connection up; the next call makes a new one."""
+        if self._protocol is not None:
+            self._protocol.close(RespError("the connection to Redis was given up"))
+            self._protocol = None
+
+
+def command(*words: bytes) -> bytes:
+    """A command as Redis reads it."""
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+
+
+class UserReads:
+    """The commands that read users' records and cached answers: HMGET of `fields`, then GET."""
+
+    def __init__(self, fields: Sequence[bytes]) -> None:
+        names = b"".join(b"$%d\r\n%b\r\n" % (len(field), field) for field in fields)
+        self._one = (
+            b"*%d\r\n$5\r\nHMGET\r\n$%%d\r\nuser:{%%b}\r\n" % (len(fields) + 2)
+            + names.replace(b"%", b"%%")
+            + b"*2\r\n$3\r\nGET\r\n$%d\r\nrecs:{%b}\r\n"
+        )
+
+    def of(self, user_ids: Sequence[bytes]) -> bytes:
+        """Two commands for each user."""
+        one = self._one
+        return b"".join([one % (len(u) + 7, u, len(u) + 7, u) for u in user_ids])

@@ -1,0 +1,61 @@
+"""Who may call: TLS, client certificates, and bearer tokens for each method. Secrets come from the environment alone."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import grpc
+
+from recsys_core.settings import ServingSettings
+
+EVERY_METHOD = "*"
+
+
+class MissingSecret(ValueError):
+    """A setting names a secret that is not there."""
+
+
+def server_credentials(settings: ServingSettings) -> grpc.ServerCredentials | None:
+    """TLS of the server, with client certificates when there is a CA for them; None without a certificate.
+
+    Raises OSError when a file can't be read.
+    """
+    if not settings.tls_certificate:
+        return None
+    pair = (Path(settings.tls_key).read_bytes(), Path(settings.tls_certificate).read_bytes())
+    ca = Path(settings.tls_client_ca).read_bytes() if settings.tls_client_ca else None
+    return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+
+
+class Tokens:
+    """The bearer tokens and what each may call."""
+
+    def __init__(self, methods: Mapping[str, Sequence[str]], environment: Mapping[str, str] = os.environ) -> None:
+        """`methods` maps the name of a variable that holds a token to the methods that it opens.
+
+        Raises MissingSecret when a variable is not set.
+        """
+        absent = [name for name in methods if not environment.get(name)]
+        if absent:
+            raise MissingSecret(f"serving.tokens names {', '.join(absent)}, which the environment does not set")
+        self._opened = [(environment[name].encode(), frozenset(opened)) for name, opened in methods.items()]
+
+    def __bool__(self) -> bool:
+        return bool(self._opened)
+
+    def status(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> grpc.StatusCode:
+        """OK, UNAUTHENTICATED without a known token, PERMISSION_DENIED with one that does not open the method."""
+        given = next((value for key, value in metadata if key == "authorization"), "")
+        scheme, _, token = (given if isinstance(given, str) else given.decode("latin-1")).partition(" ")
+        known = False
+        if scheme.lower() == "bearer":
+            presented = token.strip().encode()
+            for expected, opened in self._opened:
+                if hmac.compare_digest(presented, expected):
+                    known = True
+                    if method in opened or EVERY_METHOD in opened:
+                        return grpc.StatusCode.OK
+        return grpc.StatusCode.PERMISSION_DENIED if known else grpc.StatusCode.UNAUTHENTICATED

@@ -1,0 +1,30 @@
+"""Configuration of every Kafka client, in one place: where the brokers are and how to log in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recsys_core.settings import KafkaSettings
+
+QUIET = 4
+"""Syslog level of librdkafka's own messages: warnings and worse."""
+
+
+def client_config(settings: KafkaSettings, **more: Any) -> dict[str, Any]:
+    """librdkafka properties of a client; `more` are those of its kind, with dots written as underscores."""
+    conf: dict[str, Any] = {
+        "bootstrap.servers": settings.bootstrap_servers,
+        "security.protocol": settings.security_protocol,
+        "log_level": QUIET,
+    }
+    if settings.security_protocol.startswith("SASL"):
+        conf["sasl.mechanism"] = settings.sasl_mechanism
+        conf["sasl.username"] = settings.sasl_username
+        conf["sasl.password"] = settings.sasl_password.get_secret_value()
+    files = {
+        "ssl.ca.location": settings.ca_file,
+        "ssl.certificate.location": settings.cert_file,
+        "ssl.key.location": settings.key_file,
+    }
+    conf |= {name: file for name, file in files.items() if file}
+    return {**conf, **{name.replace("_", "."): value for name, value in more.items()}, **settings.conf}

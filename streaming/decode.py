@@ -1,0 +1,151 @@
+"""Messages to events: JSON of schema v1 in columns, and a reason for each message that is no event.
+
+Values are parsed many at a time by Arrow. Whatever Arrow might read otherwise than one by one (a broken value, two
+values in one message, a wrong type) is found beforehand or makes its slice be parsed again value by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pj
+
+from recsys_core.events import EVENT_SCHEMA, SCHEMA_VERSION, TS, VALUE, invalid_reasons
+from recsys_core.settings import EventSettings
+
+VERSION = "v"
+SLICE = 4096
+"""Values that are parsed again one by one when one of them is broken."""
+_NULLABLE = pa.schema([pa.field(f.name, f.type) for f in EVENT_SCHEMA])
+_COLUMNS = pa.schema([pa.field(VERSION, pa.int64()), *_NULLABLE])
+_BLOCK = 64 << 20
+_MAX_INT = 2**63
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a batch of messages holds.
+
+    Attributes:
+        events: EVENT_SCHEMA, the valid ones in the order of the messages.
+        rows: int64, the position of the message of each event.
+        rejected: position and reason of each other message.
+    """
+
+    events: pa.Table
+    rows: np.ndarray
+    rejected: list[tuple[int, str]]
+
+
+def decode(values: Sequence[bytes | None], settings: EventSettings, max_bytes: int, appended: np.ndarray) -> Decoded:
+    """Parse and judge the values of messages.
+
+    `appended` int64 (n,) is the broker's time of each (ms), by which the future is judged: a replay judges alike.
+    """
+    refused: dict[int, str] = {}
+    tables = []
+    for at in range(0, len(values), SLICE * 4):
+        tables += _parse(values[at : at + SLICE * 4], at, max_bytes, refused)
+    rows = pa.concat_tables(tables)
+    reasons = invalid_reasons(rows, settings, appended)
+    version = rows[VERSION].combine_chunks()
+    wrong = pc.fill_null(pc.not_equal(version, SCHEMA_VERSION), True)
+    bad = pc.or_(wrong, pc.is_valid(reasons))
+    if pc.any(bad).as_py():
+        wrong_version = f"schema version is not {SCHEMA_VERSION}"
+        for row in np.flatnonzero(bad.to_numpy(zero_copy_only=False)).tolist():
+            refused.setdefault(row, wrong_version if wrong[row].as_py() else reasons[row].as_py())
+    kept = np.arange(len(values), dtype=np.int64)
+    if refused:
+        kept = np.delete(kept, sorted(refused))
+        rows = rows.take(pa.array(kept))
+    return Decoded(rows.select(_NULLABLE.names).cast(EVENT_SCHEMA), kept, sorted(refused.items()))
+
+
+def _parse(values: Sequence[bytes | None], start: int, max_bytes: int, refused: dict[int, str]) -> list[pa.Table]:
+    """Tables of `_COLUMNS` with a row for each value, empty rows for those that are refused."""
+    table = _parse_together(values, max_bytes)
+    if table is not None:
+        return [table]
+    if len(values) > SLICE:
+        parts = [(values[at : at + SLICE], start + at) for at in range(0, len(values), SLICE)]
+        return [table for part, at in parts for table in _parse(part, at, max_bytes, refused)]
+    return [_parse_each(values, start, max_bytes, refused)]
+
+
+def _parse_together(values: Sequence[bytes | None], max_bytes: int) -> pa.Table | None:
+    """All values at once, None when that might differ from parsing each: lines must be exactly the values."""
+    try:
+        lines = b"\n".join(values)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    lengths = np.fromiter(map(len, values), np.int64, len(values))  # type: ignore[arg-type]
+    if int(lengths.max()) > max_bytes or int(lengths.min()) == 0 or lines.count(b"\n") != len(values) - 1:
+        return None
+    firsts = np.frombuffer(lines, np.uint8)[np.concatenate([[0], np.cumsum(lengths + 1)[:-1]])]
+    if (firsts != ord("{")).any() or b"\\u" in lines or not _is_text(lines):
+        return None
+    try:
+        table = pj.read_json(
+            pa.BufferReader(lines),
+            read_options=pj.ReadOptions(use_threads=False, block_size=_BLOCK),
+            parse_options=pj.ParseOptions(explicit_schema=_COLUMNS, unexpected_field_behavior="ignore"),
+        )
+    except pa.ArrowInvalid:
+        return None
+    return table if table.num_rows == len(values) and table.schema.equals(_COLUMNS) else None
+
+
+def _is_text(data: bytes) -> bool:
+    if data.isascii():
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _parse_each(values: Sequence[bytes | None], start: int, max_bytes: int, refused: dict[int, str]) -> pa.Table:
+    rows: list[dict[str, object]] = []
+    for at, value in enumerate(values):
+        row: dict[str, object] = {}
+        try:
+            row = _row(value, max_bytes)
+        except ValueError as error:
+            refused[start + at] = str(error)
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=_COLUMNS)
+
+
+def _row(value: bytes | None, max_bytes: int) -> dict[str, object]:
+    """The known fields of one value. Raises ValueError with the reason for what is no event."""
+    if not value:
+        raise ValueError("no value")
+    if len(value) > max_bytes:
+        raise ValueError(f"value longer than {max_bytes} bytes")
+    try:
+        found = orjson.loads(value)
+    except orjson.JSONDecodeError:
+        raise ValueError("not JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    row = {name: found.get(name) for name in _COLUMNS.names}
+    for name, field in row.items():
+        wanted: tuple[type, ...] = (str,)
+        if name in (TS, VERSION):
+            wanted = (int,)
+        elif name == VALUE:
+            wanted = (int, float)
+        if field is not None and (isinstance(field, bool) or not isinstance(field, wanted)):
+            raise ValueError(f"{name} is not {'a number' if name == VALUE else 'an integer' if wanted == (int,) else 'a string'}")
+        if isinstance(field, int) and not -_MAX_INT <= field < _MAX_INT:
+            raise ValueError(f"{name} out of range")
+        if isinstance(field, str) and "\0" in field:
+            raise ValueError(f"{name} holds a NUL character")
+    return row

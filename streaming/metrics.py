@@ -1,0 +1,66 @@
+"""What a worker counts: Prometheus metrics of its own registry, served on a port where the settings name one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client.core import HistogramMetricFamily
+
+LATENCY_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 300.0)
+
+
+class LatencyHistogram:
+    """Seconds from the broker's time of a message to its being visible in Redis, counted a batch at a time."""
+
+    def __init__(self) -> None:
+        self._edges = np.array(LATENCY_SECONDS) * 1000
+        self._counts = np.zeros(len(LATENCY_SECONDS) + 1, np.int64)
+        self._sum = 0.0
+
+    def observe(self, milliseconds: np.ndarray) -> None:
+        """Count the latencies (ms) of a batch."""
+        at = np.searchsorted(self._edges, milliseconds)
+        self._counts += np.bincount(at, minlength=len(self._counts))
+        self._sum += float(milliseconds.sum()) / 1000
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """For the registry."""
+        names = [*(str(edge) for edge in LATENCY_SECONDS), "+Inf"]
+        totals = np.cumsum(self._counts).tolist()
+        family = HistogramMetricFamily("recsys_stream_visible_seconds", self.__class__.__doc__ or "")
+        family.add_metric([], list(zip(names, totals, strict=True)), self._sum)
+        yield family
+
+
+class StreamMetrics:
+    """The metrics of one worker."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.latency = LatencyHistogram()
+        self.registry.register(self.latency)
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"recsys_stream_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(f"recsys_stream_{name}", text, labels, registry=self.registry)
+
+        self.messages = counter("messages_total", "Messages taken from the topic and finished")
+        self.events = counter("events_total", "Valid events among them")
+        self.dead_letters = counter("dead_letters_total", "Messages sent to the dead-letter topic", ("reason",))
+        self.fence_hits = counter("fence_hits_total", "Updates of users and trend buckets that had been applied before")
+        self.unkeyed = counter("unkeyed_total", "Events without a message key: their user's order is not kept")
+        self.redis_retries = counter("redis_retries_total", "Batches tried again because Redis failed")
+        self.restarts = counter("restarts_total", "Starts over from what Redis and the archive hold", ("reason",))
+        self.archive_files = gauge("archive_files", "Archive files written since the start")
+        self.lag = gauge("lag", "Messages between the end of the topic and what is visible", ("partition",))
+        self.paused = gauge("paused", "1 while consumption waits for Redis")
+        self.batch = gauge("batch_messages", "Messages of the last batch")
+
+    def serve(self, port: int) -> None:
+        """Answer Prometheus on a port; 0 does nothing."""
+        if port:
+            start_http_server(port, registry=self.registry)

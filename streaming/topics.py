@@ -1,0 +1,112 @@
+"""The topics of the platform: made with their partitions and retention, and told from a topic that was made again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from confluent_kafka import KafkaError, KafkaException, TopicCollection, Uuid
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+
+from recsys_core.events import HOUR_MS
+from recsys_core.settings import KafkaSettings
+from streaming.clients import client_config
+
+ADMIN_SECONDS = 15.0
+
+
+class TopicError(RuntimeError):
+    """A topic is not as it has to be; the message says what differs and what to do."""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A topic as it is now. `identity` differs between a topic and one of the same name made after it was deleted."""
+
+    name: str
+    identity: str
+    partitions: int
+
+
+def identity_of(topic_id: Uuid) -> str:
+    """8 hexadecimal digits of a topic's id."""
+    return f"{topic_id.get_most_significant_bits() & 0xFFFFFFFFFFFFFFFF:016x}"[:8]
+
+
+def find_topic(admin: AdminClient, name: str, seconds: float = ADMIN_SECONDS) -> Topic | None:
+    """The topic, None when there is none. Raises KafkaException when the brokers do not answer.
+
+    The embedded broker has no topic ids; there the identity is made of the name.
+    """
+    try:
+        found = admin.describe_topics(TopicCollection([name]), request_timeout=seconds)[name].result()
+    except KafkaException as error:
+        code = error.args[0].code()
+        if code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID):
+            return None
+        if code != KafkaError._UNSUPPORTED_FEATURE:
+            raise
+        partitions = len(admin.list_topics(name, timeout=seconds).topics[name].partitions)
+        return Topic(name, blake2b(name.encode(), digest_size=4).hexdigest(), partitions)
+    return Topic(name, identity_of(found.topic_id), len(found.partitions))
+
+
+def init_topics(settings: KafkaSettings) -> list[Topic]:
+    """Make the topics that are missing and bring retention and message size of the others up to date.
+
+    The broker's time of arrival becomes the time of a message, by which the archive is cut and the future is judged.
+    Raises TopicError when a topic has another number of partitions: users would move to other partitions, and the order
+    of one user's events would be lost while both are read.
+    """
+    admin = AdminClient(client_config(settings))
+    wanted = {
+        "retention.ms": str(settings.retention_hours * HOUR_MS),
+        "max.message.bytes": str(settings.max_message_bytes),
+        "message.timestamp.type": "LogAppendTime",
+    }
+    made = []
+    for name, partitions in ((settings.topic, settings.partitions), (settings.dead_letter_topic, 1)):
+        found = find_topic(admin, name)
+        if found is None:
+            _create(admin, NewTopic(name, partitions, settings.replication, config=wanted))
+            found = _await_topic(admin, name)
+        elif found.partitions != partitions and name == settings.topic:
+            raise TopicError(
+                f"{name} has {found.partitions} partitions and the settings say {partitions}: users would change their "
+                "partition. Set kafka.partitions to what there is, or make a topic of another name and read both"
+            )
+        else:
+            _alter(admin, name, wanted)
+        made.append(found)
+    return made
+
+
+def _create(admin: AdminClient, topic: NewTopic) -> None:
+    try:
+        admin.create_topics([topic], request_timeout=ADMIN_SECONDS)[topic.topic].result()
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise TopicError(f"{topic.topic} can't be made: {error.args[0].str()}") from error
+
+
+def _await_topic(admin: AdminClient, name: str) -> Topic:
+    """A topic that was just made; the brokers hear of it a moment later."""
+    deadline = time.monotonic() + ADMIN_SECONDS
+    while time.monotonic() < deadline:
+        if found := find_topic(admin, name):
+            return found
+        time.sleep(0.05)
+    raise TopicError(f"{name} was made, and the brokers do not know it after {ADMIN_SECONDS:.0f} s")
+
+
+def _alter(admin: AdminClient, name: str, wanted: Mapping[str, str]) -> None:
+    resource = ConfigResource(ResourceType.TOPIC, name)
+    current = admin.describe_configs([resource], request_timeout=ADMIN_SECONDS)[resource].result()
+    if all(key in current and current[key].value == value for key, value in wanted.items()):
+        return
+    changed = ConfigResource(ResourceType.TOPIC, name)
+    for key, value in wanted.items():
+        changed.set_config(key, value)
+    admin.alter_configs([changed], request_timeout=ADMIN_SECONDS)[changed].result()

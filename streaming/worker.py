@@ -1,0 +1,682 @@
+"""A worker of the speed layer: Kafka to users' records and trends in Redis, and to the archive in the landing zone.
+
+Three threads hand batches on: one takes messages from Kafka, one parses and sums them up, one writes. Each batch is as
+large as what arrived while the one before it was on its way: a single event when the worker has caught up, tens of
+thousands when it is behind. Nothing is kept between batches but positions, so a worker that starts serves at once.
+
+A worker is given its partitions by the consumer group, but starts where Redis and the archive are (`progress`, names of
+archive files). The group's committed offset follows behind both and is for those who watch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AdminClient
+from redis.exceptions import RedisError
+
+from recsys_core.events import now_ms
+from recsys_core.lake import Lake
+from recsys_core.landing import ARCHIVE_SCHEMA, Landing
+from recsys_core.live import Batch
+from recsys_core.live_trends import announce_sources
+from recsys_core.redis_client import client
+from recsys_core.settings import Settings
+from streaming.archive import Archive, Messages, Rejected
+from streaming.clients import client_config
+from streaming.dead_letters import DeadLetter, DeadLetterQueue
+from streaming.decode import Decoded, decode
+from streaming.metrics import StreamMetrics
+from streaming.progress import StateLost, advance, check_kept, read_positions
+from streaming.sink import Prepared, RedisSink
+from streaming.topics import Topic, find_topic
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_KEY = "stream:heartbeat:"
+POLL_SECONDS = 0.1
+PAUSE_SECONDS = 5.0
+"""How long a batch waits to be handed on before consumption is paused, which gives up what was fetched ahead."""
+COMMIT_SECONDS = 1.0
+TOPIC_SECONDS = 1.0
+"""How often the topic's identity is looked at."""
+DRAIN_SECONDS = 10.0
+RETRY_SECONDS = 0.2
+MAX_RETRY_SECONDS = 5.0
+REDIS_SECONDS = 30.0
+SWITCH_SECONDS = 0.001
+"""The interpreter's switch interval: with the default of 5 ms a batch waits that long for a thread that computes."""
+
+
+class StartOver(Exception):
+    """What the worker knew of the topic no longer holds; it starts from what Redis and the archive hold."""
+
+
+@dataclass
+class Position:
+    """Where a partition is.
+
+    Attributes:
+        source: its name in Redis: the topic's identity and the partition.
+        epoch: consumption that was taken before this assignment has a lower one.
+        redis_from: offset from which events are applied to Redis; those before it had been.
+        seen: the next offset to be taken from Kafka.
+        applied: before it everything is in Redis.
+        persisted: `applied` as Redis itself knows it.
+        committed: what the group knows.
+    """
+
+    source: str
+    epoch: int
+    redis_from: int
+    seen: int
+    applied: int
+    persisted: int
+    committed: int = -1
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Messages as they came."""
+
+    epoch: int
+    messages: list[Message]
+    values: list[bytes | None]
+    partition: np.ndarray
+    offset: np.ndarray
+    appended: np.ndarray
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch ready to be written."""
+
+    taken: Taken
+    prepared: Prepared | None
+    archive: dict[int, Messages]
+    letters: list[DeadLetter]
+    positions: dict[int, Position]
+    events: int
+
+
+@dataclass
+class _Pipeline:
+    """What goes from thread to thread."""
+
+    taken: queue.Queue[Taken] = field(default_factory=lambda: queue.Queue(1))
+    work: queue.Queue[Work] = field(default_factory=lambda: queue.Queue(1))
+    offered: int = 0
+    finished: int = 0
+    failure: BaseException | None = None
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+
+class Worker:
+    """Runs until it is stopped; starts over by itself when the topic or Redis is no longer what it was."""
+
+    def __init__(self, settings: Settings, name: str = "") -> None:
+        self.settings = settings
+        self.name = name or f"{socket.gethostname()}-{os.getpid()}"
+        self.metrics = StreamMetrics()
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Finish the batches under way and end `run`; safe in a signal handler."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Work until `stop`."""
+        sys.setswitchinterval(SWITCH_SECONDS)
+        self.metrics.serve(self.settings.stream.metrics_port)
+        while not self._stopping.is_set():
+            topic = self._wait_for_topic()
+            if topic is None:
+                return
+            session = _Session(self.settings, topic, self.metrics, self._stopping, self.name)
+            try:
+                session.run()
+            except (StartOver, StateLost) as reason:
+                self.metrics.restarts.labels(type(reason).__name__).inc()
+                log.warning("starting over: %s", reason)
+            finally:
+                session.close()
+
+    def _wait_for_topic(self) -> Topic | None:
+        admin = AdminClient(client_config(self.settings.kafka))
+        name = self.settings.kafka.topic
+        told = False
+        while not self._stopping.is_set():
+            try:
+                topic = find_topic(admin, name)
+            except KafkaException as error:
+                log.warning("%s does not answer: %s", self.settings.kafka.bootstrap_servers, error.args[0].str())
+                topic = None
+            else:
+                if topic is None and not told:
+                    log.warning("there is no topic %s; `recsys kafka init` makes it", name)
+                    told = True
+            if topic is not None:
+                return topic
+            self._stopping.wait(TOPIC_SECONDS)
+        return None
+
+
+class _Session:
+    """The work on one incarnation of the topic."""
+
+    def __init__(
+        self, settings: Settings, topic: Topic, metrics: StreamMetrics, stopping: threading.Event, name: str
+    ) -> None:
+        self._settings = settings
+        self._topic = topic
+        self._metrics = metrics
+        self._stopping = stopping
+        self._name = name
+        self._redis = redis_for_writes(settings)
+        self._sink = RedisSink(self._redis, settings)
+        self._dead_letters = DeadLetterQueue(settings.kafka)
+        self._admin = AdminClient(client_config(settings.kafka))
+        landing = Landing(Lake(settings.lake_uri, settings.lake.keep_versions))
+        self._archive = Archive(landing, topic.name, topic.identity, settings.stream) if settings.stream.archive else None
+        self._positions: dict[int, Position] = {}
+        self._lock = threading.Lock()
+        self._epoch = 0
+        self._pipe = _Pipeline()
+        self._held: list[Message] = []
+        self._paused = False
+        self._asked: Any = None
+        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0}
+        self._consumer = Consumer(consumer_config(settings), logger=log)
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(step,), name=step.__name__, daemon=True)
+            for step in (self._prepare_all, self._write_all)
+        ]
+
+    # -- taking messages --------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Take messages and hand them on. Raises what made it impossible."""
+        for thread in self._threads:
+            thread.start()
+        self._consumer.subscribe(
+            [self._topic.name], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+        while not self._stopping.is_set():
+            self._check_failure()
+            self._keep_house()
+            messages = self._take()
+            if messages:
+                self._offer(self._taken(messages))
+        self._drain()
+        self._check_failure()
+
+    def close(self) -> None:
+        """End the threads, say how far the partitions are, and leave the group."""
+        self._pipe.stopping.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        try:
+            if self._pipe.failure is None:
+                self._write_progress()
+                self._commit(asynchronous=False)
+        except (RedisError, KafkaException) as error:
+            log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
+        with self._lock:
+            self._positions.clear()
+        self._consumer.close()
+        if self._archive is not None:
+            self._archive.close()
+        self._redis.close()
+
+    def _take(self) -> list[Message]:
+        """What there is, at most a batch; waits a moment for a first message."""
+        held, self._held = self._held, []
+        first = self._consumer.poll(0 if held else POLL_SECONDS)
+        messages = [*held, *([first] if first is not None else [])]
+        if messages:
+            messages += self._consumer.consume(self._settings.stream.batch_events, 0)
+        return [message for message in messages if self._is_message(message)]
+
+    def _is_message(self, message: Message) -> bool:
+        error = message.error()
+        if error is None:
+            return True
+        if error.fatal():
+            raise KafkaException(error)
+        if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID, KafkaError.OFFSET_OUT_OF_RANGE):
+            self._due["topic"] = 0.0
+        log.warning("Kafka: %s", error.str())
+        return False
+
+    def _taken(self, messages: list[Message]) -> Taken:
+        n = len(messages)
+        partition = np.fromiter([m.partition() for m in messages], np.int64, n)
+        offset = np.fromiter([m.offset() for m in messages], np.int64, n)
+        appended = np.fromiter([m.timestamp()[1] for m in messages], np.int64, n)
+        for number in np.unique(partition).tolist():
+            position = self._positions.get(number)
+            if position is None:
+                continue
+            own = offset[partition == number]
+            if int(own[0]) < position.seen:
+                raise StartOver(f"{self._topic.name}/{number} went back from offset {position.seen} to {int(own[0])}")
+            position.seen = int(own[-1]) + 1
+        return Taken(self._epoch, messages, [m.value() for m in messages], partition, offset, appended)
+
+    def _offer(self, taken: Taken) -> None:
+        """Hand a batch on. While the threads behind are held up, the group is kept and Kafka is not asked for more."""
+        self._pipe.offered += 1
+        while not self._stopping.is_set():
+            try:
+                self._pipe.taken.put(taken, timeout=POLL_SECONDS if self._paused else PAUSE_SECONDS)
+                break
+            except queue.Full:
+                self._check_failure()
+                self._pause()
+                self._keep_house()
+                message = self._consumer.poll(0)
+                if message is not None and self._is_message(message):
+                    self._held.append(message)
+        else:
+            self._pipe.offered -= 1
+        self._resume()
+
+    def _pause(self) -> None:
+        if not self._paused:
+            log.warning("Redis or the archive is slow; consumption pauses")
+            self._consumer.pause(self._consumer.assignment())
+            self._paused = True
+            self._metrics.paused.set(1)
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._consumer.resume(self._consumer.assignment())
+            self._paused = False
+            self._metrics.paused.set(0)
+
+    # -- partitions -------------------------------------------------------------------------------------------------
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        numbers = [p.partition for p in partitions]
+        sources = {number: f"{self._topic.identity}.{number}" for number in numbers}
+        committed = {p.partition: p for p in consumer.committed(partitions, timeout=30)}
+        found = self._patiently(lambda: read_positions(self._redis, list(sources.values())))
+        self._epoch += 1
+        starts = []
+        for number in numbers:
+            low, high = consumer.get_watermark_offsets(TopicPartition(self._topic.name, number), timeout=30)
+            position, start = self._start(number, sources[number], found[sources[number]], committed.get(number), low, high)
+            with self._lock:
+                self._positions[number] = position
+            starts.append(TopicPartition(self._topic.name, number, start))
+        kept = {position.source: position.redis_from for position in self._positions.values()}
+        self._patiently(lambda: advance(self._redis, kept, self._settings.cache.feature_ttl_seconds))
+        self._patiently(lambda: announce_sources(self._redis, list(sources.values()), self._settings, now_ms()))
+        consumer.incremental_assign(starts)
+        log.info("has partitions %s", sorted(self._positions))
+
+    def _start(
+        self, number: int, source: str, marker: int | None, group: TopicPartition | None, low: int, high: int
+    ) -> tuple[Position, int]:
+        """Where a partition starts: where Redis is, or where the archive is if that is earlier.
+
+        A committed offset counts only where nothing is archived, and only of this incarnation of the topic.
+        """
+        committed = -1
+        if group is not None and group.offset >= 0 and group.metadata == self._topic.identity:
+            committed = group.offset
+        if marker is None and committed >= 0:
+            log.warning("Redis does not know of %s, which was read up to %d: applying all of it again", source, committed)
+        redis_from = low if marker is None else max(low, marker)
+        start = redis_from
+        if self._archive is not None:
+            landed, known = self._archive.landed(number)
+            archive_from = max(low, landed if landed is not None else max(committed, low))
+            self._archive.start(number, archive_from, known)
+            start = min(start, archive_from)
+        if start > high:
+            log.error("%s ends at offset %d and was read up to %d: the brokers lost messages", source, high, start)
+            start = high
+        return Position(source, self._epoch, redis_from, start, redis_from, redis_from, committed), start
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._drain()
+        try:
+            self._write_progress()
+            self._commit(asynchronous=False)
+        except (RedisError, KafkaException) as error:
+            log.warning("progress could not be written before partitions went: %s", error)
+        self._forget(partitions)
+        consumer.incremental_unassign(partitions)
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        log.warning("the group gave partitions %s to others", sorted(p.partition for p in partitions))
+        self._forget(partitions)
+        consumer.incremental_unassign(partitions)
+
+    def _forget(self, partitions: Sequence[TopicPartition]) -> None:
+        numbers = [p.partition for p in partitions]
+        with self._lock:
+            for number in numbers:
+                self._positions.pop(number, None)
+                self._metrics.lag.labels(str(number)).set(0)
+        if self._archive is not None:
+            self._archive.drop(numbers)
+
+    def _drain(self) -> None:
+        """Wait until what was handed on is written, for a while."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self._pipe.finished < self._pipe.offered and self._pipe.failure is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        """Do something with Redis, again and again while it is away."""
+        for pause in _pauses():
+            try:
+                return call()
+            except RedisError as error:
+                if self._stopping.is_set():
+                    raise
+                log.warning("Redis: %s; trying again", error)
+                self._metrics.redis_retries.inc()
+                self._stopping.wait(pause)
+
+    # -- the two threads behind -------------------------------------------------------------------------------------
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that takes messages
+            self._pipe.failure = error
+            self._pipe.stopping.set()
+
+    def _check_failure(self) -> None:
+        if self._pipe.failure is not None:
+            raise self._pipe.failure
+
+    def _prepare_all(self) -> None:
+        while not self._pipe.stopping.is_set():
+            try:
+                taken = self._pipe.taken.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                continue
+            work = self._prepare(taken)
+            while not self._pipe.stopping.is_set():
+                try:
+                    self._pipe.work.put(work, timeout=POLL_SECONDS)
+                    break
+                except queue.Full:
+                    continue
+
+    def _prepare(self, taken: Taken) -> Work:
+        kafka = self._settings.kafka
+        decoded = decode(taken.values, self._settings.events, kafka.max_message_bytes, taken.appended)
+        with self._lock:
+            positions = {n: p for n, p in self._positions.items() if p.epoch <= taken.epoch}
+        batch = Batch(decoded.events, taken.partition[decoded.rows], taken.offset[decoded.rows])
+        redis_from = np.full(max([*positions, int(taken.partition.max())]) + 1, np.iinfo(np.int64).max)
+        for number, position in positions.items():
+            redis_from[number] = position.redis_from
+        new = batch.offset >= redis_from[batch.partition]
+        sources = {number: position.source for number, position in positions.items()}
+        prepared = self._sink.prepare(batch if new.all() else batch.take(new), sources, now_ms())
+        letters = [
+            self._letter(taken, row, reason)
+            for row, reason in decoded.rejected
+            if taken.offset[row] >= redis_from[taken.partition[row]]
+        ]
+        archive = by_partition(taken, decoded, batch) if self._archive is not None else {}
+        return Work(taken, prepared, archive, letters, positions, batch.rows)
+
+    def _letter(self, taken: Taken, row: int, reason: str) -> DeadLetter:
+        message = taken.messages[row]
+        return DeadLetter(self._topic.name, message.partition(), message.offset(), reason, message.key(), message.value())
+
+    def _write_all(self) -> None:
+        while not self._pipe.stopping.is_set():
+            try:
+                work = self._pipe.work.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                pass
+            else:
+                self._write(work)
+                self._pipe.finished += 1
+            self._write_now_and_then()
+
+    def _write(self, work: Work) -> None:
+        """Redis, dead letters, archive: in this order, each repeated until it is done, then the positions."""
+        self._to_redis(work)
+        self._to_dead_letters(work.letters)
+        if self._archive is not None:
+            for number, messages in work.archive.items():
+                if number in work.positions:
+                    self._archive.add(number, messages)
+        taken = work.taken
+        visible = now_ms()
+        with self._lock:
+            for number, position in work.positions.items():
+                own = taken.offset[taken.partition == number]
+                if len(own):
+                    position.applied = max(position.applied, int(own[-1]) + 1)
+        self._metrics.latency.observe(np.maximum(visible - taken.appended, 0))
+        self._metrics.messages.inc(len(taken.values))
+        self._metrics.events.inc(work.events)
+        self._metrics.batch.set(len(taken.values))
+        if unkeyed := sum(message.key() is None for message in taken.messages):
+            self._metrics.unkeyed.inc(unkeyed)
+
+    def _to_redis(self, work: Work) -> None:
+        if work.prepared is None:
+            return
+        sources = {number: position.source for number, position in work.positions.items()}
+        known = {position.source: position.persisted for position in work.positions.values()}
+        for pause in _pauses():
+            try:
+                check_kept(self._redis, known)
+                hits = self._sink.apply(work.prepared, sources, now_ms())
+                self._wait_for_replicas()
+                self._metrics.fence_hits.inc(hits)
+                return
+            except RedisError as error:
+                self._metrics.redis_retries.inc()
+                log.warning("Redis did not take a batch, it is tried again: %s", error)
+                self._pipe.stopping.wait(pause)
+                if self._pipe.stopping.is_set():
+                    raise StartOver("stopped while Redis was away") from error
+
+    def _wait_for_replicas(self) -> None:
+        wanted = self._settings.redis.wait_replicas
+        if wanted and (have := self._redis.wait(wanted, int(REDIS_SECONDS * 1000))) < wanted:
+            raise RedisError(f"{have} of {wanted} replicas have the batch")
+
+    def _to_dead_letters(self, letters: list[DeadLetter]) -> None:
+        for pause in _pauses():
+            try:
+                if letters:
+                    self._dead_letters.send(letters)
+                break
+            except KafkaException as error:
+                log.warning("dead letters were not taken and are sent again: %s", error.args[0].str())
+                self._pipe.stopping.wait(pause)
+                if self._pipe.stopping.is_set():
+                    raise StartOver("stopped while the dead-letter topic was away") from error
+        for letter in letters:
+            self._metrics.dead_letters.labels(letter.reason).inc()
+
+    def _write_now_and_then(self) -> None:
+        """Positions, files whose time is over, and the heartbeat."""
+        now = time.monotonic()
+        if self._archive is not None:
+            self._archive.tick(now_ms())
+            self._metrics.archive_files.set(self._archive.files)
+        try:
+            if now >= self._due["progress"]:
+                self._due["progress"] = now + COMMIT_SECONDS
+                self._write_progress()
+            if now >= self._due["heartbeat"]:
+                self._due["heartbeat"] = now + self._settings.stream.heartbeat_seconds
+                self._heartbeat()
+        except RedisError as error:
+            log.warning("Redis does not take the worker's progress: %s", error)
+
+    def _write_progress(self) -> None:
+        with self._lock:
+            ahead = {p.source: p.applied for p in self._positions.values()}
+            known = {p.source: p.persisted for p in self._positions.values()}
+        if not ahead:
+            return
+        check_kept(self._redis, known)
+        advance(self._redis, ahead, self._settings.cache.feature_ttl_seconds)
+        with self._lock:
+            for position in self._positions.values():
+                position.persisted = max(position.persisted, ahead.get(position.source, -1))
+
+    def _heartbeat(self) -> None:
+        with self._lock:
+            applied = {str(number): position.applied for number, position in self._positions.items()}
+            sources = [position.source for position in self._positions.values()]
+        lag = {number: int(self._metrics.lag.labels(number)._value.get()) for number in applied}
+        value = {"at": now_ms(), "topic": self._topic.name, "applied": applied, "lag": lag}
+        ttl = int(20 * self._settings.stream.heartbeat_seconds) + 1
+        self._redis.set(HEARTBEAT_KEY + self._name, orjson.dumps(value), ex=ttl)
+        announce_sources(self._redis, sources, self._settings, now_ms())
+
+    # -- now and then -----------------------------------------------------------------------------------------------
+
+    def _keep_house(self) -> None:
+        """Commit, measure the lag, and look whether the topic is still the one that it was."""
+        now = time.monotonic()
+        if now >= self._due["commit"]:
+            self._due["commit"] = now + COMMIT_SECONDS
+            self._commit(asynchronous=True)
+            self._measure_lag()
+        if self._asked is not None and self._asked.done():
+            asked, self._asked = self._asked, None
+            self._check_topic(asked)
+        elif self._asked is None and now >= self._due["topic"]:
+            self._due["topic"] = now + TOPIC_SECONDS
+            self._asked = _ask_in_background(self._admin, self._topic.name)
+
+    def _check_topic(self, asked: Any) -> None:
+        try:
+            found = asked.result()
+        except KafkaException as error:
+            log.info("the brokers do not answer: %s", error.args[0].str())
+            return
+        if found is None:
+            raise StartOver(f"the topic {self._topic.name} was deleted")
+        if found.identity != self._topic.identity:
+            raise StartOver(f"the topic {self._topic.name} was deleted and made again: its offsets start over")
+
+    def _commit(self, asynchronous: bool) -> None:
+        offsets = []
+        with self._lock:
+            for number, position in self._positions.items():
+                durable = self._archive.durable(number) if self._archive is not None else None
+                safe = position.persisted if durable is None else min(position.persisted, durable)
+                if safe > position.committed:
+                    position.committed = safe
+                    offsets.append(TopicPartition(self._topic.name, number, safe, self._topic.identity))
+        if offsets:
+            self._consumer.commit(offsets=offsets, asynchronous=asynchronous)
+
+    def _measure_lag(self) -> None:
+        with self._lock:
+            applied = {number: position.applied for number, position in self._positions.items()}
+        for number, offset in applied.items():
+            _, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic.name, number), cached=True)
+            if high >= 0:
+                self._metrics.lag.labels(str(number)).set(max(0, high - offset))
+
+
+def _pauses() -> Iterator[float]:
+    """Longer and longer, without an end."""
+    pause = RETRY_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, MAX_RETRY_SECONDS)
+
+
+def _ask_in_background(admin: AdminClient, name: str) -> Any:
+    from concurrent.futures import Future
+
+    answer: Future[Topic | None] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(find_topic(admin, name))
+        except KafkaException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="topic", daemon=True).start()
+    return answer
+
+
+def by_partition(taken: Taken, decoded: Decoded, batch: Batch) -> dict[int, Messages]:
+    """The messages of a batch for the archive, a partition at a time."""
+    order = np.argsort(batch.partition, kind="stable")
+    events = batch.events.append_column(ARCHIVE_SCHEMA.field("offset"), pa.array(batch.offset))
+    if (order[1:] < order[:-1]).any():
+        events = events.take(pa.array(order))
+    sorted_partition = batch.partition[order]
+    refused: dict[int, list[Rejected]] = {}
+    for row, reason in decoded.rejected:
+        number = int(taken.partition[row])
+        refused.setdefault(number, []).append(Rejected(number, int(taken.offset[row]), reason, taken.values[row] or b""))
+    found = {}
+    for number in np.unique(taken.partition).tolist():
+        own = taken.partition == number
+        start, end = np.searchsorted(sorted_partition, [number, number + 1])
+        some = events.slice(int(start), int(end - start))
+        found[number] = Messages(taken.offset[own], taken.appended[own], some, refused.get(number, ()))
+    return found
+
+
+def redis_for_writes(settings: Settings) -> Any:
+    """A client that shows every lost connection, since what is behind the next one may be another Redis."""
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    return client(settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=REDIS_SECONDS)
+
+
+def consumer_config(settings: Settings) -> dict[str, Any]:
+    """librdkafka properties of a worker's consumer."""
+    stream = settings.stream
+    session_ms = int(stream.session_timeout_seconds * 1000)
+    kilobytes = stream.batch_megabytes * 1024
+    member = {"group.instance.id": stream.instance_id} if stream.instance_id else {}
+    return {
+        **client_config(
+            settings.kafka,
+            group_id=stream.group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            partition_assignment_strategy="cooperative-sticky",
+            session_timeout_ms=session_ms,
+            heartbeat_interval_ms=max(100, session_ms // 10),
+            fetch_message_max_bytes=4 << 20,
+            queued_max_messages_kbytes=kilobytes,
+            queued_min_messages=10 * stream.batch_events,
+            fetch_queue_backoff_ms=5,
+            topic_metadata_refresh_interval_ms=5_000,
+            socket_nagle_disable=True,
+        ),
+        **member,
+    }
+
+

@@ -1,0 +1,124 @@
+"""What the launcher and the executor of the installed dagster-k8s make of the settings: the jobs of runs and of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import kubernetes
+import pytest
+from dagster._core.executor.init import InitExecutorContext
+from dagster._core.executor.step_delegating import StepDelegatingExecutor
+from dagster._core.storage.dagster_run import DagsterRun
+from dagster._core.utils import make_new_run_id
+from dagster_k8s import K8sRunLauncher
+from dagster_k8s.container_context import K8sContainerContext
+from dagster_k8s.job import construct_dagster_k8s_job, get_user_defined_k8s_config
+from deployment import DEPLOY, instance_at, read_yaml, settings_of
+from test_kubernetes import assert_valid
+
+from recsys_assets.definitions import build_definitions
+from recsys_core.settings import LakeSettings, ReleaseSettings
+
+IMAGE = "registry.example.com/recsys/code-location:0.1.0"
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """The production instance with its launcher, on sqlite."""
+    config = read_yaml("dagster.yaml")
+    config["storage"] = {"sqlite": {"base_dir": str(tmp_path / "storage")}}
+    with instance_at(tmp_path / "dagster", config) as made:
+        yield made
+
+
+@pytest.fixture
+def definitions(monkeypatch: pytest.MonkeyPatch) -> dg.Definitions:
+    """The code location with the settings of Kubernetes, but for the object store, whose client is not installed here."""
+    settings = settings_of(DEPLOY / "k8s" / "base" / "recsys.toml", monkeypatch)
+    stores = {"lake": LakeSettings(uri="memory://lake"), "release": ReleaseSettings(uri="memory://releases")}
+    return build_definitions(settings.model_copy(update=stores))
+
+
+def job(launcher: K8sRunLauncher, step: dg.OpDefinition | None) -> dict[str, Any]:
+    """The Kubernetes job of a run, or of one of its steps."""
+    context = K8sContainerContext.create_for_run(
+        DagsterRun(job_name="nightly", run_id=make_new_run_id()), launcher, include_run_tags=step is None
+    )
+    if step is not None:
+        context = context.merge(K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(step.tags)))
+    made = construct_dagster_k8s_job(
+        context.get_k8s_job_config(IMAGE, launcher),
+        args=["dagster", "api", "execute_step" if step else "execute_run"],
+        job_name="dagster-step-0" if step else "dagster-run-0",
+        user_defined_k8s_config=context.run_k8s_config,
+        component="step_worker" if step else "run_worker",
+    )
+    manifest: dict[str, Any] = kubernetes.client.ApiClient().sanitize_for_serialization(made)
+    return {"apiVersion": "batch/v1", "kind": "Job", **manifest}
+
+
+def pod_of(manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    pod = manifest["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    return pod, container
+
+
+def test_the_pod_of_a_run_is_valid_small_and_knows_the_settings(instance: dg.DagsterInstance) -> None:
+    launcher = instance.run_launcher
+    assert isinstance(launcher, K8sRunLauncher)
+    manifest = job(launcher, None)
+    assert_valid(manifest)
+    pod, container = pod_of(manifest)
+    assert pod["serviceAccountName"] == "dagster"
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert container["resources"]["limits"] == {"memory": "1Gi"}
+    assert {source["secretRef"]["name"] for source in container["envFrom"]} == {"recsys-secrets"}
+    environment = {variable["name"]: variable for variable in container["env"]}
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert str(Path(environment["RECSYS_CONFIG"]["value"]).parent) in mounts
+    assert environment["DAGSTER_PG_PASSWORD"]["valueFrom"]["secretKeyRef"]["name"] == "dagster-postgresql-secret"
+    # A variable that names others must come after them.
+    assert list(environment).index("RECSYS_SPARK__CONF") > list(environment).index("POD_IP")
+
+
+def test_the_pod_of_every_step_is_valid_and_has_what_isolation_gives_it(
+    instance: dg.DagsterInstance, definitions: dg.Definitions
+) -> None:
+    launcher = instance.run_launcher
+    assert isinstance(launcher, K8sRunLauncher)
+    seen = {}
+    for key, asset in definitions.get_repository_def().assets_defs_by_key.items():
+        if asset.is_executable:
+            manifest = job(launcher, asset.op)
+            assert_valid(manifest)
+            seen[key.to_user_string()] = pod_of(manifest)
+    for name, (pod, container) in seen.items():
+        assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"], name
+        assert pod["automountServiceAccountToken"] == (pod["serviceAccountName"] == "recsys-spark"), name
+        assert pod["securityContext"]["runAsNonRoot"], name
+    assert seen["als_factors"][1]["resources"]["limits"] == {"memory": "16Gi"}
+    assert seen["interactions"][0]["serviceAccountName"] == "recsys-spark"
+    assert seen["popular_items"][0]["serviceAccountName"] == "recsys-step"
+
+
+@pytest.mark.parametrize("name", ["nightly", "hourly"])
+def test_the_executor_of_the_jobs_starts_with_the_settings_of_the_launcher(
+    instance: dg.DagsterInstance, definitions: dg.Definitions, name: str
+) -> None:
+    made = definitions.resolve_job_def(name)
+    executor = made.executor_def
+    assert executor.name == "k8s"
+    config = {"retries": {"enabled": {}}, "per_step_k8s_config": {}, "load_incluster_config": False, "max_concurrent": 4}
+    config["kubeconfig_file"] = instance.run_launcher.kubeconfig_file  # type: ignore[attr-defined]
+    creation = executor.executor_creation_fn
+    assert creation is not None
+    started = creation(InitExecutorContext(dg.reconstructable(_nothing), executor, config, instance))
+    assert isinstance(started, StepDelegatingExecutor)
+
+
+@dg.job
+def _nothing() -> None:
+    """Stands for a job that a pod could load again."""
