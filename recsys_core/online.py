@@ -1,7 +1,7 @@
 """The Redis contract: keys, the cached answer, the user's record, and their batch writers.
 
     user:{<user_id>}   hash: `last` [[item_id, event_type, ts_ms], …] newest first, `last_ts`, `seen` [item_id, …],
-                       `als` <factor version> NUL <float32 vector>
+                       `als` <factor version> NUL <float32 vector>, `features` see `OnlineFeatures`
     recs:{<user_id>}   string: the answer, see `AnswerEncoder`
     trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score], …]}
 
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import orjson
 
+from recsys_core.features import OnlineFeatures
 from recsys_core.ranking import Snapshot, Users
 from recsys_core.settings import RankingSettings
 
 TRENDING_KEY = "trending"
 
-LAST, LAST_TS, SEEN, ALS = b"last", b"last_ts", b"seen", b"als"
-RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS)
+LAST, LAST_TS, SEEN, ALS, FEATURES = b"last", b"last_ts", b"seen", b"als", b"features"
+RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS, FEATURES)
 
 _HEADER = struct.Struct("<BHqB")
 _FORMAT = 1
@@ -186,6 +187,7 @@ class UserRecord:
         seen: items the user had, most recent first.
         als_version: version of the factors that `als` belongs to.
         als: float32 (rank,) or None.
+        features: batch features of the last night, or None.
     """
 
     last: tuple[tuple[str, str, int], ...] = ()
@@ -193,11 +195,12 @@ class UserRecord:
     seen: tuple[str, ...] = ()
     als_version: str = ""
     als: np.ndarray | None = None
+    features: OnlineFeatures | None = None
 
     @classmethod
     def decode(cls, values: Sequence[bytes | None]) -> UserRecord:
         """From the values of RECORD_FIELDS, as HMGET gives them. Raises CorruptValue."""
-        last, last_ts, seen, als = values
+        last, last_ts, seen, als, features = values
         try:
             version, vector = b"", None
             if als:
@@ -209,6 +212,7 @@ class UserRecord:
                 seen=tuple(map(str, orjson.loads(seen))) if seen else (),
                 als_version=version.decode(),
                 als=vector,
+                features=OnlineFeatures.decode(features) if features else None,
             )
         except (ValueError, TypeError) as error:
             raise CorruptValue(f"user record: {error}") from error
@@ -224,6 +228,8 @@ class UserRecord:
             fields[SEEN] = orjson.dumps(self.seen)
         if self.als is not None:
             fields[ALS] = self.als_version.encode() + b"\0" + np.ascontiguousarray(self.als, "<f4").tobytes()
+        if self.features is not None:
+            fields[FEATURES] = self.features.encode()
         return fields
 
 

@@ -7,7 +7,16 @@ import dagster as dg
 ARRIVALS = dg.AssetSelection.assets("clickstream_landing", "item_catalog")
 HOURLY = dg.AssetSelection.assets("clicks_hourly", "trending_items", "rec_cache")
 NIGHTLY = dg.AssetSelection.assets(
-    "interactions", "als_factors", "item_index", "popular_items", "evaluation", "release", "online_features"
+    "interactions",
+    "user_features",
+    "item_features",
+    "training_examples",
+    "als_factors",
+    "item_index",
+    "popular_items",
+    "evaluation",
+    "release",
+    "online_features",
 )
 
 arrivals_job = dg.define_asset_job("arrivals", ARRIVALS, description="Look at what has landed.")
