@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from recsys_assets.features import interactions
+from recsys_assets.features import interactions, user_features
 from recsys_assets.ingestion import clicks_hourly
 from recsys_assets.models import als_factors, evaluation, two_tower
 from recsys_assets.partitions import daily, hourly, window_of_hours
@@ -160,7 +160,7 @@ def champion(context: dg.AssetExecutionContext, platform: PlatformResource) -> d
 
 
 @dg.asset(
-    deps=[champion, interactions, als_factors, clicks_hourly],
+    deps=[champion, user_features, als_factors],
     partitions_def=daily,
     group_name=GROUP,
     owners=OWNERS,
@@ -168,11 +168,9 @@ def champion(context: dg.AssetExecutionContext, platform: PlatformResource) -> d
     pool="spark",
 )
 def online_features(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
-    """Users' factors, last items and what they had, in Redis."""
+    """Users' factors, features, last items and what they had, in Redis."""
     day, settings = context.partition_key, platform.settings
-    part = build_online_features(
-        platform.spark(), platform.lake, day, ALS_USERS, settings.ranking, settings.interactions.window_days
-    )
+    part = build_online_features(platform.spark(), platform.lake, day, ALS_USERS)
     version = platform.lake.get("als_factors", day).data_version
     with platform.redis() as redis:
         report = write_online_features(redis, platform.lake, day, version, settings)

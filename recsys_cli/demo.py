@@ -192,6 +192,7 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
         materialize("nightly", ["interactions"], days)
+        materialize("nightly", ["user_features", "item_features", "training_examples"], (day, day))
         for asset in (
             "als_factors",
             "two_tower",

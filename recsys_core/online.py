@@ -1,8 +1,8 @@
 """The Redis contract: keys, the cached answer, the user's record, and their batch writers.
 
     user:{<user_id>}   hash: `last` [[item_id, event_type, ts_ms], …] newest first, `last_ts`, `seen` [item_id, …],
-                       `als` <factor version> NUL <float32 vector>; of the speed layer `stream` (counters and session)
-                       and `@<source>`, the last offset applied from a Kafka partition
+                       `als` <factor version> NUL <float32 vector>, `features` see `OnlineFeatures`; of the speed layer
+                       `stream` (counters and session) and `@<source>`, the last offset applied from a Kafka partition
     recs:{<user_id>}   string: the answer, see `AnswerEncoder`
     trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score], …]}
 
@@ -21,14 +21,15 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_core.features import OnlineFeatures
 from recsys_core.ranking import Snapshot, Users
 from recsys_core.redis_client import Script, run_calls
 from recsys_core.settings import RankingSettings
 
 TRENDING_KEY = "trending"
 
-LAST, LAST_TS, SEEN, ALS = b"last", b"last_ts", b"seen", b"als"
-RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS)
+LAST, LAST_TS, SEEN, ALS, FEATURES = b"last", b"last_ts", b"seen", b"als", b"features"
+RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS, FEATURES)
 STREAM = b"stream"
 STREAM_STATE = "<dddd"
 """`stream`: events, start (ms) and events of the latest session, when the TTL was last set (s)."""
@@ -280,6 +281,7 @@ class UserRecord:
         seen: items the user had, most recent first.
         als_version: version of the factors that `als` belongs to.
         als: float32 (rank,) or None.
+        features: batch features of the last night, or None.
     """
 
     last: tuple[tuple[str, str, int], ...] = ()
@@ -287,11 +289,12 @@ class UserRecord:
     seen: tuple[str, ...] = ()
     als_version: str = ""
     als: np.ndarray | None = None
+    features: OnlineFeatures | None = None
 
     @classmethod
     def decode(cls, values: Sequence[bytes | None]) -> UserRecord:
         """From the values of RECORD_FIELDS, as HMGET gives them. Raises CorruptValue."""
-        last, last_ts, seen, als = values
+        last, last_ts, seen, als, features = values
         try:
             version, vector = b"", None
             if als:
@@ -303,6 +306,7 @@ class UserRecord:
                 seen=tuple(map(str, orjson.loads(seen))) if seen else (),
                 als_version=version.decode(),
                 als=vector,
+                features=OnlineFeatures.decode(features) if features else None,
             )
         except (ValueError, TypeError) as error:
             raise CorruptValue(f"user record: {error}") from error
@@ -318,6 +322,8 @@ class UserRecord:
             fields[SEEN] = orjson.dumps(self.seen)
         if self.als is not None:
             fields[ALS] = self.als_version.encode() + b"\0" + np.ascontiguousarray(self.als, "<f4").tobytes()
+        if self.features is not None:
+            fields[FEATURES] = self.features.encode()
         return fields
 
 

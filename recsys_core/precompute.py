@@ -14,6 +14,7 @@ import pyarrow as pa
 from recsys_core import progress
 from recsys_core.bundle import TRENDING_ITEMS
 from recsys_core.events import EVENT_TYPE, ITEM_ID, TS, USER_ID, now_ms
+from recsys_core.features import OnlineFeatures
 from recsys_core.lake import Lake
 from recsys_core.online import (
     TRENDING_KEY,
@@ -172,4 +173,5 @@ def _records(batch: pa.RecordBatch, als_version: str) -> Iterator[tuple[str, Use
         last = tuple((action[ITEM_ID], action[EVENT_TYPE], action[TS]) for action in row["last"])
         factor = None if row["factor"] is None else np.asarray(row["factor"], np.float32)
         version = als_version if factor is not None else ""
-        yield row[USER_ID], UserRecord(last, row["last_ts"], tuple(row["seen"] or ()), version, factor)
+        features = OnlineFeatures.decode(row["features"])
+        yield row[USER_ID], UserRecord(last, row["last_ts"], tuple(row["seen"] or ()), version, factor, features)

@@ -85,7 +85,7 @@ class FeatureSettings(Section):
     max_examples: int = Field(
         10_000_000,
         ge=1000,
-        description="training examples of a day's window; beyond it events are sampled by a hash of their id",
+        description="training examples of a day's window; of more events a sample is taken by a hash of their id",
     )
     checked_examples: int = Field(200, ge=1, description="examples of a day that are made again from the clicks by the check")
 

@@ -8,6 +8,7 @@ from snapshots import make_snapshot
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import TRENDING_ITEMS
 from recsys_core.events import now_ms
+from recsys_core.features import OnlineFeatures
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.online import (
     TRENDING_KEY,
@@ -36,6 +37,7 @@ FEATURES_SCHEMA = pa.schema(
         ("last", pa.list_(ACTION)),
         ("last_ts", pa.int64()),
         ("seen", pa.list_(pa.string())),
+        ("features", pa.string()),
         ("factor", pa.list_(pa.float32())),
     ]
 )
@@ -60,6 +62,7 @@ def features(user: str, items: list[str], seen: list[str] | None, factor: np.nda
         "last": last,
         "last_ts": ms(HOUR),
         "seen": seen,
+        "features": OnlineFeatures(ms(DAY), 90, ms(HOUR), days=((1, len(items)),)).encode().decode(),
         "factor": None if factor is None else factor.tolist(),
     }
 
@@ -109,6 +112,7 @@ def test_every_users_record_is_read_back_as_the_table_has_it(redis, lake, settin
     for row, record in zip(USERS, read_records(redis, [row["user_id"] for row in USERS]), strict=True):
         assert record.last == tuple((a["item_id"], a["event_type"], a["ts"]) for a in row["last"])
         assert (record.last_ts, record.seen) == (row["last_ts"], tuple(row["seen"] or ()))
+        assert record.features.encode().decode() == row["features"]
         if row["factor"] is None:
             assert (record.als, record.als_version) == (None, "")
         else:
