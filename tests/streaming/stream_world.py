@@ -126,7 +126,7 @@ class World:
             )
         init_topics(settings.kafka)
         producer = Producer(client_config(settings.kafka, enable_idempotence=True, linger_ms=2))
-        return cls(settings, redis.Redis.from_url(redis_url), name, producer)
+        return cls(settings, redis.Redis.from_url(settings.redis.url), name, producer)
 
     # -- events -----------------------------------------------------------------------------------------------------
 
