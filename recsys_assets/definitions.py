@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from recsys_assets import checks, features, ingestion, models, retrieval, serving
+from recsys_assets import checks, features, ingestion, models, retrieval, serving, stream_checks
 from recsys_assets.resources import Platform
 from recsys_core.settings import Settings, load_settings
 from recsys_sensors.jobs import arrivals_job, hourly_job, nightly_job
@@ -16,7 +16,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     rooms = [ingestion, features, models, retrieval, serving]
     return dg.Definitions(
         assets=dg.load_assets_from_modules(rooms, include_specs=True),
-        asset_checks=dg.load_asset_checks_from_modules([checks]),
+        asset_checks=dg.load_asset_checks_from_modules([checks, stream_checks]),
         jobs=[arrivals_job, hourly_job, nightly_job],
         schedules=schedules(settings.dagster.automation),
         resources={"platform": Platform(settings)},

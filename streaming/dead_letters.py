@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from recsys_core.kafka_config import client_config
 from recsys_core.settings import KafkaSettings
-from streaming.clients import client_config
 
 MAX_VALUE_BYTES = 100_000
 """Of a longer value the beginning is kept, with its size in a header; the topic's limit is for both."""

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from confluent_kafka import KafkaError, KafkaException, TopicCollection, Uuid
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from recsys_core.events import HOUR_MS
+from recsys_core.kafka_config import client_config, topic_identity
 from recsys_core.settings import KafkaSettings
-from streaming.clients import client_config
 
 ADMIN_SECONDS = 15.0
 
@@ -30,11 +30,6 @@ class Topic:
     partitions: int
 
 
-def identity_of(topic_id: Uuid) -> str:
-    """8 hexadecimal digits of a topic's id."""
-    return f"{topic_id.get_most_significant_bits() & 0xFFFFFFFFFFFFFFFF:016x}"[:8]
-
-
 def find_topic(admin: AdminClient, name: str, seconds: float = ADMIN_SECONDS) -> Topic | None:
     """The topic, None when there is none. Raises KafkaException when the brokers do not answer.
 
@@ -50,7 +45,7 @@ def find_topic(admin: AdminClient, name: str, seconds: float = ADMIN_SECONDS) ->
             raise
         partitions = len(admin.list_topics(name, timeout=seconds).topics[name].partitions)
         return Topic(name, blake2b(name.encode(), digest_size=4).hexdigest(), partitions)
-    return Topic(name, identity_of(found.topic_id), len(found.partitions))
+    return Topic(name, topic_identity(found.topic_id.get_most_significant_bits()), len(found.partitions))
 
 
 def init_topics(settings: KafkaSettings) -> list[Topic]:

@@ -52,7 +52,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "hourly",
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet", "spark"],
-        "checks": ["event_ids_are_unique", "events_lie_in_their_hour"],
+        "checks": ["event_ids_are_unique", "events_lie_in_their_hour", "offsets_have_no_gap"],
     },
     "interactions": {
         "group": "features",
@@ -127,7 +127,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "checks": ["active_users_have_an_answer"],
     },
 }
-BLOCKING = {"factors_are_finite_and_not_all_zero", "weights_are_positive_and_finite"}
+BLOCKING = {"factors_are_finite_and_not_all_zero", "offsets_have_no_gap", "weights_are_positive_and_finite"}
 
 LOAD = """
 import json, sys, time
