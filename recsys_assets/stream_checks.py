@@ -1,7 +1,5 @@
 """What the archive of the topic proves before an hour made from it is used."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
