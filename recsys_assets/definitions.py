@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from recsys_assets import checks, feature_checks, features, gate, ingestion, models, retrieval, serving
+from recsys_assets import checks, feature_checks, features, gate, ingestion, models, retrieval, serving, stream_checks
 from recsys_assets.isolation import executor, isolated
 from recsys_assets.resources import Platform
 from recsys_core.settings import Settings, load_settings
@@ -25,7 +25,10 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     keys = [key for asset in assets if isinstance(asset, dg.AssetsDefinition) for key in asset.keys]
     return dg.Definitions(
         assets=isolated(assets, settings),
-        asset_checks=[*checks.asset_checks(keys), *dg.load_asset_checks_from_modules([checks, feature_checks, gate])],
+        asset_checks=[
+            *checks.asset_checks(keys),
+            *dg.load_asset_checks_from_modules([checks, feature_checks, gate, stream_checks]),
+        ],
         jobs=JOBS,
         schedules=schedules(settings.dagster.automation),
         sensors=sensors(settings.dagster.automation),

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from recsys_cli.console import showing_progress, table
 from recsys_cli.java import ensure_java
+from recsys_cli.live_demo import click_live
 from recsys_cli.processes import StackError, home_lock, run_folder
 from recsys_cli.stack import prepare_dagster_home, redis_server, serving_process
 from recsys_core.settings import HOME_VARIABLE, Settings, load_settings
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from recsys_core.landing import Landing
 
 MARKER = ".demo"
-OWN = ("lake", "releases", "dagster", "mlflow", "redis", "spark", "truth")
+OWN = ("lake", "releases", "dagster", "mlflow", "redis", "spark", "truth", "kafka")
 LOG = "demo.log"
 USERS = 5
 STRANGER = "someone-new"
@@ -68,10 +69,26 @@ def run(data: Path | None, mapping: str | None, home: Path) -> None:
                 metrics = materialize_line(home, day, steps)
             finally:
                 stop_session()
-            with steps.step("answers"), serving_process(home) as address:
-                _ask(address, load_settings(home), day, console)
+            with serving_process(home) as address:
+                with steps.step("answers"):
+                    _ask(address, load_settings(home), day, console)
+                with steps.step("live"):
+                    click_live(address, load_settings(home), console)
         _evaluation(metrics, day, console)
         _summary(steps, home, console)
+
+
+def run_live(home: Path) -> None:
+    """Only the live end, in the folder of a demo that was made. Raises StackError without one, or when it is in use."""
+    home = home.absolute()
+    if not (home / MARKER).exists():
+        raise StackError(f"{home} holds no demo; run `recsys demo` first")
+    console = Console()
+    os.environ[HOME_VARIABLE] = str(home)
+    with home_lock(home), redis_server(home) as redis_url:
+        os.environ["RECSYS_REDIS__URL"] = redis_url
+        with serving_process(home) as address:
+            click_live(address, load_settings(home), console)
 
 
 # -- the folder -------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def _console() -> Console:
 
 @app.command()
 def up(home: Home = None) -> None:
-    """Run the local stack until Ctrl-C: Redis, a broker, serving, the web UI and the daemon."""
+    """Run the local stack until Ctrl-C: Redis, a broker, the speed layer, serving, the web UI and the daemon."""
     from recsys_cli import stack
 
     raise typer.Exit(stack.up(_settings(home), _console()))
@@ -146,11 +146,15 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="A file or folder of events; without it a clickstream is made up.")] = None,
     mapping: Annotated[str | None, typer.Option(help="Name of the mapping of the columns; without it, it is detected.")] = None,
     home: Annotated[Path, typer.Option(help="Folder of everything the demo writes.")] = DEMO_HOME,
+    live: Annotated[bool, typer.Option("--live", help="Only its end, in the folder of an earlier demo.")] = False,
 ) -> None:
-    """Carry a clickstream from its files to answers of the server, then stop what was started."""
+    """Carry a clickstream from its files to answers of the server, click live, then stop what was started."""
     from recsys_cli import demo as demonstration
 
-    demonstration.run(data, mapping, home)
+    if live:
+        demonstration.run_live(home)
+    else:
+        demonstration.run(data, mapping, home)
 
 
 @app.command()

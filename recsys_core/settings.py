@@ -241,7 +241,7 @@ class RedisSettings(Section):
     cert_file: str = Field("", description="PEM file of this client's certificate, where the servers ask for one")
     key_file: str = Field("", description="PEM file of its key")
     read_replicas: bool = Field(False, description="online reads go to replicas as well; they may be a moment behind")
-    wait_replicas: int = Field(0, ge=0, description="replicas that must have a batch of the speed layer before it counts as written")
+    wait_replicas: int = Field(0, ge=0, description="replicas that must have a batch of the speed layer before it counts")
     timeout_ms: int = Field(20, ge=1, description="deadline of one online read")
 
     @model_validator(mode="after")
@@ -257,11 +257,13 @@ class RedisSettings(Section):
 class KafkaSettings(Section):
     bootstrap_servers: str = Field("127.0.0.1:9092", description="host:port of brokers, separated by commas")
     topic: str = Field("clickstream.events", description="topic of the events, keyed by user_id")
-    dead_letter_topic: str = Field("clickstream.dead-letter", description="topic of the messages that are no event, with the reason")
+    dead_letter_topic: str = Field("clickstream.dead-letter", description="topic of what is no event, with the reason")
     partitions: int = Field(4, ge=1, description="partitions of the topic that `recsys kafka init` makes")
     replication: int = Field(1, ge=1, description="copies of each partition")
     retention_hours: int = Field(7 * 24, ge=1, description="how long the topics keep a message")
-    max_message_bytes: int = Field(1 << 20, ge=1024, description="largest message that the broker takes; a larger event is a dead letter")
+    max_message_bytes: int = Field(
+        1 << 20, ge=1024, description="largest message of the topics; a larger event is a dead letter"
+    )
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how clients connect"
     )
@@ -280,7 +282,7 @@ class StreamSettings(Section):
     group: str = Field("recsys-stream", description="consumer group of the workers")
     instance_id: str = Field("", description="static member of the group: a restart within its session moves no partition")
     session_timeout_seconds: float = Field(30.0, gt=0, description="a worker silent for so long loses its partitions")
-    batch_events: int = Field(50_000, ge=1, description="most events of a batch; a worker that has caught up takes what is there")
+    batch_events: int = Field(50_000, ge=1, description="most events of a batch; one that has caught up takes what is there")
     batch_megabytes: int = Field(64, ge=1, description="most bytes of a batch, and of what is fetched ahead of it")
     archive: bool = Field(True, description="archive the topic into the landing zone")
     archive_rows: int = Field(100_000, ge=1, description="an archive file ends where the offset is a multiple of this")
@@ -288,7 +290,7 @@ class StreamSettings(Section):
     bucket_minutes: int = Field(5, ge=1, le=60, description="length of a bucket of the live trends")
     trend_hours: int = Field(24, ge=1, description="how long a bucket of the live trends is kept")
     metrics_port: int = Field(0, ge=0, le=65535, description="port of the Prometheus metrics; 0: none")
-    heartbeat_seconds: float = Field(5.0, gt=0, description="how often a worker writes its heartbeat, progress and lag to Redis")
+    heartbeat_seconds: float = Field(5.0, gt=0, description="how often a worker writes its heartbeat and lag to Redis")
 
 
 class ServingSettings(Section):

@@ -52,7 +52,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "hourly",
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet", "spark"],
-        "checks": ["event_ids_are_unique", "events_lie_in_their_hour"],
+        "checks": ["event_ids_are_unique", "events_lie_in_their_hour", "offsets_have_no_gap"],
     },
     "interactions": {
         "group": "features",
