@@ -9,6 +9,7 @@ from recsys_assets.isolation import executor, isolated
 from recsys_assets.resources import Platform
 from recsys_core.settings import Settings, load_settings
 from recsys_sensors.jobs import arrivals_job, hourly_job, nightly_job
+from recsys_sensors.pruning import prune_job, prune_schedule
 from recsys_sensors.schedules import schedules
 
 
@@ -18,8 +19,8 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     return dg.Definitions(
         assets=isolated(dg.load_assets_from_modules(rooms, include_specs=True), settings),
         asset_checks=dg.load_asset_checks_from_modules([checks]),
-        jobs=[arrivals_job, hourly_job, nightly_job],
-        schedules=schedules(settings.dagster.automation),
+        jobs=[arrivals_job, hourly_job, nightly_job, prune_job],
+        schedules=[*schedules(settings.dagster.automation), prune_schedule(settings.dagster.automation)],
         resources={"platform": Platform(settings)},
         executor=executor(settings),
     )

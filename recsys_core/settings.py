@@ -143,6 +143,17 @@ class CacheSettings(Section):
     batch_users: int = Field(2048, ge=1, description="users ranked and written at a time")
 
 
+class RetentionSettings(Section):
+    """What stays. Ages are counted from the newest event, so that a history that ended long ago is not old."""
+
+    landing_days: int = Field(0, ge=0, description="days that landing files stay, the only copy of what arrived; 0: for ever")
+    quarantine_days: int = Field(90, ge=0, description="days that quarantined rows stay; 0: for ever")
+    hourly_days: int = Field(180, ge=0, description="days that hourly partitions stay; 0: for ever")
+    daily_days: int = Field(120, ge=0, description="days that daily partitions stay; 0: for ever")
+    releases: int = Field(14, ge=0, description="newest releases that stay, the champion besides; 0: all")
+    run_days: int = Field(30, ge=0, description="days that Dagster's runs stay which made nothing that is kept; 0: for ever")
+
+
 class RedisSettings(Section):
     url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL")
     timeout_ms: int = Field(20, ge=1, description="deadline of one online read")
@@ -251,6 +262,7 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings = EvaluationSettings()
     release: ReleaseSettings = ReleaseSettings()
     cache: CacheSettings = CacheSettings()
+    retention: RetentionSettings = RetentionSettings()
     redis: RedisSettings = RedisSettings()
     kafka: KafkaSettings = KafkaSettings()
     serving: ServingSettings = ServingSettings()
