@@ -11,6 +11,7 @@ from recsys_core.settings import Settings, load_settings
 from recsys_sensors.automation import automated
 from recsys_sensors.freshness import with_deadline
 from recsys_sensors.jobs import JOBS
+from recsys_sensors.pruning import prune_job, prune_schedule
 from recsys_sensors.schedules import schedules
 from recsys_sensors.sensors import sensors
 
@@ -29,8 +30,8 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             *checks.asset_checks(keys),
             *dg.load_asset_checks_from_modules([checks, feature_checks, gate, stream_checks]),
         ],
-        jobs=JOBS,
-        schedules=schedules(settings.dagster.automation),
+        jobs=[*JOBS, prune_job],
+        schedules=[*schedules(settings.dagster.automation), prune_schedule(settings.dagster.automation)],
         sensors=sensors(settings.dagster.automation),
         resources={"platform": Platform(settings)},
         executor=executor(settings),

@@ -72,6 +72,7 @@ def _explanation(error: Exception) -> str | None:
     from recsys_cli.processes import StackError
     from recsys_core.readers import IngestError
     from recsys_core.release import ReleaseError
+    from recsys_core.retention import UnsafePolicy
     from serving.client import RecsysError
 
     if isinstance(error, ValidationError):
@@ -79,7 +80,7 @@ def _explanation(error: Exception) -> str | None:
     if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
         named = error.filename
         return f"{error.strerror}: {named}" if named else str(error)
-    if isinstance(error, StackError | JavaMissing | IngestError | ReleaseError):
+    if isinstance(error, StackError | JavaMissing | IngestError | ReleaseError | UnsafePolicy):
         return str(error)
     if isinstance(error, RecsysError):
         hint = " (what is up: `recsys status`)" if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else ""
@@ -176,6 +177,17 @@ def serve(home: Home = None) -> None:
     from serving import server
 
     raise typer.Exit(server.main(_settings(home)))
+
+
+@app.command()
+def prune(
+    home: Home = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and remove nothing.")] = False,
+) -> None:
+    """Remove what [retention] lets go: landing files, partitions, releases, runs. Never the champion or its sources."""
+    from recsys_cli import prune as pruning
+
+    pruning.prune(_settings(home), _console(), dry_run)
 
 
 @app.command()

@@ -167,6 +167,15 @@ class Releases:
         write_atomically(self.fs, self.path(CHAMPION), json.dumps(asdict(pointer), indent=2).encode())
         return pointer
 
+    def remove(self, release_id: str) -> None:
+        """Remove a release, its manifest first, so that nobody takes the rest for one. Raises ReleaseError for the champion."""
+        champion = self.champion()
+        if champion and champion.release_id == release_id:
+            raise ReleaseError(f"release {release_id} is the champion")
+        self.fs.rm_file(self.path(release_id, MANIFEST))
+        self.fs.rm(self.path(release_id), recursive=True)
+        self.fs.invalidate_cache()
+
     # -- reading ------------------------------------------------------------------------------------------------
 
     def champion(self) -> Pointer | None:

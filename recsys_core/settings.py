@@ -228,6 +228,17 @@ class QualitySettings(Section):
     min_shift_gain: float = Field(0.15, gt=0, description="correlation that a shift in time must win to count as one")
 
 
+class RetentionSettings(Section):
+    """What stays. Ages are counted from the newest event, so that a history that ended long ago is not old."""
+
+    landing_days: int = Field(0, ge=0, description="days that landing files stay, the only copy of what arrived; 0: for ever")
+    quarantine_days: int = Field(90, ge=0, description="days that quarantined rows stay; 0: for ever")
+    hourly_days: int = Field(180, ge=0, description="days that hourly partitions stay; 0: for ever")
+    daily_days: int = Field(120, ge=0, description="days that daily partitions stay; 0: for ever")
+    releases: int = Field(14, ge=0, description="newest releases that stay, the champion besides; 0: all")
+    run_days: int = Field(30, ge=0, description="days that Dagster's runs stay which made nothing that is kept; 0: for ever")
+
+
 class RedisSettings(Section):
     mode: Literal["standalone", "sentinel", "cluster"] = Field("standalone", description="kind of the installation")
     url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL of a standalone Redis")
@@ -432,6 +443,7 @@ class Settings(BaseSettings):
     mlflow: MlflowSettings = MlflowSettings()
     cache: CacheSettings = CacheSettings()
     quality: QualitySettings = QualitySettings()
+    retention: RetentionSettings = RetentionSettings()
     redis: RedisSettings = RedisSettings()
     kafka: KafkaSettings = KafkaSettings()
     stream: StreamSettings = StreamSettings()

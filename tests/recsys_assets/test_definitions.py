@@ -278,5 +278,6 @@ def test_schedules_run_by_themselves_only_when_the_settings_say_so(
     assert {name: s.cron_schedule for name, s in schedules.items()} == {
         "hourly_schedule": "5 * * * *",
         "nightly_schedule": "10 1 * * *",
+        "prune_job_schedule": "40 3 * * 0",
     }
     assert {s.default_status for s in schedules.values()} == {status}
