@@ -70,6 +70,7 @@ def _explanation(error: Exception) -> str | None:
     from recsys_cli.config import explain_invalid
     from recsys_cli.java import JavaMissing
     from recsys_cli.processes import StackError
+    from recsys_core.lake import MissingPartition
     from recsys_core.readers import IngestError
     from recsys_core.release import ReleaseError
     from recsys_core.retention import UnsafePolicy
@@ -80,7 +81,7 @@ def _explanation(error: Exception) -> str | None:
     if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
         named = error.filename
         return f"{error.strerror}: {named}" if named else str(error)
-    if isinstance(error, StackError | JavaMissing | IngestError | ReleaseError | UnsafePolicy):
+    if isinstance(error, StackError | JavaMissing | IngestError | MissingPartition | ReleaseError | UnsafePolicy):
         return str(error)
     if isinstance(error, RecsysError):
         hint = " (what is up: `recsys status`)" if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else ""
@@ -291,6 +292,55 @@ def _show_ingested(report: Any, kind: str, settings: Settings) -> None:
     rows.append({"": "items kept" if kind == "catalog" else "events landed", "count": report.landed})
     rows += [{"": f"quarantined: {reason}", "count": count} for reason, count in sorted(report.quarantined.items())]
     _console().print(table(f"Ingested into {settings.lake_uri} in {report.seconds:.1f} s", rows))
+
+
+@app.command()
+def check(
+    asset: Annotated[str | None, typer.Argument(help="An asset; without one all that were made.")] = None,
+    partition: Annotated[list[str] | None, typer.Option(help="A partition; may be given often. Default: the latest.")] = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Say that these hours, or the catalogue, are right as they are.")
+    ] = False,
+    home: Home = None,
+) -> None:
+    """Run the checks on data, models and caches. Exit code 1: one of them failed."""
+    from recsys_cli import checks
+
+    raise typer.Exit(checks.run(_settings(home), asset, partition or [], accept, _console()))
+
+
+@app.command()
+def backfill(
+    asset: Annotated[str, typer.Argument(help="An asset with partitions.")],
+    first: Annotated[str, typer.Argument(help="First partition: 2026-01-31 or 2026-01-31T09.")],
+    last: Annotated[str, typer.Argument(help="Last partition.")],
+    home: Home = None,
+) -> None:
+    """Make a range of an asset's partitions again: tables in one run, models one after the other."""
+    from recsys_cli import backfill as backfilling
+
+    raise typer.Exit(backfilling.run(_settings(home).home, asset, first, last, _console()))
+
+
+@app.command()
+def replay(
+    day: Annotated[str, typer.Option(help="The day: 2026-01-31.")],
+    user: Annotated[list[str] | None, typer.Option(help="A user; may be given often. Default: some of the day.")] = None,
+    count: Count = 10,
+    home: Home = None,
+) -> None:
+    """Show what would have been recommended on a past day, from the data before it."""
+    from recsys_cli import history
+
+    history.replay(_settings(home), day, user or [], count, _console())
+
+
+@app.command()
+def forget(user: Annotated[str, typer.Argument(help="Id of the user.")], home: Home = None) -> None:
+    """Remove a user from landing, tables and caches, and prove it. Exit code 1: something is left."""
+    from recsys_cli import history
+
+    raise typer.Exit(history.forget(_settings(home), user, _console()))
 
 
 @app.command()
