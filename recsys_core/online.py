@@ -3,7 +3,7 @@
     user:{<user_id>}   hash: `last` [[item_id, event_type, ts_ms], …] newest first, `last_ts`, `seen` [item_id, …],
                        `als` <factor version> NUL <float32 vector>
     recs:{<user_id>}   string: the answer, see `AnswerEncoder`
-    trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score], …]}
+    trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score by half-life, …], …]}
 
 The braces are Redis Cluster hash tags: both keys of a user live in one slot and are read in one round trip.
 """
@@ -11,15 +11,16 @@ The braces are Redis Cluster hash tags: both keys of a user live in one slot and
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 
-from recsys_core.ranking import Snapshot, Users
+from recsys_core.ranking import Scores, Snapshot, Users
 from recsys_core.settings import RankingSettings
+from recsys_core.tower import TowerInputs
 
 TRENDING_KEY = "trending"
 
@@ -228,11 +229,23 @@ class UserRecord:
 
 
 def users_of(
-    snapshot: Snapshot, records: Sequence[UserRecord], settings: RankingSettings, excluded: Sequence[Sequence[str]] = ()
+    snapshot: Snapshot,
+    records: Sequence[UserRecord],
+    settings: RankingSettings,
+    excluded: Sequence[Sequence[str]] = (),
+    *,
+    user_ids: Sequence[str] = (),
+    now: int | None = None,
+    devices: Sequence[str | None] = (),
+    countries: Sequence[str | None] = (),
+    categories: Sequence[str | None] = (),
+    counts: np.ndarray | None = None,
 ) -> Users:
     """The state that is ranked, from users' records; `excluded` are further item ids for each user.
 
-    A factor of another model version than the snapshot's is left out, so that the user is folded in instead.
+    A factor of another model version than the snapshot's is left out, so that the user is folded in instead. The keyword
+    arguments are for the user tower, as in `TowerInputs`; what is not given is not known, `now` (ms) is then the time of the
+    user's last action.
     """
     als = np.zeros((len(records), snapshot.als_items.shape[1]), np.float32)
     last = np.full((len(records), settings.last_items), -1, np.int64)
@@ -251,26 +264,44 @@ def users_of(
     exclusions = np.full((len(records), width), -1, np.int64)
     for row, positions in enumerate(left_out):
         exclusions[row, : len(positions)] = positions
-    return Users(als, last, exclusions)
+    if snapshot.tower is None:
+        return Users(als, last, exclusions)
+    unknown = [None] * len(records)
+    moments = [record.last_ts for record in records] if now is None else [now] * len(records)
+    inputs = TowerInputs(
+        user_ids=user_ids or [""] * len(records),
+        history=[list(dict.fromkeys([*(item for item, _, _ in record.last), *record.seen])) for record in records],
+        ts_ms=np.array(moments, np.int64),
+        device=devices or unknown,
+        country=countries or unknown,
+        category=categories or unknown,
+        counts=np.full((len(records), 4), np.nan, np.float32) if counts is None else counts,
+    )
+    return Users(als, last, exclusions, snapshot.tower.vectors(inputs))
 
 
 @dataclass(frozen=True)
 class TrendingValue:
-    """The trending items as serving reads them."""
+    """The trending items as serving reads them; `scores` are one a half-life of trends.half_lives_hours."""
 
     computed_at: int
     hour: str
-    scores: dict[str, float]
+    scores: Mapping[str, Scores]
 
     def encode(self) -> bytes:
-        return orjson.dumps({"computed_at": self.computed_at, "hour": self.hour, "items": list(self.scores.items())})
+        items = [[item, *np.atleast_1d(scores).tolist()] for item, scores in self.scores.items()]
+        return orjson.dumps({"computed_at": self.computed_at, "hour": self.hour, "items": items})
 
     @classmethod
     def decode(cls, data: bytes) -> TrendingValue:
         """Raises CorruptValue."""
         try:
             raw = orjson.loads(data)
-            return cls(int(raw["computed_at"]), str(raw["hour"]), {str(i): float(s) for i, s in raw["items"]})
+            return cls(
+                int(raw["computed_at"]),
+                str(raw["hour"]),
+                {str(i): (float(first), *map(float, more)) for i, first, *more in raw["items"]},
+            )
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptValue(f"trending: {error}") from error
 

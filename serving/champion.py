@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from recsys_core.online import AnswerEncoder, CachedAnswer
-from recsys_core.ranking import Ranked, Snapshot, Trend, Users, rank
+from recsys_core.online import AnswerEncoder, CachedAnswer, UserRecord, users_of
+from recsys_core.ranking import Ranked, Scores, Snapshot, Trend, Users, rank
 from recsys_core.release import CHAMPION, Manifest, Pointer, ReleaseError, Releases
 from recsys_core.settings import Settings
 from serving.validation import MAX_EXCLUDED
@@ -69,7 +69,7 @@ class Champion:
         self.refused: Refused | None = None
         self._releases = releases
         self._settings = settings
-        self._scores: Mapping[str, float] = {}
+        self._scores: Mapping[str, Scores] = {}
         self._refused_pointer: Pointer | None = None
         self._retry_at = 0.0
         self._thread = ThreadPoolExecutor(1, "release", initializer=one_faiss_thread)
@@ -127,13 +127,13 @@ class Champion:
         self._refused_pointer = pointer
         self._retry_at = time.monotonic() + RETRY_SECONDS
 
-    def _load(self, pointer: Pointer, scores: Mapping[str, float]) -> Loaded:
+    def _load(self, pointer: Pointer, scores: Mapping[str, Scores]) -> Loaded:
         manifest, snapshot = self._releases.load(pointer.release_id, pointer.manifest_sha256)
         trend, popular, answer, encoder = derive(snapshot, scores, self._settings)
         _warm(snapshot, trend, self._settings)
         return Loaded(pointer, manifest, snapshot, encoder, time.time(), trend, popular, answer)
 
-    async def set_trend(self, scores: Mapping[str, float]) -> None:
+    async def set_trend(self, scores: Mapping[str, Scores]) -> None:
         """Use other trend scores, by item id, from now on."""
         async with self._building:
             self._scores = scores
@@ -150,30 +150,28 @@ class Champion:
 
 
 def derive(
-    snapshot: Snapshot, scores: Mapping[str, float], settings: Settings, encoder: AnswerEncoder | None = None
+    snapshot: Snapshot, scores: Mapping[str, Scores], settings: Settings, encoder: AnswerEncoder | None = None
 ) -> tuple[Trend, Ranked, CachedAnswer, AnswerEncoder]:
     """The trend over the snapshot's items, and the answer for nobody in particular."""
     encoder = encoder or AnswerEncoder(snapshot.release_id, snapshot.item_ids)
     trend = Trend.of(snapshot, scores)
     wanted = settings.serving.max_items + settings.ranking.max_consumed + MAX_EXCLUDED
-    popular = rank(snapshot, trend, nobody(snapshot), min(wanted, snapshot.items.num_rows), settings.ranking)
+    popular = rank(snapshot, trend, nobody(snapshot), min(wanted, snapshot.items.num_rows), snapshot.ranking)
     [value] = encoder.encode(popular.positions, popular.scores, time.time_ns() // 1_000_000)
     return trend, popular, CachedAnswer.decode(value), encoder
 
 
 def nobody(snapshot: Snapshot) -> Users:
     """One user of whom nothing is known."""
-    none = np.empty((1, 0), np.int64)
-    return Users(np.zeros((1, snapshot.als_items.shape[1]), np.float32), none, none)
+    return users_of(snapshot, [UserRecord()], snapshot.ranking)
 
 
 def _warm(snapshot: Snapshot, trend: Trend, settings: Settings) -> None:
     """Touch what the first requests will need."""
-    last = np.array([[0]], np.int64)
-    users = Users(snapshot.als_items[:1], last, last)
+    users = users_of(snapshot, [UserRecord(last=((snapshot.item_ids[0], "view", 0),))], snapshot.ranking)
     everything = np.ones(snapshot.items.num_rows, bool)
     for allowed in (None, everything):
-        rank(snapshot, trend, users, settings.cache.items, settings.ranking, allowed)
+        rank(snapshot, trend, users, settings.cache.items, snapshot.ranking, allowed)
     snapshot.in_categories(["warm-up"])
 
 

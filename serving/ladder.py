@@ -138,7 +138,8 @@ class Ladder:
     async def _without_cache(self, call: Call, user_ids: Sequence[str], states: Sequence[UserState], pace: Pace) -> list[bytes]:
         records = [self._record(call, user_id, state) for user_id, state in zip(user_ids, states, strict=True)]
         wanted = [at for at, r in enumerate(records) if call.options.categories or is_known(call.loaded.snapshot, r)]
-        made = await self._compute(call, [records[at] for at in wanted], pace) if wanted else []
+        ids = [user_ids[at] for at in wanted]
+        made = await self._compute(call, ids, [records[at] for at in wanted], pace) if wanted else []
         computed = dict(zip(wanted, made, strict=True)) if made else {}
         self._write_back([(user_ids[at], answer.value) for at, answer in computed.items() if answer.value is not None])
         return [
@@ -148,10 +149,10 @@ class Ladder:
             for at in range(len(user_ids))
         ]
 
-    async def _compute(self, call: Call, records: Sequence[UserRecord], pace: Pace) -> list[Computed]:
+    async def _compute(self, call: Call, user_ids: Sequence[str], records: Sequence[UserRecord], pace: Pace) -> list[Computed]:
         """Ranked answers; none at all when ranking fails or lasts too long."""
         try:
-            return await _in_thread(pace, lambda: self._ranked(call, records))
+            return await _in_thread(pace, lambda: self._ranked(call, user_ids, records))
         except TimeoutError:
             self.counts["late_rankings"] += 1
             log.warning("ranking %d users took longer than %.2f s", len(records), pace.seconds)
@@ -160,18 +161,20 @@ class Ladder:
             log.exception("ranking failed")
         return []
 
-    def _ranked(self, call: Call, records: Sequence[UserRecord]) -> list[Computed]:
-        snapshot, options, ranking = call.loaded.snapshot, call.options, self._settings.ranking
+    def _ranked(self, call: Call, user_ids: Sequence[str], records: Sequence[UserRecord]) -> list[Computed]:
+        snapshot, options, ranking = call.loaded.snapshot, call.options, call.loaded.snapshot.ranking
         keep = self._settings.cache.items
-        users = users_of(snapshot, records, ranking, [options.excluded] * len(records))
+        excluded = [options.excluded] * len(records)
+        users = users_of(snapshot, records, ranking, excluded, user_ids=user_ids, now=call.now)
         allowed = snapshot.in_categories(options.categories) if options.categories else None
         wanted = max(options.count, keep) if options.plain else options.count + len(options.excluded)
         ranked = rank(snapshot, call.loaded.trend, users, wanted, ranking, allowed)
         values = call.loaded.encoder.encode(ranked.positions, ranked.scores, call.now)
         cacheable = options.plain and options.count <= keep
+        realtime = pb.REALTIME_ALS_ONLY if snapshot.tower is None else pb.REALTIME
         computed = []
         for row, (record, value) in enumerate(zip(records, values, strict=True)):
-            tier = pb.REALTIME_ALS_ONLY if is_known(snapshot, record) else pb.POPULAR
+            tier = realtime if is_known(snapshot, record) else pb.POPULAR
             response = self._rendered(call, ranked, row, CachedAnswer.decode(value), tier)
             computed.append(Computed(response, value if cacheable else None))
         return computed
@@ -257,7 +260,7 @@ class Ladder:
         response = pb.RecommendResponse(tier=tier, release_id=snapshot.release_id, computed_at_ms=computed_at)
         for at, item in enumerate(described(snapshot, positions)):
             response.items.add(**item, score=scores[at], parts=pb.Parts(**dict(zip(PARTS, parts[at], strict=True))))
-        weights = {part: getattr(self._settings.ranking, f"{part}_weight") for part in PARTS}
+        weights = {part: getattr(snapshot.ranking, f"{part}_weight") for part in PARTS}
         response.explanation.weights.MergeFrom(pb.Parts(**weights))
         response.explanation.sources.extend(asset_versions(call.loaded.manifest.sources))
         return response.SerializeToString()
