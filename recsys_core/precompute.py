@@ -113,8 +113,8 @@ def _write_shard(
     samples: list[Sample] = []
     for ids in _users_of_shard(lake, hour, shard, settings):
         computed_at = now_ms()
-        state = users_of(snapshot, read_records(redis, ids), settings.ranking)
-        ranked = rank(snapshot, trend, state, settings.cache.items, settings.ranking)
+        state = users_of(snapshot, read_records(redis, ids), snapshot.ranking, user_ids=ids, now=computed_at)
+        ranked = rank(snapshot, trend, state, settings.cache.items, snapshot.ranking)
         answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
         users += write_answers(redis, zip(ids, answers, strict=True), settings.cache.ttl_seconds)
         empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
@@ -142,7 +142,7 @@ def read_trend(lake: Lake, hour: str) -> TrendingValue:
     """Partition `hour` of `trending_items` as serving reads it."""
     found = lake.get(TRENDING_ITEMS, hour)
     table = lake.read(TRENDING_ITEMS, hour) if found.rows else None
-    scores = dict(zip(table[ITEM_ID].to_pylist(), table["score"].to_pylist(), strict=True)) if table else {}
+    scores = dict(zip(table[ITEM_ID].to_pylist(), map(tuple, table["scores"].to_pylist()), strict=True)) if table else {}
     return TrendingValue(now_ms(), hour, scores)
 
 

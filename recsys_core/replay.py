@@ -72,8 +72,8 @@ def replay_day(
     on_the_day = lake.dataset(CLICKS_HOURLY, hour_keys(start, start + DAY_MS), missing_ok=True)
     wanted = list(users) or _some_users(on_the_day, count)
     records = _records(lake, before, start, wanted, snapshot, settings)
-    state = users_of(snapshot, records, settings.ranking)
-    ranked = rank(snapshot, trend, state, count, settings.ranking)
+    state = users_of(snapshot, records, snapshot.ranking, user_ids=wanted, now=start)
+    ranked = rank(snapshot, trend, state, count, snapshot.ranking)
     had = _items_of(on_the_day, wanted)
     rows = [
         Replayed(
@@ -107,11 +107,11 @@ def _make_missing(lake: Lake, before: str, settings: Settings, spark: Callable[[
     return made
 
 
-def _trend(clicks: ds.Dataset | None, now: int, settings: Settings) -> dict[str, float]:
+def _trend(clicks: ds.Dataset | None, now: int, settings: Settings) -> dict[str, Sequence[float]]:
     if clicks is None:
         return {}
-    trends = trending_items(clicks, now, settings.events.weights, settings.trends.half_life_hours, settings.trends.top)
-    return dict(zip(trends[ITEM_ID].to_pylist(), trends["score"].to_pylist(), strict=True))
+    trends = trending_items(clicks, now, settings.events.weights, settings.trends.half_lives_hours, settings.trends.top)
+    return dict(zip(trends[ITEM_ID].to_pylist(), trends["scores"].to_pylist(), strict=True))
 
 
 def _some_users(clicks: ds.Dataset | None, count: int) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -160,7 +160,11 @@ class IndexSettings(Section):
 
 
 class TrendSettings(Section):
-    half_life_hours: float = Field(1.0, gt=0, description="age at which an event counts half in `trending_items`")
+    half_lives_hours: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 0.25, 24.0),
+        min_length=1,
+        description="ages at which an event counts half; the first one's scores are shown as the trend",
+    )
     window_hours: int = Field(24, ge=1, description="events of so many hours count for `trending_items`")
     top: int = Field(500, ge=1, description="items kept")
 
@@ -171,6 +175,10 @@ class RankingSettings(Section):
     session_weight: float = Field(0.5, ge=0, description="boost by similarity to the last items of the user")
     trend_weight: float = Field(0.5, ge=0, description="boost by the trend of the last hours")
     popular_weight: float = Field(0.1, ge=0, description="weight of the window's popularity")
+    trend_mix: tuple[float, ...] = Field(
+        (1.0, 0.0, 0.0), description="share of each of trends.half_lives_hours in the trend; below 0: it counts against an item"
+    )
+    tune: bool = Field(True, description="releases carry the weights that `evaluation` found, else the ones above")
     candidates: int = Field(200, ge=10, description="nearest neighbours drawn from the index for a user")
     session_neighbours: int = Field(20, ge=1, le=50, description="similar items drawn for each of the last items of a user")
     session_decay: float = Field(0.8, gt=0, le=1, description="weight of the n-th last item is decay^n")
@@ -184,6 +192,11 @@ class RankingSettings(Section):
 class EvaluationSettings(Section):
     ks: tuple[int, ...] = Field((10, 20, 50), description="cut-offs of the metrics")
     max_users: int = Field(5000, ge=1, description="users that are ranked for, sampled by a hash of their id")
+    horizon_hours: int = Field(6, ge=1, le=24, description="weights are tuned to what users do in so many hours from a moment")
+    tuning_users: int = Field(3000, ge=1, description="users of all moments together that the weights are tuned on")
+    cold_user_items: int = Field(3, ge=1, description="a user with at most so many items in the window is cold")
+    cold_item_users: int = Field(5, ge=1, description="an item with at most so many users in the window is cold")
+    bootstrap: int = Field(1000, ge=10, description="resamples of the users for the 95 % intervals")
 
 
 class ReleaseSettings(Section):

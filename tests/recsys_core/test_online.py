@@ -165,8 +165,10 @@ def test_what_was_consumed_may_come_again_when_the_settings_say_so() -> None:
 
 
 def test_trends_are_read_as_they_were_written() -> None:
-    value = TrendingValue(5, "2026-01-01-00", {"a": 1.5, "ü": 0.5})
+    value = TrendingValue(5, "2026-01-01-00", {"a": (1.5, 3.0), "ü": (0.5, 0.25)})
     assert TrendingValue.decode(value.encode()) == value
+    one = TrendingValue(5, "2026-01-01-00", {"a": 1.5})
+    assert TrendingValue.decode(one.encode()).scores == {"a": (1.5,)}
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"computed_at": 1, "hour": "h", "items": [["a"]]}', b"\xff"])
