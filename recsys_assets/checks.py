@@ -280,7 +280,7 @@ def _release(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
             continue
         measures["releases_are_whole"].append(Measure(manifest.release_id, "verifies (1: yes)", 1, least=1))
         users = model_quality.records_of(platform.lake, manifest.day, snapshot.als_version)
-        for claim, more in model_quality.release_measures(snapshot, users, platform.settings.ranking).items():
+        for claim, more in model_quality.release_measures(snapshot, users).items():
             measures[claim] += more
     measures["champion_verifies"].append(_champion(platform))
     return {claim: model_quality.report_of(claim, of_claim) for claim, of_claim in measures.items()}

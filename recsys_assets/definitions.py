@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dagster as dg
 
-from recsys_assets import checks, features, gate, ingestion, models, retrieval, serving
+from recsys_assets import checks, feature_checks, features, gate, ingestion, models, retrieval, serving, stream_checks
 from recsys_assets.isolation import executor, isolated
 from recsys_assets.resources import Platform
 from recsys_core.settings import Settings, load_settings
 from recsys_sensors.automation import automated
 from recsys_sensors.freshness import with_deadline
 from recsys_sensors.jobs import JOBS
+from recsys_sensors.pruning import prune_job, prune_schedule
 from recsys_sensors.schedules import schedules
 from recsys_sensors.sensors import sensors
 
@@ -25,9 +26,12 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     keys = [key for asset in assets if isinstance(asset, dg.AssetsDefinition) for key in asset.keys]
     return dg.Definitions(
         assets=isolated(assets, settings),
-        asset_checks=[*checks.asset_checks(keys), *dg.load_asset_checks_from_modules([checks, gate])],
-        jobs=JOBS,
-        schedules=schedules(settings.dagster.automation),
+        asset_checks=[
+            *checks.asset_checks(keys),
+            *dg.load_asset_checks_from_modules([checks, feature_checks, gate, stream_checks]),
+        ],
+        jobs=[*JOBS, prune_job],
+        schedules=[*schedules(settings.dagster.automation), prune_schedule(settings.dagster.automation)],
         sensors=sensors(settings.dagster.automation),
         resources={"platform": Platform(settings)},
         executor=executor(settings),

@@ -7,7 +7,15 @@ import dagster as dg
 from recsys_assets.features import interactions
 from recsys_assets.ingestion import clicks_hourly
 from recsys_assets.partitions import daily, window_of_days
-from recsys_assets.reports import epochs_table, evaluation_plot, evaluation_table, schema, top_items_per_factor
+from recsys_assets.reports import (
+    epochs_table,
+    evaluation_plot,
+    evaluation_table,
+    schema,
+    segments_table,
+    top_items_per_factor,
+    weights_table,
+)
 from recsys_assets.resources import Platform, PlatformResource
 from recsys_assets.tracking import tracked
 from recsys_core.apart import ApartError, run_apart
@@ -107,7 +115,7 @@ def _is_trained(passed: bool, metadata: dict[str, str]) -> dg.AssetCheckResult:
     pool="training",
 )
 def evaluation(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
-    """The day predicted from the days before it: ALS and the served ranking beside the popularity baselines."""
+    """The day predicted from the days before it: every model, the blend and the served ranking beside popularity."""
     day, settings = context.partition_key, platform.settings
     params = {"evaluation": settings.evaluation.model_dump(), "ranking": settings.ranking.model_dump()}
     with tracked(context, platform, params, (INTERACTIONS,)) as run:
@@ -130,6 +138,11 @@ def evaluation(context: dg.AssetExecutionContext, platform: PlatformResource) ->
             "share of the day's pairs with items new that day": round(result.new_item_share, 4),
             "ALS over window popularity, NDCG@10": round(lift, 2),
             "models": evaluation_table(result),
+            "segments": segments_table(result),
+            "weights": weights_table(result.ranking, platform.settings.trends.half_lives_hours),
+            "weights tuned on": result.tuning["note"]
+            or f"{result.tuning['users']} users at {result.tuning['moments']} moments",
+            "two-tower model": result.two_tower,
             "NDCG@10": evaluation_plot(result),
         }
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -14,7 +15,7 @@ from recsys_core.evaluation import Evaluation
 from recsys_core.gate import Verdict
 from recsys_core.index import IndexReport
 from recsys_core.precompute import Sample
-from recsys_core.ranking import Snapshot
+from recsys_core.ranking import PARTS, Snapshot
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> dg.MarkdownMetadataValue:
@@ -36,10 +37,38 @@ def schema(arrow: pa.Schema | dict[str, str]) -> dg.TableSchema:
 
 
 def evaluation_table(evaluation: Evaluation) -> dg.MarkdownMetadataValue:
-    """The models side by side."""
-    names = ["ndcg@10", "recall@10", "hit@10", "map@10", "mrr@10", "coverage@10", "novelty@10"]
+    """The models side by side, with the 95 % interval of the first metric and what the served ranking gains over each."""
+    names = [f"{name}@10" for name in ("ndcg", "recall", "hit", "map", "mrr", "coverage", "novelty")]
     shown = [name for name in names if name in next(iter(evaluation.metrics.values()))]
-    return table(["model", *shown], [[model, *(values[n] for n in shown)] for model, values in evaluation.metrics.items()])
+
+    def row(model: str) -> list[object]:
+        low, high = evaluation.intervals[model]
+        gain = evaluation.differences.get(model)
+        gained = "" if gain is None else f"{gain[0]:+.4f} ({gain[1]:+.4f} … {gain[2]:+.4f})"
+        return [model, *(evaluation.metrics[model][n] for n in shown), f"{low:.4f} … {high:.4f}", gained]
+
+    head = ["model", *shown, f"{evaluation.headline}, 95 %", "served gains (95 %)"]
+    return table(head, map(row, evaluation.metrics))
+
+
+def segments_table(evaluation: Evaluation) -> dg.MarkdownMetadataValue:
+    """The first metric of each model for cold, light and heavy users, and for cold items."""
+    models = list(evaluation.metrics)
+    rows = [[name, int(found["users"]), *(found[m] for m in models)] for name, found in evaluation.segments.items()]
+    return table([evaluation.headline, "users", *models], rows)
+
+
+def weights_table(ranking: dict[str, Any], half_lives_hours: Sequence[float]) -> dg.MarkdownMetadataValue:
+    """The tuned weight of each part, the trend's by half-life."""
+    rows: list[list[object]] = [[part, float(ranking[f"{part}_weight"])] for part in PARTS if part != "trend"]
+    mix = ranking["trend_mix"]
+    if len(mix) != len(half_lives_hours):
+        mix, half_lives_hours = [1.0], half_lives_hours[:1]
+    rows += [
+        [f"trend, half-life {hours:g} h", float(ranking["trend_weight"] * share)]
+        for hours, share in zip(half_lives_hours, mix, strict=True)
+    ]
+    return table(["part", "weight"], rows)
 
 
 def epochs_table(epochs: Sequence[Mapping[str, float]]) -> dg.MarkdownMetadataValue:
@@ -104,17 +133,18 @@ def recall_plot(reports: Sequence[IndexReport], target: float) -> dg.MarkdownMet
     return _image(figure)
 
 
-def evaluation_plot(evaluation: Evaluation, metric: str = "ndcg@10") -> dg.MarkdownMetadataValue:
-    """One metric of all models as bars."""
+def evaluation_plot(evaluation: Evaluation) -> dg.MarkdownMetadataValue:
+    """The first metric of all models as bars with their 95 % intervals."""
     figure, axes = _figure()
     names = list(evaluation.metrics)
-    values = [evaluation.metrics[name][metric] for name in names]
-    axes.barh(names, values)
+    values = [evaluation.metrics[name][evaluation.headline] for name in names]
+    bounds = np.array([evaluation.intervals[name] for name in names]).T
+    axes.barh(names, values, xerr=np.abs(bounds - values), error_kw={"capsize": 3, "linewidth": 1})
     axes.margins(x=0.15)
     axes.invert_yaxis()
     for place, value in enumerate(values):
-        axes.annotate(f"{value:.4f}", (value, place), va="center", xytext=(3, 0), textcoords="offset points")
-    axes.set(xlabel=metric, title=f"{evaluation.day}: {evaluation.users} users")
+        axes.annotate(f"{value:.4f}", (bounds[1, place], place), va="center", xytext=(3, 0), textcoords="offset points")
+    axes.set(xlabel=f"{evaluation.headline}, 95 % interval", title=f"{evaluation.day}: {evaluation.users} users")
     return _image(figure)
 
 

@@ -2,11 +2,11 @@
 
 import dagster as dg
 
-from recsys_assets.features import interactions
+from recsys_assets.features import interactions, user_features
 from recsys_assets.ingestion import clicks_hourly
 from recsys_assets.models import als_factors, evaluation, two_tower
 from recsys_assets.partitions import daily, hourly, window_of_hours
-from recsys_assets.reports import recommendations_table, schema, table
+from recsys_assets.reports import recommendations_table, schema, table, weights_table
 from recsys_assets.resources import Platform, PlatformResource
 from recsys_assets.retrieval import item_index
 from recsys_assets.tracking import tracked
@@ -15,7 +15,7 @@ from recsys_core.catalog import read_catalog
 from recsys_core.evaluation import EVALUATION
 from recsys_core.events import HOUR_MS, hour_keys, key_start_ms
 from recsys_core.gate import read_verdict
-from recsys_core.popularity import POPULAR_SCHEMA, TRENDING_SCHEMA
+from recsys_core.popularity import POPULAR_SCHEMA, TRENDS_SCHEMA
 from recsys_core.popularity import popular_items as popularity_of
 from recsys_core.popularity import trending_items as trends_of
 from recsys_core.precompute import read_trend, write_online_features, write_rec_cache, write_trend
@@ -56,18 +56,18 @@ def popular_items(context: dg.AssetExecutionContext, platform: PlatformResource)
     group_name=GROUP,
     owners=OWNERS,
     kinds={"parquet"},
-    metadata={"dagster/column_schema": schema(TRENDING_SCHEMA)},
+    metadata={"dagster/column_schema": schema(TRENDS_SCHEMA)},
 )
 def trending_items(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
     """Items by their events of the last hours with exponential decay, as of the end of the hour."""
     hour, settings = context.partition_key, platform.settings
     end = key_start_ms(hour) + HOUR_MS
     clicks = platform.lake.dataset(CLICKS_HOURLY, hour_keys(end - settings.trends.window_hours * HOUR_MS, end), missing_ok=True)
-    trends = TRENDING_SCHEMA.empty_table()
+    trends = TRENDS_SCHEMA.empty_table()
     if clicks is not None:
-        trends = trends_of(clicks, end, settings.events.weights, settings.trends.half_life_hours, settings.trends.top)
+        trends = trends_of(clicks, end, settings.events.weights, settings.trends.half_lives_hours, settings.trends.top)
     part = platform.lake.write(TRENDING_ITEMS, hour, trends)
-    top = with_titles(platform, trends.slice(0, 10).to_pylist())
+    top = with_titles(platform, trends.slice(0, 10).drop_columns("scores").to_pylist())
     return dg.MaterializeResult(
         metadata={"dagster/row_count": part.rows, "top": table(["item", "score", "events"], top)},
         data_version=dg.DataVersion(part.data_version),
@@ -101,7 +101,8 @@ def release(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg
             "release_id": manifest.release_id,
             "items": snapshot.items.num_rows,
             "bytes": sum(f["bytes"] for f in manifest.files.values()),
-            "two-tower model": two_tower["version"] if two_tower else "none: answers come from ALS alone",
+            "two-tower model": two_tower["version"] if two_tower else manifest.notes["two_tower"],
+            "weights": weights_table(manifest.ranking, platform.settings.trends.half_lives_hours),
             "made from": table(["asset", "partition", "data version"], sources),
             "files": table(["file", "bytes", "sha256"], files),
         },
@@ -160,7 +161,7 @@ def champion(context: dg.AssetExecutionContext, platform: PlatformResource) -> d
 
 
 @dg.asset(
-    deps=[champion, interactions, als_factors, clicks_hourly],
+    deps=[champion, user_features, als_factors],
     partitions_def=daily,
     group_name=GROUP,
     owners=OWNERS,
@@ -168,11 +169,9 @@ def champion(context: dg.AssetExecutionContext, platform: PlatformResource) -> d
     pool="spark",
 )
 def online_features(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
-    """Users' factors, last items and what they had, in Redis."""
+    """Users' factors, features, last items and what they had, in Redis."""
     day, settings = context.partition_key, platform.settings
-    part = build_online_features(
-        platform.spark(), platform.lake, day, ALS_USERS, settings.ranking, settings.interactions.window_days
-    )
+    part = build_online_features(platform.spark(), platform.lake, day, ALS_USERS)
     version = platform.lake.get("als_factors", day).data_version
     with platform.redis() as redis:
         report = write_online_features(redis, platform.lake, day, version, settings)

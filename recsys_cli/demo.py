@@ -15,6 +15,7 @@ from rich.console import Console
 
 from recsys_cli.console import showing_progress, table
 from recsys_cli.java import ensure_java
+from recsys_cli.live_demo import click_live
 from recsys_cli.processes import StackError, home_lock, run_folder
 from recsys_cli.stack import prepare_dagster_home, redis_server, serving_process
 from recsys_core.settings import HOME_VARIABLE, Settings, load_settings
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from recsys_core.landing import Landing
 
 MARKER = ".demo"
-OWN = ("lake", "releases", "dagster", "mlflow", "redis", "spark", "truth")
+OWN = ("lake", "releases", "dagster", "mlflow", "redis", "spark", "truth", "kafka")
 LOG = "demo.log"
 USERS = 5
 STRANGER = "someone-new"
@@ -68,10 +69,26 @@ def run(data: Path | None, mapping: str | None, home: Path) -> None:
                 metrics = materialize_line(home, day, steps)
             finally:
                 stop_session()
-            with steps.step("answers"), serving_process(home) as address:
-                _ask(address, load_settings(home), day, console)
+            with serving_process(home) as address:
+                with steps.step("answers"):
+                    _ask(address, load_settings(home), day, console)
+                with steps.step("live"):
+                    click_live(address, load_settings(home), console)
         _evaluation(metrics, day, console)
         _summary(steps, home, console)
+
+
+def run_live(home: Path) -> None:
+    """Only the live end, in the folder of a demo that was made. Raises StackError without one, or when it is in use."""
+    home = home.absolute()
+    if not (home / MARKER).exists():
+        raise StackError(f"{home} holds no demo; run `recsys demo` first")
+    console = Console()
+    os.environ[HOME_VARIABLE] = str(home)
+    with home_lock(home), redis_server(home) as redis_url:
+        os.environ["RECSYS_REDIS__URL"] = redis_url
+        with serving_process(home) as address:
+            click_live(address, load_settings(home), console)
 
 
 # -- the folder -------------------------------------------------------------------------------------------------
@@ -192,6 +209,7 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
         materialize("nightly", ["interactions"], days)
+        materialize("nightly", ["user_features", "item_features", "training_examples"], (day, day))
         for asset in (
             "als_factors",
             "two_tower",
@@ -268,13 +286,29 @@ def _evaluation(found: dict[str, Any], day: str, console: Console) -> None:
     if not found["metrics"]:
         console.print(f"Not evaluated: {found['reason']}", highlight=False)
         return
-    shown = {f"{name}@10": name for name in ("ndcg", "recall", "hit", "map", "mrr", "coverage")}
-    rows = [
-        {"model": model, **{title: f"{values[metric]:.4f}" for metric, title in shown.items()}}
-        for model, values in found["metrics"].items()
-    ]
+    headline = found["headline"]
+    shown = {f"{name}@10": name for name in ("recall", "hit", "map", "coverage")}
+
+    def row(model: str, values: dict[str, float]) -> dict[str, str]:
+        low, high = found["intervals"][model]
+        gain = found["differences"].get(model)
+        gained = "" if gain is None else f"{gain[0]:+.3f} ({gain[1]:+.3f} … {gain[2]:+.3f})"
+        first = {headline.partition("@")[0]: f"{values[headline]:.4f}", "95 %": f"{low:.3f} … {high:.3f}"}
+        rest = {title: f"{values[metric]:.4f}" for metric, title in shown.items() if metric in values}
+        return {"model": model, **first, **rest, "served gains": gained}
+
+    rows = [row(model, values) for model, values in found["metrics"].items()]
     title = f"{day} predicted from the days before it: {found['users']:,} users, {found['items']:,} items, metrics @10"
     console.print(table(title, rows))
+    weights = ", ".join(f"{name.removesuffix('_weight')} {value:.2f}" for name, value in _weights(found["ranking"]).items())
+    note = found["tuning"]["note"] or f"tuned on {found['tuning']['users']:,} users of the day before"
+    console.print(f"Weights of the served ranking: {weights} ({note})", highlight=False)
+    if found["two_tower"].startswith("not evaluated"):
+        console.print(f"Two-tower {found['two_tower']}", highlight=False)
+
+
+def _weights(ranking: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in ranking.items() if name.endswith("_weight")}
 
 
 def _summary(steps: Steps, home: Path, console: Console) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +55,7 @@ def up(
     home: Home = None,
     port: Annotated[int, typer.Option(help="Its port; the next free one when it is taken.")] = 9092,
     address_file: Annotated[Path | None, typer.Option(help="File that gets the broker's address while it runs.")] = None,
+    or_embedded: Annotated[bool, typer.Option("--or-embedded", help="Run the embedded one where Kafka can't be had.")] = False,
 ) -> None:
     """Run a real single-node Kafka until Ctrl-C, fetched at the first use; its data is in <home>/kafka."""
     import signal
@@ -67,10 +68,9 @@ def up(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     file = address_file or run_folder(settings.home.absolute()) / "kafka.address"
-    with _serving(settings, port) as address:
-        _init(settings, address)
+    with broker_server(settings, port, or_embedded) as address:
         file.write_text(address)
-        typer.echo(f"kafka at {address}", color=False)
+        typer.echo(f"broker at {address}")
         try:
             while not stop.wait(1.0):
                 if not accepts_connections(LOOPBACK, int(address.rpartition(":")[2])):
@@ -89,14 +89,25 @@ def init(home: Home = None) -> None:
 
 
 @contextmanager
-def _serving(settings: Settings, port: int) -> Iterator[str]:
+def broker_server(settings: Settings, port: int = 0, or_embedded: bool = True) -> Iterator[str]:
+    """Run a broker with the platform's topics while the block runs and yield its address.
+
+    It is a real Kafka, or the embedded broker where that can't be had and `or_embedded` allows it. Raises StackError.
+    """
+    from streaming.broker import EmbeddedBroker
     from streaming.kafka import KafkaUnavailable
 
-    try:
-        with kafka_server(settings.home.absolute(), port, settings.kafka) as address:
-            yield address
-    except KafkaUnavailable as error:
-        raise StackError(str(error)) from error
+    with ExitStack() as held:
+        try:
+            address = held.enter_context(kafka_server(settings.home.absolute(), port, settings.kafka))
+        except KafkaUnavailable as error:
+            if not or_embedded:
+                raise StackError(str(error)) from error
+            typer.echo(f"{error}\nThe embedded broker is used instead: it keeps a few megabytes until it ends.", err=True)
+            address = held.enter_context(EmbeddedBroker()).bootstrap_servers
+        else:
+            _init(settings, address)
+        yield address
 
 
 def _init(settings: Settings, address: str) -> None:

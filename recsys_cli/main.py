@@ -70,8 +70,10 @@ def _explanation(error: Exception) -> str | None:
     from recsys_cli.config import explain_invalid
     from recsys_cli.java import JavaMissing
     from recsys_cli.processes import StackError
+    from recsys_core.lake import MissingPartition
     from recsys_core.readers import IngestError
     from recsys_core.release import ReleaseError
+    from recsys_core.retention import UnsafePolicy
     from serving.client import RecsysError
 
     if isinstance(error, ValidationError):
@@ -79,7 +81,7 @@ def _explanation(error: Exception) -> str | None:
     if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
         named = error.filename
         return f"{error.strerror}: {named}" if named else str(error)
-    if isinstance(error, StackError | JavaMissing | IngestError | ReleaseError):
+    if isinstance(error, StackError | JavaMissing | IngestError | MissingPartition | ReleaseError | UnsafePolicy):
         return str(error)
     if isinstance(error, RecsysError):
         hint = " (what is up: `recsys status`)" if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else ""
@@ -101,7 +103,7 @@ def _console() -> Console:
 
 @app.command()
 def up(home: Home = None) -> None:
-    """Run the local stack until Ctrl-C: Redis, a broker, serving, the web UI and the daemon."""
+    """Run the local stack until Ctrl-C: Redis, a broker, the speed layer, serving, the web UI and the daemon."""
     from recsys_cli import stack
 
     raise typer.Exit(stack.up(_settings(home), _console()))
@@ -146,11 +148,15 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="A file or folder of events; without it a clickstream is made up.")] = None,
     mapping: Annotated[str | None, typer.Option(help="Name of the mapping of the columns; without it, it is detected.")] = None,
     home: Annotated[Path, typer.Option(help="Folder of everything the demo writes.")] = DEMO_HOME,
+    live: Annotated[bool, typer.Option("--live", help="Only its end, in the folder of an earlier demo.")] = False,
 ) -> None:
-    """Carry a clickstream from its files to answers of the server, then stop what was started."""
+    """Carry a clickstream from its files to answers of the server, click live, then stop what was started."""
     from recsys_cli import demo as demonstration
 
-    demonstration.run(data, mapping, home)
+    if live:
+        demonstration.run_live(home)
+    else:
+        demonstration.run(data, mapping, home)
 
 
 @app.command()
@@ -172,6 +178,17 @@ def serve(home: Home = None) -> None:
     from serving import server
 
     raise typer.Exit(server.main(_settings(home)))
+
+
+@app.command()
+def prune(
+    home: Home = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and remove nothing.")] = False,
+) -> None:
+    """Remove what [retention] lets go: landing files, partitions, releases, runs. Never the champion or its sources."""
+    from recsys_cli import prune as pruning
+
+    pruning.prune(_settings(home), _console(), dry_run)
 
 
 @app.command()
@@ -275,6 +292,55 @@ def _show_ingested(report: Any, kind: str, settings: Settings) -> None:
     rows.append({"": "items kept" if kind == "catalog" else "events landed", "count": report.landed})
     rows += [{"": f"quarantined: {reason}", "count": count} for reason, count in sorted(report.quarantined.items())]
     _console().print(table(f"Ingested into {settings.lake_uri} in {report.seconds:.1f} s", rows))
+
+
+@app.command()
+def check(
+    asset: Annotated[str | None, typer.Argument(help="An asset; without one all that were made.")] = None,
+    partition: Annotated[list[str] | None, typer.Option(help="A partition; may be given often. Default: the latest.")] = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Say that these hours, or the catalogue, are right as they are.")
+    ] = False,
+    home: Home = None,
+) -> None:
+    """Run the checks on data, models and caches. Exit code 1: one of them failed."""
+    from recsys_cli import checks
+
+    raise typer.Exit(checks.run(_settings(home), asset, partition or [], accept, _console()))
+
+
+@app.command()
+def backfill(
+    asset: Annotated[str, typer.Argument(help="An asset with partitions.")],
+    first: Annotated[str, typer.Argument(help="First partition: 2026-01-31 or 2026-01-31T09.")],
+    last: Annotated[str, typer.Argument(help="Last partition.")],
+    home: Home = None,
+) -> None:
+    """Make a range of an asset's partitions again: tables in one run, models one after the other."""
+    from recsys_cli import backfill as backfilling
+
+    raise typer.Exit(backfilling.run(_settings(home).home, asset, first, last, _console()))
+
+
+@app.command()
+def replay(
+    day: Annotated[str, typer.Option(help="The day: 2026-01-31.")],
+    user: Annotated[list[str] | None, typer.Option(help="A user; may be given often. Default: some of the day.")] = None,
+    count: Count = 10,
+    home: Home = None,
+) -> None:
+    """Show what would have been recommended on a past day, from the data before it."""
+    from recsys_cli import history
+
+    history.replay(_settings(home), day, user or [], count, _console())
+
+
+@app.command()
+def forget(user: Annotated[str, typer.Argument(help="Id of the user.")], home: Home = None) -> None:
+    """Remove a user from landing, tables and caches, and prove it. Exit code 1: something is left."""
+    from recsys_cli import history
+
+    raise typer.Exit(history.forget(_settings(home), user, _console()))
 
 
 @app.command()

@@ -116,7 +116,8 @@ def plan(settings: Settings, console: Console) -> tuple[list[Service], dict[str,
     web = [*_dagster("dagster_webserver"), "-h", LOOPBACK, "-p", str(web_port), *workspace]
     services = [
         Service("redis", redis_command(home, redis_port), environment["RECSYS_REDIS__URL"]),
-        Service("broker", [*RECSYS, "broker", "--address-file", str(broker_file)], "", str(broker_file)),
+        Service("broker", [*RECSYS, "kafka", "up", "--or-embedded", "--address-file", str(broker_file)], "", str(broker_file)),
+        Service("stream", [*RECSYS, "stream"], ""),
         Service("serving", [*RECSYS, "serve"], f"{LOOPBACK}:{serving_port}"),
         Service("webserver", web, f"http://{LOOPBACK}:{web_port}"),
         Service("daemon", [*_dagster("dagster._daemon"), "run", *workspace], ""),

@@ -14,19 +14,19 @@ import pyarrow.compute as pc
 
 from recsys_core.als import AlsReport, Factors, fit_als, gram, iter_factors, read_factors
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, read_catalog
-from recsys_core.evaluation import EVALUATION
+from recsys_core.evaluation import ALS_FACTORS, EVALUATION
 from recsys_core.events import ITEM_ID
-from recsys_core.index import IndexReport, Metric, VectorIndex, build_index, similar_items
+from recsys_core.holdout import TWO_TOWER, NoTwoTower, TwoTower, read_two_tower
+from recsys_core.index import GRAPH_ABOVE, ExactIndex, IndexReport, Metric, Searchable, VectorIndex, build_index, similar_items
 from recsys_core.lake import Lake, Partition
 from recsys_core.ranking import Snapshot
 from recsys_core.release import Manifest, Releases, new_release_id, npy_array, npy_bytes
-from recsys_core.settings import Settings
+from recsys_core.settings import IndexSettings, RankingSettings, Settings
 from recsys_core.tables import INTERACTIONS
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-ALS_FACTORS = "als_factors"
 ALS_USERS = f"{ALS_FACTORS}_users"
 ALS_ITEMS = f"{ALS_FACTORS}_items"
 ITEM_INDEX = "item_index"
@@ -49,6 +49,7 @@ class Bundle:
     sources: dict[str, dict[str, str]]
     models: dict[str, dict[str, Any] | None]
     index: dict[str, dict[str, Any]]
+    notes: dict[str, str]
 
 
 def fit_als_factors(
@@ -104,13 +105,27 @@ def build_item_index(lake: Lake, day: str, settings: Settings) -> tuple[Partitio
     return lake.write_blobs(ITEM_INDEX, day, blobs, rows=len(items), extra=extra), reports
 
 
-def assemble(lake: Lake, day: str, release_id: str) -> Bundle:
-    """The snapshot of a day's release. Raises MissingPartition, MismatchedParts."""
+def assemble(lake: Lake, day: str, release_id: str, settings: Settings | None = None) -> Bundle:
+    """The snapshot of a day's release, with the weights that `evaluation` of the day found.
+
+    Without a two-tower model of the day that can be used it is made from ALS alone, and `notes` says why. `settings` are
+    those of the ranking and of the index over the item tower, None: the defaults. Raises MissingPartition, MismatchedParts.
+    """
+    index_settings = settings.index if settings else IndexSettings()
     factors = item_factors(lake, day)
     parts = {name: lake.get(name, day) for name in (ALS_FACTORS, ITEM_INDEX, POPULAR_ITEMS)}
     fit, index = parts[ALS_FACTORS].extra, parts[ITEM_INDEX].extra
     if index["factors_version"] != parts[ALS_FACTORS].data_version:
         raise MismatchedParts(f"item_index of {day} was built over other factors than als_factors of {day}: make it again")
+    two_tower: TwoTower | None = None
+    about: dict[str, Any] | None = None
+    notes: dict[str, str] = {}
+    try:
+        two_tower = read_two_tower(lake, day, factors.ids)
+        about = {"version": two_tower.tower.version, "dimension": two_tower.tower.dimension}
+    except NoTwoTower as reason:
+        notes[TWO_TOWER] = f"answers come from ALS alone: {reason}"
+    towers, found = _two_tower_index(two_tower, index_settings)
     snapshot = Snapshot(
         release_id=release_id,
         items=with_catalog(factors.ids, read_catalog(lake)),
@@ -128,13 +143,40 @@ def assemble(lake: Lake, day: str, release_id: str) -> Bundle:
             )
             for metric in METRICS
         },
+        ranking=_tuned(lake, day, settings.ranking if settings else RankingSettings()),
+        two_tower_items=two_tower and two_tower.items,
+        two_tower_index=towers,
+        tower=two_tower and two_tower.tower,
     )
     sources = {name: {"partition": day, "data_version": part.data_version} for name, part in parts.items()}
     sources[INTERACTIONS] = {"partition": day, "data_version": fit["interactions_version"]}
     if catalog := lake.find(CATALOG_TABLE, CATALOG_KEY):
         sources[CATALOG_TABLE] = {"partition": CATALOG_KEY, "data_version": catalog.data_version}
+    if two_tower is not None:
+        sources[TWO_TOWER] = {"partition": day, "data_version": lake.get(TWO_TOWER, day).data_version}
     als = {"version": snapshot.als_version, **fit}
-    return Bundle(snapshot, sources, {"als": als, "two_tower": None}, {metric: index[metric] for metric in METRICS})
+    models = {"als": als, TWO_TOWER: about}
+    return Bundle(snapshot, sources, models, {**{metric: index[metric] for metric in METRICS}, **found}, notes)
+
+
+def _two_tower_index(
+    two_tower: TwoTower | None, settings: IndexSettings
+) -> tuple[Searchable | None, dict[str, dict[str, Any]]]:
+    """An index over the item tower's vectors and what the manifest says of it. Few items are scanned, without a graph."""
+    if two_tower is None:
+        return None, {}
+    if len(two_tower.items) <= GRAPH_ABOVE:
+        return ExactIndex(two_tower.items, "inner_product"), {}
+    index, report = build_index(two_tower.items, "inner_product", settings)
+    return index, {TWO_TOWER: {"ef_search": report.ef_search, "recall": report.recall}}
+
+
+def _tuned(lake: Lake, day: str, ranking: RankingSettings) -> RankingSettings:
+    """The ranking with the weights that the evaluation of the day found, if it was evaluated and they are wanted."""
+    evaluated = lake.find(EVALUATION, day)
+    found = evaluated.extra.get("ranking", {}) if evaluated and ranking.tune else {}
+    weights = {name: value for name, value in found.items() if name.endswith("_weight") or name == "trend_mix"}
+    return RankingSettings.model_validate({**ranking.model_dump(), **weights})
 
 
 def publish_release(
@@ -145,7 +187,7 @@ def publish_release(
     Raises MissingPartition, MismatchedParts, ReleaseError.
     """
     created_at = time.time()
-    bundle = assemble(lake, day, new_release_id(day, created_at))
+    bundle = assemble(lake, day, new_release_id(day, created_at), settings)
     evaluated = lake.find(EVALUATION, day)
     manifest = Manifest(
         release_id=bundle.snapshot.release_id,
@@ -154,9 +196,10 @@ def publish_release(
         sources=bundle.sources,
         models=bundle.models,
         index=bundle.index,
-        ranking=settings.ranking.model_dump(),
+        ranking=bundle.snapshot.ranking.model_dump(mode="json"),
         metrics=evaluated.extra["metrics"] if evaluated else {},
         run_ids=run_ids,
+        notes=bundle.notes,
     )
     complete = releases.write(manifest, bundle.snapshot)
     releases.load(complete.release_id)

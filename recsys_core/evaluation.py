@@ -2,54 +2,88 @@
 
 Time split: everything before the day is known, the day is predicted. Ranked for are users seen before, with every
 item of the window; what a user had before is masked. Relevant are the user's items of the day that the window knows
-and the user had not.
+and the user had not. The weights of the served ranking are tuned on moments of the day before, with models that know
+nothing of that day, and reported on the day.
+
+Intervals are percentiles of the bootstrap over users (Sakai 2006, "Evaluating evaluation metrics based on the bootstrap");
+differences of two models are paired: the same users are drawn for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
-import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import scipy.sparse as sp
 
 from recsys_core import progress
-from recsys_core.als import AlsReport, Factors, fit_als, gram, read_factors
-from recsys_core.events import DAY_MS, HOUR_MS, ITEM_ID, USER_ID, day_key, hour_keys, key_start_ms
-from recsys_core.index import ExactIndex, similar_items
+from recsys_core.als import AlsReport, read_factors
+from recsys_core.events import DAY_MS, HOUR_MS, ITEM_ID, day_key, hour_keys, key_start_ms
+from recsys_core.holdout import (
+    HISTORY,
+    Models,
+    NoTwoTower,
+    Split,
+    aligned,
+    codes,
+    fit_holdout,
+    holdout_snapshot,
+    read_two_tower,
+    time_split,
+    trend_then,
+    users_then,
+    validation_cases,
+)
+from recsys_core.holdout import (
+    NothingToEvaluate as NothingToEvaluate,
+)
+from recsys_core.index import unit_rows
 from recsys_core.lake import Lake, Partition
-from recsys_core.metrics import evaluate, rank_all
-from recsys_core.popularity import last_hours_popularity, popular_items, trending_items
-from recsys_core.ranking import Snapshot, Trend, Users, rank
-from recsys_core.settings import Settings
-from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS
+from recsys_core.metrics import evaluate, per_user, rank_all
+from recsys_core.popularity import last_hours_popularity, trending_items
+from recsys_core.ranking import Snapshot, Users, rank
+from recsys_core.settings import RankingSettings, Settings
+from recsys_core.tables import CLICKS_HOURLY
+from recsys_core.tuning import Tuned, tune
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 EVALUATION = "evaluation"
-HOLDOUT = "holdout_als"
+ALS_FACTORS = "als_factors"
 RECENT_HOURS = 6
+FAST_HALF_LIFE = 1.0
 
 POPULAR_WINDOW = "popularity, window"
 POPULAR_RECENT = f"popularity, last {RECENT_HOURS} h"
+POPULAR_FAST = "popularity, half-life 1 h"
 ALS = "ALS"
+TWO_TOWER = "two-tower"
+BLEND = "blend"
 SERVED = "served ranking"
 
-
-class NothingToEvaluate(Exception):
-    """The day or the window before it has too little data; the message says which."""
+EVERYONE = "all"
+RANK_USERS = 512
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by model, and how many users, items and relevant pairs they are the means of."""
+    """Metrics by model, and how many users, items and relevant pairs they are the means of.
+
+    Attributes:
+        metrics: model -> metric -> mean.
+        headline: the metric of the rest, NDCG at the first cut-off.
+        intervals: model -> bounds of its 95 % interval.
+        differences: model -> what the served ranking gains over it, with bounds, paired by users.
+        blend_differences: the same of the blend, over ALS and two-tower alone and the popularity of the window.
+        segments: segment -> its `users` and the headline of each model; `cold items`: relevant are cold items alone.
+        ranking: the tuned settings of the scoring path; `tuning` says how they were found.
+        two_tower: version of the model that was evaluated, or why there is none.
+    """
 
     day: str
     users: int
@@ -58,188 +92,175 @@ class Evaluation:
     new_item_share: float
     metrics: dict[str, dict[str, float]]
     als: AlsReport
+    headline: str
+    intervals: dict[str, list[float]]
+    differences: dict[str, list[float]]
+    blend_differences: dict[str, list[float]]
+    segments: dict[str, dict[str, float]]
+    ranking: dict[str, Any]
+    tuning: dict[str, Any]
+    two_tower: str
+    recommended: dict[str, np.ndarray] = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True)
-class Split:
-    """The time split as positions: rows are users, columns the items of the window.
-
-    Attributes:
-        users: object (u,), sampled user ids, sorted.
-        items: object (n,), item ids of the window, sorted.
-        seen: CSR bool (u, n), what each user had in the window.
-        recent: int64 (u, k), the user's last items of the window, newest first, padded by -1.
-        relevant: CSR bool (u, n).
-        popularity: float64 (n,), summed weights of the window, with time decay.
-        users_of_item: int64 (n,), users that had each item in the window.
-        new_item_share: share of the day's pairs whose item the window does not know.
-    """
-
-    users: np.ndarray
-    items: np.ndarray
-    seen: sp.csr_matrix
-    recent: np.ndarray
-    relevant: sp.csr_matrix
-    popularity: np.ndarray
-    users_of_item: np.ndarray
-    new_item_share: float
-
-
-def evaluate_day(lake: Lake, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str) -> Evaluation:
-    """Evaluate `day` against models of the day before. Raises NothingToEvaluate, MissingPartition."""
-    start = key_start_ms(day)
-    before = day_key(start - DAY_MS)
-    split = time_split(lake, before, day, settings.evaluation.max_users, settings.ranking.last_items)
-    report = fit_als(lake, lake.files(INTERACTIONS, [before]), HOLDOUT, day, settings.als, spark, engine)
-    with progress.task(f"evaluation ({day})", 4) as bar:
-        depth = max(settings.evaluation.ks)
-        recommended = {POPULAR_WINDOW: _by_score(split, split.users_of_item, depth)}
+def evaluate_day(
+    lake: Lake,
+    day: str,
+    settings: Settings,
+    spark: Callable[[], SparkSession] | None,
+    engine: str,
+    hours: int = 24,
+    split: Split | None = None,
+) -> Evaluation:
+    """Evaluate the first `hours` of `day` against models of the day before. Raises NothingToEvaluate, MissingPartition."""
+    before = day_key(key_start_ms(day) - DAY_MS)
+    split = split or time_split(lake, before, day, settings.evaluation.max_users, HISTORY, hours)
+    models = fit_holdout(lake, before, day, split, settings, spark, engine)
+    tuned = tune(validation_cases(lake, before, settings, spark, engine), settings.ranking)
+    depth = max(settings.evaluation.ks)
+    with progress.task(f"evaluation ({day})", 3) as bar:
+        recommended = _counters(lake, day, split, settings, depth)
         bar.update(1)
-        hours = hour_keys(start - settings.trends.window_hours * HOUR_MS, start)
-        clicks = lake.dataset(CLICKS_HOURLY, hours, missing_ok=True)
-        recent = _scores(clicks and last_hours_popularity(clicks, start - RECENT_HOURS * HOUR_MS, start), split.items)
-        recommended[POPULAR_RECENT] = _by_score(split, recent, depth)
+        recommended |= _models(lake, day, split, models, tuned, depth)
         bar.update(2)
-        item_vectors = aligned(read_factors(lake, HOLDOUT, day, "items"), split.items)
-        user_vectors = aligned(read_factors(lake, HOLDOUT, day, "users", split.users), split.users, item_vectors.shape[1])
-        recommended[ALS] = rank_all(user_vectors, item_vectors, split.seen, depth)
+        recommended[SERVED] = served(lake, day, split, models, tuned.ranking, settings, depth)
         bar.update(3)
-        trends = clicks and trending_items(
-            clicks, start, settings.events.weights, settings.trends.half_life_hours, settings.trends.top
-        )
-        recommended[SERVED] = _served(split, item_vectors, user_vectors, trends, depth, settings, report)
-        bar.update(4)
-    metrics = {
-        name: evaluate(ranked, split.relevant, settings.evaluation.ks, split.users_of_item, len(split.items))
-        for name, ranked in recommended.items()
-    }
-    return Evaluation(day, len(split.users), len(split.items), split.relevant.nnz, split.new_item_share, metrics, report)
+    return _compared(day, split, models, tuned, recommended, _two_tower_note(lake, before, split, models), settings)
+
+
+def write_evaluation(lake: Lake, day: str, evaluation: Evaluation | None, reason: str = "") -> Partition:
+    """Replace partition `day` of `evaluation`; without one, `reason` says why the day was not evaluated."""
+    content: dict[str, Any] = {"day": day, "metrics": {}, "reason": reason}
+    if evaluation:
+        content = _rounded(asdict(replace(evaluation, recommended={})))
+        del content["recommended"]
+    users = evaluation.users if evaluation else 0
+    return lake.write_blobs(EVALUATION, day, {"evaluation.json": orjson.dumps(content)}, users, content)
 
 
 def evaluate_snapshot(
     lake: Lake, day: str, snapshot: Snapshot, settings: Settings, split: Split | None = None
 ) -> dict[str, float]:
-    """Metrics of a release's served ranking on `day`, for the users and items of the day's split. Raises as `evaluate_day`."""
+    """Metrics of a release's own answers on the split of a day, by its own weights: what the gate asks of the champion.
+
+    Factors of the split's users are those of the release's fit where the lake still has them; others are folded in. Items
+    that the release does not know count as missed. Raises NothingToEvaluate, MissingPartition.
+    """
+    before = day_key(key_start_ms(day) - DAY_MS)
+    split = split or time_split(lake, before, day, settings.evaluation.max_users, HISTORY)
+    at = codes(pa.array(split.items, pa.string()), pa.array(snapshot.item_ids, pa.string()))
+    there = codes(pa.array(snapshot.item_ids, pa.string()), split.items)
+    beyond = np.flatnonzero(there < 0)
+    place = there.copy()
+    place[beyond] = len(split.items) + np.arange(len(beyond))
+    recent = np.where(split.recent >= 0, at[split.recent], -1)
+    recent = np.take_along_axis(recent, np.argsort(recent < 0, axis=1, kind="stable"), axis=1)
+    seen = split.seen.tocoo()
+    known = at[seen.col] >= 0
+    shape = (len(split.users), snapshot.items.num_rows)
+    had = sp.csr_matrix((np.ones(int(known.sum()), bool), (seen.row[known], at[seen.col[known]])), shape)
+    factors = _factors_of(lake, snapshot, split.users)
+    depth = max(settings.evaluation.ks)
+    positions = _ranked(lake, day, snapshot, split.users, factors, recent, had, snapshot.ranking, settings, depth)
+    recommended = np.where(positions >= 0, place[positions], -1)
+    relevant = split.relevant.copy()
+    relevant.resize(len(split.users), len(split.items) + len(beyond))
+    popularity = np.concatenate([split.users_of_item, np.ones(len(beyond), np.int64)])
+    return evaluate(recommended, relevant, settings.evaluation.ks, popularity, len(split.items))
+
+
+# -- what is compared ---------------------------------------------------------------------------------------------------
+
+
+def _counters(lake: Lake, day: str, split: Split, settings: Settings, depth: int) -> dict[str, np.ndarray]:
     start = key_start_ms(day)
-    if split is None:
-        split = time_split(lake, day_key(start - DAY_MS), day, settings.evaluation.max_users, settings.ranking.last_items)
-    users = np.zeros((len(split.users), snapshot.als_items.shape[1]), np.float32)
-    for key in reversed(lake.keys("als_factors")):
-        if lake.get("als_factors", key).data_version == snapshot.als_version:
-            users = aligned(read_factors(lake, "als_factors", key, "users", split.users), split.users, users.shape[1])
-            break
-    hours = hour_keys(start - settings.trends.window_hours * HOUR_MS, start)
-    clicks = lake.dataset(CLICKS_HOURLY, hours, missing_ok=True)
-    trends = clicks and trending_items(
-        clicks, start, settings.events.weights, settings.trends.half_life_hours, settings.trends.top
-    )
-    columns = _codes(snapshot.items[ITEM_ID], split.items)
-    ranked = _rank_split(snapshot, split, columns, users, trends, max(settings.evaluation.ks), settings)
-    return evaluate(ranked, split.relevant, settings.evaluation.ks, split.users_of_item, len(split.items))
+    clicks = lake.dataset(CLICKS_HOURLY, hour_keys(start - settings.trends.window_hours * HOUR_MS, start), missing_ok=True)
+    recent = clicks and last_hours_popularity(clicks, start - RECENT_HOURS * HOUR_MS, start)
+    weights = dict.fromkeys(settings.events.weights, 1.0)
+    fast = clicks and trending_items(clicks, start, weights, (FAST_HALF_LIFE,), len(split.items))
+    return {
+        POPULAR_WINDOW: _by_score(split, split.users_of_item, depth),
+        POPULAR_RECENT: _by_score(split, _scores(recent, split.items), depth),
+        POPULAR_FAST: _by_score(split, _scores(fast, split.items), depth),
+    }
 
 
-def write_evaluation(lake: Lake, day: str, evaluation: Evaluation | None, reason: str = "") -> Partition:
-    """Replace partition `day` of `evaluation`; without one, `reason` says why the day was not evaluated."""
-    content = asdict(evaluation) if evaluation else {"day": day, "metrics": {}, "reason": reason}
-    users = evaluation.users if evaluation else 0
-    return lake.write_blobs(EVALUATION, day, {"evaluation.json": orjson.dumps(content)}, users, content)
+def _models(lake: Lake, day: str, split: Split, models: Models, tuned: Tuned, depth: int) -> dict[str, np.ndarray]:
+    found = {ALS: rank_all(models.als_users, models.als_items, split.seen, depth)}
+    if models.two_tower is None:
+        return found
+    snapshot = _snapshot(split, models, Settings())
+    users = users_then(lake, snapshot, split.users, models.als_users, split.recent, split.seen, key_start_ms(day), 1)
+    assert users.two_tower is not None
+    found[TWO_TOWER] = rank_all(users.two_tower, models.two_tower.items, split.seen, depth)
+    # A weighted sum of inner products is the inner product of concatenated vectors.
+    both = np.hstack([tuned.blend["als"] / snapshot.longest * unit_rows(users.als), tuned.blend["two_tower"] * users.two_tower])
+    found[BLEND] = rank_all(both, np.hstack([models.als_items, models.two_tower.items]), split.seen, depth)
+    return found
 
 
-def time_split(lake: Lake, before: str, day: str, max_users: int, last_items: int) -> Split:
-    """What was known before `day` and what happened on it, for at most `max_users` users."""
-    window = lake.dataset(INTERACTIONS, [before])
-    if window is None:
-        raise NothingToEvaluate(f"the window that ends with {before} has no interactions; evaluate a later day")
+def served(
+    lake: Lake, day: str, split: Split, models: Models, ranking: RankingSettings, settings: Settings, depth: int
+) -> np.ndarray:
+    """The scoring path of serving on the state of the moment before the day: item indices int64 (u, depth)."""
+    snapshot = replace(_snapshot(split, models, settings), ranking=ranking)
+    return _ranked(lake, day, snapshot, split.users, models.als_users, split.recent, split.seen, ranking, settings, depth)
+
+
+def _snapshot(split: Split, models: Models, settings: Settings) -> Snapshot:
+    recent = split.recent[:, : settings.ranking.last_items]
+    return holdout_snapshot(split.items, models, split.popularity, recent, settings)
+
+
+def _ranked(
+    lake: Lake,
+    day: str,
+    snapshot: Snapshot,
+    user_ids: np.ndarray,
+    factors: np.ndarray,
+    recent: np.ndarray,
+    seen: sp.csr_matrix,
+    ranking: RankingSettings,
+    settings: Settings,
+    depth: int,
+) -> np.ndarray:
+    """Answers of a snapshot for users as they were before the day."""
     start = key_start_ms(day)
-    clicks = lake.dataset(CLICKS_HOURLY, hour_keys(start, start + DAY_MS), missing_ok=True)
-    if clicks is None:
-        raise NothingToEvaluate(f"{day} has no events in {CLICKS_HOURLY}")
-    sampled = _sample_users(clicks, window, max_users)
-    if not len(sampled):
-        raise NothingToEvaluate(f"no user with events on {day} has any in the window before")
-    popular = popular_items(window)
-    items = pc.sort_indices(popular[ITEM_ID])
-    item_ids = popular[ITEM_ID].take(items).to_numpy()
-    mine = ds.field(USER_ID).isin(sampled)
-    had = window.to_table(columns=[USER_ID, ITEM_ID, "last_ts"], filter=mine).sort_by(
-        [("last_ts", "descending"), (ITEM_ID, "ascending")]
-    )
-    shape = (len(sampled), len(item_ids))
-    rows, columns = _codes(had[USER_ID], sampled), _codes(had[ITEM_ID], item_ids)
-    seen = sp.csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape)
-    day_pairs = clicks.to_table(columns=[USER_ID, ITEM_ID], filter=mine).group_by([USER_ID, ITEM_ID]).aggregate([])
-    users, clicked = _codes(day_pairs[USER_ID], sampled), _codes(day_pairs[ITEM_ID], item_ids)
-    known = clicked >= 0
-    happened = sp.csr_matrix((np.ones(int(known.sum()), bool), (users[known], clicked[known])), shape)
-    relevant = sp.csr_matrix(happened > seen.multiply(happened))
-    some = np.flatnonzero(np.diff(relevant.indptr))
-    if not len(some):
-        raise NothingToEvaluate(f"no user had an item on {day} that is new to them and known to the window")
-    return Split(
-        users=sampled.to_numpy(zero_copy_only=False)[some],
-        items=item_ids,
-        seen=seen[some],
-        recent=_most_recent(rows, columns, len(sampled), last_items)[some],
-        relevant=relevant[some],
-        popularity=popular["score"].take(items).to_numpy(),
-        users_of_item=popular["users"].take(items).to_numpy(),
-        new_item_share=float(1 - known.mean()),
-    )
+    trend = trend_then(lake, snapshot, start, settings)
+    ranked = np.empty((len(user_ids), depth), np.int64)
+    for at in range(0, len(user_ids), RANK_USERS):
+        rows = slice(at, at + RANK_USERS)
+        users: Users = users_then(
+            lake, snapshot, user_ids[rows], factors[rows], recent[rows], seen[rows], start, ranking.last_items
+        )
+        ranked[rows] = rank(snapshot, trend, users, depth, ranking).positions
+    return ranked
 
 
-def aligned(factors: Factors, ids: np.ndarray, rank: int | None = None) -> np.ndarray:
-    """float32 (len(ids), rank): the factors in the order of the sorted `ids`, zeros for those that have none."""
-    vectors = np.zeros((len(ids), rank or factors.vectors.shape[1]), np.float32)
-    codes = _codes(pa.array(factors.ids, pa.string()), ids)
-    vectors[codes[codes >= 0]] = factors.vectors[codes >= 0]
-    return vectors
+def _factors_of(lake: Lake, snapshot: Snapshot, users: np.ndarray) -> np.ndarray:
+    """Factors of users from the fit that the snapshot was made of, zeros where the lake has it no more."""
+    width = snapshot.als_items.shape[1]
+    for key in reversed(lake.keys(ALS_FACTORS)):
+        if lake.get(ALS_FACTORS, key).data_version == snapshot.als_version:
+            return aligned(read_factors(lake, ALS_FACTORS, key, "users", users), users, width)
+    return np.zeros((len(users), width), np.float32)
 
 
-def _sample_users(clicks: ds.Dataset, window: ds.Dataset, max_users: int) -> pa.Array:
-    """Users of the day that the window knows: those with the smallest hashes, sorted. Memory holds twice `max_users`."""
-
-    def distinct(source: ds.Dataset, keep: pa.Array | None = None) -> pa.Array:
-        only = None if keep is None else ds.field(USER_ID).isin(keep)
-        kept = pa.array([], pa.string())
-        for batch in source.to_batches(columns=[USER_ID], filter=only):
-            kept = pc.unique(pa.chunked_array([kept, pc.unique(batch[USER_ID])]))
-            if keep is None and len(kept) > 8 * max_users:
-                kept = _smallest(kept, 4 * max_users)
-        return kept
-
-    pool = _smallest(distinct(clicks), 4 * max_users)
-    users = _smallest(distinct(window, pool), max_users)
-    return users.take(pc.sort_indices(users))
-
-
-def _smallest(ids: pa.Array, count: int) -> pa.Array:
-    hashes = pd.util.hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
-    return ids.take(pa.array(np.argsort(hashes, kind="stable")[:count]))
-
-
-def _codes(values: pa.Array | pa.ChunkedArray, ordered: np.ndarray | pa.Array) -> np.ndarray:
-    """Place of each value in `ordered`, int64, -1 where it is not in it."""
-    found = pc.index_in(values, value_set=pa.array(ordered, pa.string()))
-    return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)
-
-
-def _most_recent(rows: np.ndarray, columns: np.ndarray, users: int, k: int) -> np.ndarray:
-    """The first k columns of each row, int64 (users, k), from pairs that are sorted by recency."""
-    recent = np.full((users, k), -1, np.int64)
-    order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
-    within = place < k
-    recent[ordered[within], place[within]] = columns[order[within]]
-    return recent
+def _two_tower_note(lake: Lake, before: str, split: Split, models: Models) -> str:
+    if models.two_tower is not None:
+        return models.two_tower.tower.version
+    try:
+        return read_two_tower(lake, before, split.items).tower.version
+    except NoTwoTower as reason:
+        return f"not evaluated: {reason}"
 
 
 def _scores(table: pa.Table | None, items: np.ndarray) -> np.ndarray:
     """Scores of a (item_id, score) table as float64 (n,), 0 where it has none."""
     scores = np.zeros(len(items))
     if table is not None:
-        codes = _codes(table[ITEM_ID], items)
-        scores[codes[codes >= 0]] = table["score"].to_numpy()[codes >= 0]
+        at = codes(table[ITEM_ID], items)
+        scores[at[at >= 0]] = table["score"].to_numpy()[at >= 0]
     return scores
 
 
@@ -248,62 +269,100 @@ def _by_score(split: Split, scores: np.ndarray, k: int) -> np.ndarray:
     return rank_all(everyone, scores.astype(np.float32)[:, None], split.seen, k)
 
 
-def _served(
+# -- how it is reported -------------------------------------------------------------------------------------------------
+
+
+def _compared(
+    day: str,
     split: Split,
-    item_vectors: np.ndarray,
-    user_vectors: np.ndarray,
-    trends: pa.Table | None,
-    k: int,
+    models: Models,
+    tuned: Tuned,
+    recommended: dict[str, np.ndarray],
+    two_tower: str,
     settings: Settings,
-    report: AlsReport,
-) -> np.ndarray:
-    snapshot = Snapshot(
-        release_id="holdout",
-        items=pa.table(
-            {
-                ITEM_ID: pa.array(split.items, pa.string()),
-                "available": np.ones(len(split.items), bool),
-                "category": pa.nulls(len(split.items), pa.string()),
-            }
-        ),
-        als_items=item_vectors,
-        als_gram=gram(item_vectors),
-        als_version="holdout",
-        als_alpha=settings.als.alpha,
-        als_regularization=report.ridge,
-        als_regularization_per_item=report.ridge_per_observation,
-        popular=split.popularity.astype(np.float32),
-        similar=similar_items(item_vectors, settings.ranking.session_neighbours, ExactIndex(item_vectors, "cosine")),
-        indexes={"inner_product": ExactIndex(item_vectors, "inner_product"), "cosine": ExactIndex(item_vectors, "cosine")},
+) -> Evaluation:
+    options = settings.evaluation
+    headline = f"ndcg@{options.ks[0]}"
+    each = {name: per_user(ranked, split.relevant, options.ks)[headline] for name, ranked in recommended.items()}
+    drawn = resamples(len(split.users), options.bootstrap)
+    others = [name for name in each if name != SERVED]
+    parts = [name for name in (POPULAR_WINDOW, ALS, TWO_TOWER) if name in each and BLEND in each]
+    tuning = {name: value for name, value in asdict(replace(tuned, ranking=RankingSettings())).items() if name != "ranking"}
+    return Evaluation(
+        day=day,
+        users=len(split.users),
+        items=len(split.items),
+        relevant=split.relevant.nnz,
+        new_item_share=split.new_item_share,
+        metrics={
+            name: evaluate(ranked, split.relevant, options.ks, split.users_of_item, len(split.items))
+            for name, ranked in recommended.items()
+        },
+        als=models.als,
+        headline=headline,
+        intervals={name: interval(values, drawn)[1:] for name, values in each.items()},
+        differences={name: interval(each[SERVED] - each[name], drawn) for name in others},
+        blend_differences={name: interval(each[BLEND] - each[name], drawn) for name in parts},
+        segments=_segments(split, recommended, each, settings),
+        ranking=tuned.ranking.model_dump(mode="json"),
+        tuning=tuning,
+        two_tower=two_tower,
+        recommended=recommended,
     )
-    return _rank_split(snapshot, split, np.arange(len(split.items)), user_vectors, trends, k, settings)
 
 
-def _rank_split(
-    snapshot: Snapshot,
-    split: Split,
-    columns: np.ndarray,
-    user_vectors: np.ndarray,
-    trends: pa.Table | None,
-    k: int,
-    settings: Settings,
-) -> np.ndarray:
-    """The scoring path of serving on the state of the moment before the day: columns of `split`, int64 (users, k).
+def resamples(users: int, count: int, seed: int = 0) -> np.ndarray:
+    """How often each user is drawn in each of `count` resamples of the users, float32 (count, users)."""
+    random = np.random.default_rng(seed)
+    drawn = np.empty((count, users), np.float32)
+    for row in drawn:
+        row[:] = np.bincount(random.integers(0, users, users), minlength=users)
+    return drawn
 
-    `columns` (items of the snapshot,) are the columns of its items, -1 for one that the split does not know.
-    """
-    scores = dict(zip(trends[ITEM_ID].to_pylist(), trends["score"].to_pylist(), strict=True)) if trends is not None else {}
-    trend = Trend.of(snapshot, scores)
-    positions = np.full(len(split.items) + 1, -1, np.int64)
-    positions[columns] = np.arange(len(columns))
-    positions[-1] = -1
-    ranked = np.full((len(split.users), k), -1, np.int64)
-    for at in range(0, len(split.users), 512):
-        rows = slice(at, at + 512)
-        seen = split.seen[rows]
-        width = int(np.diff(seen.indptr).max(initial=0))
-        excluded = _most_recent(np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.indices, seen.shape[0], width)
-        users = Users(user_vectors[rows], positions[split.recent[rows]], positions[excluded])
-        found = rank(snapshot, trend, users, k, settings.ranking).positions
-        ranked[rows] = np.where(found >= 0, columns[found], -1)
-    return ranked
+
+def interval(values: np.ndarray, drawn: np.ndarray) -> list[float]:
+    """The mean of users' values, and the bounds of its 95 % interval."""
+    means = drawn @ values.astype(np.float32) / len(values)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(values.mean()), float(low), float(high)]
+
+
+def _segments(
+    split: Split, recommended: Mapping[str, np.ndarray], each: Mapping[str, np.ndarray], settings: Settings
+) -> dict[str, dict[str, float]]:
+    options = settings.evaluation
+    had = np.diff(split.seen.indptr)
+    middle = np.median(had)
+    groups = {
+        EVERYONE: np.ones(len(had), bool),
+        "cold users": had <= options.cold_user_items,
+        "light users": had <= middle,
+        "heavy users": had > middle,
+    }
+    found = {
+        name: {"users": int(group.sum()), **{model: float(values[group].mean()) for model, values in each.items()}}
+        for name, group in groups.items()
+        if group.any()
+    }
+    cold = sp.csr_matrix(split.relevant.multiply((split.users_of_item <= options.cold_item_users)[None, :]), dtype=bool)
+    cold.eliminate_zeros()
+    some = np.flatnonzero(np.diff(cold.indptr))
+    if len(some):
+        headline = f"ndcg@{options.ks[0]}"
+        scores = {
+            model: float(per_user(ranked[some], cold[some], options.ks[:1])[headline].mean())
+            for model, ranked in recommended.items()
+        }
+        found["cold items"] = {"users": len(some), **scores}
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """The same with every number cut to six digits after the point, tuples as lists."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, Mapping):
+        return {name: _rounded(held) for name, held in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_rounded(held) for held in value]
+    return value

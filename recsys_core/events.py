@@ -94,7 +94,9 @@ def content_ids(columns: list[pa.Array | pa.ChunkedArray]) -> pa.Array:
     return pa.array([blake2b(row.encode(), digest_size=16).hexdigest() for row in rows.to_pylist()], pa.string())
 
 
-def invalid_reasons(events: pa.Table | pa.RecordBatch, settings: EventSettings, now: int | np.ndarray | None = None) -> pa.Array:
+def invalid_reasons(
+    events: pa.Table | pa.RecordBatch, settings: EventSettings, now: int | np.ndarray | None = None
+) -> pa.Array:
     """Why each row can't be an event, string (n,), null where it can.
 
     `events` has the columns of EVENT_SCHEMA, nulls allowed everywhere. The first reason that applies is given. `now` is

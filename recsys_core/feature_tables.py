@@ -220,14 +220,14 @@ def _item_stage(settings: Settings) -> Batches:
 def _by_time(rows: DataFrame, key: str, stage: Batches, added: str, kept: Sequence[str] | None = None) -> DataFrame:
     """Rows of each value of `key` in one task, in the order of time, through `stage`, which adds columns.
 
-    Of events at one millisecond the one with the smallest id is taken for the newest.
+    Of one millisecond the item that sorts first is taken for the newest, as in the online record.
     """
     from pyspark.sql import functions as F
     from pyspark.sql.types import StructType
 
-    order: list[str | Column] = [key, TS, *([F.desc(EVENT_ID)] if EVENT_ID in rows.columns else [])]
+    order: list[str | Column] = [key, TS, *(F.desc(name) for name in (ITEM_ID, EVENT_TYPE) if key == USER_ID)]
     fields = [rows.schema[name] for name in kept or rows.columns]
-    schema = StructType([*fields, *StructType.fromDDL(added).fields])
+    schema = StructType(fields + list(StructType.fromDDL(added)))  # type: ignore[call-overload]
     return rows.repartition(key).sortWithinPartitions(*order).mapInArrow(stage, schema)
 
 

@@ -253,15 +253,6 @@ def weekdays(ts: np.ndarray) -> np.ndarray:
 # -- the online record ------------------------------------------------------------------------------------------
 
 
-class UserInputs(NamedTuple):
-    """What the user tower takes of one user at a moment, as a training example holds it."""
-
-    history: list[str]
-    category: str | None
-    counts: tuple[int, int, int, float]
-    """user_events_1d, user_events_7d, user_events_window, user_recency_hours (nan: no earlier event)."""
-
-
 @dataclass(frozen=True)
 class OnlineFeatures:
     """A user's batch features in the online record, from which the counts of any later moment follow.
@@ -309,8 +300,10 @@ class OnlineFeatures:
     def decode(cls, data: bytes | str) -> OnlineFeatures:
         """Raises ValueError or TypeError for anything that `encode` did not make."""
         raw = orjson.loads(data)
-        pairs = {name: tuple((int(ago), int(n)) for ago, n in raw.pop(name, ())) for name in ("hours", "days")}
-        return cls(**raw, **pairs)
+        if not isinstance(raw, dict):
+            raise ValueError(f"features must be a JSON object, not {raw!r:.60}")
+        hours, days = (tuple((int(ago), int(n)) for ago, n in raw.pop(name, ())) for name in ("hours", "days"))
+        return cls(**raw, hours=hours, days=days)
 
     def counts(self, ts: int, live: Sequence[int] = ()) -> tuple[int, int, int, float]:
         """user_events_1d, _7d, _window and recency in hours (nan: none) at the moment `ts`, which is not before `at`.
@@ -330,6 +323,33 @@ class OnlineFeatures:
             count(window.whole, self.days, DAY_MS),
             (ts - last) / HOUR_MS if last >= window.whole and last else float("nan"),
         )
+
+
+class UserInputs(NamedTuple):
+    """What the user tower takes of one user at a moment, in the columns of a training example.
+
+    `counts` are user_events_1d, user_events_7d, user_events_window and user_recency_hours (nan: no earlier event).
+    """
+
+    history: list[str]
+    category: str | None
+    device: str | None
+    country: str | None
+    counts: tuple[int, int, int, float]
+
+
+def user_inputs(
+    last: Sequence[tuple[str, str, int]], seen: Sequence[str], features: OnlineFeatures, ts: int, history: int
+) -> UserInputs:
+    """From an online record, as of the moment `ts` (ms); `OnlineFeatures(0, window_days)` for a record without features.
+
+    Equal to the training example of that moment as long as `last` holds all the user's actions since `features.at`. The
+    category is that of `features.at`; device and country are the latest known, in place of which a request puts its own.
+    """
+    before = [(item, at) for item, _, at in last if at < ts]
+    counts = features.counts(ts, [at for _, at in before])
+    items = distinct((item for item, _ in before), seen, n=history)
+    return UserInputs(items, features.category, features.device, features.country, counts)
 
 
 # -- over sorted rows -------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def challenge(lake: Lake, releases: Releases, day: str, settings: Settings) -> V
     evaluated = lake.find(EVALUATION, day)
     scores = served_scores(evaluated.extra) if evaluated else {}
     opponent = _opponent(lake, releases, day, release_id, settings)
-    verdict = judge({**scores, LATENCY: ranking_milliseconds(snapshot, settings)}, opponent.scores, settings.gate)
+    verdict = judge({**scores, LATENCY: ranking_milliseconds(snapshot)}, opponent.scores, settings.gate)
     if opponent.decides is not None:
         verdict = replace(verdict, passed=opponent.decides, reason=opponent.reason)
     intervals = {evaluated.extra.get("headline"): evaluated.extra.get("intervals", {}).get(SERVED)} if evaluated else {}
@@ -189,10 +189,10 @@ def _opponent(lake: Lake, releases: Releases, day: str, challenger_id: str, sett
         scores = evaluate_snapshot(lake, day, snapshot, settings)
     except (NothingToEvaluate, MissingPartition) as error:
         return _Opponent(name, decides=False, reason=f"the champion {name} can't be scored on {day}: {error}")
-    return _Opponent(name, {**scores, LATENCY: ranking_milliseconds(snapshot, settings)})
+    return _Opponent(name, {**scores, LATENCY: ranking_milliseconds(snapshot)})
 
 
-def ranking_milliseconds(snapshot: Snapshot, settings: Settings) -> float:
+def ranking_milliseconds(snapshot: Snapshot) -> float:
     """Median time to rank for one user with a factor and a last item, on this machine."""
     random = np.random.default_rng(0)
     trend = Trend.of(snapshot, {})
@@ -201,7 +201,7 @@ def ranking_milliseconds(snapshot: Snapshot, settings: Settings) -> float:
         last = ((snapshot.item_ids[position], "view", 0),)
         record = UserRecord(last, als_version=snapshot.als_version, als=snapshot.als_items[position])
         started = time.perf_counter()
-        users = users_of(snapshot, [record], settings.ranking)
-        rank(snapshot, trend, users, TIMED_ITEMS, settings.ranking)
+        users = users_of(snapshot, [record], snapshot.ranking)
+        rank(snapshot, trend, users, TIMED_ITEMS, snapshot.ranking)
         taken.append(time.perf_counter() - started)
     return float(np.median(taken)) * 1000

@@ -243,25 +243,28 @@ def _tune(index: VectorIndex, vectors: np.ndarray, queries: np.ndarray, settings
         faiss.omp_set_num_threads(threads)
 
 
-def similar_items(vectors: np.ndarray, k: int, index: Searchable) -> np.ndarray:
+def similar_items(vectors: np.ndarray, k: int, index: Searchable, only: np.ndarray | None = None) -> np.ndarray:
     """The `k` nearest other items of every item by cosine, int32 (n, k), nearest first, padded by -1.
 
-    Up to SIMILAR_BY_SCAN all are compared with all, beyond that `index` is searched. Items without a direction have none.
+    Up to SIMILAR_BY_SCAN all are compared with all, beyond that `index` is searched. Items without a direction have none,
+    and those that are not in `only` (positions, None for all).
     """
     import faiss
 
     units = unit_rows(vectors)
     found = np.full((len(units), k), -1, np.int32)
+    wanted = np.arange(len(units)) if only is None else only
     step = 4096
-    for at in progress.track(range(0, len(units), step), "similar items"):
-        queries = units[at : at + step]
+    for at in progress.track(range(0, len(wanted), step), "similar items"):
+        rows = wanted[at : at + step]
+        queries = units[rows]
         if len(units) <= SIMILAR_BY_SCAN:
             _, nearest = faiss.knn(queries, units, min(k + 1, len(units)), faiss.METRIC_INNER_PRODUCT)
         else:
             nearest = index.search(queries, k + 1)
-        itself = nearest == np.arange(at, at + len(queries))[:, None]
+        itself = nearest == rows[:, None]
         others = np.take_along_axis(nearest, np.argsort(itself, axis=1, kind="stable"), axis=1)[:, : nearest.shape[1] - 1]
-        found[at : at + step, : others.shape[1]] = np.where(queries.any(axis=1, keepdims=True), others, -1)
+        found[rows, : others.shape[1]] = np.where(queries.any(axis=1, keepdims=True), others, -1)
     return found
 
 

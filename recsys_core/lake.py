@@ -207,6 +207,38 @@ class Lake:
                     digest.update(block)
         return digest.hexdigest()[:32]
 
+    def replace_rows(self, part: Partition, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Partition:
+        """Replace the rows of a partition that keeps its data version and what else its pointer says.
+
+        For rows that must go although nothing new was made: what was derived from the partition stays valid.
+        """
+        version = _new_version()
+        name = "part-00000.parquet"
+        path = self.path(part.table, part.key, version, name)
+        self.fs.makedirs(os.path.dirname(path), exist_ok=True)
+        rows = 0
+        with self.fs.open(path, "wb") as raw, pq.ParquetWriter(raw, schema, compression="zstd") as out:
+            for batch in batches:
+                out.write_batch(batch)
+                rows += batch.num_rows
+        size = self.fs.size(path)
+        return self._point(part.table, part.key, version, (name,), rows, size, part.data_version, part.extra)
+
+    def versions(self, table: str, key: str) -> dict[str, list[str]]:
+        """Paths of the Parquet files of every version of a partition that is kept, oldest first."""
+        self.fs.invalidate_cache()
+        folders = [e["name"] for e in self.fs.ls(self.path(table, key), detail=True) if e["type"] == "directory"]
+        return {
+            os.path.basename(folder.rstrip("/")): [p for p in sorted(self.fs.find(folder)) if p.endswith(".parquet")]
+            for folder in sorted(folders)
+        }
+
+    def drop_older(self, table: str, key: str) -> None:
+        """Keep only the version of a partition that is read."""
+        for version in self.versions(table, key):
+            if version != self.get(table, key).version:
+                self.fs.rm(self.path(table, key, version), recursive=True)
+
     # -- reading ------------------------------------------------------------------------------------------------
 
     def find(self, table: str, key: str) -> Partition | None:

@@ -11,6 +11,7 @@ Which files hold events of an hour is read from the Parquet statistics of `ts` i
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -45,7 +46,7 @@ QUARANTINE_SCHEMA = pa.schema(
 OFFSET = "offset"
 ARCHIVE_SCHEMA = EVENT_SCHEMA.append(pa.field(OFFSET, pa.int64(), nullable=False))
 ARCHIVE_METADATA = b"recsys.archive"
-"""Key of the JSON in an archive file's footer: topic, source, first, last, events, rejected, hours {key: events}."""
+"""Key of the JSON in an archive file's footer: topic, source, first, last, messages, events, rejected, hours {key: events}."""
 _RANGE_NAME = re.compile(r"^(?P<identity>[0-9a-f]{8})-(?P<partition>\d{5})-(?P<first>\d{20})-(?P<last>\d{20})\.parquet$")
 
 
@@ -94,7 +95,7 @@ def offset_faults(ranges: Iterable[OffsetRange]) -> list[str]:
     """Where the ranges of a partition leave offsets out or hold them twice, in words; none when each is held once."""
     faults = []
     ordered = sorted(ranges)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if (before.topic, before.identity, before.partition) != (after.topic, after.identity, after.partition):
             continue
         where = f"{before.topic} ({before.identity}) partition {before.partition}"
@@ -127,11 +128,12 @@ class Landing:
         """Write one file of events. `events` has EVENT_SCHEMA. Returns its path."""
         return self._write(LANDING, source, name, events.cast(EVENT_SCHEMA))
 
-    def write_archive(self, held: OffsetRange, events: pa.Table, rejected: pa.Table) -> str:
+    def write_archive(self, held: OffsetRange, messages: int, events: pa.Table, rejected: pa.Table) -> str:
         """Write the archive file of a range, and the quarantine file of the same name when something was rejected.
 
-        `events` has ARCHIVE_SCHEMA, `rejected` QUARANTINE_SCHEMA with the offset as its row. The same content gives the
-        same bytes. Returns the path of the events.
+        `messages` were taken from the topic for it; an offset without one is a marker of the broker's own. `events` has
+        ARCHIVE_SCHEMA, `rejected` QUARANTINE_SCHEMA with the offset as its row. The same content gives the same bytes.
+        Returns the path of the events.
         """
         if rejected.num_rows:
             self.write_quarantine(held.topic, held.name, rejected)
@@ -141,6 +143,7 @@ class Landing:
             "source": f"{held.identity}.{held.partition}",
             "first": held.first,
             "last": held.last,
+            "messages": messages,
             "events": events.num_rows,
             "rejected": rejected.num_rows,
             "hours": {hour_key(int(hour) * HOUR_MS): int(count) for hour, count in zip(hours, counts, strict=True)},

@@ -12,7 +12,7 @@ text. This order does not depend on when an event arrived, so that late events, 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,7 +209,7 @@ class UserWriter:
         self._area = area
         self._users_a_call = 1 if is_cluster(redis) else USERS_A_CALL
 
-    def calls(self, updates: UserUpdates, sources: dict[int, str], now_ms: int) -> list[tuple[object, ...]]:
+    def calls(self, updates: UserUpdates, sources: Mapping[int, str], now_ms: int) -> list[tuple[object, ...]]:
         """The calls of `updates`, in their order; `sources` names the source of each partition."""
         keep = self._settings.ranking.last_items
         gap = self._settings.events.session_gap_minutes * MINUTE_MS

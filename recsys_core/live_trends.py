@@ -254,11 +254,13 @@ class LiveTrendReader:
             known[key] = (now_ms, {name: int(count) for name, count in fields.items() if name != FENCE})
         self._known = known
         position: dict[bytes, int] = {}
-        items, counts, ages = [], [], []
-        for key, (_, fields) in known.items():
-            items += [position.setdefault(name, len(position)) for name in fields]
-            counts += fields.values()
-            ages += [max(0.0, now_ms - wanted[key])] * len(fields)
+        items: list[int] = []
+        counts: list[int] = []
+        ages: list[float] = []
+        for key, (_, held) in known.items():
+            items += [position.setdefault(name, len(position)) for name in held]
+            counts += held.values()
+            ages += [max(0.0, now_ms - wanted[key])] * len(held)
         if not position:
             return None
         age, count = np.array(ages), np.array(counts, np.float64) / SCALE

@@ -18,7 +18,6 @@ from recsys_core.profiles import Measure, frame_of
 from recsys_core.quality import Report, usual_suite, validate
 from recsys_core.ranking import Snapshot, Trend, rank
 from recsys_core.release import npy_array
-from recsys_core.settings import RankingSettings
 from recsys_core.tables import INTERACTIONS
 
 COMPARED = 200
@@ -128,7 +127,7 @@ def index_measures(lake: Lake, day: str, recall_target: float) -> dict[str, list
     return {"recall_reaches_its_target": recalls, "index_is_of_the_same_factors": same}
 
 
-def release_measures(snapshot: Snapshot, users: Sequence[UserRecord], settings: RankingSettings) -> dict[str, list[Measure]]:
+def release_measures(snapshot: Snapshot, users: Sequence[UserRecord]) -> dict[str, list[Measure]]:
     """A release: its indexes hold its own vectors, all vectors are finite, and everyone gets an answer.
 
     `users` are sampled records; one that nothing is known of is added.
@@ -140,8 +139,8 @@ def release_measures(snapshot: Snapshot, users: Sequence[UserRecord], settings: 
     ]
     not_finite = int((~np.isfinite(snapshot.als_items)).any(axis=1).sum())
     own.append(Measure(name, "item vectors that are not finite", not_finite, most=0))
-    state = users_of(snapshot, [*users, UserRecord()], settings)
-    ranked = rank(snapshot, Trend.of(snapshot, {}), state, 10, settings)
+    state = users_of(snapshot, [*users, UserRecord()], snapshot.ranking)
+    ranked = rank(snapshot, Trend.of(snapshot, {}), state, 10, snapshot.ranking)
     empty = int((ranked.positions < 0).all(axis=1).sum())
     servable = Measure(name, "items that may be recommended", int(snapshot.available.sum()), least=1)
     answers = [servable, Measure(name, f"of {len(state)} users, those without an item", empty, most=0)]

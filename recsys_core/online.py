@@ -1,10 +1,10 @@
 """The Redis contract: keys, the cached answer, the user's record, and their batch writers.
 
     user:{<user_id>}   hash: `last` [[item_id, event_type, ts_ms], …] newest first, `last_ts`, `seen` [item_id, …],
-                       `als` <factor version> NUL <float32 vector>; of the speed layer `stream` (counters and session)
-                       and `@<source>`, the last offset applied from a Kafka partition
+                       `als` <factor version> NUL <float32 vector>, `features` see `OnlineFeatures`; of the speed layer
+                       `stream` (counters and session) and `@<source>`, the last offset applied from a Kafka partition
     recs:{<user_id>}   string: the answer, see `AnswerEncoder`
-    trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score], …]}
+    trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score by half-life, …], …]}
 
 The braces are Redis Cluster hash tags: both keys of a user live in one slot and are read in one round trip.
 """
@@ -12,7 +12,7 @@ The braces are Redis Cluster hash tags: both keys of a user live in one slot and
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,16 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_core.ranking import Snapshot, Users
+from recsys_core.features import OnlineFeatures, user_inputs
+from recsys_core.ranking import Scores, Snapshot, Users
 from recsys_core.redis_client import Script, run_calls
 from recsys_core.settings import RankingSettings
+from recsys_core.tower import TowerInputs
 
 TRENDING_KEY = "trending"
 
-LAST, LAST_TS, SEEN, ALS = b"last", b"last_ts", b"seen", b"als"
-RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS)
+LAST, LAST_TS, SEEN, ALS, FEATURES = b"last", b"last_ts", b"seen", b"als", b"features"
+RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS, FEATURES)
 STREAM = b"stream"
 STREAM_STATE = "<dddd"
 """`stream`: events, start (ms) and events of the latest session, when the TTL was last set (s)."""
@@ -280,6 +282,7 @@ class UserRecord:
         seen: items the user had, most recent first.
         als_version: version of the factors that `als` belongs to.
         als: float32 (rank,) or None.
+        features: batch features of the last night, or None.
     """
 
     last: tuple[tuple[str, str, int], ...] = ()
@@ -287,11 +290,12 @@ class UserRecord:
     seen: tuple[str, ...] = ()
     als_version: str = ""
     als: np.ndarray | None = None
+    features: OnlineFeatures | None = None
 
     @classmethod
     def decode(cls, values: Sequence[bytes | None]) -> UserRecord:
         """From the values of RECORD_FIELDS, as HMGET gives them. Raises CorruptValue."""
-        last, last_ts, seen, als = values
+        last, last_ts, seen, als, features = values
         try:
             version, vector = b"", None
             if als:
@@ -303,6 +307,7 @@ class UserRecord:
                 seen=tuple(map(str, orjson.loads(seen))) if seen else (),
                 als_version=version.decode(),
                 als=vector,
+                features=OnlineFeatures.decode(features) if features else None,
             )
         except (ValueError, TypeError) as error:
             raise CorruptValue(f"user record: {error}") from error
@@ -318,6 +323,8 @@ class UserRecord:
             fields[SEEN] = orjson.dumps(self.seen)
         if self.als is not None:
             fields[ALS] = self.als_version.encode() + b"\0" + np.ascontiguousarray(self.als, "<f4").tobytes()
+        if self.features is not None:
+            fields[FEATURES] = self.features.encode()
         return fields
 
 
@@ -351,11 +358,21 @@ def _all_quoted(column: pa.ChunkedArray) -> pa.Array:
 
 
 def users_of(
-    snapshot: Snapshot, records: Sequence[UserRecord], settings: RankingSettings, excluded: Sequence[Sequence[str]] = ()
+    snapshot: Snapshot,
+    records: Sequence[UserRecord],
+    settings: RankingSettings,
+    excluded: Sequence[Sequence[str]] = (),
+    *,
+    user_ids: Sequence[str] = (),
+    now: int | None = None,
+    device: str | None = None,
+    country: str | None = None,
 ) -> Users:
     """The state that is ranked, from users' records; `excluded` are further item ids for each user.
 
-    A factor of another model version than the snapshot's is left out, so that the user is folded in instead.
+    A factor of another model version than the snapshot's is left out, so that the user is folded in instead. The keyword
+    arguments are for the user tower: `now` (ms), by default the moment after the user's last action, and where the users are
+    now, in place of what their records say.
     """
     als = np.zeros((len(records), snapshot.als_items.shape[1]), np.float32)
     last = np.full((len(records), settings.last_items), -1, np.int64)
@@ -374,26 +391,47 @@ def users_of(
     exclusions = np.full((len(records), width), -1, np.int64)
     for row, positions in enumerate(left_out):
         exclusions[row, : len(positions)] = positions
-    return Users(als, last, exclusions)
+    if snapshot.tower is None:
+        return Users(als, last, exclusions)
+    moments = [record.last_ts + 1 if now is None else now for record in records]
+    known = [
+        user_inputs(r.last, r.seen, r.features or OnlineFeatures(0, 1), moment, snapshot.tower.spec.history)
+        for r, moment in zip(records, moments, strict=True)
+    ]
+    inputs = TowerInputs(
+        user_ids=user_ids or [""] * len(records),
+        history=[user.history for user in known],
+        ts_ms=np.array(moments, np.int64),
+        device=[device or user.device for user in known],
+        country=[country or user.country for user in known],
+        category=[user.category for user in known],
+        counts=np.array([user.counts for user in known], np.float32).reshape(len(known), 4),
+    )
+    return Users(als, last, exclusions, snapshot.tower.vectors(inputs))
 
 
 @dataclass(frozen=True)
 class TrendingValue:
-    """The trending items as serving reads them."""
+    """The trending items as serving reads them; `scores` are one a half-life of trends.half_lives_hours."""
 
     computed_at: int
     hour: str
-    scores: dict[str, float]
+    scores: Mapping[str, Scores]
 
     def encode(self) -> bytes:
-        return orjson.dumps({"computed_at": self.computed_at, "hour": self.hour, "items": list(self.scores.items())})
+        items = [[item, *np.atleast_1d(scores).tolist()] for item, scores in self.scores.items()]
+        return orjson.dumps({"computed_at": self.computed_at, "hour": self.hour, "items": items})
 
     @classmethod
     def decode(cls, data: bytes) -> TrendingValue:
         """Raises CorruptValue."""
         try:
             raw = orjson.loads(data)
-            return cls(int(raw["computed_at"]), str(raw["hour"]), {str(i): float(s) for i, s in raw["items"]})
+            return cls(
+                int(raw["computed_at"]),
+                str(raw["hour"]),
+                {str(i): (float(first), *map(float, more)) for i, first, *more in raw["items"]},
+            )
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptValue(f"trending: {error}") from error
 

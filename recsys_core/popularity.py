@@ -6,7 +6,7 @@ go by item id.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ READ_ROWS = 1 << 20
 
 POPULAR_SCHEMA = pa.schema([pa.field(ITEM_ID, pa.string()), pa.field("score", pa.float64()), pa.field("users", pa.int64())])
 TRENDING_SCHEMA = pa.schema([pa.field(ITEM_ID, pa.string()), pa.field("score", pa.float64()), pa.field("events", pa.int64())])
+TRENDS_SCHEMA = TRENDING_SCHEMA.append(pa.field("scores", pa.list_(pa.float64())))
 
 
 def popular_items(interactions: ds.Dataset) -> pa.Table:
@@ -72,16 +73,19 @@ def trend_scores(
 
 
 def trending_items(
-    clicks: ds.Dataset, now_ms: int, event_weights: Mapping[str, float], half_life_hours: float, top: int
+    clicks: ds.Dataset, now_ms: int, event_weights: Mapping[str, float], half_lives_hours: Sequence[float], top: int
 ) -> pa.Table:
-    """The `top` items by `trend_scores`: TRENDING_SCHEMA, highest score first.
+    """The items that are among the `top` by `trend_scores` of any half-life: TRENDS_SCHEMA, highest score first.
 
-    `clicks` has the columns item_id, event_type and ts (ms). Events later than `now_ms`, and of types that
-    `event_weights` doesn't name, are left out. Memory holds the items and one batch.
+    `clicks` has the columns item_id, event_type and ts (ms). `scores` has one for each half-life, `score` is the first.
+    Events later than `now_ms`, and of types that `event_weights` doesn't name, are left out. Memory holds the items and
+    one batch.
     """
     names = pa.array(list(event_weights), pa.string())
     values = np.array(list(event_weights.values()), np.float64)
     counted = (ds.field(TS) <= now_ms) & ds.field(EVENT_TYPE).isin(names)
+    columns = [f"score_{n}" for n in range(len(half_lives_hours))]
+    summed = pa.schema([(ITEM_ID, pa.string()), *((name, pa.float64()) for name in columns), ("events", pa.int64())])
 
     def sums() -> Iterator[pa.Table]:
         for batch in clicks.to_batches(columns=[ITEM_ID, EVENT_TYPE, TS], filter=counted, batch_size=READ_ROWS):
@@ -89,11 +93,17 @@ def trending_items(
             items = encoded.indices.to_numpy()
             n = len(encoded.dictionary)
             weights = values[pc.index_in(batch[EVENT_TYPE], names).to_numpy()]
-            scores = trend_scores(batch[TS].to_numpy(), weights, items, now_ms, half_life_hours, n)
-            events = np.bincount(items, minlength=n)
-            yield pa.table([encoded.dictionary, pa.array(scores), pa.array(events)], schema=TRENDING_SCHEMA)
+            ts = batch[TS].to_numpy()
+            scores = [pa.array(trend_scores(ts, weights, items, now_ms, half_life, n)) for half_life in half_lives_hours]
+            yield pa.table([encoded.dictionary, *scores, pa.array(np.bincount(items, minlength=n))], schema=summed)
 
-    return _ranked(_total(sums(), TRENDING_SCHEMA)).slice(0, top)
+    total = _total(sums(), summed)
+    scores = np.column_stack([total[name].to_numpy() for name in columns])
+    ranks = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0, kind="stable").min(axis=1, initial=len(scores))
+    kept = np.flatnonzero(ranks < top)
+    lists = pa.ListArray.from_arrays(np.arange(0, (len(kept) + 1) * len(columns), len(columns)), scores[kept].ravel())
+    some = total.take(kept)
+    return _ranked(pa.table([some[ITEM_ID], some["score_0"], some["events"], lists], schema=TRENDS_SCHEMA))
 
 
 def last_hours_popularity(clicks: ds.Dataset, start_ms: int, end_ms: int) -> pa.Table:

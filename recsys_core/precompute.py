@@ -14,6 +14,7 @@ import pyarrow as pa
 from recsys_core import progress
 from recsys_core.bundle import TRENDING_ITEMS
 from recsys_core.events import EVENT_TYPE, ITEM_ID, TS, USER_ID, now_ms
+from recsys_core.features import OnlineFeatures
 from recsys_core.lake import Lake
 from recsys_core.online import (
     TRENDING_KEY,
@@ -112,8 +113,8 @@ def _write_shard(
     samples: list[Sample] = []
     for ids in _users_of_shard(lake, hour, shard, settings):
         computed_at = now_ms()
-        state = users_of(snapshot, read_records(redis, ids), settings.ranking)
-        ranked = rank(snapshot, trend, state, settings.cache.items, settings.ranking)
+        state = users_of(snapshot, read_records(redis, ids), snapshot.ranking, user_ids=ids, now=computed_at)
+        ranked = rank(snapshot, trend, state, settings.cache.items, snapshot.ranking)
         answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
         users += write_answers(redis, zip(ids, answers, strict=True), settings.cache.ttl_seconds)
         empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
@@ -141,7 +142,7 @@ def read_trend(lake: Lake, hour: str) -> TrendingValue:
     """Partition `hour` of `trending_items` as serving reads it."""
     found = lake.get(TRENDING_ITEMS, hour)
     table = lake.read(TRENDING_ITEMS, hour) if found.rows else None
-    scores = dict(zip(table[ITEM_ID].to_pylist(), table["score"].to_pylist(), strict=True)) if table else {}
+    scores = dict(zip(table[ITEM_ID].to_pylist(), map(tuple, table["scores"].to_pylist()), strict=True)) if table else {}
     return TrendingValue(now_ms(), hour, scores)
 
 
@@ -172,4 +173,5 @@ def _records(batch: pa.RecordBatch, als_version: str) -> Iterator[tuple[str, Use
         last = tuple((action[ITEM_ID], action[EVENT_TYPE], action[TS]) for action in row["last"])
         factor = None if row["factor"] is None else np.asarray(row["factor"], np.float32)
         version = als_version if factor is not None else ""
-        yield row[USER_ID], UserRecord(last, row["last_ts"], tuple(row["seen"] or ()), version, factor)
+        features = OnlineFeatures.decode(row["features"])
+        yield row[USER_ID], UserRecord(last, row["last_ts"], tuple(row["seen"] or ()), version, factor, features)

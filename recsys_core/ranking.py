@@ -2,12 +2,13 @@
 
 The hourly precompute calls it with many users, the online miss with one, so that the two can't drift apart.
 
-Every candidate gets four parts on comparable scales and one weighted sum of them:
+Every candidate gets five parts on comparable scales and one weighted sum of them:
 
-    als       û·y / max|y|, û the user's factor scaled to length 1, in [-1, 1]
-    session   ŝ·ŷ, ŝ the decayed sum of the user's last items' unit vectors scaled to length 1, in [-1, 1]
-    trend     log(1+trend) / log(1+max trend), in [0, 1]
-    popular   log(1+popularity) / log(1+max popularity), in [0, 1]
+    als         û·y / max|y|, û the user's factor scaled to length 1, in [-1, 1]
+    two_tower   the user tower's vector · the item tower's, both of length 1, in [-1, 1]
+    session     ŝ·ŷ, ŝ the decayed sum of the user's last items' unit vectors scaled to length 1, in [-1, 1]
+    trend       Σ_h mix_h · log(1+trend_h) / log(1+max trend_h) over the half-lives h; the shares may be below 0
+    popular     log(1+popularity) / log(1+max popularity), in [0, 1]
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ import pyarrow.compute as pc
 from recsys_core.als import fold_in
 from recsys_core.index import Metric, Searchable, unit_rows
 from recsys_core.settings import RankingSettings
+from recsys_core.tower import UserTower
 
-PARTS = ("als", "session", "trend", "popular")
+PARTS = ("als", "two_tower", "session", "trend", "popular")
+Scores = float | Sequence[float]
+"""Trend of an item: one score, or one for each half-life."""
+
 BLOCK = 64
 """Users ranked at a time: the gathered vectors of their candidates stay in the processor's cache."""
 
@@ -44,6 +49,10 @@ class Snapshot:
         popular: float32 (n,), popularity of the window, >= 0.
         similar: int32 (n, k), the nearest other items of each by cosine, nearest first, padded by -1.
         indexes: HNSW by metric over `als_items`.
+        ranking: the weights that the release was tuned to.
+        two_tower_items: float32 (n, d), unit vectors of the item tower, zeros where it lacks an item; None: no model.
+        two_tower_index: finds the highest inner products among them.
+        tower: the user tower that belongs to them.
     """
 
     release_id: str
@@ -57,8 +66,15 @@ class Snapshot:
     similar: np.ndarray
     indexes: Mapping[Metric, Searchable]
     als_regularization_per_item: float = 0.0
+    ranking: RankingSettings = RankingSettings()
+    two_tower_items: np.ndarray | None = None
+    two_tower_index: Searchable | None = None
+    tower: UserTower | None = None
 
     def __post_init__(self) -> None:
+        held = {value is not None for value in (self.two_tower_items, self.two_tower_index, self.tower)}
+        if len(held) > 1:
+            raise ValueError("a two-tower model is item vectors, their index and the user tower; one of them is missing")
         if len(self.positions) != self.items.num_rows:
             raise ValueError(f"{self.items.num_rows - len(self.positions)} item ids occur more than once")
 
@@ -83,6 +99,11 @@ class Snapshot:
         """float32 (n,): lengths of the item factors; 1 for a factor of zeros."""
         norms = np.linalg.norm(self.als_items, axis=1)
         return np.where(norms > 0, norms, 1).astype(np.float32)
+
+    @cached_property
+    def longest(self) -> float:
+        """Length of the longest item factor, 1 when all are zeros."""
+        return float(self.norms.max(initial=0)) or 1.0
 
     @cached_property
     def popular_part(self) -> np.ndarray:
@@ -120,23 +141,37 @@ class Trend:
     """What is trending now, as a dense part over the snapshot's items.
 
     Attributes:
-        part: float32 (n,) in [0, 1].
-        order: int64, positions with a trend, highest first.
+        part: float32 (n,), the mixed trend.
+        order: int64, positions with a trend, highest part first.
+        by_half_life: float32 (n, half-lives), each in [0, 1].
     """
 
     part: np.ndarray
     order: np.ndarray
+    by_half_life: np.ndarray = field(repr=False)
 
     @classmethod
-    def of(cls, snapshot: Snapshot, scores: Mapping[str, float]) -> Trend:
-        """From scores by item id; items that the release does not know are left out."""
-        dense = np.zeros(snapshot.items.num_rows, np.float32)
-        for item, score in scores.items():
-            position = snapshot.positions.get(item)
-            if position is not None:
-                dense[position] = score
-        order = np.argsort(-dense, kind="stable")[: np.count_nonzero(dense)]
-        return cls(relative_log(dense), order[snapshot.available[order]])
+    def of(cls, snapshot: Snapshot, scores: Mapping[str, Scores], mix: Sequence[float] | None = None) -> Trend:
+        """From scores by item id, one or one a half-life; items that the release does not know are left out.
+
+        `mix` are the shares of the half-lives, None: those of the release. Where there are not as many scores, the first
+        one is the trend.
+        """
+        known = [(position, score) for item, score in scores.items() if (position := snapshot.positions.get(item)) is not None]
+        places = np.array([position for position, _ in known], np.int64)
+        values = np.array([score for _, score in known], np.float32).reshape(len(known), -1 if known else 1)
+        return cls.at(snapshot, places, values, snapshot.ranking.trend_mix if mix is None else mix)
+
+    @classmethod
+    def at(cls, snapshot: Snapshot, places: np.ndarray, values: np.ndarray, mix: Sequence[float]) -> Trend:
+        """From scores (k, half-lives) of the items at positions int64 (k,)."""
+        dense = np.zeros((snapshot.items.num_rows, values.shape[1]), np.float32)
+        dense[places] = values
+        by_half_life = np.column_stack([relative_log(column) for column in dense.T])
+        shares = np.asarray(mix if len(mix) == dense.shape[1] else [1.0] + [0.0] * (dense.shape[1] - 1), np.float32)
+        part = by_half_life @ shares
+        trending = np.flatnonzero(dense.any(axis=1) & snapshot.available)
+        return cls(part, trending[np.argsort(-part[trending], kind="stable")], by_half_life)
 
 
 @dataclass(frozen=True)
@@ -147,18 +182,21 @@ class Users:
         als: float32 (b, rank), user factors; a row of zeros where ALS does not know the user.
         last_items: int64 (b, k), positions of the last items, newest first, padded by -1.
         excluded: int64 (b, x), positions that may not be returned, padded by -1.
+        two_tower: float32 (b, d), vectors of the user tower, a row of zeros where it knows nothing; None: no such model.
     """
 
     als: np.ndarray
     last_items: np.ndarray
     excluded: np.ndarray
+    two_tower: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.als)
 
     def rows(self, which: slice | np.ndarray) -> Users:
         """Some of the users."""
-        return Users(self.als[which], self.last_items[which], self.excluded[which])
+        two_tower = None if self.two_tower is None else self.two_tower[which]
+        return Users(self.als[which], self.last_items[which], self.excluded[which], two_tower)
 
 
 @dataclass(frozen=True)
@@ -189,33 +227,48 @@ def rank(
         settings: weights and numbers of candidates.
         allowed: bool (items,), a filter on top of availability; None for no filter.
     """
-    servable = snapshot.available if allowed is None else snapshot.available & allowed
-    selection = None if allowed is None else np.flatnonzero(servable)
-    factors = unit_rows(with_fold_in(snapshot, users))
-    candidates = _candidates(snapshot, trend, factors, users.last_items, settings, n, servable, selection)
-    blocks = [
-        _rank_block(snapshot, trend, users.rows(rows), factors[rows], candidates[rows], n, settings, servable)
-        for rows in (slice(at, at + BLOCK) for at in range(0, max(len(users), 1), BLOCK))
-    ]
+    queries = queries_of(snapshot, users, settings)
+    positions = candidates(snapshot, trend, users, queries, n, settings, allowed)
+    weights = part_weights(settings)
+
+    def ranked(rows: slice) -> Ranked:
+        parts = parts_of(snapshot, trend, queries.rows(rows), positions[rows])
+        scores = np.where(positions[rows] >= 0, parts @ weights, -np.inf).astype(np.float32)
+        return _top(positions[rows], scores, parts, n)
+
+    blocks = [ranked(slice(at, at + BLOCK)) for at in range(0, max(len(users), 1), BLOCK)]
     return Ranked(*(np.concatenate([getattr(block, f.name) for block in blocks]) for f in fields(Ranked)))
 
 
-def _rank_block(
-    snapshot: Snapshot,
-    trend: Trend,
-    users: Users,
-    factors: np.ndarray,
-    candidates: np.ndarray,
-    n: int,
-    settings: RankingSettings,
-    servable: np.ndarray,
-) -> Ranked:
+@dataclass(frozen=True)
+class Queries:
+    """What the items' vectors are multiplied with, for `b` users.
+
+    Attributes:
+        als: float32 (b, rank), unit factors, folded in where ALS has none.
+        session: float32 (b, rank), see `session_vectors`.
+        two_tower: float32 (b, d), None without the model.
+    """
+
+    als: np.ndarray
+    session: np.ndarray
+    two_tower: np.ndarray | None
+
+    def rows(self, which: slice) -> Queries:
+        """Some of the users."""
+        return Queries(self.als[which], self.session[which], None if self.two_tower is None else self.two_tower[which])
+
+
+def queries_of(snapshot: Snapshot, users: Users, settings: RankingSettings) -> Queries:
+    """The query vectors of users."""
+    two_tower = None if snapshot.two_tower_items is None else users.two_tower
     sessions = session_vectors(snapshot, users.last_items, settings.session_decay)
-    positions = _distinct(candidates, users.excluded)
-    usable = (positions >= 0) & servable[positions]
-    parts = _parts(snapshot, trend, factors, sessions, positions)
-    scores = np.where(usable, parts @ _weights(settings), -np.inf).astype(np.float32)
-    return _top(positions, scores, parts, n)
+    return Queries(unit_rows(with_fold_in(snapshot, users)), sessions, two_tower)
+
+
+def part_weights(settings: RankingSettings) -> np.ndarray:
+    """float32 (len(PARTS),): the weight of each part."""
+    return np.array([getattr(settings, f"{part}_weight") for part in PARTS], np.float32)
 
 
 def with_fold_in(snapshot: Snapshot, users: Users) -> np.ndarray:
@@ -245,36 +298,38 @@ def relative_log(values: np.ndarray) -> np.ndarray:
     return (np.log1p(values) / np.log1p(top)).astype(np.float32) if top > 0 else np.zeros(len(values), np.float32)
 
 
-def _weights(settings: RankingSettings) -> np.ndarray:
-    return np.array(
-        [settings.als_weight, settings.session_weight, settings.trend_weight, settings.popular_weight], dtype=np.float32
-    )
-
-
-def _candidates(
+def candidates(
     snapshot: Snapshot,
     trend: Trend,
-    factors: np.ndarray,
-    last_items: np.ndarray,
-    settings: RankingSettings,
+    users: Users,
+    queries: Queries,
     n: int,
-    servable: np.ndarray,
-    selection: np.ndarray | None,
+    settings: RankingSettings,
+    allowed: np.ndarray | None = None,
 ) -> np.ndarray:
-    """int64 (b, c): ALS neighbours, items like the last ones, trending, popular; -1 where a user has none."""
+    """Positions int64 (b, c) that are scored, each once, ascending, -1 where a user has fewer.
+
+    Neighbours of the user by ALS and by the two-tower model, items like the last ones, trending and popular items, without
+    what is excluded or not available.
+    """
+    servable = snapshot.available if allowed is None else snapshot.available & allowed
+    selection = None if allowed is None else np.flatnonzero(servable)
     fill = max(settings.popular, n)
     popular = snapshot.by_popularity
     trending = trend.order
     if selection is not None:
         popular, trending = popular[servable[popular]], trending[servable[trending]]
     shared = np.concatenate([trending[: settings.trending], popular[:fill]])
-    return np.hstack(
-        [
-            _neighbours(snapshot.indexes["inner_product"], factors, max(settings.candidates, n), selection),
-            _like_the_last(snapshot, last_items, settings.session_neighbours),
-            np.broadcast_to(shared, (len(factors), len(shared))),
-        ]
-    )
+    wanted = max(settings.candidates, n)
+    found = [
+        _neighbours(snapshot.indexes["inner_product"], queries.als, wanted, selection),
+        _like_the_last(snapshot, users.last_items, settings.session_neighbours),
+        np.broadcast_to(shared, (len(users), len(shared))),
+    ]
+    if queries.two_tower is not None and snapshot.two_tower_index is not None:
+        found.append(_neighbours(snapshot.two_tower_index, queries.two_tower, wanted, selection))
+    positions = _distinct(np.hstack(found), users.excluded)
+    return np.where(servable[positions], positions, -1)
 
 
 def _like_the_last(snapshot: Snapshot, last_items: np.ndarray, each: int) -> np.ndarray:
@@ -306,16 +361,16 @@ def _distinct(candidates: np.ndarray, excluded: np.ndarray) -> np.ndarray:
     return np.where(repeats | (keys & 1 == 0) | (keys < 0), -1, positions)
 
 
-def _parts(snapshot: Snapshot, trend: Trend, factors: np.ndarray, sessions: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """float32 (b, c, len(PARTS)); rows of position -1 hold numbers without meaning."""
-    vectors = snapshot.als_items[positions]
-    queries = np.stack([factors, sessions], axis=2)
-    products = np.matmul(vectors, queries)
-    parts = np.empty((*positions.shape, len(PARTS)), np.float32)
-    parts[..., 0] = products[..., 0] / snapshot.norms.max()
-    parts[..., 1] = products[..., 1] / snapshot.norms[positions]
-    parts[..., 2] = trend.part[positions]
-    parts[..., 3] = snapshot.popular_part[positions]
+def parts_of(snapshot: Snapshot, trend: Trend, queries: Queries, positions: np.ndarray) -> np.ndarray:
+    """float32 (b, c, len(PARTS)) of positions (b, c); rows of position -1 hold numbers without meaning."""
+    products = np.matmul(snapshot.als_items[positions], np.stack([queries.als, queries.session], axis=2))
+    parts = np.zeros((*positions.shape, len(PARTS)), np.float32)
+    parts[..., 0] = products[..., 0] / snapshot.longest
+    if queries.two_tower is not None and snapshot.two_tower_items is not None:
+        parts[..., 1] = np.matmul(snapshot.two_tower_items[positions], queries.two_tower[..., None])[..., 0]
+    parts[..., 2] = products[..., 1] / snapshot.norms[positions]
+    parts[..., 3] = trend.part[positions]
+    parts[..., 4] = snapshot.popular_part[positions]
     return parts
 
 

@@ -8,6 +8,11 @@
     <releases>/<release_id>/index/cosine.faiss                  item vector -> similar items
     <releases>/<release_id>/similar.npy                         int32 (items, k), nearest other items by cosine
     <releases>/<release_id>/popular.npy                         float32 (items,), the window's popularity
+    <releases>/<release_id>/two_tower/items.npy                 float32 (items, d), unit vectors of the item tower
+    <releases>/<release_id>/two_tower/tower.json, *.npy         the user tower, see tower.py
+    <releases>/<release_id>/two_tower/index.faiss               user tower's vector -> items; with few items they are scanned
+
+A release without a two-tower model has no `two_tower/`, and `notes` of its manifest says why.
     <releases>/champion.json                                    which release is served, replaced atomically
 
 A reader trusts nothing: size and sha256 of each file, then shapes and id maps against each other.
@@ -35,9 +40,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from recsys_core.index import Metric, VectorIndex
+from recsys_core.index import ExactIndex, Metric, Searchable, VectorIndex
 from recsys_core.lake import open_filesystem, write_atomically
 from recsys_core.ranking import Snapshot
+from recsys_core.settings import RankingSettings
+from recsys_core.tower import TowerError, UserTower
 
 MANIFEST = "manifest.json"
 CHAMPION = "champion.json"
@@ -54,6 +61,9 @@ ALS_ITEMS_FILE = "als/items.npy"
 ALS_GRAM_FILE = "als/gram.npy"
 POPULAR_FILE = "popular.npy"
 SIMILAR_FILE = "similar.npy"
+TWO_TOWER = "two_tower"
+TWO_TOWER_ITEMS_FILE = f"{TWO_TOWER}/items.npy"
+TWO_TOWER_INDEX_FILE = f"{TWO_TOWER}/index.faiss"
 INDEX_FILES: dict[Metric, str] = {"inner_product": "index/inner_product.faiss", "cosine": "index/cosine.faiss"}
 
 
@@ -65,8 +75,9 @@ class ReleaseError(Exception):
 class Manifest:
     """What a release was made from and what its files must be.
 
-    `sources` maps an asset to its partition and data version, `models` a model to its version and parameters (None:
-    the release has no such model), `index` a metric to its efSearch and recall, `files` a name to its bytes and sha256.
+    `sources` maps an asset to its partition and data version, `models` a model to its version and parameters (None: the
+    release has no such model, and `notes` says why), `index` a metric to its efSearch and recall, `ranking` has the weights of
+    the scoring path, `files` maps a name to its bytes and sha256.
     """
 
     release_id: str
@@ -79,6 +90,7 @@ class Manifest:
     metrics: dict[str, Any]
     run_ids: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def to_bytes(self) -> bytes:
@@ -166,6 +178,15 @@ class Releases:
         pointer = Pointer(release_id, digest, time.time(), reason, previous)
         write_atomically(self.fs, self.path(CHAMPION), json.dumps(asdict(pointer), indent=2).encode())
         return pointer
+
+    def remove(self, release_id: str) -> None:
+        """Remove a release, its manifest first, so that nobody takes the rest for one. Raises ReleaseError for the champion."""
+        champion = self.champion()
+        if champion and champion.release_id == release_id:
+            raise ReleaseError(f"release {release_id} is the champion")
+        self.fs.rm_file(self.path(release_id, MANIFEST))
+        self.fs.rm(self.path(release_id), recursive=True)
+        self.fs.invalidate_cache()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -378,6 +399,11 @@ def _files_of(snapshot: Snapshot) -> list[tuple[str, bytes]]:
         if not isinstance(index, VectorIndex):
             raise TypeError(f"a release holds HNSW indexes, not {type(index).__name__}")
         files.append((name, index.serialize()))
+    if snapshot.tower is not None and snapshot.two_tower_items is not None:
+        files.append((TWO_TOWER_ITEMS_FILE, npy_bytes(snapshot.two_tower_items)))
+        files += [(f"{TWO_TOWER}/{name}", data) for name, data in snapshot.tower.to_files().items()]
+        if isinstance(snapshot.two_tower_index, VectorIndex):
+            files.append((TWO_TOWER_INDEX_FILE, snapshot.two_tower_index.serialize()))
     return files
 
 
@@ -447,6 +473,11 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) ->
     if similar.dtype.kind != "i" or similar.min(initial=-1) < -1 or similar.max(initial=-1) >= items.num_rows:
         raise ReleaseError(f"{where}: {SIMILAR_FILE} holds what is no position of {items.num_rows} items")
     try:
+        ranking = RankingSettings.model_validate(manifest.ranking)
+    except ValueError as error:
+        raise ReleaseError(f"{where}: {MANIFEST} has a ranking that does not fit: {error}") from error
+    two_tower_items, two_tower_index, tower = _two_tower_of(manifest, files, where, items.num_rows, array)
+    try:
         return Snapshot(
             release_id=manifest.release_id,
             items=items,
@@ -459,6 +490,47 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) ->
             popular=array(POPULAR_FILE, (items.num_rows,)),
             similar=similar,
             indexes=indexes,
+            ranking=ranking,
+            two_tower_items=two_tower_items,
+            two_tower_index=two_tower_index,
+            tower=tower,
         )
     except ValueError as error:
         raise ReleaseError(f"{where}: {ITEMS_FILE}: {error}") from error
+
+
+def _two_tower_of(
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    where: str,
+    items: int,
+    array: Callable[[str, tuple[int | None, ...]], np.ndarray],
+) -> tuple[np.ndarray | None, Searchable | None, UserTower | None]:
+    """Item vectors, their index and the user tower; three times None for a release without the model."""
+    wanted = manifest.models.get(TWO_TOWER) or {}
+    if "version" not in wanted:
+        return None, None, None
+    absent = [name for name in (TWO_TOWER_ITEMS_FILE,) if name not in files]
+    if absent:
+        raise ReleaseError(f"{where}: {MANIFEST} does not list {', '.join(absent)}")
+    of_tower = {name.partition("/")[2]: bytes(data) for name, data in files.items() if name.startswith(f"{TWO_TOWER}/")}
+    try:
+        tower = UserTower.from_files(of_tower)
+    except TowerError as error:
+        raise ReleaseError(f"{where}: {TWO_TOWER}: {error}") from error
+    if tower.version != wanted["version"]:
+        raise ReleaseError(f"{where}: {TWO_TOWER} is version {tower.version!r}, {MANIFEST} says {wanted['version']!r}")
+    vectors = array(TWO_TOWER_ITEMS_FILE, (items, tower.dimension))
+    if TWO_TOWER_INDEX_FILE not in files:
+        return vectors, ExactIndex(vectors, "inner_product"), tower
+    try:
+        index = VectorIndex.deserialize(
+            files[TWO_TOWER_INDEX_FILE], "inner_product", int(manifest.index[TWO_TOWER]["ef_search"])
+        )
+    except (ValueError, KeyError) as error:
+        raise ReleaseError(f"{where}: {TWO_TOWER_INDEX_FILE}: {error}") from error
+    if (index.items, index.dimension) != vectors.shape:
+        raise ReleaseError(
+            f"{where}: {TWO_TOWER_INDEX_FILE} holds {index.items} vectors, {TWO_TOWER_ITEMS_FILE} {vectors.shape}"
+        )
+    return vectors, index, tower

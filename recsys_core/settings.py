@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -85,7 +85,7 @@ class FeatureSettings(Section):
     max_examples: int = Field(
         10_000_000,
         ge=1000,
-        description="training examples of a day's window; beyond it events are sampled by a hash of their id",
+        description="training examples of a day's window; of more events a sample is taken by a hash of their id",
     )
     checked_examples: int = Field(200, ge=1, description="examples of a day that are made again from the clicks by the check")
 
@@ -160,7 +160,11 @@ class IndexSettings(Section):
 
 
 class TrendSettings(Section):
-    half_life_hours: float = Field(1.0, gt=0, description="age at which an event counts half in `trending_items`")
+    half_lives_hours: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 0.25, 24.0),
+        min_length=1,
+        description="ages at which an event counts half; the first one's scores are shown as the trend",
+    )
     window_hours: int = Field(24, ge=1, description="events of so many hours count for `trending_items`")
     top: int = Field(500, ge=1, description="items kept")
 
@@ -171,6 +175,10 @@ class RankingSettings(Section):
     session_weight: float = Field(0.5, ge=0, description="boost by similarity to the last items of the user")
     trend_weight: float = Field(0.5, ge=0, description="boost by the trend of the last hours")
     popular_weight: float = Field(0.1, ge=0, description="weight of the window's popularity")
+    trend_mix: tuple[float, ...] = Field(
+        (1.0, 0.0, 0.0), description="share of each of trends.half_lives_hours in the trend; below 0: it counts against an item"
+    )
+    tune: bool = Field(True, description="releases carry the weights that `evaluation` found, else the ones above")
     candidates: int = Field(200, ge=10, description="nearest neighbours drawn from the index for a user")
     session_neighbours: int = Field(20, ge=1, le=50, description="similar items drawn for each of the last items of a user")
     session_decay: float = Field(0.8, gt=0, le=1, description="weight of the n-th last item is decay^n")
@@ -184,6 +192,11 @@ class RankingSettings(Section):
 class EvaluationSettings(Section):
     ks: tuple[int, ...] = Field((10, 20, 50), description="cut-offs of the metrics")
     max_users: int = Field(5000, ge=1, description="users that are ranked for, sampled by a hash of their id")
+    horizon_hours: int = Field(6, ge=1, le=24, description="weights are tuned to what users do in so many hours from a moment")
+    tuning_users: int = Field(3000, ge=1, description="users of all moments together that the weights are tuned on")
+    cold_user_items: int = Field(3, ge=1, description="a user with at most so many items in the window is cold")
+    cold_item_users: int = Field(5, ge=1, description="an item with at most so many users in the window is cold")
+    bootstrap: int = Field(1000, ge=10, description="resamples of the users for the 95 % intervals")
 
 
 class ReleaseSettings(Section):
@@ -228,6 +241,17 @@ class QualitySettings(Section):
     min_shift_gain: float = Field(0.15, gt=0, description="correlation that a shift in time must win to count as one")
 
 
+class RetentionSettings(Section):
+    """What stays. Ages are counted from the newest event, so that a history that ended long ago is not old."""
+
+    landing_days: int = Field(0, ge=0, description="days that landing files stay, the only copy of what arrived; 0: for ever")
+    quarantine_days: int = Field(90, ge=0, description="days that quarantined rows stay; 0: for ever")
+    hourly_days: int = Field(180, ge=0, description="days that hourly partitions stay; 0: for ever")
+    daily_days: int = Field(120, ge=0, description="days that daily partitions stay; 0: for ever")
+    releases: int = Field(14, ge=0, description="newest releases that stay, the champion besides; 0: all")
+    run_days: int = Field(30, ge=0, description="days that Dagster's runs stay which made nothing that is kept; 0: for ever")
+
+
 class RedisSettings(Section):
     mode: Literal["standalone", "sentinel", "cluster"] = Field("standalone", description="kind of the installation")
     url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL of a standalone Redis")
@@ -241,7 +265,7 @@ class RedisSettings(Section):
     cert_file: str = Field("", description="PEM file of this client's certificate, where the servers ask for one")
     key_file: str = Field("", description="PEM file of its key")
     read_replicas: bool = Field(False, description="online reads go to replicas as well; they may be a moment behind")
-    wait_replicas: int = Field(0, ge=0, description="replicas that must have a batch of the speed layer before it counts as written")
+    wait_replicas: int = Field(0, ge=0, description="replicas that must have a batch of the speed layer before it counts")
     timeout_ms: int = Field(20, ge=1, description="deadline of one online read")
 
     @model_validator(mode="after")
@@ -257,11 +281,13 @@ class RedisSettings(Section):
 class KafkaSettings(Section):
     bootstrap_servers: str = Field("127.0.0.1:9092", description="host:port of brokers, separated by commas")
     topic: str = Field("clickstream.events", description="topic of the events, keyed by user_id")
-    dead_letter_topic: str = Field("clickstream.dead-letter", description="topic of the messages that are no event, with the reason")
+    dead_letter_topic: str = Field("clickstream.dead-letter", description="topic of what is no event, with the reason")
     partitions: int = Field(4, ge=1, description="partitions of the topic that `recsys kafka init` makes")
     replication: int = Field(1, ge=1, description="copies of each partition")
     retention_hours: int = Field(7 * 24, ge=1, description="how long the topics keep a message")
-    max_message_bytes: int = Field(1 << 20, ge=1024, description="largest message that the broker takes; a larger event is a dead letter")
+    max_message_bytes: int = Field(
+        1 << 20, ge=1024, description="largest message of the topics; a larger event is a dead letter"
+    )
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how clients connect"
     )
@@ -280,7 +306,7 @@ class StreamSettings(Section):
     group: str = Field("recsys-stream", description="consumer group of the workers")
     instance_id: str = Field("", description="static member of the group: a restart within its session moves no partition")
     session_timeout_seconds: float = Field(30.0, gt=0, description="a worker silent for so long loses its partitions")
-    batch_events: int = Field(50_000, ge=1, description="most events of a batch; a worker that has caught up takes what is there")
+    batch_events: int = Field(50_000, ge=1, description="most events of a batch; one that has caught up takes what is there")
     batch_megabytes: int = Field(64, ge=1, description="most bytes of a batch, and of what is fetched ahead of it")
     archive: bool = Field(True, description="archive the topic into the landing zone")
     archive_rows: int = Field(100_000, ge=1, description="an archive file ends where the offset is a multiple of this")
@@ -288,7 +314,7 @@ class StreamSettings(Section):
     bucket_minutes: int = Field(5, ge=1, le=60, description="length of a bucket of the live trends")
     trend_hours: int = Field(24, ge=1, description="how long a bucket of the live trends is kept")
     metrics_port: int = Field(0, ge=0, le=65535, description="port of the Prometheus metrics; 0: none")
-    heartbeat_seconds: float = Field(5.0, gt=0, description="how often a worker writes its heartbeat, progress and lag to Redis")
+    heartbeat_seconds: float = Field(5.0, gt=0, description="how often a worker writes its heartbeat and lag to Redis")
 
 
 class ServingSettings(Section):
@@ -430,6 +456,7 @@ class Settings(BaseSettings):
     mlflow: MlflowSettings = MlflowSettings()
     cache: CacheSettings = CacheSettings()
     quality: QualitySettings = QualitySettings()
+    retention: RetentionSettings = RetentionSettings()
     redis: RedisSettings = RedisSettings()
     kafka: KafkaSettings = KafkaSettings()
     stream: StreamSettings = StreamSettings()

@@ -25,9 +25,10 @@ from recsys_core.events import (
     hour_keys,
     key_start_ms,
 )
+from recsys_core.features import USER_FEATURES
 from recsys_core.lake import Lake, Partition
 from recsys_core.landing import Landing
-from recsys_core.settings import EventSettings, InteractionSettings, RankingSettings
+from recsys_core.settings import EventSettings, InteractionSettings
 from recsys_core.spark import stage_progress
 
 if TYPE_CHECKING:
@@ -209,45 +210,21 @@ def build_interactions(
         return publish(spark, lake, INTERACTIONS, staged, "day", days)
 
 
-def build_online_features(
-    spark: SparkSession, lake: Lake, day: str, user_factors: str, settings: RankingSettings, window_days: int
-) -> Partition:
+def build_online_features(spark: SparkSession, lake: Lake, day: str, user_factors: str) -> Partition:
     """Replace partition `day` of `online_features`: one row a user of the window, as the online record wants it.
 
-    Columns: user_id, `last` (the last actions, newest first: item_id, event_type, ts), `last_ts` (ms), `seen` (items,
-    most recent first), `factor` (from the lake table `user_factors`, null for a user that ALS does not know).
+    Columns: user_id, `last`, `last_ts`, `seen` and `features` as in `user_features` of the day, `factor` (from the lake
+    table `user_factors`, null for a user that ALS does not know).
     """
-    from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    end = key_start_ms(day) + DAY_MS
-    hours = hour_keys(end - window_days * DAY_MS, end)
-    clicks = spark.read.parquet(*map(lake.url, lake.files(CLICKS_HOURLY, hours, missing_ok=True)))
-    pairs = spark.read.parquet(*map(lake.url, lake.files(INTERACTIONS, [day])))
+    paths = lake.files(USER_FEATURES, [day])
+    if not paths:
+        return publish_empty(lake, ONLINE_FEATURES, [day])[0]
+    users = spark.read.parquet(*map(lake.url, paths)).select(USER_ID, "last", "last_ts", "seen", "features")
     factors = spark.read.parquet(*map(lake.url, lake.files(user_factors, [day])))
-    newest = Window.partitionBy(USER_ID).orderBy(F.desc(TS), EVENT_ID)
-    action = F.struct("n", ITEM_ID, EVENT_TYPE, TS)
-    last = (
-        clicks.withColumn("n", F.row_number().over(newest))
-        .where(F.col("n") <= settings.last_items)
-        .groupBy(USER_ID)
-        .agg(F.sort_array(F.collect_list(action)).alias("last"), F.max(TS).alias("last_ts"))
-        .withColumn("last", F.transform("last", lambda a: F.struct(a[ITEM_ID], a[EVENT_TYPE], a[TS])))
-    )
-    recent = Window.partitionBy(USER_ID).orderBy(F.desc("last_ts"), ITEM_ID)
-    seen = (
-        pairs.withColumn("n", F.row_number().over(recent))
-        .where(F.col("n") <= settings.max_consumed)
-        .groupBy(USER_ID)
-        .agg(F.sort_array(F.collect_list(F.struct("n", ITEM_ID))).alias("seen"))
-        .withColumn("seen", F.transform("seen", lambda s: s[ITEM_ID]))
-    )
     with stage_progress(spark, f"online_features ({day})"):
-        rows = (
-            last.join(seen, USER_ID, "left")
-            .join(factors.select(F.col("id").alias(USER_ID), "factor"), USER_ID, "left")
-            .withColumn("day", F.lit(day))
-        )
+        rows = users.join(factors.select(F.col("id").alias(USER_ID), "factor"), USER_ID, "left").withColumn("day", F.lit(day))
         staged = lake.stage(ONLINE_FEATURES)
         write_staged(rows, lake.url(staged), "day", [USER_ID])
         return publish(spark, lake, ONLINE_FEATURES, staged, "day", [day])[0]

@@ -99,8 +99,8 @@ class Items:
 class Learned:
     """What the first pass found. `counts` (n items,) are the training examples of each item.
 
-    Examples from `cut_ts` (ms) on are the validation part. `center` and `spread` standardise the users' counts, `item_center` and `item_spread` those of items
-    (ITEM_ORDER).
+    Examples from `cut_ts` (ms) on are the validation part. `center` and `spread` standardise the users' counts,
+    `item_center` and `item_spread` those of items (ITEM_ORDER).
     """
 
     items: Items

@@ -49,11 +49,12 @@ class Towers(keras.Model):
         d = settings.dimension
         seeds = iter(np.random.default_rng([settings.seed, 3]).integers(0, 2**31, 64).tolist())
 
-        def table(name: str, rows: int, width: int) -> Any:
-            start = keras.initializers.RandomNormal(stddev=START_DEVIATION, seed=next(seeds))
+        def table(name: str, rows: int, width: int, deviation: float = START_DEVIATION) -> Any:
+            start = keras.initializers.RandomNormal(stddev=deviation, seed=next(seeds))
             return self.add_weight(shape=(rows, width), initializer=start, dtype="float32", name=name)
 
-        self.user_table = table("users", sizes.users, d)
+        # Users are their histories at first: a user's own embedding grows with what its examples say beyond that.
+        self.user_table = table("users", sizes.users, d, START_DEVIATION / 10)
         self.item_table = table("items", sizes.items, d)
         self.category_table = table("item_categories", sizes.categories, d)
         rows = (24, 7, sizes.devices, sizes.countries, sizes.user_categories)

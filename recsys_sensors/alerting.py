@@ -114,7 +114,7 @@ def _failed_checks(context: dg.SensorEvaluationContext, told: Told) -> Iterator[
             continue
         for past in reversed(storage.get_asset_check_execution_history(key, limit=EVALUATIONS_A_TICK)):
             evaluation = past.evaluation
-            if past.id <= start or evaluation is None or evaluation.passed:
+            if past.id <= start or not isinstance(evaluation, dg.AssetCheckEvaluation) or evaluation.passed:
                 continue
             if evaluation.severity != dg.AssetCheckSeverity.ERROR:
                 continue

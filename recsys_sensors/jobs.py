@@ -8,6 +8,9 @@ ARRIVALS = dg.AssetSelection.assets("clickstream_landing", "item_catalog")
 HOURLY = dg.AssetSelection.assets("clicks_hourly", "trending_items", "rec_cache")
 NIGHTLY = dg.AssetSelection.assets(
     "interactions",
+    "user_features",
+    "item_features",
+    "training_examples",
     "als_factors",
     "two_tower",
     "item_index",

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-from pydantic import ValidationError
 
 from recsys_core.online import AnswerEncoder, CachedAnswer, TrendingValue, UserRecord, users_of
 from recsys_core.ranking import Ranked, Snapshot, Trend, rank
 from recsys_core.release import CHAMPION, Manifest, Pointer, ReleaseError, Releases
-from recsys_core.settings import RankingSettings, Settings
+from recsys_core.settings import Settings
 from serving.filters import ItemFilters
 from serving.metrics import Metrics
 from serving.validation import MAX_EXCLUDED, ItemFilter
@@ -42,7 +41,6 @@ class Loaded:
 
     Attributes:
         release: its id, encoded.
-        ranking: the weights and numbers that its answers are made with.
         filters: masks over its items.
         with_unavailable: the same snapshot for answers that may hold items that are not available.
         trend: of the moment, over the snapshot's items.
@@ -55,7 +53,6 @@ class Loaded:
     manifest: Manifest
     snapshot: Snapshot
     release: bytes
-    ranking: RankingSettings
     filters: ItemFilters = field(repr=False)
     encoder: AnswerEncoder = field(repr=False)
     loaded_at: float
@@ -159,8 +156,7 @@ class Champion:
     def _load(self, pointer: Pointer, trending: TrendingValue) -> Loaded:
         kept = {pointer.release_id} | ({self.current.snapshot.release_id} if self.current else set())
         manifest, snapshot = self._releases.load(pointer.release_id, pointer.manifest_sha256, self._local)
-        ranking = ranking_of(manifest, self._settings)
-        loaded = derive(pointer, manifest, snapshot, ranking, trending, self._settings)
+        loaded = derive(pointer, manifest, snapshot, trending, self._settings)
         _warm(loaded, self._settings)
         self._releases.forget(self._local, kept)
         return loaded
@@ -180,31 +176,21 @@ class Champion:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def ranking_of(manifest: Manifest, settings: Settings) -> RankingSettings:
-    """The weights that the release was tuned to; what it does not say is as configured. Raises ReleaseError."""
-    try:
-        return RankingSettings.model_validate({**settings.ranking.model_dump(), **manifest.ranking})
-    except ValidationError as error:
-        raise ReleaseError(f"release {manifest.release_id}: its manifest's ranking does not fit: {error}") from error
-
-
 def derive(
     pointer: Pointer,
     manifest: Manifest,
     snapshot: Snapshot,
-    ranking: RankingSettings,
     trending: TrendingValue,
     settings: Settings,
 ) -> Loaded:
     """A release with everything that is made of it."""
     encoder = AnswerEncoder(snapshot.release_id, snapshot.item_ids)
-    trend, popular, answer = _popular(snapshot, ranking, encoder, trending, settings)
+    trend, popular, answer = _popular(snapshot, encoder, trending, settings)
     return Loaded(
         pointer=pointer,
         manifest=manifest,
         snapshot=snapshot,
         release=snapshot.release_id.encode(),
-        ranking=ranking,
         filters=ItemFilters(snapshot),
         encoder=encoder,
         loaded_at=time.time(),
@@ -217,15 +203,15 @@ def derive(
 
 def with_trend(old: Loaded, trending: TrendingValue, settings: Settings) -> Loaded:
     """The same release with the trend of another moment."""
-    trend, popular, answer = _popular(old.snapshot, old.ranking, old.encoder, trending, settings)
+    trend, popular, answer = _popular(old.snapshot, old.encoder, trending, settings)
     return replace(old, trend=trend, trend_at=trending.computed_at, popular=popular, popular_answer=answer)
 
 
 def _popular(
-    snapshot: Snapshot, ranking: RankingSettings, encoder: AnswerEncoder, trending: TrendingValue, settings: Settings
+    snapshot: Snapshot, encoder: AnswerEncoder, trending: TrendingValue, settings: Settings
 ) -> tuple[Trend, Ranked, CachedAnswer]:
     """The trend over the snapshot's items, and the answer for nobody in particular."""
-    trend = Trend.of(snapshot, trending.scores)
+    trend, ranking = Trend.of(snapshot, trending.scores), snapshot.ranking
     wanted = settings.serving.max_items + ranking.max_consumed + MAX_EXCLUDED
     nobody = users_of(snapshot, [UserRecord()], ranking)
     popular = rank(snapshot, trend, nobody, min(wanted, snapshot.items.num_rows), ranking)
@@ -237,10 +223,10 @@ def _warm(loaded: Loaded, settings: Settings) -> None:
     """Touch what the first requests will need."""
     snapshot = loaded.snapshot
     item = snapshot.item_ids[0]
-    users = users_of(snapshot, [UserRecord(last=((item, "view", 0),))], loaded.ranking)
+    users = users_of(snapshot, [UserRecord(last=((item, "view", 0),))], snapshot.ranking)
     everything = np.ones(snapshot.items.num_rows, bool)
     for allowed in (None, everything):
-        rank(snapshot, loaded.trend, users, settings.cache.items, loaded.ranking, allowed)
+        rank(snapshot, loaded.trend, users, settings.cache.items, snapshot.ranking, allowed)
     loaded.filters.mask(ItemFilter(("warm-up",)))
 
 

@@ -180,7 +180,8 @@ class Ladder:
         records = [self._record(call, user_id, state) for user_id, state in zip(user_ids, states, strict=True)]
         filtered = call.options.filter != EVERY_ITEM
         wanted = [at for at, r in enumerate(records) if filtered or is_known(call.loaded.snapshot, r)]
-        made = await self._compute(call, [records[at] for at in wanted], ranker) if wanted else []
+        some = [user_ids[at] for at in wanted]
+        made = await self._compute(call, some, [records[at] for at in wanted], ranker) if wanted else []
         computed = dict(zip(wanted, made, strict=True)) if made else {}
         for answer in computed.values():
             self.counts[TIER_NAMES[answer.tier]] += 1
@@ -192,11 +193,13 @@ class Ladder:
             for at in range(len(user_ids))
         ]
 
-    async def _compute(self, call: Call, records: Sequence[UserRecord], ranker: Ranker) -> list[Computed]:
+    async def _compute(
+        self, call: Call, user_ids: Sequence[str], records: Sequence[UserRecord], ranker: Ranker
+    ) -> list[Computed]:
         """Ranked answers; none at all when ranking fails or lasts too long."""
         remaining = None if call.remaining is None else call.remaining * ANSWER_SHARE
         try:
-            return await ranker.compute(call.loaded, call.options, records, call.now, remaining)
+            return await ranker.compute(call.loaded, call.options, user_ids, records, call.now, remaining)
         except TooSlow as error:
             log.debug("%s", error)
         except Exception:
@@ -208,10 +211,20 @@ class Ladder:
         """Rank users and render their answers; runs in a ranker's thread."""
         loaded, options = batch.loaded, batch.options
         snapshot, keep = loaded.snapshot, self._settings.cache.items
-        ranking = loaded.ranking
+        ranking = snapshot.ranking
         if options.include_consumed:
             ranking = ranking.model_copy(update={"exclude_consumed": False})
-        users = users_of(snapshot, batch.records, ranking, batch.excluded)
+        context = options.context
+        users = users_of(
+            snapshot,
+            batch.records,
+            ranking,
+            batch.excluded,
+            user_ids=batch.user_ids,
+            now=context.ts_ms or batch.now,
+            device=context.device or None,
+            country=context.country or None,
+        )
         wanted = max(options.count, keep) if options.plain else options.count + len(options.excluded)
         if options.diversity != NO_DIVERSITY:
             wanted = max(wanted, POOL * options.count)
@@ -245,7 +258,7 @@ class Ladder:
         answer = state.answer
         if answer is None or call.options.filter != EVERY_ITEM:
             return None
-        unwanted = {*call.options.excluded, *consumed(record, call.loaded.ranking, call.options)}
+        unwanted = {*call.options.excluded, *consumed(record, call.loaded.snapshot.ranking, call.options)}
         wire, items = self._kept(call, user_id, answer, unwanted)
         if not items:
             return None
@@ -256,15 +269,15 @@ class Ladder:
         """What is trending and popular, from the list that lies ready."""
         loaded, options = call.loaded, call.options
         answer, ranked = loaded.popular_answer, loaded.popular
-        unwanted = {*options.excluded, *consumed(record, loaded.ranking, options)}
+        unwanted = {*options.excluded, *consumed(record, loaded.snapshot.ranking, options)}
         if unwanted or options.filter != EVERY_ITEM or options.diversity.max_per_category:
             ranked = _filtered(loaded, ranked, unwanted, options)
             answer = CachedAnswer.decode(loaded.encoder.encode(ranked.positions, ranked.scores, answer.computed_at)[0])
         self.counts["POPULAR"] += 1
         if options.explain:
-            nobody = users_of(loaded.snapshot, [UserRecord()], loaded.ranking)
-            computed_at = answer.computed_at
-            return self._explained(loaded, options, ranked, 0, pb.POPULAR, computed_at, UserRecord(), nobody, loaded.ranking)
+            ranking, computed_at = loaded.snapshot.ranking, answer.computed_at
+            nobody = users_of(loaded.snapshot, [UserRecord()], ranking)
+            return self._explained(loaded, options, ranked, 0, pb.POPULAR, computed_at, UserRecord(), nobody, ranking)
         return answer.first(options.count) + tail(pb.POPULAR, answer.release_id, answer.computed_at)
 
     # -- parts of them ------------------------------------------------------------------------------------------
@@ -350,8 +363,7 @@ class Ladder:
 
 def has_two_tower(users: Users) -> np.ndarray:
     """bool (b,): users whose two-tower vector is known."""
-    vectors = getattr(users, "two_tower", None)
-    return np.zeros(len(users), bool) if vectors is None else np.asarray(vectors.any(axis=1))
+    return np.zeros(len(users), bool) if users.two_tower is None else np.asarray(users.two_tower.any(axis=1))
 
 
 def is_known(snapshot: Snapshot, record: UserRecord) -> bool:

@@ -47,6 +47,7 @@ class Batch:
     Attributes:
         loaded: the release.
         options: shared by all, but for what is excluded.
+        user_ids: whom to rank for.
         records: of the users.
         excluded: further item ids of each user.
         now: ms since 1970.
@@ -54,6 +55,7 @@ class Batch:
 
     loaded: Loaded
     options: Options
+    user_ids: Sequence[str]
     records: Sequence[UserRecord]
     excluded: Sequence[Sequence[str]]
     now: int
@@ -63,6 +65,7 @@ class Batch:
 class _Job:
     loaded: Loaded
     options: Options
+    user_ids: Sequence[str]
     records: Sequence[UserRecord]
     now: int
     result: asyncio.Future[list[Computed]]
@@ -89,7 +92,13 @@ class Ranker:
         self.breaker = Breaker(f"ranking ({name})")
 
     async def compute(
-        self, loaded: Loaded, options: Options, records: Sequence[UserRecord], now: int, remaining: float | None
+        self,
+        loaded: Loaded,
+        options: Options,
+        user_ids: Sequence[str],
+        records: Sequence[UserRecord],
+        now: int,
+        remaining: float | None,
     ) -> list[Computed]:
         """Ranked answers in the order of the records. Raises TooSlow, and what ranking raises.
 
@@ -98,7 +107,8 @@ class Ranker:
         if not self.breaker.allows():
             self._metrics.events["ranking_skipped"] += len(records)
             raise TooSlow("ranking is too slow at the moment")
-        job = _Job(loaded, options, records, now, asyncio.get_running_loop().create_future(), _shared(loaded, options))
+        result: asyncio.Future[list[Computed]] = asyncio.get_running_loop().create_future()
+        job = _Job(loaded, options, user_ids, records, now, result, _shared(loaded, options))
         self._waiting.append(job)
         if self._running is None:
             self._running = asyncio.create_task(self._drain())
@@ -128,6 +138,7 @@ class Ranker:
                 batch = Batch(
                     loaded=jobs[0].loaded,
                     options=jobs[0].options,
+                    user_ids=[user_id for job in jobs for user_id in job.user_ids],
                     records=[record for job in jobs for record in job.records],
                     excluded=[job.options.excluded for job in jobs for _ in job.records],
                     now=jobs[0].now,

@@ -66,6 +66,7 @@ class _Open:
     held: OffsetRange
     next: int
     interval: int | None = None
+    offsets: list[np.ndarray] = field(default_factory=list)
     events: list[pa.Table] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     known: list[OffsetRange] = field(default_factory=list)
@@ -137,7 +138,7 @@ class Archive:
                 continue
             end = self._border(found, offset, appended, at)
             if end > at:
-                self._take(found, messages, int(offset[at]), int(offset[end - 1]))
+                self._take(found, messages, at, end)
             if end < len(offset):
                 self._close(found, self._before(found, int(offset[end])))
             at = end
@@ -184,13 +185,15 @@ class Archive:
         with self._lock:
             found.held = OffsetRange(held.topic, held.identity, held.partition, first, first)
             found.next, found.interval = first, None
-            found.events, found.rejected = [], []
+            found.offsets, found.events, found.rejected = [], [], []
 
-    def _take(self, found: _Open, messages: Messages, first: int, last: int) -> None:
-        inside = messages.events[OFFSET].to_numpy()
-        start, end = np.searchsorted(inside, first), np.searchsorted(inside, last, side="right")
-        if end > start:
-            found.events.append(messages.events.slice(int(start), int(end - start)))
+    def _take(self, found: _Open, messages: Messages, at: int, end: int) -> None:
+        offsets = messages.offset[at:end]
+        first, last = int(offsets[0]), int(offsets[-1])
+        start, stop = _within(messages.events[OFFSET].to_numpy(), first, last)
+        if stop > start:
+            found.events.append(messages.events.slice(start, stop - start))
+        found.offsets.append(offsets)
         found.rejected += [r for r in messages.rejected if first <= r.offset <= last]
         found.next = last + 1
 
@@ -200,7 +203,7 @@ class Archive:
         if end > held.first:
             whole = OffsetRange(held.topic, held.identity, held.partition, held.first, end - 1)
             self._wait_for_writer()
-            written = self._writer.submit(self._write, whole, found.events, found.rejected)
+            written = self._writer.submit(self._write, whole, found.offsets, found.events, found.rejected)
             with self._lock:
                 found.writing.append((held.first, written))
         self._begin(found, end)
@@ -211,26 +214,34 @@ class Archive:
         if len(writing) >= MAX_WRITES:
             writing[0].result()
 
-    def _write(self, held: OffsetRange, events: list[pa.Table], rejected: list[Rejected]) -> None:
+    def _write(self, held: OffsetRange, offsets: list[np.ndarray], events: list[pa.Table], rejected: list[Rejected]) -> None:
         """Write a file, again and again while the store does not take it: nothing is committed meanwhile.
 
         Only what is not there yet is written: a worker that was thought dead may have ended this file elsewhere.
         """
         table = pa.concat_tables(events) if events else ARCHIVE_SCHEMA.empty_table()
-        offset = table[OFFSET].to_numpy()
+        taken = np.concatenate(offsets) if offsets else np.empty(0, np.int64)
+        rows = table[OFFSET].to_numpy()
         while not self._stopping.is_set():
             try:
                 for part in held.without(self._landing.archived(held.topic)):
-                    start, end = np.searchsorted(offset, part.first), np.searchsorted(offset, part.last, side="right")
+                    start, end = _within(rows, part.first, part.last)
                     refused = [r for r in rejected if part.first <= r.offset <= part.last]
-                    some = table.slice(int(start), int(end - start))
-                    self._landing.write_archive(part, some, quarantine_rows(held.topic, refused))
+                    messages = _within(taken, part.first, part.last)
+                    some = table.slice(start, end - start)
+                    count = messages[1] - messages[0]
+                    self._landing.write_archive(part, count, some, quarantine_rows(held.topic, refused))
                     self.files += 1
                 return
             except OSError as error:
                 log.warning("the archive of %s can't be written and is tried again: %s", held.name, error)
                 self._stopping.wait(RETRY_SECONDS)
         raise InterruptedError(f"stopped before {held.name} was written")
+
+
+def _within(sorted_offsets: np.ndarray, first: int, last: int) -> tuple[int, int]:
+    """Where the offsets from `first` to `last` begin and end."""
+    return int(np.searchsorted(sorted_offsets, first)), int(np.searchsorted(sorted_offsets, last, side="right"))
 
 
 def quarantine_rows(topic: str, rejected: Sequence[Rejected]) -> pa.Table:

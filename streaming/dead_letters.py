@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from recsys_core.kafka_config import client_config
 from recsys_core.settings import KafkaSettings
-from streaming.clients import client_config
 
 MAX_VALUE_BYTES = 100_000
 """Of a longer value the beginning is kept, with its size in a header; the topic's limit is for both."""
 SEND_SECONDS = 30.0
+
+Delivered = Callable[[KafkaError | None, Message], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class DeadLetterQueue:
         if left:
             raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"{left} dead letters were not taken"))
 
-    def _offer(self, letter: DeadLetter, delivered: object) -> bool:
+    def _offer(self, letter: DeadLetter, delivered: Delivered) -> bool:
         value = letter.value
         headers = {
             "reason": letter.reason,

@@ -143,7 +143,9 @@ def _row(value: bytes | None, max_bytes: int) -> dict[str, object]:
         elif name == VALUE:
             wanted = (int, float)
         if field is not None and (isinstance(field, bool) or not isinstance(field, wanted)):
-            raise ValueError(f"{name} is not {'a number' if name == VALUE else 'an integer' if wanted == (int,) else 'a string'}")
+            raise ValueError(
+                f"{name} is not {'a number' if name == VALUE else 'an integer' if wanted == (int,) else 'a string'}"
+            )
         if isinstance(field, int) and not -_MAX_INT <= field < _MAX_INT:
             raise ValueError(f"{name} out of range")
         if isinstance(field, str) and "\0" in field:

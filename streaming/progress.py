@@ -15,7 +15,8 @@ from recsys_core.redis_client import Script, run_calls
 
 ADVANCE = Script("""
 local now = tonumber(redis.call('GET', KEYS[1]) or -1) or -1
-if tonumber(ARGV[1]) > now then redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2]) else redis.call('EXPIRE', KEYS[1], ARGV[2]) end
+if tonumber(ARGV[1]) > now then redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+else redis.call('EXPIRE', KEYS[1], ARGV[2]) end
 """)
 
 

@@ -42,9 +42,7 @@ class RedisSink:
             return None
         users = user_updates(batch, self._keep, self._gap_ms)
         counts = self._trends.counts(batch, now_ms)
-        return Prepared(
-            batch, users, counts, self._users.calls(users, sources, now_ms), self._trends.calls(counts, sources)
-        )
+        return Prepared(batch, users, counts, self._users.calls(users, sources, now_ms), self._trends.calls(counts, sources))
 
     def apply(self, prepared: Prepared, sources: Mapping[int, str], now_ms: int) -> int:
         """Make the calls. Returns how many updates had been applied before. Raises redis.RedisError: apply it again."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 
-from confluent_kafka import KafkaError, KafkaException, TopicCollection, Uuid
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from recsys_core.events import HOUR_MS
+from recsys_core.kafka_config import client_config, topic_identity
 from recsys_core.settings import KafkaSettings
-from streaming.clients import client_config
 
 ADMIN_SECONDS = 15.0
 
@@ -30,27 +31,27 @@ class Topic:
     partitions: int
 
 
-def identity_of(topic_id: Uuid) -> str:
-    """8 hexadecimal digits of a topic's id."""
-    return f"{topic_id.get_most_significant_bits() & 0xFFFFFFFFFFFFFFFF:016x}"[:8]
-
-
 def find_topic(admin: AdminClient, name: str, seconds: float = ADMIN_SECONDS) -> Topic | None:
     """The topic, None when there is none. Raises KafkaException when the brokers do not answer.
 
     The embedded broker has no topic ids; there the identity is made of the name.
     """
+    if is_embedded(admin):
+        partitions = len(admin.list_topics(name, timeout=seconds).topics[name].partitions)
+        return Topic(name, blake2b(name.encode(), digest_size=4).hexdigest(), partitions)
     try:
         found = admin.describe_topics(TopicCollection([name]), request_timeout=seconds)[name].result()
     except KafkaException as error:
-        code = error.args[0].code()
-        if code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID):
+        if error.args[0].code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID):
             return None
-        if code != KafkaError._UNSUPPORTED_FEATURE:
-            raise
-        partitions = len(admin.list_topics(name, timeout=seconds).topics[name].partitions)
-        return Topic(name, blake2b(name.encode(), digest_size=4).hexdigest(), partitions)
-    return Topic(name, identity_of(found.topic_id), len(found.partitions))
+        raise
+    return Topic(name, topic_identity(found.topic_id.get_most_significant_bits()), len(found.partitions))
+
+
+@lru_cache(maxsize=8)
+def is_embedded(admin: AdminClient) -> bool:
+    """Whether the broker is librdkafka's mock, which has no topic ids and makes a topic when it is asked for one."""
+    return str(admin.list_topics(timeout=ADMIN_SECONDS).cluster_id).startswith("mockCluster")
 
 
 def init_topics(settings: KafkaSettings) -> list[Topic]:

@@ -29,6 +29,7 @@ from confluent_kafka.admin import AdminClient
 from redis.exceptions import RedisError
 
 from recsys_core.events import now_ms
+from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, Landing
 from recsys_core.live import Batch
@@ -36,7 +37,6 @@ from recsys_core.live_trends import announce_sources
 from recsys_core.redis_client import client
 from recsys_core.settings import Settings
 from streaming.archive import Archive, Messages, Rejected
-from streaming.clients import client_config
 from streaming.dead_letters import DeadLetter, DeadLetterQueue
 from streaming.decode import Decoded, decode
 from streaming.metrics import StreamMetrics
@@ -177,9 +177,7 @@ class Worker:
 class _Session:
     """The work on one incarnation of the topic."""
 
-    def __init__(
-        self, settings: Settings, topic: Topic, metrics: StreamMetrics, stopping: threading.Event, name: str
-    ) -> None:
+    def __init__(self, settings: Settings, topic: Topic, metrics: StreamMetrics, stopping: threading.Event, name: str) -> None:
         self._settings = settings
         self._topic = topic
         self._metrics = metrics
@@ -444,7 +442,8 @@ class _Session:
 
     def _letter(self, taken: Taken, row: int, reason: str) -> DeadLetter:
         message = taken.messages[row]
-        return DeadLetter(self._topic.name, message.partition(), message.offset(), reason, message.key(), message.value())
+        where = int(taken.partition[row]), int(taken.offset[row])
+        return DeadLetter(self._topic.name, *where, reason, message.key(), message.value())
 
     def _write_all(self) -> None:
         while not self._pipe.stopping.is_set():
@@ -591,8 +590,10 @@ class _Session:
                 if safe > position.committed:
                     position.committed = safe
                     offsets.append(TopicPartition(self._topic.name, number, safe, self._topic.identity))
-        if offsets:
-            self._consumer.commit(offsets=offsets, asynchronous=asynchronous)
+        if offsets and asynchronous:
+            self._consumer.commit(offsets=offsets, asynchronous=True)
+        elif offsets:
+            self._consumer.commit(offsets=offsets, asynchronous=False)
 
     def _measure_lag(self) -> None:
         with self._lock:
@@ -678,5 +679,3 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         ),
         **member,
     }
-
-

@@ -52,7 +52,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "hourly",
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet", "spark"],
-        "checks": ["event_ids_are_unique", "events_lie_in_their_hour"],
+        "checks": ["event_ids_are_unique", "events_lie_in_their_hour", "offsets_have_no_gap"],
     },
     "interactions": {
         "group": "features",
@@ -61,6 +61,30 @@ GRAPH: dict[str, dict[str, object]] = {
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet", "spark"],
         "checks": ["weights_are_positive_and_finite"],
+    },
+    "user_features": {
+        "group": "features",
+        "deps": ["clicks_hourly", "item_catalog"],
+        "partitions": "daily",
+        "owners": DATA_ENGINEERING,
+        "kinds": ["parquet", "spark"],
+        "checks": [],
+    },
+    "item_features": {
+        "group": "features",
+        "deps": ["clicks_hourly", "item_catalog"],
+        "partitions": "daily",
+        "owners": DATA_ENGINEERING,
+        "kinds": ["parquet", "spark"],
+        "checks": [],
+    },
+    "training_examples": {
+        "group": "features",
+        "deps": ["clicks_hourly", "item_catalog"],
+        "partitions": "daily",
+        "owners": DATA_ENGINEERING,
+        "kinds": ["parquet", "spark"],
+        "checks": ["examples_see_only_the_past"],
     },
     "als_factors": {
         "group": "models",
@@ -128,7 +152,7 @@ GRAPH: dict[str, dict[str, object]] = {
     },
     "online_features": {
         "group": "serving",
-        "deps": ["als_factors", "champion", "clicks_hourly", "interactions"],
+        "deps": ["als_factors", "champion", "user_features"],
         "partitions": "daily",
         "owners": ML_ENGINEERING,
         "kinds": ["redis", "spark"],
@@ -254,5 +278,6 @@ def test_schedules_run_by_themselves_only_when_the_settings_say_so(
     assert {name: s.cron_schedule for name, s in schedules.items()} == {
         "hourly_schedule": "5 * * * *",
         "nightly_schedule": "10 1 * * *",
+        "prune_job_schedule": "40 3 * * 0",
     }
     assert {s.default_status for s in schedules.values()} == {status}

@@ -9,12 +9,16 @@ from recsys_core.evaluation import (
     POPULAR_RECENT,
     POPULAR_WINDOW,
     SERVED,
-    NothingToEvaluate,
-    aligned,
+    BLEND,
+    POPULAR_FAST,
+    TWO_TOWER,
     evaluate_day,
-    time_split,
+    evaluate_snapshot,
+    interval,
+    resamples,
     write_evaluation,
 )
+from recsys_core.holdout import NothingToEvaluate, aligned, time_split
 from recsys_core.lake import MissingPartition
 from recsys_core.settings import Settings
 
@@ -133,7 +137,7 @@ def test_the_popularity_baselines_have_the_metrics_worked_out_by_hand(window, se
     recent = result.metrics[POPULAR_RECENT]
     assert recent["hit@1"] == pytest.approx(1 / 3)
     assert recent["ndcg@2"] == pytest.approx((1 + 0 + DISCOUNT) / 3)
-    assert set(result.metrics) == {POPULAR_WINDOW, POPULAR_RECENT, ALS, SERVED}
+    assert set(result.metrics) == {POPULAR_WINDOW, POPULAR_RECENT, POPULAR_FAST, ALS, SERVED}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from snapshots import make_snapshot
 
+from recsys_core.features import OnlineFeatures
 from recsys_core.online import (
     RECORD_FIELDS,
     AnswerEncoder,
@@ -107,27 +108,34 @@ def test_items_that_are_not_where_the_header_says_are_corrupt() -> None:
 
 
 def test_a_record_is_read_as_it_was_written() -> None:
-    record = UserRecord((("i1", "view", 17), ("ü", "cart", 3)), 17, ("i1", "i0"), "v1", np.array([1.5, -2.0], np.float32))
+    features = OnlineFeatures(20, 90, 17, ((1, 2),), ((1, 2),), "home", None, "SE")
+    factor = np.array([1.5, -2.0], np.float32)
+    record = UserRecord((("i1", "view", 17), ("ü", "cart", 3)), 17, ("i1", "i0"), "v1", factor, features)
     read = UserRecord.decode(values_of(record))
+    assert read.features == features
     assert (read.last, read.last_ts, read.seen, read.als_version) == (record.last, 17, ("i1", "i0"), "v1")
     np.testing.assert_array_equal(read.als, record.als)
 
 
 def test_a_user_of_whom_nothing_is_stored_has_an_empty_record() -> None:
-    assert UserRecord.decode([None] * 4) == UserRecord()
+    assert UserRecord.decode([None] * 5) == UserRecord()
     assert UserRecord().encode() == {}
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        (b"{", None, None, None),
-        (b'[["i"]]', None, None, None),
-        (b'[["i", "view", "x"]]', None, None, None),
-        (None, b"now", None, None),
-        (None, None, b"7", None),
-        (None, None, None, b"v\0abc"),
-        (None, None, None, b"\xff\0abcd"),
+        (b"{", None, None, None, None),
+        (b'[["i"]]', None, None, None, None),
+        (b'[["i", "view", "x"]]', None, None, None, None),
+        (None, b"now", None, None, None),
+        (None, None, b"7", None, None),
+        (None, None, None, b"v\0abc", None),
+        (None, None, None, b"\xff\0abcd", None),
+        *(
+            (None, None, None, None, bad)
+            for bad in (b"{", b"[]", b"7", b'{"at": 1}', b'{"at": 1, "window_days": 1, "hours": [1]}')
+        ),
     ],
 )
 def test_a_record_that_is_none_is_corrupt(values: tuple[bytes | None, ...]) -> None:
@@ -157,8 +165,10 @@ def test_what_was_consumed_may_come_again_when_the_settings_say_so() -> None:
 
 
 def test_trends_are_read_as_they_were_written() -> None:
-    value = TrendingValue(5, "2026-01-01-00", {"a": 1.5, "ü": 0.5})
+    value = TrendingValue(5, "2026-01-01-00", {"a": (1.5, 3.0), "ü": (0.5, 0.25)})
     assert TrendingValue.decode(value.encode()) == value
+    one = TrendingValue(5, "2026-01-01-00", {"a": 1.5})
+    assert TrendingValue.decode(one.encode()).scores == {"a": (1.5,)}
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"computed_at": 1, "hour": "h", "items": [["a"]]}', b"\xff"])

@@ -63,8 +63,19 @@ def test_trending_items_weighs_by_type_and_age_and_keeps_the_top():
             ("tail", "click", NOW - 10 * HOUR),
         ]
     )
-    result = trending_items(events, NOW, {"click": 1.0, "purchase": 8.0}, half_life_hours=1.0, top=2)
-    assert result.to_pydict() == {"item_id": ["new", "old"], "score": [8.0, 1.5], "events": [1, 3]}
+    result = trending_items(events, NOW, {"click": 1.0, "purchase": 8.0}, [1.0, 0.5], top=2)
+    scores = [[8.0, 8.0], [1.5, 0.75]]
+    assert result.to_pydict() == {"item_id": ["new", "old"], "score": [8.0, 1.5], "events": [1, 3], "scores": scores}
+
+
+def test_an_item_is_kept_when_it_is_among_the_top_of_any_half_life():
+    events = clicks(
+        [("now", "click", NOW), *[("often", "click", NOW - 6 * HOUR)] * 20, *[("tail", "click", NOW - 9 * HOUR)] * 4]
+    )
+    assert trending_items(events, NOW, {"click": 1.0}, [0.25], top=1)["item_id"].to_pylist() == ["now"]
+    found = trending_items(events, NOW, {"click": 1.0}, [0.25, 24.0], top=1)
+    assert sorted(found["item_id"].to_pylist()) == ["now", "often"]
+    assert trending_items(clicks([]), NOW, {"click": 1.0}, [0.25, 24.0], top=1).num_rows == 0
 
 
 def test_trends_are_the_same_whether_read_from_one_file_or_several(tmp_path):
@@ -78,8 +89,8 @@ def test_trends_are_the_same_whether_read_from_one_file_or_several(tmp_path):
     )
     ds.write_dataset(table, tmp_path, format="parquet", max_rows_per_file=700, max_rows_per_group=300)
     weights = {"click": 1.0, "purchase": 8.0}
-    whole = trending_items(ds.dataset(table), NOW, weights, 3.0, 100)
-    parts = trending_items(ds.dataset(tmp_path), NOW, weights, 3.0, 100)
+    whole = trending_items(ds.dataset(table), NOW, weights, [3.0], 100)
+    parts = trending_items(ds.dataset(tmp_path), NOW, weights, [3.0], 100)
     assert parts["item_id"] == whole["item_id"]
     assert parts["events"] == whole["events"]
     assert parts["score"].to_numpy() == pytest.approx(whole["score"].to_numpy(), rel=1e-12)

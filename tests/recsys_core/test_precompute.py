@@ -8,6 +8,7 @@ from snapshots import make_snapshot
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import TRENDING_ITEMS
 from recsys_core.events import now_ms
+from recsys_core.features import OnlineFeatures
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.online import (
     TRENDING_KEY,
@@ -20,7 +21,7 @@ from recsys_core.online import (
     users_of,
     write_answers,
 )
-from recsys_core.popularity import TRENDING_SCHEMA
+from recsys_core.popularity import TRENDS_SCHEMA
 from recsys_core.precompute import read_trend, write_online_features, write_rec_cache, write_trend
 from recsys_core.ranking import Trend, rank
 from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
@@ -36,6 +37,7 @@ FEATURES_SCHEMA = pa.schema(
         ("last", pa.list_(ACTION)),
         ("last_ts", pa.int64()),
         ("seen", pa.list_(pa.string())),
+        ("features", pa.string()),
         ("factor", pa.list_(pa.float32())),
     ]
 )
@@ -60,6 +62,7 @@ def features(user: str, items: list[str], seen: list[str] | None, factor: np.nda
         "last": last,
         "last_ts": ms(HOUR),
         "seen": seen,
+        "features": OnlineFeatures(ms(DAY), 90, ms(HOUR), days=((1, len(items)),)).encode().decode(),
         "factor": None if factor is None else factor.tolist(),
     }
 
@@ -90,7 +93,7 @@ def answer_of(redis, user: str) -> CachedAnswer:
 
 
 def ranked_for(records: list[UserRecord], settings, trend: Trend) -> list[list[tuple[str, float]]]:
-    ranked = rank(SNAPSHOT, trend, users_of(SNAPSHOT, records, settings.ranking), settings.cache.items, settings.ranking)
+    ranked = rank(SNAPSHOT, trend, users_of(SNAPSHOT, records, SNAPSHOT.ranking), settings.cache.items, SNAPSHOT.ranking)
     return [
         [(SNAPSHOT.item_ids[p], pytest.approx(float(s), abs=1e-6)) for p, s in zip(positions, scores, strict=True) if p >= 0]
         for positions, scores in zip(ranked.positions, ranked.scores, strict=True)
@@ -109,6 +112,7 @@ def test_every_users_record_is_read_back_as_the_table_has_it(redis, lake, settin
     for row, record in zip(USERS, read_records(redis, [row["user_id"] for row in USERS]), strict=True):
         assert record.last == tuple((a["item_id"], a["event_type"], a["ts"]) for a in row["last"])
         assert (record.last_ts, record.seen) == (row["last_ts"], tuple(row["seen"] or ()))
+        assert record.features.encode().decode() == row["features"]
         if row["factor"] is None:
             assert (record.als, record.als_version) == (None, "")
         else:
@@ -236,10 +240,13 @@ def test_no_active_user_writes_nothing_and_a_missing_table_is_named(redis, lake,
 
 
 def test_trending_items_reach_serving_as_the_table_has_them(redis, lake):
-    rows = [{"item_id": "b", "score": 2.5, "events": 3}, {"item_id": "ä", "score": 1.0, "events": 1}]
-    lake.write(TRENDING_ITEMS, HOUR, pa.Table.from_pylist(rows, schema=TRENDING_SCHEMA))
+    rows = [
+        {"item_id": "b", "score": 2.5, "events": 3, "scores": [2.5, 1.0]},
+        {"item_id": "ä", "score": 1.0, "events": 1, "scores": [1.0, 0.5]},
+    ]
+    lake.write(TRENDING_ITEMS, HOUR, pa.Table.from_pylist(rows, schema=TRENDS_SCHEMA))
     write_trend(redis, read_trend(lake, HOUR), 60)
     found = TrendingValue.decode(redis.get(TRENDING_KEY))
-    assert (found.hour, list(found.scores.items())) == (HOUR, [("b", 2.5), ("ä", 1.0)])
-    lake.write(TRENDING_ITEMS, HOUR, TRENDING_SCHEMA.empty_table())
+    assert (found.hour, list(found.scores.items())) == (HOUR, [("b", (2.5, 1.0)), ("ä", (1.0, 0.5))])
+    lake.write(TRENDING_ITEMS, HOUR, TRENDS_SCHEMA.empty_table())
     assert read_trend(lake, HOUR).scores == {}

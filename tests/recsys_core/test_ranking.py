@@ -77,8 +77,8 @@ def test_answers_hold_no_item_twice_none_excluded_and_none_unavailable(snapshot:
 
 def test_scores_fall_and_are_the_weighted_sum_of_the_parts(snapshot: Snapshot, trend: Trend) -> None:
     ranked = rank(snapshot, trend, users(snapshot, 30), 50, SETTINGS)
-    weights = [SETTINGS.als_weight, SETTINGS.session_weight, SETTINGS.trend_weight, SETTINGS.popular_weight]
-    assert PARTS == ("als", "session", "trend", "popular")
+    weights = [getattr(SETTINGS, f"{part}_weight") for part in PARTS]
+    assert PARTS == ("als", "two_tower", "session", "trend", "popular")
     assert (np.diff(ranked.scores, axis=1) <= 0).all()
     np.testing.assert_allclose(ranked.parts @ np.array(weights), ranked.scores, atol=1e-5)
 
@@ -93,9 +93,9 @@ def test_each_part_is_what_the_module_says(snapshot: Snapshot, trend: Trend) -> 
     last = everyone.last_items[0][everyone.last_items[0] >= 0]
     session = sum(0.8**n * snapshot.als_items[item] / norms[item] for n, item in enumerate(last))
     cosine = snapshot.als_items[at] @ session / np.linalg.norm(session) / norms[at]
-    np.testing.assert_allclose(ranked.parts[0, :, 1], cosine, atol=1e-5)
-    np.testing.assert_allclose(ranked.parts[0, :, 2], trend.part[at])
-    np.testing.assert_allclose(ranked.parts[0, :, 3], np.log1p(snapshot.popular[at]) / np.log1p(1000), atol=1e-6)
+    np.testing.assert_allclose(ranked.parts[0, :, 2], cosine, atol=1e-5)
+    np.testing.assert_allclose(ranked.parts[0, :, 3], trend.part[at])
+    np.testing.assert_allclose(ranked.parts[0, :, 4], np.log1p(snapshot.popular[at]) / np.log1p(1000), atol=1e-6)
 
 
 def test_with_als_alone_the_answer_is_the_exact_inner_product_search(snapshot: Snapshot) -> None:
@@ -111,7 +111,7 @@ def test_with_als_alone_the_answer_is_the_exact_inner_product_search(snapshot: S
 def test_a_user_of_whom_nothing_is_known_gets_trends_then_popularity(snapshot: Snapshot, trend: Trend) -> None:
     ranked = rank(snapshot, trend, nobody(snapshot), 6, SETTINGS)
     assert ranked.positions[0].tolist() == [100, 101, 0, 1, 2, 5]
-    assert (ranked.parts[0, :, :2] == 0).all()
+    assert (ranked.parts[0, :, :3] == 0).all()
 
 
 def test_a_filter_leaves_only_what_it_allows(snapshot: Snapshot, trend: Trend) -> None:

@@ -6,7 +6,7 @@ from builders import event, event_table, land, ms, write_clicks
 
 from recsys_core.events import HOUR_MS, hour_keys, invalid_reasons
 from recsys_core.landing import Landing
-from recsys_core.settings import EventSettings, InteractionSettings, RankingSettings
+from recsys_core.settings import EventSettings, InteractionSettings
 from recsys_core.tables import (
     ACTIVE_USERS,
     CLICKS_HOURLY,
@@ -290,31 +290,28 @@ def test_a_day_whose_window_has_no_events_is_empty(spark, lake):
     assert lake.get(INTERACTIONS, "2026-03-01").rows == 1
 
 
-def test_online_features_are_the_last_items_what_was_seen_and_the_factor(spark, lake):
-    visits = [("u", f"i{n}", f"{DAY}T10:{n:02}") for n in range(4)]
-    write_clicks(lake, [*visits, ("stranger", "i1", f"{DAY}T10:30"), ("u", "i0", f"{DAY}T10:40")])
-    write_clicks(lake, [("u", "old", "2026-03-01T10"), ("gone", "old", "2026-02-28T10")])
-    interactions(spark, lake, [DAY], window=2)
+def test_online_features_are_those_of_the_day_and_the_factor_of_each_user(spark, lake):
+    action = {"item_id": "i", "event_type": "view", "ts": 7}
+    users = [
+        {"user_id": user, "history": ["i"], "last": [action], "last_ts": 7, "seen": ["i"], "features": '{"at":9}'}
+        for user in ("u", "stranger")
+    ]
+    lake.write("user_features", DAY, pa.Table.from_pylist(users))
     factor = pa.array([[0.5, -1.0]], pa.list_(pa.float32(), 2))
     lake.write("factors_users", DAY, pa.table({"id": ["u"], "n": pa.array([5], pa.int32()), "factor": factor}))
-    settings = RankingSettings(last_items=3, max_consumed=4)
-    made = build_online_features(spark, lake, DAY, "factors_users", settings, window_days=2)
+    made = build_online_features(spark, lake, DAY, "factors_users")
     assert made.rows == 2
-    rows = {row["user_id"]: row for row in rows_of(lake, ONLINE_FEATURES, [DAY])}
-    assert rows["u"] == {
+    stranger, known = rows_of(lake, ONLINE_FEATURES, [DAY])
+    assert known == {
         "user_id": "u",
-        "last": [
-            {"item_id": item, "event_type": "view", "ts": ms(f"{DAY}T10:{minute}")}
-            for item, minute in (("i0", "40"), ("i3", "03"), ("i2", "02"))
-        ],
-        "last_ts": ms(f"{DAY}T10:40"),
-        "seen": ["i0", "i3", "i2", "i1"],
+        "last": [action],
+        "last_ts": 7,
+        "seen": ["i"],
+        "features": '{"at":9}',
         "factor": [0.5, -1.0],
     }
-    assert rows["stranger"]["factor"] is None
-    assert rows["stranger"]["seen"] == ["i1"]
-    again = build_online_features(spark, lake, DAY, "factors_users", settings, window_days=2)
-    assert again.data_version == made.data_version
+    assert stranger == {**known, "user_id": "stranger", "factor": None}
+    assert build_online_features(spark, lake, DAY, "factors_users").data_version == made.data_version
 
 
 def test_active_users_had_an_event_in_the_hours_up_to_the_end_of_the_hour(spark, lake):

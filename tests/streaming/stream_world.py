@@ -27,12 +27,12 @@ from confluent_kafka.admin import AdminClient
 
 from recsys_cli.kafka import kafka_server
 from recsys_core.events import now_ms
+from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing, offset_faults
 from recsys_core.recompute import Recomputation
 from recsys_core.settings import KafkaSettings, Settings, load_settings
 from streaming import archive as archive_module
-from streaming.clients import client_config
 from streaming.decode import decode
 from streaming.kafka import KafkaUnavailable
 from streaming.progress import read_positions
@@ -126,7 +126,7 @@ class World:
             )
         init_topics(settings.kafka)
         producer = Producer(client_config(settings.kafka, enable_idempotence=True, linger_ms=2))
-        return cls(settings, redis.Redis.from_url(redis_url), name, producer)
+        return cls(settings, redis.Redis.from_url(settings.redis.url), name, producer)
 
     # -- events -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Configuration of every Kafka client, in one place: where the brokers are and how to log in."""
+"""Configuration of every Kafka client, in one place: where the brokers are, how to log in, and how a topic is told apart."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def client_config(settings: KafkaSettings, **more: Any) -> dict[str, Any]:
     }
     conf |= {name: file for name, file in files.items() if file}
     return {**conf, **{name.replace("_", "."): value for name, value in more.items()}, **settings.conf}
+
+
+def topic_identity(id_bits: int) -> str:
+    """8 hexadecimal digits of a topic's id, from its most significant 64 bits. Another topic of the same name has others."""
+    return f"{id_bits & 0xFFFFFFFFFFFFFFFF:016x}"[:8]

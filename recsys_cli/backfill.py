@@ -1,0 +1,63 @@
+"""`recsys backfill`: a range of partitions of an asset from the terminal, recorded in the home's Dagster instance."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from recsys_cli.console import showing_progress
+from recsys_cli.java import ensure_java
+from recsys_cli.processes import StackError
+from recsys_cli.stack import prepare_dagster_home
+from recsys_core.settings import HOME_VARIABLE, load_settings
+
+
+def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
+    """Make partitions `first` to `last` of an asset: one run for tables, one run a partition for the others.
+
+    Returns 1 when a run failed, else 0. Raises StackError for an unknown asset or partition.
+    """
+    import dagster as dg
+
+    home = home.absolute()
+    os.environ["DAGSTER_HOME"] = str(prepare_dagster_home(home))
+    os.environ[HOME_VARIABLE] = str(home)
+    os.environ["JAVA_HOME"] = str(ensure_java().path)
+    from recsys_assets.definitions import build_definitions
+    from recsys_core.spark import stop_session
+
+    definitions = build_definitions(load_settings(home))
+    graph = definitions.resolve_asset_graph()
+    key = dg.AssetKey(asset)
+    if key not in graph.get_all_asset_keys() or graph.get(key).partitions_def is None:
+        partitioned = sorted(k.to_user_string() for k in graph.get_all_asset_keys() if graph.get(k).partitions_def)
+        raise StackError(f"no asset {asset!r} with partitions; there are {', '.join(partitioned)}")
+    partitions = graph.get(key).partitions_def
+    for wanted in (first, last):
+        if partitions is None or not partitions.has_partition_key(wanted):
+            raise StackError(f"{asset} has no partition {wanted!r}; [partitions] in recsys.toml says which there are")
+    keys = list(partitions.get_partition_keys_in_range(dg.PartitionKeyRange(first, last)))  # type: ignore[union-attr]
+    policy = graph.get(key).backfill_policy
+    single = policy is not None and policy.policy_type.value == "SINGLE_RUN" and len(keys) > 1
+    job = definitions.resolve_implicit_global_asset_job_def()
+    failed = 0
+    try:
+        with showing_progress(console), dg.DagsterInstance.get() as instance:
+            spans = [(first, last)] if single else [(one, one) for one in keys]
+            for start, end in spans:
+                span = {"dagster/asset_partition_range_start": start, "dagster/asset_partition_range_end": end}
+                done = job.execute_in_process(
+                    instance=instance,
+                    asset_selection=[key],
+                    partition_key=None if start != end else start,
+                    tags=span if start != end else {},
+                    raise_on_error=False,
+                )
+                failed += not done.success
+                told = "made" if done.success else "FAILED"
+                console.print(f"{asset} {start if start == end else f'{start} … {end}'}: {told}, run {done.run_id}")
+    finally:
+        stop_session()
+    return 1 if failed else 0

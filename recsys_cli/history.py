@@ -1,0 +1,65 @@
+"""`recsys replay` and `recsys forget`: a past day as it would have been, and a user as if they had never been."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from recsys_cli.console import showing_progress, table
+from recsys_core.settings import Settings
+
+
+def replay(settings: Settings, day: str, users: Sequence[str], count: int, console: Console) -> None:
+    """Print what would have been recommended on a day, beside what users did before it and had on it."""
+    from recsys_assets.resources import Platform
+    from recsys_cli.java import ensure_java
+    from recsys_core.replay import replay_day
+    from recsys_core.spark import stop_session
+
+    os.environ["JAVA_HOME"] = str(ensure_java().path)
+    platform = Platform(settings)
+    try:
+        with showing_progress(console):
+            found = replay_day(platform.lake, day, settings, platform.spark, platform.als_engine, users, count)
+    finally:
+        stop_session()
+    titles = dict(zip(found.snapshot.item_ids, found.snapshot.items["title"].to_pylist(), strict=True))
+
+    def named(items: Sequence[str]) -> str:
+        return "\n".join(titles.get(item) or item for item in items[:5])
+
+    rows: list[dict[str, object]] = [
+        {
+            "user": one.user_id,
+            "did before": named(one.last),
+            "would have been recommended": named(one.recommended),
+            "of it had that day": named(one.hits),
+        }
+        for one in found.users
+    ]
+    made = f", made for it: {', '.join(found.made)}" if found.made else ""
+    console.print(table(f"{day} from the data before it{made}", rows))
+
+
+def forget(settings: Settings, user: str, console: Console) -> int:
+    """Remove a user and print the proof. Returns 1 when a search still finds something, else 0."""
+    from recsys_assets.resources import Platform
+    from recsys_core.forget import forget_user
+
+    platform = Platform(settings)
+    with showing_progress(console), platform.redis() as redis:
+        report = forget_user(platform.lake, redis, platform.releases, user)
+    rows: list[dict[str, object]] = [
+        {"place": place, "removed": report.removed.get(place, 0), "found afterwards": report.remaining.get(place, 0)}
+        for place in sorted({*report.removed, *report.remaining})
+    ]
+    console.print(table(f"User {report.user_hash} (hash), {report.seconds:.1f} s", rows))
+    if report.releases:
+        console.print(
+            f"{len(report.releases)} releases were fitted with this user among the others; they name no user. "
+            "The next night makes one without, and `recsys prune` removes the old ones.",
+            highlight=False,
+        )
+    return 1 if report.remaining else 0

@@ -1,0 +1,485 @@
+"""The past as it was known at a moment: who had what, what the models of then were, and what users did next.
+
+Evaluation ranks a day from the window before it (`time_split`). The tuning of the weights ranks moments of the last day
+of that window (`validation_cases`), with models that were fitted without this day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+
+from recsys_core.als import AlsReport, Factors, fit_als, gram, read_factors
+from recsys_core.events import COUNTRY, DAY_MS, DEVICE, HOUR_MS, ITEM_ID, USER_ID, day_key, hour_keys, key_start_ms
+from recsys_core.index import ExactIndex, similar_items
+from recsys_core.lake import Lake
+from recsys_core.popularity import popular_items, trending_items
+from recsys_core.ranking import Snapshot, Trend, Users
+from recsys_core.settings import Settings
+from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS
+from recsys_core.tower import COUNTS, TOWER_FILE, TowerError, TowerInputs, UserTower
+from recsys_core.tuning import Case
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+HOLDOUT = "holdout_als"
+VALIDATION = "validation_als"
+VALIDATION_WINDOW = "validation_interactions"
+TWO_TOWER = "two_tower"
+USER_FEATURES = "user_features"
+HISTORY = 50
+"""Newest items of a user that the user tower looks at."""
+
+
+class NothingToEvaluate(Exception):
+    """The day or the window before it has too little data; the message says which."""
+
+
+class NoTwoTower(Exception):
+    """There is no two-tower model of a day that can be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The time split as positions: rows are users, columns the items of the window.
+
+    Attributes:
+        users: object (u,), sampled user ids, sorted.
+        items: object (n,), item ids of the window, sorted.
+        seen: CSR bool (u, n), what each user had in the window.
+        recent: int64 (u, k), the user's last items of the window, newest first, padded by -1.
+        relevant: CSR bool (u, n).
+        outside: int64 (u,), further items that the user took and the window does not know.
+        unreachable: sampled users that took nothing but such items; they are in none of the other arrays.
+        popularity: float64 (n,), summed weights of the window, with time decay.
+        users_of_item: int64 (n,), users that had each item in the window.
+        new_item_share: share of the day's pairs whose item the window does not know.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    seen: sp.csr_matrix
+    recent: np.ndarray
+    relevant: sp.csr_matrix
+    outside: np.ndarray
+    unreachable: int
+    popularity: np.ndarray
+    users_of_item: np.ndarray
+    new_item_share: float
+
+
+@dataclass(frozen=True)
+class TwoTower:
+    """The two-tower model of a day over some items: float32 (n, d), zeros for items that it lacks, and its user tower."""
+
+    items: np.ndarray
+    tower: UserTower
+
+
+@dataclass(frozen=True)
+class Models:
+    """Models over the items of a split, in their order, and the factors of its users."""
+
+    als: AlsReport
+    als_items: np.ndarray
+    als_users: np.ndarray
+    two_tower: TwoTower | None
+
+
+def time_split(lake: Lake, before: str, day: str, max_users: int, last_items: int, hours: int = 24) -> Split:
+    """What was known before `day` and what happened in its first `hours`, for at most `max_users` users."""
+    window = lake.dataset(INTERACTIONS, [before])
+    if window is None:
+        raise NothingToEvaluate(f"the window that ends with {before} has no interactions; evaluate a later day")
+    start = key_start_ms(day)
+    clicks = lake.dataset(CLICKS_HOURLY, hour_keys(start, start + hours * HOUR_MS), missing_ok=True)
+    if clicks is None:
+        raise NothingToEvaluate(f"{day} has no events in {CLICKS_HOURLY}")
+    sampled = _sample_users(clicks, window, max_users)
+    if not len(sampled):
+        raise NothingToEvaluate(f"no user with events on {day} has any in the window before")
+    popular = popular_items(window)
+    items = pc.sort_indices(popular[ITEM_ID])
+    item_ids = popular[ITEM_ID].take(items).to_numpy()
+    mine = ds.field(USER_ID).isin(sampled)
+    had = window.to_table(columns=[USER_ID, ITEM_ID, "last_ts"], filter=mine).sort_by(
+        [("last_ts", "descending"), (ITEM_ID, "ascending")]
+    )
+    shape = (len(sampled), len(item_ids))
+    rows, columns = codes(had[USER_ID], sampled), codes(had[ITEM_ID], item_ids)
+    seen = sp.csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape)
+    day_pairs = clicks.to_table(columns=[USER_ID, ITEM_ID], filter=mine).group_by([USER_ID, ITEM_ID]).aggregate([])
+    users, clicked = codes(day_pairs[USER_ID], sampled), codes(day_pairs[ITEM_ID], item_ids)
+    known = clicked >= 0
+    happened = sp.csr_matrix((np.ones(int(known.sum()), bool), (users[known], clicked[known])), shape)
+    relevant = sp.csr_matrix(happened > seen.multiply(happened))
+    some = np.flatnonzero(np.diff(relevant.indptr))
+    if not len(some):
+        raise NothingToEvaluate(f"no user had an item on {day} that is new to them and known to the window")
+    outside = np.bincount(users[~known], minlength=len(sampled))
+    return Split(
+        users=sampled.to_numpy(zero_copy_only=False)[some],
+        items=item_ids,
+        seen=seen[some],
+        recent=most_recent(rows, columns, len(sampled), last_items)[some],
+        relevant=relevant[some],
+        outside=outside[some],
+        unreachable=int(np.count_nonzero((np.diff(relevant.indptr) == 0) & (outside > 0))),
+        popularity=popular["score"].take(items).to_numpy(),
+        users_of_item=popular["users"].take(items).to_numpy(),
+        new_item_share=float(1 - known.mean()),
+    )
+
+
+# -- models of the past -------------------------------------------------------------------------------------------------
+
+
+def fit_holdout(
+    lake: Lake, before: str, day: str, split: Split, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
+) -> Models:
+    """ALS fitted on the window that ends with `before`, and the two-tower model of that day if there is one."""
+    report = fit_als(lake, lake.files(INTERACTIONS, [before]), HOLDOUT, day, settings.als, spark, engine)
+    items = aligned(read_factors(lake, HOLDOUT, day, "items"), split.items)
+    users = aligned(read_factors(lake, HOLDOUT, day, "users", split.users), split.users, items.shape[1])
+    try:
+        two_tower = read_two_tower(lake, before, split.items)
+    except NoTwoTower:
+        two_tower = None
+    return Models(report, items, users, two_tower)
+
+
+def read_two_tower(lake: Lake, day: str, item_ids: np.ndarray) -> TwoTower:
+    """The two-tower model of a day, its item vectors in the order of `item_ids`. Raises NoTwoTower."""
+    part = lake.find(TWO_TOWER, day)
+    if part is None:
+        raise NoTwoTower(f"two_tower of {day} was not made")
+    try:
+        blobs = {
+            name: lake.read_blob(TWO_TOWER, day, name)
+            for name in part.files
+            if "/" not in name and name.endswith((".npy", TOWER_FILE, ".parquet"))
+        }
+        tower = UserTower.from_files(blobs)
+        ids = pq.read_table(pa.BufferReader(blobs["items.parquet"]))[ITEM_ID].combine_chunks()
+        found = np.load(pa.BufferReader(blobs["items.npy"]), allow_pickle=False)
+    except (TowerError, KeyError, ValueError, pa.ArrowInvalid) as error:
+        raise NoTwoTower(f"two_tower of {day} can't be read: {error}") from error
+    if found.shape != (len(ids), tower.dimension) or not np.isfinite(found).all():
+        raise NoTwoTower(f"two_tower of {day}: items.npy has shape {found.shape}, expected ({len(ids)}, {tower.dimension})")
+    at = codes(pa.array(item_ids, pa.string()), ids)
+    if (at < 0).all():
+        raise NoTwoTower(f"two_tower of {day} knows none of the {len(item_ids)} items")
+    vectors = np.where((at >= 0)[:, None], found[at], 0).astype(np.float32)
+    return TwoTower(vectors, tower)
+
+
+def holdout_snapshot(
+    items: np.ndarray,
+    models: Models,
+    popularity: np.ndarray,
+    recent: np.ndarray,
+    settings: Settings,
+    available: np.ndarray | None = None,
+) -> Snapshot:
+    """A release of the past, searched exhaustively. Similar items are there for those in `recent` alone."""
+    vectors, two_tower = models.als_items, models.two_tower
+    cosine = ExactIndex(vectors, "cosine")
+    needed = np.unique(recent[recent >= 0])
+    return Snapshot(
+        release_id="holdout",
+        items=pa.table(
+            {
+                ITEM_ID: pa.array(items, pa.string()),
+                "available": np.ones(len(items), bool) if available is None else available,
+                "category": pa.nulls(len(items), pa.string()),
+            }
+        ),
+        als_items=vectors,
+        als_gram=gram(vectors),
+        als_version="holdout",
+        als_alpha=settings.als.alpha,
+        als_regularization=models.als.ridge,
+        als_regularization_per_item=models.als.ridge_per_observation,
+        popular=popularity.astype(np.float32),
+        similar=similar_items(vectors, settings.ranking.session_neighbours, cosine, needed),
+        indexes={"inner_product": ExactIndex(vectors, "inner_product"), "cosine": cosine},
+        ranking=settings.ranking,
+        two_tower_items=two_tower and two_tower.items,
+        two_tower_index=two_tower and ExactIndex(two_tower.items, "inner_product"),
+        tower=two_tower and two_tower.tower,
+    )
+
+
+def users_then(
+    lake: Lake,
+    snapshot: Snapshot,
+    user_ids: np.ndarray,
+    factors: np.ndarray,
+    recent: np.ndarray,
+    seen: sp.csr_matrix,
+    moment: int,
+    last_items: int,
+) -> Users:
+    """The state of users at a moment (ms), their features those of the day before it, where they were made."""
+    width = int(np.diff(seen.indptr).max(initial=0))
+    excluded = most_recent(np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.indices, seen.shape[0], width)
+    two_tower = None
+    if snapshot.tower is not None:
+        names = np.asarray(snapshot.item_ids, dtype=object)
+        inputs = tower_inputs(lake, user_ids, [names[row[row >= 0]].tolist() for row in recent], moment)
+        two_tower = snapshot.tower.vectors(inputs)
+    return Users(factors, recent[:, :last_items], excluded, two_tower)
+
+
+def tower_inputs(lake: Lake, user_ids: np.ndarray, history: list[list[str]], moment: int) -> TowerInputs:
+    """Inputs of the user tower at a moment (ms), with the partition of `user_features` of the day before, if there is one."""
+    count = len(user_ids)
+    day = day_key(moment - 1)
+    found = lake.dataset(USER_FEATURES, [day]) if lake.find(USER_FEATURES, day) else None
+    context: dict[str, list[str | None]] = {name: [None] * count for name in (DEVICE, COUNTRY, "user_category")}
+    counts = np.full((count, len(COUNTS)), np.nan, np.float32)
+    if found is not None:
+        named = [name for name in (*context, *COUNTS) if name in found.schema.names]
+        rows = found.to_table(columns=[USER_ID, *named], filter=ds.field(USER_ID).isin(pa.array(user_ids, pa.string())))
+        at = codes(pa.array(user_ids, pa.string()), rows[USER_ID].combine_chunks())
+        picked = rows.take(pa.array(np.where(at >= 0, at, None), pa.int64(), from_pandas=True)) if rows.num_rows else rows
+        if picked.num_rows:
+            context |= {name: picked[name].to_pylist() for name in context if name in named}
+            for column, name in enumerate(COUNTS):
+                if name in named:
+                    counts[:, column] = pc.cast(picked[name], pa.float32()).to_numpy(zero_copy_only=False)
+    return TowerInputs(
+        user_ids=list(user_ids),
+        history=history,
+        ts_ms=np.full(count, moment, np.int64),
+        device=context[DEVICE],
+        country=context[COUNTRY],
+        category=context["user_category"],
+        counts=counts,
+    )
+
+
+def trend_then(lake: Lake, snapshot: Snapshot, moment: int, settings: Settings) -> Trend:
+    """The trend at a moment (ms), as `trending_items` would have had it."""
+    hours = hour_keys(moment - settings.trends.window_hours * HOUR_MS, moment)
+    clicks = lake.dataset(CLICKS_HOURLY, hours, missing_ok=True)
+    trends = settings.trends
+    if clicks is None:
+        none = np.empty((0, len(trends.half_lives_hours)), np.float32)
+        return Trend.at(snapshot, np.empty(0, np.int64), none, settings.ranking.trend_mix)
+    before = clicks.filter(ds.field("ts") < moment)
+    found = trending_items(before, moment, settings.events.weights, trends.half_lives_hours, trends.top)
+    return Trend.of(snapshot, dict(zip(found[ITEM_ID].to_pylist(), found["scores"].to_pylist(), strict=True)))
+
+
+# -- validation ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """User-item pairs of some users: rows and columns int64, first and last time (ms) of each."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+    def take(self, which: np.ndarray) -> _Pairs:
+        return _Pairs(self.rows[which], self.columns[which], self.first[which], self.last[which])
+
+
+def validation_cases(
+    lake: Lake, before: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
+) -> list[Case]:
+    """Moments of the day `before`, each `evaluation.horizon_hours` apart: what users took first in the hours after them.
+
+    ALS is fitted on the pairs that began before that day; items of the day are available from their first event on.
+    The two-tower model is that of the day before it, if there is one. The window of `before` says all of it: when a
+    pair began and was last seen. Where the window has nothing from before that day there is no case.
+    """
+    window = lake.dataset(INTERACTIONS, [before])
+    start = key_start_ms(before)
+    if window is None:
+        return []
+    items, first_seen, popularity = _items_of(window, start)
+    if not (first_seen < start).any():
+        return []
+    moments = range(start, start + DAY_MS, settings.evaluation.horizon_hours * HOUR_MS)
+    pool = _returning(window, start, settings.evaluation.tuning_users)
+    if not len(pool):
+        return []
+    had = window.to_table(columns=[USER_ID, ITEM_ID, "first_ts", "last_ts"], filter=ds.field(USER_ID).isin(pool))
+    pairs = _Pairs(codes(had[USER_ID], pool), codes(had[ITEM_ID], items), had["first_ts"].to_numpy(), had["last_ts"].to_numpy())
+    wanted = _wanted(pairs, moments, len(pool), settings)
+    if not any(map(len, wanted)):
+        return []
+    models = _fit_validation(lake, window, before, start, items, pool, settings, spark, engine)
+    recent = {moment: _recent_at(pairs, moment, len(pool)) for moment in moments}
+    lately = np.concatenate([found[:, : settings.ranking.last_items] for found in recent.values()])
+    base = holdout_snapshot(items, models, popularity, lately, settings)
+    cases = []
+    for moment, users in zip(moments, wanted, strict=True):
+        if len(users):
+            known = first_seen < moment
+            cases.append(_case(lake, base, known, pairs, pool, users, models, recent[moment], moment, settings))
+    return cases
+
+
+def _case(
+    lake: Lake,
+    base: Snapshot,
+    known: np.ndarray,
+    pairs: _Pairs,
+    pool: pa.Array,
+    users: np.ndarray,
+    models: Models,
+    recent: np.ndarray,
+    moment: int,
+    settings: Settings,
+) -> Case:
+    items = base.items.set_column(1, "available", pa.array(known))
+    snapshot = replace(base, items=items)
+    shape = (len(pool), len(known))
+    past = pairs.take(pairs.first < moment)
+    seen = sp.csr_matrix((np.ones(len(past.rows), bool), (past.rows, past.columns)), shape)[users]
+    end = moment + settings.evaluation.horizon_hours * HOUR_MS
+    next_ones = pairs.take((pairs.first >= moment) & (pairs.first < end))
+    reachable = known[next_ones.columns]
+    there = next_ones.take(reachable)
+    relevant = sp.csr_matrix((np.ones(len(there.rows), bool), (there.rows, there.columns)), shape)[users]
+    outside = np.bincount(next_ones.rows[~reachable], minlength=len(pool))[users]
+    ids = pool.to_numpy(zero_copy_only=False)[users]
+    last_items = settings.ranking.last_items
+    state = users_then(lake, snapshot, ids, models.als_users[users], recent[users], seen, moment, last_items)
+    return Case(snapshot, trend_then(lake, snapshot, moment, settings), state, relevant, outside)
+
+
+def _items_of(window: ds.Dataset, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Item ids, sorted; the first event of each (ms); its weight in pairs that began before `start`. Reads by batches."""
+    total: pa.Table | None = None
+    for batch in window.to_batches(columns=[ITEM_ID, "first_ts", "weight"]):
+        weight = pc.if_else(pc.less(batch["first_ts"], start), batch["weight"].cast(pa.float64()), 0.0)
+        part = pa.table([batch[ITEM_ID], batch["first_ts"], weight], names=[ITEM_ID, "first_ts", "weight"])
+        merged = part if total is None else pa.concat_tables([total, part])
+        summed = merged.group_by(ITEM_ID, use_threads=False).aggregate([("first_ts", "min"), ("weight", "sum")])
+        total = summed.select([ITEM_ID, "first_ts_min", "weight_sum"]).rename_columns([ITEM_ID, "first_ts", "weight"])
+    if total is None:
+        return np.empty(0, object), np.empty(0, np.int64), np.empty(0)
+    total = total.sort_by(ITEM_ID)
+    return total[ITEM_ID].to_numpy(), total["first_ts"].to_numpy(), total["weight"].to_numpy()
+
+
+def _returning(window: ds.Dataset, start: int, count: int) -> pa.Array:
+    """Users with a pair that began before `start` and one since, sorted: those with the smallest hashes."""
+    new = _distinct_users(window, ds.field("first_ts") >= start, 8 * count)
+    old = _distinct_users(window, (ds.field("first_ts") < start) & ds.field(USER_ID).isin(new), 8 * count)
+    users = _smallest(old, count)
+    return users.take(pc.sort_indices(users))
+
+
+def _wanted(pairs: _Pairs, moments: range, users: int, settings: Settings) -> list[np.ndarray]:
+    """Users of each moment: with something before it and something new after it."""
+    length = settings.evaluation.horizon_hours * HOUR_MS
+    found = []
+    for moment in moments:
+        had = np.bincount(pairs.rows[pairs.first < moment], minlength=users) > 0
+        takes = np.bincount(pairs.rows[(pairs.first >= moment) & (pairs.first < moment + length)], minlength=users) > 0
+        found.append(np.flatnonzero(had & takes))
+    return found
+
+
+def _recent_at(pairs: _Pairs, moment: int, users: int) -> np.ndarray:
+    """The newest items of each user at a moment; a pair that went on after it counts from when it began."""
+    past = pairs.take(pairs.first < moment)
+    when = np.where(past.last < moment, past.last, past.first)
+    order = np.lexsort((past.columns, -when))
+    return most_recent(past.rows[order], past.columns[order], users, HISTORY)
+
+
+def _fit_validation(
+    lake: Lake,
+    window: ds.Dataset,
+    before: str,
+    start: int,
+    items: np.ndarray,
+    pool: pa.Array,
+    settings: Settings,
+    spark: Callable[[], SparkSession] | None,
+    engine: str,
+) -> Models:
+    def earlier() -> Iterator[pa.RecordBatch]:
+        for batch in window.to_batches(filter=ds.field("first_ts") < start):
+            if batch.num_rows:
+                yield batch
+
+    lake.write(VALIDATION_WINDOW, before, earlier(), window.schema)
+    files = lake.files(VALIDATION_WINDOW, [before])
+    report = fit_als(lake, files, VALIDATION, before, settings.als, spark, engine)
+    vectors = aligned(read_factors(lake, VALIDATION, before, "items"), items)
+    ids = pool.to_numpy(zero_copy_only=False)
+    factors = aligned(read_factors(lake, VALIDATION, before, "users", ids), ids, vectors.shape[1])
+    try:
+        two_tower = read_two_tower(lake, day_key(start - DAY_MS), items)
+    except NoTwoTower:
+        two_tower = None
+    return Models(report, vectors, factors, two_tower)
+
+
+# -- ids as positions ---------------------------------------------------------------------------------------------------
+
+
+def aligned(factors: Factors, ids: np.ndarray, rank: int | None = None) -> np.ndarray:
+    """float32 (len(ids), rank): the factors in the order of the sorted `ids`, zeros for those that have none."""
+    vectors = np.zeros((len(ids), rank or factors.vectors.shape[1]), np.float32)
+    at = codes(pa.array(factors.ids, pa.string()), ids)
+    vectors[at[at >= 0]] = factors.vectors[at >= 0]
+    return vectors
+
+
+def codes(values: pa.Array | pa.ChunkedArray, ordered: np.ndarray | pa.Array) -> np.ndarray:
+    """Place of each value in `ordered`, int64, -1 where it is not in it."""
+    found = pc.index_in(values, value_set=pa.array(ordered, pa.string()))
+    return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)
+
+
+def most_recent(rows: np.ndarray, columns: np.ndarray, users: int, k: int) -> np.ndarray:
+    """The first k columns of each row, int64 (users, k), from pairs that are sorted by recency."""
+    recent = np.full((users, k), -1, np.int64)
+    order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
+    place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    within = place < k
+    recent[ordered[within], place[within]] = columns[order[within]]
+    return recent
+
+
+def _sample_users(clicks: ds.Dataset, window: ds.Dataset, max_users: int) -> pa.Array:
+    """Users of the day that the window knows: those with the smallest hashes, sorted. Memory holds twice `max_users`."""
+    pool = _smallest(_distinct_users(clicks, None, 8 * max_users), 4 * max_users)
+    users = _smallest(_distinct_users(window, ds.field(USER_ID).isin(pool), None), max_users)
+    return users.take(pc.sort_indices(users))
+
+
+def _distinct_users(source: ds.Dataset, only: ds.Expression | None, limit: int | None) -> pa.Array:
+    """Distinct user ids; of more than `limit`, about half as many with the smallest hashes."""
+    kept = pa.array([], pa.string())
+    for batch in source.to_batches(columns=[USER_ID], filter=only):
+        kept = pc.unique(pa.chunked_array([kept, pc.unique(batch[USER_ID])]))
+        if limit is not None and len(kept) > limit:
+            kept = _smallest(kept, limit // 2)
+    return kept
+
+
+def _smallest(ids: pa.Array, count: int) -> pa.Array:
+    hashes = pd.util.hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
+    return ids.take(pa.array(np.argsort(hashes, kind="stable")[:count]))

@@ -1,0 +1,277 @@
+"""Finds the weights of the scoring path that maximise NDCG@10 on what users did after some moments of the past.
+
+The parts of every candidate are computed once, by the scoring path itself; the search over weights is then a few hundred
+weighted sums. It starts from the configured weights, from each part alone, and from the maximum of the listwise likelihood
+(ListNet, Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise Approach", top-one probabilities), and
+goes on by coordinate ascent on the metric (Metzler & Croft 2007, "Linear feature-based models for information retrieval").
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.sparse as sp
+
+from recsys_core import progress
+from recsys_core.ranking import Snapshot, Trend, Users, candidates, parts_of, queries_of
+from recsys_core.settings import RankingSettings
+
+CUT = 10
+MODELS = ("als", "two_tower", "session", "popular")
+"""Parts whose weights are never below 0; the trend has one for each half-life, of any sign."""
+SEED_BLEND = {"als": 0.7, "two_tower": 0.3}
+LEAST_USERS = 30
+"""With fewer users the configured weights stay: a handful of clicks says nothing of seven weights."""
+STEPS = (0.4, 0.2, 0.1, 0.05)
+"""Sizes of the steps of the ascent, as shares of all weights."""
+LIKELIHOOD_STEPS = 40
+LEARNING_RATE = 0.15
+GAIN = 1e-4
+"""A step has to gain so much of NDCG: what gains less is noise that another day does not repeat."""
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """Users at a moment, and what they did after it.
+
+    Attributes:
+        snapshot, trend, users: as `rank` takes them, as of the moment.
+        relevant: CSR (users, items of the snapshot) bool, at least one for each user.
+        outside: int64 (users,), further relevant items that the snapshot does not know; no ranking can reach them.
+    """
+
+    snapshot: Snapshot
+    trend: Trend
+    users: Users
+    relevant: sp.csr_matrix
+    outside: np.ndarray
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the search found.
+
+    Attributes:
+        ranking: the settings with the weights found.
+        ndcg: NDCG@10 by them on the validation moments, `configured` by the settings as they were.
+        blend: weights of ALS and two-tower where these two rank alone, with sum 1.
+        users, moments: that it was found on.
+        note: why weights stayed as configured, empty when they did not.
+    """
+
+    ranking: RankingSettings
+    ndcg: float
+    configured: float
+    blend: dict[str, float]
+    users: int
+    moments: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Scored candidates of a moment: parts (b, c, p) with the trend by half-life, and where the relevant ones are.
+
+    `rows` and `columns` name the relevant candidates, `ideal` (b,) the DCG of a perfect list.
+    """
+
+    parts: np.ndarray
+    usable: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    ideal: np.ndarray
+
+    def ndcg(self, weights: np.ndarray) -> np.ndarray:
+        """NDCG@CUT of each user, float64 (b,)."""
+        return self.ndcg_of(self.parts @ weights.astype(np.float32))
+
+    def ndcg_of(self, scores: np.ndarray) -> np.ndarray:
+        scores = np.where(self.usable, scores, -np.inf)
+        mine = scores[self.rows, self.columns]
+        above = np.count_nonzero(scores[self.rows] > mine[:, None], axis=1)
+        gains = np.where(above < CUT, 1 / np.log2(above + 2), 0.0)
+        return np.bincount(self.rows, gains, minlength=len(self.ideal)) / self.ideal
+
+
+def tune(cases: Sequence[Case], settings: RankingSettings) -> Tuned:
+    """The weights for `cases`, whose snapshots all have, or all lack, a two-tower model."""
+    started = time.perf_counter()
+    users = sum(len(case.users) for case in cases)
+    if users < LEAST_USERS:
+        note = f"configured weights: only {users} users did something new at the validation moments, {LEAST_USERS} are needed"
+        return Tuned(settings, 0.0, 0.0, dict(SEED_BLEND), users, len(cases), time.perf_counter() - started, note)
+    tables = [_table(case, settings) for case in progress.track(cases, "parts of the validation moments")]
+    names = (*MODELS, *range(tables[0].parts.shape[2] - len(MODELS)))
+    objective = _Objective(tables, len(names))
+    configured = _weights_of(settings, len(names) - len(MODELS))
+    starts = [configured, _likelihood(tables, objective.active), *np.eye(len(names))[objective.active]]
+    best = max((_scaled(start) for start in starts), key=objective)
+    best = _ascend(best, objective, objective.active)
+    towers = cases[0].users.two_tower is not None
+    tuned = _settings_of(best, settings, towers)
+    blend = _blend(objective) if towers else dict(SEED_BLEND)
+    seconds = time.perf_counter() - started
+    return Tuned(tuned, objective(best), objective(configured), blend, users, len(cases), seconds)
+
+
+class _Objective:
+    """Mean NDCG over the users of all tables, remembered by weights."""
+
+    def __init__(self, tables: Sequence[_Table], parts: int) -> None:
+        self.tables = tables
+        self.active = [p for p in range(parts) if any(table.parts[..., p].any() for table in tables)]
+        self.known: dict[bytes, float] = {}
+
+    def __call__(self, weights: np.ndarray) -> float:
+        key = np.round(weights, 9).tobytes()
+        if key not in self.known:
+            self.known[key] = float(np.concatenate([table.ndcg(weights) for table in self.tables]).mean())
+        return self.known[key]
+
+
+def _table(case: Case, settings: RankingSettings) -> _Table:
+    snapshot, trend = case.snapshot, case.trend
+    every = replace(trend, order=_interleaved(trend, snapshot.available))
+    wide = settings.model_copy(update={"trending": max(settings.trending, 100), "popular": max(settings.popular, 50)})
+    queries = queries_of(snapshot, case.users, wide)
+    positions = candidates(snapshot, every, case.users, queries, CUT, wide)
+    positions = _compact(positions)
+    parts = np.empty((*positions.shape, len(MODELS) + trend.by_half_life.shape[1]), np.float32)
+    for at in range(0, len(positions), BLOCK):
+        rows = slice(at, at + BLOCK)
+        found = parts_of(snapshot, trend, queries.rows(rows), positions[rows])
+        parts[rows, :, : len(MODELS)] = found[..., [0, 1, 2, 4]]
+        parts[rows, :, len(MODELS) :] = trend.by_half_life[positions[rows]]
+    usable = positions >= 0
+    relevant = _is_relevant(positions, case.relevant) & usable
+    rows, columns = np.nonzero(relevant)
+    discounts = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, CUT + 2)))])
+    wanted = np.diff(case.relevant.indptr) + case.outside
+    return _Table(parts, usable, rows, columns, discounts[np.minimum(wanted, CUT)])
+
+
+def _interleaved(trend: Trend, available: np.ndarray) -> np.ndarray:
+    """Positions with a trend of any half-life: the first of each, then the second of each, and so on."""
+    orders = np.argsort(-trend.by_half_life, axis=0, kind="stable")
+    depth = min(len(orders), 4096)
+    mixed = orders[:depth].ravel()
+    mixed = mixed[trend.by_half_life.any(axis=1)[mixed] & available[mixed]]
+    _, first = np.unique(mixed, return_index=True)
+    return mixed[np.sort(first)]
+
+
+def _compact(positions: np.ndarray) -> np.ndarray:
+    """Rows with their padding at the end, cut to the longest."""
+    ordered = np.take_along_axis(positions, np.argsort(positions < 0, axis=1, kind="stable"), axis=1)
+    return ordered[:, : int((positions >= 0).sum(axis=1).max(initial=1))]
+
+
+def _is_relevant(positions: np.ndarray, relevant: sp.csr_matrix) -> np.ndarray:
+    items = relevant.shape[1]
+    offsets = np.arange(len(positions), dtype=np.int64) * items
+    wanted = relevant.indices + np.repeat(offsets, np.diff(relevant.indptr))
+    return np.isin(positions + offsets[:, None], wanted)
+
+
+def _likelihood(tables: Sequence[_Table], active: Sequence[int]) -> np.ndarray:
+    """Weights of the highest listwise likelihood, by Adam (Kingma & Ba 2015) from zeros; models not below 0."""
+    weights = np.zeros(tables[0].parts.shape[2])
+    moment, square = np.zeros_like(weights), np.zeros_like(weights)
+    for step in range(1, LIKELIHOOD_STEPS + 1):
+        gradient = sum(map(_slope(weights), tables), np.zeros_like(weights)) / len(tables)
+        moment = 0.9 * moment + 0.1 * gradient
+        square = 0.99 * square + 0.01 * gradient**2
+        weights = weights - LEARNING_RATE * 10 * (moment / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.99**step)) + 1e-9)
+        weights[: len(MODELS)] = np.maximum(weights[: len(MODELS)], 0)
+    result = np.zeros_like(weights)
+    result[list(active)] = weights[list(active)]
+    return result
+
+
+def _slope(weights: np.ndarray) -> Callable[[_Table], np.ndarray]:
+    """The gradient of the negative mean log likelihood of a table's relevant candidates."""
+
+    def of(table: _Table) -> np.ndarray:
+        hits = np.bincount(table.rows, minlength=len(table.ideal))
+        some = np.flatnonzero(hits)
+        if not len(some):
+            return np.zeros(len(weights))
+        scores = np.where(table.usable, table.parts @ weights.astype(np.float32), -np.inf)
+        scores -= scores.max(axis=1, keepdims=True)
+        odds = np.exp(scores)
+        odds *= (hits > 0)[:, None] / odds.sum(axis=1, keepdims=True)
+        observed = (1 / hits[table.rows]) @ table.parts[table.rows, table.columns]
+        return (np.einsum("bc,bcp->p", odds, table.parts, optimize=True) - observed) / len(some)
+
+    return of
+
+
+def _ascend(start: np.ndarray, objective: _Objective, active: Sequence[int]) -> np.ndarray:
+    """Coordinate ascent: steps that fall in size, each taken as long as it gains."""
+    best, reached = start, objective(start)
+    for step in progress.track(STEPS, "weights"):
+        gained = True
+        while gained:
+            gained = False
+            for part in active:
+                for change in (step, -step):
+                    tried = best.copy()
+                    tried[part] += change
+                    if part < len(MODELS):
+                        tried[part] = max(tried[part], 0.0)
+                    if not tried.any():
+                        continue
+                    tried = _scaled(tried)
+                    found = objective(tried)
+                    if found > reached + GAIN:
+                        best, reached, gained = tried, found, True
+                        break
+    return best
+
+
+def _blend(objective: _Objective) -> dict[str, float]:
+    """The best share of ALS where it and the two-tower model rank alone; of equal ones, that nearest to the seed's."""
+    shares = np.linspace(0, 1, 21)
+
+    def ndcg(share: float) -> float:
+        weights = np.zeros(objective.tables[0].parts.shape[2])
+        weights[:2] = share, 1 - share
+        return objective(weights)
+
+    best = max(shares, key=lambda share: (round(ndcg(share), 6), -abs(share - SEED_BLEND["als"])))
+    return {"als": round(float(best), 4), "two_tower": round(float(1 - best), 4)}
+
+
+def _scaled(weights: np.ndarray) -> np.ndarray:
+    """The same ranking with absolute weights of sum 1."""
+    return weights / max(np.abs(weights).sum(), 1e-12)
+
+
+def _weights_of(settings: RankingSettings, half_lives: int) -> np.ndarray:
+    mix = settings.trend_mix if len(settings.trend_mix) == half_lives else (1.0, *[0.0] * (half_lives - 1))
+    models = [getattr(settings, f"{part}_weight") for part in MODELS]
+    return np.array([*models, *(settings.trend_weight * share for share in mix)])
+
+
+def _settings_of(weights: np.ndarray, settings: RankingSettings, towers: bool) -> RankingSettings:
+    """The settings with these weights, their absolute sum 1, those of the trend as one weight and shares of sum 1.
+
+    Without a two-tower model to tune on, it shares the factor models' weight with ALS as the seed has it.
+    """
+    found = _scaled(weights)
+    update: dict[str, float | tuple[float, ...]] = {
+        f"{part}_weight": round(float(weight), 6) for part, weight in zip(MODELS, found, strict=False)
+    }
+    if not towers:
+        update["two_tower_weight"] = round(float(found[0]) * SEED_BLEND["two_tower"] / SEED_BLEND["als"], 6)
+    trend = found[len(MODELS) :]
+    total = float(np.abs(trend).sum())
+    update["trend_weight"] = round(total, 6)
+    if total > 0:
+        update["trend_mix"] = tuple(round(float(share / total), 6) for share in trend)
+    return settings.model_copy(update=update)

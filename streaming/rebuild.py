@@ -1,0 +1,256 @@
+"""Users' records and trends made again from the topic or from its archive, while workers go on.
+
+The same writers apply the events to records in an area of their own, beside the live ones and in their slots. Then each
+record takes the place of the live one in one atomic step, unless the live one was taken further meanwhile; what happened
+meanwhile is read and applied, and those few are tried again. In the end a computation of its own is compared with Redis.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from recsys_core.events import EVENT_SCHEMA, HOUR_MS, now_ms
+from recsys_core.kafka_config import client_config
+from recsys_core.lake import Lake
+from recsys_core.landing import LANDING, OFFSET, Landing, offset_faults
+from recsys_core.live import Batch
+from recsys_core.live_trends import announce_sources
+from recsys_core.recompute import Differences, Recomputation
+from recsys_core.redis_client import Script, client, run_calls
+from recsys_core.settings import Settings
+from streaming.decode import decode
+from streaming.sink import RedisSink
+from streaming.topics import Topic, TopicError, find_topic
+
+log = logging.getLogger(__name__)
+
+AREA = "rebuild-"
+ROUNDS = 20
+KEYS_AT_ONCE = 500
+FETCH_SECONDS = 30.0
+REBUILD_SECONDS = 24 * 3600
+"""TTL of what a rebuild that was stopped leaves behind."""
+
+PROMOTE = Script("""
+local live, made = KEYS[1], KEYS[2]
+local function is_fence(name) return name == '' or string.sub(name, 1, 1) == '@' end
+local new, old = redis.call('HGETALL', made), {}
+if #new == 0 then return 1 end
+local kind = redis.call('TYPE', live).ok
+if kind == 'hash' then old = redis.call('HGETALL', live) elseif kind ~= 'none' then redis.call('DEL', live) end
+local fences = {}
+for i = 1, #new, 2 do if is_fence(new[i]) then fences[new[i]] = tonumber(new[i + 1]) end end
+for i = 1, #old, 2 do
+  if is_fence(old[i]) and fences[old[i]] and tonumber(old[i + 1]) > fences[old[i]] then return 0 end
+end
+if ARGV[1] == 'bucket' then redis.call('DEL', live) end
+for i = 1, #new, 2 do redis.call('HSET', live, new[i], new[i + 1]) end
+if ARGV[1] == 'bucket' then redis.call('PEXPIRE', live, math.max(redis.call('PTTL', made), 1))
+else redis.call('EXPIRE', live, ARGV[2]) end
+redis.call('DEL', made)
+return 1
+""")
+"""KEYS: the live record or bucket, and the one made anew. Returns 0 when the live one is further: nothing is changed."""
+
+
+@dataclass(frozen=True)
+class RebuildReport:
+    """What a rebuild did.
+
+    Attributes:
+        events: that were applied.
+        users, buckets: that took the place of the live ones.
+        rounds: of catching up with the live workers.
+        differences: between Redis afterwards and a computation from the same events.
+    """
+
+    events: int
+    users: int
+    buckets: int
+    rounds: int
+    seconds: float
+    differences: Differences
+
+
+def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> RebuildReport:
+    """Make the live state again from the events that the brokers took at `since_ms` or later.
+
+    A user's record is replaced by what these events give; fields of the batch layer stay. Raises TopicError without a
+    topic, KafkaException and redis.RedisError when one of them is away: run it again then.
+    """
+    started = time.monotonic()
+    admin = AdminClient(client_config(settings.kafka))
+    topic = find_topic(admin, settings.kafka.topic)
+    if topic is None:
+        raise TopicError(f"there is no topic {settings.kafka.topic}")
+    redis = client(settings.redis)
+    sources = {number: f"{topic.identity}.{number}" for number in range(topic.partitions)}
+    sink = RedisSink(redis, settings, AREA)
+    computed = Recomputation(settings)
+    _remove_leftovers(redis)
+    source = LandingSource(settings, topic, since_ms) if from_landing else TopicSource(settings, topic, since_ms)
+    events = users = buckets = 0
+    try:
+        for turn in range(1, ROUNDS + 1):
+            for batch in source.read():
+                events += batch.rows
+                _apply(sink, computed, batch, sources)
+            moved, waiting = _promote(redis, f"{AREA}user:*", "user", settings.cache.feature_ttl_seconds)
+            users += moved
+            more, behind = _promote(redis, f"{AREA}trend:*", "bucket", settings.cache.feature_ttl_seconds)
+            buckets += more
+            log.info("round %d: %d events so far, %d users and buckets are to be tried again", turn, events, waiting + behind)
+            if not waiting + behind:
+                break
+    finally:
+        source.close()
+        _remove_leftovers(redis)
+    announce_sources(redis, list(sources.values()), settings, now_ms())
+    oldest = now_ms() - (settings.stream.trend_hours - 1) * HOUR_MS
+    found = computed.differences(redis, oldest)
+    redis.close()
+    return RebuildReport(events, users, buckets, turn, time.monotonic() - started, found)
+
+
+def _apply(sink: RedisSink, computed: Recomputation, batch: Batch, sources: dict[int, str]) -> None:
+    prepared = sink.prepare(batch, sources, now_ms())
+    if prepared is not None:
+        sink.apply(prepared, sources, now_ms())
+    for number in np.unique(batch.partition).tolist():
+        own = batch.take(batch.partition == number)
+        computed.add(own.events, sources[number], own.offset.tolist())
+
+
+def _promote(redis: Any, pattern: str, kind: str, ttl_seconds: int) -> tuple[int, int]:
+    """Put what was made in the place of the live keys. Returns how many were, and how many live ones are further."""
+    moved = waiting = 0
+    keys: list[bytes] = []
+
+    def some() -> None:
+        nonlocal moved, waiting
+        calls = [PROMOTE.call([key.removeprefix(AREA.encode()), key], kind, ttl_seconds) for key in keys]
+        answers = run_calls(redis, calls, [PROMOTE])
+        moved += sum(answers)
+        waiting += len(answers) - sum(answers)
+        keys.clear()
+
+    for key in redis.scan_iter(match=pattern, count=KEYS_AT_ONCE):
+        keys.append(key)
+        if len(keys) >= KEYS_AT_ONCE:
+            some()
+    some()
+    return moved, waiting
+
+
+def _remove_leftovers(redis: Any) -> None:
+    for key in redis.scan_iter(match=f"{AREA}*", count=KEYS_AT_ONCE):
+        redis.delete(key)
+
+
+class TopicSource:
+    """The topic from a time on, each partition in order."""
+
+    def __init__(self, settings: Settings, topic: Topic, since_ms: int) -> None:
+        self._settings = settings
+        self._topic = topic
+        group = f"recsys-rebuild-{uuid.uuid4().hex}"
+        more = {"group_id": group, "enable_auto_commit": False, "enable_partition_eof": True}
+        self._consumer = Consumer(client_config(settings.kafka, **more))
+        asked = [TopicPartition(topic.name, number, since_ms) for number in range(topic.partitions)]
+        found = self._consumer.offsets_for_times(asked, timeout=30)
+        self._next = {}
+        for place in found:
+            low, high = self._ends(place.partition)
+            self._next[place.partition] = high if place.offset < 0 else max(low, place.offset)
+
+    def _ends(self, number: int) -> tuple[int, int]:
+        ends: tuple[int, int] = self._consumer.get_watermark_offsets(TopicPartition(self._topic.name, number), timeout=30)
+        return ends
+
+    def read(self) -> Iterator[Batch]:
+        """What came since the last call. Raises TopicError when the brokers give nothing for FETCH_SECONDS."""
+        ends = {number: self._ends(number)[1] for number in self._next}
+        open_ = {number for number, end in ends.items() if self._next[number] < end}
+        self._consumer.assign([TopicPartition(self._topic.name, number, self._next[number]) for number in open_])
+        deadline = time.monotonic() + FETCH_SECONDS
+        while open_:
+            messages = []
+            for message in self._consumer.consume(self._settings.stream.batch_events, 0.5):
+                error = message.error()
+                if error is None:
+                    messages.append(message)
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    open_.discard(message.partition())
+                elif not error.retriable():
+                    raise KafkaException(error)
+            if messages:
+                deadline = time.monotonic() + FETCH_SECONDS
+                yield self._decoded(messages)
+            elif time.monotonic() > deadline:
+                raise TopicError(
+                    f"{self._topic.name} gave nothing for {FETCH_SECONDS:.0f} s, partitions {sorted(open_)} are open"
+                )
+            open_ = {number for number in open_ if self._next[number] < ends[number]}
+
+    def _decoded(self, messages: list[Message]) -> Batch:
+        partition = np.fromiter([m.partition() for m in messages], np.int64, len(messages))
+        offset = np.fromiter([m.offset() for m in messages], np.int64, len(messages))
+        appended = np.fromiter([m.timestamp()[1] for m in messages], np.int64, len(messages))
+        values = [m.value() for m in messages]
+        decoded = decode(values, self._settings.events, self._settings.kafka.max_message_bytes, appended)
+        for number in np.unique(partition).tolist():
+            self._next[number] = int(offset[partition == number][-1]) + 1
+        return Batch(decoded.events, partition[decoded.rows], offset[decoded.rows])
+
+    def skip_to(self, number: int, offset: int) -> None:
+        """Go on at `offset` of a partition."""
+        self._next[number] = offset
+
+    def close(self) -> None:
+        """Leave the brokers."""
+        self._consumer.close()
+
+
+class LandingSource:
+    """The archive from the files on that were written since a time, then the topic from where the archive ends."""
+
+    def __init__(self, settings: Settings, topic: Topic, since_ms: int) -> None:
+        self._landing = Landing(Lake(settings.lake_uri, settings.lake.keep_versions))
+        fs = self._landing.lake.fs
+        self._files = [
+            (held, path)
+            for held in self._landing.archived(topic.name)
+            if held.identity == topic.identity
+            and fs.modified(path := self._landing.lake.path(LANDING, topic.name, f"{held.name}.parquet")).timestamp() * 1000
+            >= since_ms
+        ]
+        if faults := offset_faults(held for held, _ in self._files):
+            raise TopicError("the archive is not whole: " + "; ".join(faults))
+        self._rest = TopicSource(settings, topic, since_ms)
+        for held, _ in self._files:
+            self._rest.skip_to(held.partition, held.last + 1)
+
+    def read(self) -> Iterator[Batch]:
+        """What came since the last call."""
+        files, self._files = self._files, []
+        for held, path in files:
+            with self._landing.lake.fs.open(path, "rb") as source:
+                table: pa.Table = pq.read_table(source)
+            offset = table[OFFSET].to_numpy()
+            yield Batch(table.select(EVENT_SCHEMA.names), np.full(len(offset), held.partition, np.int64), offset)
+        yield from self._rest.read()
+
+    def close(self) -> None:
+        """Leave the brokers."""
+        self._rest.close()

@@ -1,0 +1,154 @@
+"""Retention: what is old goes, and nothing that is still read or served does."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from builders import event, event_table, ms
+from snapshots import make_manifest, make_snapshot
+
+from recsys_core.events import DAY_MS, EVENT_SCHEMA
+from recsys_core.lake import Lake, MissingPartition
+from recsys_core.landing import QUARANTINE_SCHEMA, Landing
+from recsys_core.release import ReleaseError, Releases
+from recsys_core.retention import Removal, UnsafePolicy, plan, remove, totals
+from recsys_core.settings import RetentionSettings, Settings
+
+NOW = "2026-06-01"
+ROWS = pa.table({"n": [1, 2]})
+
+
+@pytest.fixture
+def landing(lake: Lake) -> Landing:
+    """A landing zone whose newest event is of now."""
+    found = Landing(lake)
+    arrive(found, "new", NOW)
+    return found
+
+
+@pytest.fixture
+def releases(tmp_path: Path) -> Releases:
+    return Releases(str(tmp_path / "releases"))
+
+
+def arrive(landing: Landing, name: str, moment: str) -> None:
+    landing.write_events("test", name, event_table(event(name, "ann", "tea", moment), schema=EVENT_SCHEMA))
+
+
+def with_policy(settings: Settings, **policy: Any) -> Settings:
+    return settings.model_copy(update={"retention": RetentionSettings(**policy)})
+
+
+def publish(releases: Releases, release_id: str, day: str, at: float) -> None:
+    snapshot = make_snapshot(release_id, items=60)
+    sources = {"als_factors": {"partition": day, "data_version": "v"}}
+    releases.write(replace(make_manifest(snapshot), sources=sources, created_at=at), snapshot)
+
+
+def names(removals: list[Removal], kind: str) -> list[str]:
+    return [removal.name for removal in removals if removal.kind == kind]
+
+
+def test_old_partitions_go_by_the_age_of_their_kind(landing: Landing, releases: Releases, settings: Settings) -> None:
+    lake = landing.lake
+    for key in ("2026-01-01T05", "2026-05-30T05", "2026-05-31T23"):
+        lake.write("clicks_hourly", key, ROWS)
+    for key in ("2026-04-01", "2026-05-25", "2026-05-31"):
+        lake.write("als_factors", key, ROWS)
+    lake.write("item_catalog", "current", ROWS)
+    policy = with_policy(settings, hourly_days=100, daily_days=10)
+    planned = plan(landing, releases, policy, ms(NOW))
+    assert names(planned, "partition") == ["als_factors/2026-04-01", "clicks_hourly/2026-01-01T05"]
+    assert lake.keys("als_factors") == ["2026-04-01", "2026-05-25", "2026-05-31"]
+    remove(landing, releases, planned)
+    assert lake.keys("als_factors") == ["2026-05-25", "2026-05-31"]
+    assert lake.keys("clicks_hourly") == ["2026-05-30T05", "2026-05-31T23"]
+    with pytest.raises(MissingPartition):
+        lake.get("als_factors", "2026-04-01")
+    assert plan(landing, releases, policy, ms(NOW)) == []
+
+
+def test_what_a_kept_release_was_made_from_stays_whatever_its_age(
+    landing: Landing, releases: Releases, settings: Settings
+) -> None:
+    for table in ("als_factors", "als_factors_users", "interactions"):
+        for key in ("2026-02-01", "2026-02-02", "2026-05-31"):
+            landing.lake.write(table, key, ROWS)
+    publish(releases, "the-champion", "2026-02-01", 1.0)
+    publish(releases, "old", "2026-02-02", 2.0)
+    publish(releases, "newest", "2026-05-31", 3.0)
+    releases.promote("the-champion")
+    planned = plan(landing, releases, with_policy(settings, daily_days=10, releases=1), ms(NOW))
+    assert names(planned, "release") == ["old"]
+    assert {name.split("/")[1] for name in names(planned, "partition")} == {"2026-02-02"}
+    remove(landing, releases, planned)
+    assert [manifest.release_id for manifest in releases.list()] == ["the-champion", "newest"]
+    releases.load("the-champion")
+
+
+def test_the_champion_is_never_removed_even_when_a_plan_names_it(landing: Landing, releases: Releases) -> None:
+    publish(releases, "one", "2026-05-31", 1.0)
+    publish(releases, "two", "2026-05-31", 2.0)
+    planned = [Removal("release", "one", 1)]
+    releases.promote("one")
+    with pytest.raises(ReleaseError, match="is the champion"):
+        remove(landing, releases, planned)
+    releases.load("one")
+
+
+def test_a_history_that_ended_long_ago_is_not_old(lake: Lake, releases: Releases, settings: Settings) -> None:
+    landing = Landing(lake)
+    arrive(landing, "history", "2017-10-10T12:00")
+    for key in ("2017-10-09T05", "2017-10-10T05"):
+        lake.write("clicks_hourly", key, ROWS)
+    policy = with_policy(settings, landing_days=100, hourly_days=100, daily_days=10)
+    assert plan(landing, releases, policy, ms(NOW)) == []
+
+
+def test_landing_files_stay_for_ever_unless_the_policy_says_days(
+    landing: Landing, releases: Releases, settings: Settings
+) -> None:
+    arrive(landing, "old", "2025-01-01")
+    arrive(landing, "recent", "2026-04-01")
+    assert names(plan(landing, releases, settings, ms(NOW)), "landing") == []
+    planned = plan(landing, releases, with_policy(settings, landing_days=120), ms(NOW))
+    assert [Path(name).stem for name in names(planned, "landing")] == ["old"]
+    remove(landing, releases, planned)
+    assert [Path(file.path).stem for file in landing.files()] == ["new", "recent"]
+
+
+def test_the_quarantine_goes_by_the_time_of_its_writing(landing: Landing, releases: Releases, settings: Settings) -> None:
+    rows = pa.table({"origin": ["f"], "row": [1], "reason": ["no id"], "content": ["x"]}, schema=QUARANTINE_SCHEMA)
+    old = landing.write_quarantine("test", "old", rows)
+    landing.write_quarantine("test", "new", rows)
+    os.utime(old, (0, ms(NOW) / 1000 - 91 * DAY_MS / 1000))
+    clock = max(ms(NOW), int(os.stat(landing.lake.path("quarantine", "test", "new.parquet")).st_mtime * 1000))
+    planned = plan(landing, releases, with_policy(settings, quarantine_days=90), clock)
+    assert [Path(name).stem for name in names(planned, "quarantine")] == ["old"]
+
+
+@pytest.mark.parametrize("policy", [{"hourly_days": 90}, {"landing_days": 91}])
+def test_a_policy_that_takes_what_a_model_reads_is_refused(
+    landing: Landing, releases: Releases, settings: Settings, policy: dict[str, int]
+) -> None:
+    with pytest.raises(UnsafePolicy, match="a model reads 90 days back"):
+        plan(landing, releases, with_policy(settings, **policy), ms(NOW))
+
+
+def test_zero_keeps_everything(landing: Landing, releases: Releases, settings: Settings) -> None:
+    for key in ("2020-01-01", "2026-05-31"):
+        landing.lake.write("als_factors", key, ROWS)
+    for at in range(3):
+        publish(releases, f"r{at}", "2020-01-01", float(at))
+    nothing = dict.fromkeys(("landing_days", "quarantine_days", "hourly_days", "daily_days", "releases"), 0)
+    assert plan(landing, releases, with_policy(settings, **nothing), ms(NOW)) == []
+
+
+def test_totals_are_by_kind() -> None:
+    removals = [Removal("partition", "a/1", 3), Removal("partition", "a/2", 4), Removal("release", "r", 5)]
+    assert totals(removals) == {"partition": (2, 7), "release": (1, 5)}
