@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import dagster as dg
 
-from recsys_assets.features import interactions
+from recsys_assets.features import interactions, item_features, training_examples
 from recsys_assets.ingestion import clicks_hourly
 from recsys_assets.partitions import daily, window_of_days
 from recsys_assets.reports import (
@@ -63,7 +63,7 @@ def als_factors(context: dg.AssetExecutionContext, platform: PlatformResource) -
 
 
 @dg.asset(
-    deps=["training_examples", "item_features"],
+    deps=[training_examples, item_features],
     check_specs=[
         dg.AssetCheckSpec("two_tower_is_trained", asset="two_tower", description="The day has a two-tower model of its own.")
     ],
@@ -107,7 +107,11 @@ def _is_trained(passed: bool, metadata: dict[str, str]) -> dg.AssetCheckResult:
 
 
 @dg.asset(
-    deps=[dg.AssetDep(interactions, partition_mapping=window_of_days(2)), clicks_hourly, two_tower],
+    deps=[
+        dg.AssetDep(interactions, partition_mapping=window_of_days(2)),
+        dg.AssetDep(two_tower, partition_mapping=window_of_days(2)),
+        clicks_hourly,
+    ],
     partitions_def=daily,
     group_name=GROUP,
     owners=OWNERS,

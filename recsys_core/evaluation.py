@@ -144,7 +144,8 @@ def evaluate_snapshot(
     """Metrics of a release's own answers on the split of a day, by its own weights: what the gate asks of the champion.
 
     Factors of the split's users are those of the release's fit where the lake still has them; others are folded in. Items
-    that the release does not know count as missed. Raises NothingToEvaluate, MissingPartition.
+    that the release does not know count as missed. Beside the metrics: what `by_segment` gives. Raises NothingToEvaluate,
+    MissingPartition.
     """
     before = day_key(key_start_ms(day) - DAY_MS)
     split = split or time_split(lake, before, day, settings.evaluation.max_users, HISTORY)
@@ -166,7 +167,22 @@ def evaluate_snapshot(
     relevant = split.relevant.copy()
     relevant.resize(len(split.users), len(split.items) + len(beyond))
     popularity = np.concatenate([split.users_of_item, np.ones(len(beyond), np.int64)])
-    return evaluate(recommended, relevant, settings.evaluation.ks, popularity, len(split.items))
+    headline = f"ndcg@{settings.evaluation.ks[0]}"
+    widened = replace(split, relevant=relevant, users_of_item=popularity)
+    each = {SERVED: per_user(recommended, relevant, settings.evaluation.ks)[headline]}
+    segments = _segments(widened, {SERVED: recommended}, each, settings)
+    return {
+        **evaluate(recommended, relevant, settings.evaluation.ks, popularity, len(split.items)),
+        **by_segment(segments, headline),
+    }
+
+
+def by_segment(segments: Mapping[str, Mapping[str, float]], headline: str) -> dict[str, float]:
+    """The served ranking's headline as `<headline> of <segment>`, and each segment's size as `users of <segment>`."""
+    scores: dict[str, float] = {}
+    for segment, values in segments.items():
+        scores |= {f"{headline} of {segment}": float(values[SERVED]), f"users of {segment}": float(values["users"])}
+    return scores
 
 
 # -- what is compared ---------------------------------------------------------------------------------------------------

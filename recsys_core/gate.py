@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from recsys_core.evaluation import EVALUATION, SERVED, NothingToEvaluate, evaluate_snapshot
+from recsys_core.evaluation import EVALUATION, SERVED, NothingToEvaluate, by_segment, evaluate_snapshot
 from recsys_core.lake import Lake, MissingPartition, Partition
 from recsys_core.online import UserRecord, users_of
 from recsys_core.ranking import Snapshot, Trend, rank
@@ -153,11 +153,8 @@ def _pair(bounds: Sequence[float] | None) -> tuple[float, float] | None:
 def served_scores(evaluation: Mapping[str, Any]) -> dict[str, float]:
     """The scores of the served ranking out of what an evaluation says: `metrics` by model, and the headline by segment."""
     scores = {name: float(v) for name, v in evaluation["metrics"].get(SERVED, {}).items() if isinstance(v, int | float)}
-    for segment, values in evaluation.get("segments", {}).items():
-        if SERVED in values:
-            scores[f"{evaluation['headline']}{OF}{segment}"] = float(values[SERVED])
-            scores[f"users{OF}{segment}"] = float(values["users"])
-    return scores
+    segments = {name: values for name, values in evaluation.get("segments", {}).items() if SERVED in values}
+    return {**scores, **by_segment(segments, evaluation["headline"])} if segments else scores
 
 
 @dataclass(frozen=True)
