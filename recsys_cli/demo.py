@@ -191,7 +191,7 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
         materialize("nightly", ["interactions"], days)
-        materialize("nightly", ["user_features", "item_features", "training_examples"], (day, day))
+        materialize("nightly", ["user_features", "item_features", "training_examples"], days)
         for asset in ("als_factors", "item_index", "popular_items", "evaluation", "release", "online_features"):
             materialize("nightly", [asset], (day, day))
         materialize("hourly", ["trending_items", "rec_cache"], (last_hour, last_hour))
