@@ -26,7 +26,9 @@ BY_POOL: Mapping[str, PodResources] = {
 BY_ASSET: Mapping[str, PodResources] = {
     "two_tower": PodResources(cpu="4", memory="16Gi", gpu=1),
     "rec_cache": PodResources(cpu="4", memory="8Gi"),
+    # Both hold a whole release.
     "release": PodResources(cpu="1", memory="8Gi"),
+    "champion": PodResources(cpu="1", memory="8Gi"),
 }
 """What is not as its pool says."""
 

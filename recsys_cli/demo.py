@@ -209,17 +209,11 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
         materialize("nightly", ["interactions"], days)
-        materialize("nightly", ["user_features", "item_features", "training_examples"], (day, day))
-        for asset in (
-            "als_factors",
-            "two_tower",
-            "item_index",
-            "popular_items",
-            "evaluation",
-            "release",
-            "champion",
-            "online_features",
-        ):
+        materialize("nightly", ["user_features", "item_features", "training_examples"], days)
+        for known in sorted({days[0], day}):
+            # The evaluation predicts the day with the model of the day before.
+            materialize("nightly", ["two_tower"], (known, known))
+        for asset in ("als_factors", "item_index", "popular_items", "evaluation", "release", "champion", "online_features"):
             materialize("nightly", [asset], (day, day))
         materialize("hourly", ["trending_items", "rec_cache"], (last_hour, last_hour))
         return platform.lake.get("evaluation", day).extra

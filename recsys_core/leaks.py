@@ -64,23 +64,19 @@ def leaks(examples: pa.Table, events: pa.Table, categories: dict[str, str | None
         settings: window, history and weights.
     """
     known = events.filter(pc.is_in(events[EVENT_TYPE], pa.array(sorted(settings.events.weights), pa.string())))
-    by_user, by_item = defaultdict(list), defaultdict(list)
-    users = set(examples[USER_ID].to_pylist())
-    for event in known.to_pylist():
-        if event[USER_ID] in users:
-            by_user[event[USER_ID]].append(event)
-        by_item[event[ITEM_ID]].append(event[TS])
-    times = {item: np.sort(np.array(found, np.int64)) for item, found in by_item.items()}
+    by_user = defaultdict(list)
+    for event in known.filter(pc.is_in(known[USER_ID], examples[USER_ID].unique())).to_pylist():
+        by_user[event[USER_ID]].append(event)
+    times = _times_by_item(known.filter(pc.is_in(known[ITEM_ID], examples[ITEM_ID].unique())))
     wrong = []
     for example in examples.to_pylist():
         who = f"user {example[USER_ID]}, item {example[ITEM_ID]}, {np.datetime64(example[TS], 'ms')}"
         if not any(_same_event(example, event) for event in by_user[example[USER_ID]]):
             wrong.append(f"{who}: there is no such event")
             continue
-        item_times = times[example[ITEM_ID]]
         right = {
             **_user_values(example[TS], by_user[example[USER_ID]], categories, settings),
-            **_item_values(example[TS], item_times, settings.interactions.window_days),
+            **_item_values(example[TS], times[example[ITEM_ID]], settings.interactions.window_days),
         }
         wrong += [
             f"{who}: {name} is {example[name]}, its past says {right[name]}"
@@ -90,6 +86,13 @@ def leaks(examples: pa.Table, events: pa.Table, categories: dict[str, str | None
         if not _equal(example[WEIGHT], settings.events.weights[example[EVENT_TYPE]]):
             wrong.append(f"{who}: {WEIGHT} is {example[WEIGHT]}")
     return wrong
+
+
+def _times_by_item(events: pa.Table) -> dict[str, np.ndarray]:
+    """Times of the events of each item, in order. Items can have millions, so they stay in arrays."""
+    grouped = events.select([ITEM_ID, TS]).group_by(ITEM_ID).aggregate([(TS, "list")])
+    lists = zip(grouped[ITEM_ID].to_pylist(), grouped[f"{TS}_list"], strict=True)
+    return {item: np.sort(found.values.to_numpy()) for item, found in lists}
 
 
 def _same_event(example: Event, event: Event) -> bool:

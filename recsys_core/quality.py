@@ -92,6 +92,7 @@ class Report:
 
 
 SAMPLE = 20
+PARTITION = "partition"
 
 
 def _short(value: Any) -> str:
@@ -187,6 +188,14 @@ def sample_of(lake: Lake, table: str, keys: Iterable[str], limit: int) -> pd.Dat
     return sample_rows(lake.dataset(table, keys, missing_ok=True), limit)
 
 
+def sample_by_partition(lake: Lake, table: str, keys: Sequence[str], limit: int) -> pd.DataFrame:
+    """The same with the column PARTITION, each partition with an equal share of the rows."""
+    import pandas as pd
+
+    each = max(1, limit // max(1, len(keys)))
+    return pd.concat([sample_of(lake, table, [key], each).assign(**{PARTITION: key}) for key in keys or [""]])
+
+
 # -- suites over rows -------------------------------------------------------------------------------------------
 
 
@@ -241,7 +250,7 @@ def interactions_suite() -> Suite:
             *_present(USER_ID, ITEM_ID, "weight", "first_ts", "last_ts"),
             _between("weight", 0, 1e30, strict_min=True),
             _between("n_events", 1),
-            Expectation("expect_compound_columns_to_be_unique", {"column_list": [USER_ID, ITEM_ID]}),
+            Expectation("expect_compound_columns_to_be_unique", {"column_list": [PARTITION, USER_ID, ITEM_ID]}),
             Expectation(
                 "expect_column_pair_values_a_to_be_greater_than_b",
                 {"column_A": "last_ts", "column_B": "first_ts", "or_equal": True},

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from deployment import DEPLOY, PROJECT, is_setting, program, read_yaml, settings_of
-from test_images import IMAGES, stages
+from deployment import DEPLOY, IMAGES, PROJECT, is_setting, program, read_yaml, settings_of, stages
 
 FILE = DEPLOY / "compose.yaml"
 ONE_SHOT = {"storage", "topics"}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployment import DEPLOY, PROJECT, program
+from deployment import DEPLOY, IMAGES, PROJECT, instructions, program, stages
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from snapshots import make_manifest, make_snapshot
@@ -23,7 +23,6 @@ from recsys_core.release import Releases
 from serving.client import RecsysClient
 
 HEAVY = {"dagster", "mlflow", "pyspark", "tensorflow", "keras", "great-expectations", "implicit", "matplotlib"}
-IMAGES = {"serving", "streaming", "webserver", "code-location", "mlflow", "spark"}
 
 ONLY = """
 import importlib.metadata, json, sys
@@ -71,25 +70,6 @@ def closure(file: str) -> set[str]:
             needed = Requirement(line)
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
                 todo.append(needed)
-    return found
-
-
-def instructions() -> list[tuple[str, str]]:
-    """(name, rest) of the Dockerfile's instructions, continued lines joined."""
-    lines = re.sub(r"\\\n", " ", re.sub(r"(?m)^\s*#.*\n", "", (DEPLOY / "Dockerfile").read_text())).splitlines()
-    return [(line.split(None, 1)[0].upper(), line.split(None, 1)[1]) for line in lines if line.strip()]
-
-
-def stages() -> dict[str, list[tuple[str, str]]]:
-    """The instructions of each build stage, FROM included."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    current = ""
-    for name, rest in instructions():
-        if name == "FROM":
-            current = rest.split()[-1]
-            found[current] = []
-        if current:
-            found[current].append((name, rest))
     return found
 
 

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
-from deployment import DEPLOY, is_setting, program, read_yaml, settings_of
+from deployment import DEPLOY, assert_valid, is_setting, label, program, read_yaml, settings_of
 
 from recsys_core.settings import load_settings
 
 K8S = DEPLOY / "k8s"
-VERSIONS = ("1.29", "1.33", "1.37")
 OVERLAYS = ("production", "small")
 COMPONENT = K8S / "components" / "tensorflow-serving"
 WORKLOADS = {"Deployment", "StatefulSet"}
@@ -47,10 +45,6 @@ def rendered(folder: Path) -> list[dict[str, Any]]:
     return documents(made.stdout)
 
 
-def label(manifest: dict[str, Any]) -> str:
-    return f"{manifest['kind']}/{manifest['metadata']['name']}"
-
-
 def named(manifests: list[dict[str, Any]], wanted: str) -> dict[str, Any]:
     (found,) = [manifest for manifest in manifests if label(manifest) == wanted]
     return found
@@ -64,14 +58,6 @@ def container(workload: dict[str, Any]) -> dict[str, Any]:
     (only,) = workload["spec"]["template"]["spec"]["containers"]
     found: dict[str, Any] = only
     return found
-
-
-def assert_valid(manifest: dict[str, Any]) -> None:
-    for version in VERSIONS:
-        try:
-            kubernetes_validate.validate(manifest, version, strict=True)
-        except kubernetes_validate.ValidationError as error:
-            pytest.fail(f"{label(manifest)} for Kubernetes {version}: {list(error.path)}: {error.message}")
 
 
 @pytest.fixture(params=OVERLAYS)

@@ -16,8 +16,7 @@ from dagster._core.utils import make_new_run_id
 from dagster_k8s import K8sRunLauncher
 from dagster_k8s.container_context import K8sContainerContext
 from dagster_k8s.job import construct_dagster_k8s_job, get_user_defined_k8s_config
-from deployment import DEPLOY, instance_at, read_yaml, settings_of
-from test_kubernetes import assert_valid
+from deployment import DEPLOY, assert_valid, instance_at, read_yaml, settings_of
 
 from recsys_assets.definitions import build_definitions
 from recsys_core.settings import LakeSettings, ReleaseSettings

@@ -36,7 +36,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": None,
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet"],
-        "checks": [],
+        "checks": ["landed_rows_are_events", "quarantined_rows_are_few"],
     },
     "item_catalog": {
         "group": "ingestion",
@@ -44,7 +44,12 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": None,
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet"],
-        "checks": [],
+        "checks": [
+            "catalogue_categories_are_all_there",
+            "catalogue_prices_are_as_usual",
+            "catalogue_rows_are_items",
+            "catalogue_size_is_as_usual",
+        ],
     },
     "clicks_hourly": {
         "group": "ingestion",
@@ -52,7 +57,20 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "hourly",
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet", "spark"],
-        "checks": ["event_ids_are_unique", "events_lie_in_their_hour", "offsets_have_no_gap"],
+        "checks": [
+            "categories_are_all_there",
+            "event_ids_are_unique",
+            "event_types_are_as_usual",
+            "events_are_not_repeated",
+            "events_lie_in_their_hour",
+            "hours_lie_in_their_time_zone",
+            "items_are_in_the_catalogue",
+            "offsets_have_no_gap",
+            "prices_are_as_usual",
+            "rows_are_whole_events",
+            "users_are_many",
+            "volume_is_as_usual",
+        ],
     },
     "interactions": {
         "group": "features",
@@ -60,7 +78,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "daily",
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet", "spark"],
-        "checks": ["weights_are_positive_and_finite"],
+        "checks": ["hours_are_all_there", "pairs_are_whole_and_single", "weights_are_positive_and_finite", "window_is_sound"],
     },
     "user_features": {
         "group": "features",
@@ -68,7 +86,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "daily",
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet", "spark"],
-        "checks": [],
+        "checks": ["user_features_are_in_range"],
     },
     "item_features": {
         "group": "features",
@@ -76,7 +94,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "daily",
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet", "spark"],
-        "checks": [],
+        "checks": ["item_features_are_in_range"],
     },
     "training_examples": {
         "group": "features",
@@ -84,7 +102,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "daily",
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet", "spark"],
-        "checks": ["examples_see_only_the_past"],
+        "checks": ["examples_are_in_range", "examples_see_only_the_past"],
     },
     "als_factors": {
         "group": "models",
@@ -92,7 +110,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "daily",
         "owners": ML_ENGINEERING,
         "kinds": ["numpy", "spark"],
-        "checks": ["factors_are_finite_and_not_all_zero"],
+        "checks": ["factors_are_finite_and_not_all_zero", "items_are_covered", "lengths_are_in_range"],
     },
     "two_tower": {
         "group": "models",
@@ -100,7 +118,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "daily",
         "owners": ML_ENGINEERING,
         "kinds": ["tensorflow"],
-        "checks": ["two_tower_is_trained"],
+        "checks": ["tower_vectors_are_finite", "tower_vectors_have_length_one", "two_tower_is_trained"],
     },
     "evaluation": {
         "group": "models",
@@ -116,7 +134,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "daily",
         "owners": ML_ENGINEERING,
         "kinds": ["faiss"],
-        "checks": ["recall_reaches_its_target"],
+        "checks": ["index_is_of_the_same_factors", "recall_reaches_its_target"],
     },
     "popular_items": {
         "group": "serving",
@@ -140,7 +158,12 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "daily",
         "owners": ML_ENGINEERING,
         "kinds": ["faiss", "parquet"],
-        "checks": ["challenger_beats_champion"],
+        "checks": [
+            "challenger_beats_champion",
+            "indexes_are_of_the_release",
+            "releases_are_whole",
+            "users_all_have_an_answer",
+        ],
     },
     "champion": {
         "group": "serving",
@@ -164,10 +187,28 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "hourly",
         "owners": ML_ENGINEERING,
         "kinds": ["redis", "spark"],
-        "checks": ["active_users_have_an_answer"],
+        "checks": ["active_users_have_an_answer", "caches_are_as_many_as_active_users", "caches_are_of_the_champion"],
     },
 }
-BLOCKING = {"challenger_beats_champion", "factors_are_finite_and_not_all_zero", "weights_are_positive_and_finite"}
+BLOCKING = {
+    "challenger_beats_champion",
+    "examples_are_in_range",
+    "examples_see_only_the_past",
+    "offsets_have_no_gap",
+    "catalogue_categories_are_all_there",
+    "catalogue_prices_are_as_usual",
+    "catalogue_rows_are_items",
+    "catalogue_size_is_as_usual",
+    "factors_are_finite_and_not_all_zero",
+    "hours_are_all_there",
+    "index_is_of_the_same_factors",
+    "indexes_are_of_the_release",
+    "pairs_are_whole_and_single",
+    "releases_are_whole",
+    "users_all_have_an_answer",
+    "weights_are_positive_and_finite",
+    "window_is_sound",
+}
 
 LOAD = """
 import json, sys, time
@@ -248,7 +289,7 @@ def test_every_asset_says_what_it_is_whose_it_is_and_what_it_is_made_with(defini
 
 
 def test_a_check_states_a_claim_and_the_blocking_ones_are_known(definitions: dg.Definitions) -> None:
-    verbs = {"are", "beats", "have", "is", "lie", "reaches", "verifies"}
+    verbs = {"are", "beats", "have", "is", "lie", "reaches", "see", "verifies"}
     specs = [spec for checks in definitions.asset_checks or () for spec in checks.check_specs]
     for spec in specs:
         assert verbs & set(spec.name.split("_")), spec.name
@@ -256,28 +297,51 @@ def test_a_check_states_a_claim_and_the_blocking_ones_are_known(definitions: dg.
     assert {spec.name for spec in specs if spec.blocking} == BLOCKING
 
 
-def test_the_jobs_are_the_hour_the_night_and_the_look_at_arrivals(definitions: dg.Definitions) -> None:
+def test_the_jobs_are_the_hour_the_night_and_parts_of_them(definitions: dg.Definitions) -> None:
+    names = ("arrivals", "hourly", "nightly", "caches", "late_hours")
     members = {
         job: {key.to_user_string() for key in definitions.resolve_job_def(job).asset_layer.executable_asset_keys}
-        for job in ("arrivals", "hourly", "nightly")
+        for job in names
     }
     assert members["arrivals"] == {"clickstream_landing", "item_catalog"}
     assert members["hourly"] == {"clicks_hourly", "trending_items", "rec_cache"}
+    assert members["caches"] == {"rec_cache"}
+    assert members["late_hours"] == {"clicks_hourly"}
     assert set().union(*members.values()) == set(GRAPH) - {"clickstream_topic"}
 
 
-@pytest.mark.parametrize(
-    ("automation", "status"), [(False, dg.DefaultScheduleStatus.STOPPED), (True, dg.DefaultScheduleStatus.RUNNING)]
-)
-def test_schedules_run_by_themselves_only_when_the_settings_say_so(
-    settings: Settings, automation: bool, status: dg.DefaultScheduleStatus
-) -> None:
+def test_the_night_runs_the_checks_of_the_catalogue_before_the_release(definitions: dg.Definitions) -> None:
+    night = definitions.resolve_job_def("nightly")
+    assert "item_catalog_quality" in {node.name for node in night.nodes}
+
+
+def test_every_hour_and_day_has_a_deadline(definitions: dg.Definitions) -> None:
+    graph = definitions.resolve_asset_graph()
+    without = {key.to_user_string() for key in graph.get_all_asset_keys() if graph.get(key).freshness_policy is None}
+    assert without == {"clickstream_topic", "clickstream_landing", "item_catalog"}
+
+
+@pytest.mark.parametrize("automation", [False, True])
+def test_schedules_and_sensors_run_by_themselves_only_when_the_setting_says_so(settings: Settings, automation: bool) -> None:
     chosen = settings.model_copy(update={"dagster": DagsterSettings(automation=automation)})
-    definitions = build_definitions(chosen)
-    schedules = {schedule.name: schedule for schedule in definitions.get_repository_def().schedule_defs}
-    assert {name: s.cron_schedule for name, s in schedules.items()} == {
+    repository = build_definitions(chosen).get_repository_def()
+    assert {schedule.name: schedule.cron_schedule for schedule in repository.schedule_defs} == {
+        "arrivals_schedule": "1 * * * *",
         "hourly_schedule": "5 * * * *",
         "nightly_schedule": "10 1 * * *",
         "prune_job_schedule": "40 3 * * 0",
     }
-    assert {s.default_status for s in schedules.values()} == {status}
+    assert {sensor.name for sensor in repository.sensor_defs} == {
+        "alerts",
+        "automation",
+        "champion_promoted",
+        "late_hours",
+        "missed_hours",
+        "missed_nights",
+        "stream_observed",
+    }
+    running = {dg.DefaultScheduleStatus.RUNNING, dg.DefaultSensorStatus.RUNNING}
+    stopped = {dg.DefaultScheduleStatus.STOPPED, dg.DefaultSensorStatus.STOPPED}
+    assert {d.default_status for d in (*repository.schedule_defs, *repository.sensor_defs)} == (
+        running if automation else stopped
+    )

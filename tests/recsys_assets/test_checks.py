@@ -1,0 +1,175 @@
+"""The asset checks in real jobs: what a planted fault stops, and what a check shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+import pytest
+from builders import ms, write_clicks, write_interactions
+
+from recsys_assets.checks import GROUPS
+from recsys_assets.definitions import build_definitions
+from recsys_assets.resources import Platform
+from recsys_core.bundle import ALS_FACTORS, ALS_ITEMS, ITEM_INDEX, build_item_index, fit_als_factors
+from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, merge_catalog, read_catalog
+from recsys_core.evaluation import write_evaluation
+from recsys_core.events import DAY_MS, HOUR_MS, hour_key
+from recsys_core.lake import Lake
+from recsys_core.settings import Settings
+from recsys_core.tables import CLICKS_HOURLY
+
+DAY, BEFORE = "2026-03-02", "2026-03-01"
+NIGHT = ("popular_items", "release")
+"""Made in these tests; the checks of all that stands before them run as in the nightly job."""
+CHECKED = ("interactions", "als_factors", "item_index", "item_catalog")
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    als = settings.als.model_copy(update={"rank": 4, "iterations": 2, "regularization": 0.1})
+    window = settings.interactions.model_copy(update={"window_days": 2})
+    return settings.model_copy(update={"als": als, "interactions": window})
+
+
+@pytest.fixture
+def platform(settings: Settings) -> Platform:
+    """An installation whose day is ready for the night: tables, factors and index, made without Spark."""
+    platform = Platform(settings)
+    lake = platform.lake
+    hours = [hour_key(at) for at in range(ms(BEFORE), ms(DAY) + DAY_MS, HOUR_MS)]
+    write_clicks(lake, [(f"u{n % 50}", f"i{n % 60}", f"{hour}:{n % 60:02}") for hour in hours for n in range(3)])
+    for day in (BEFORE, DAY):
+        write_interactions(lake, day, [(f"u{u}", f"i{(u + n) % 60}", 1.0 + n) for u in range(90) for n in range(5)])
+    items = [{"item_id": f"i{n}", "category": "a/b", "price": 10.0 + n, "available": True} for n in range(60)]
+    merge_catalog(
+        lake, pa.Table.from_pylist([{**dict.fromkeys(CATALOG_SCHEMA.names), **i} for i in items], schema=CATALOG_SCHEMA)
+    )
+    refit(platform, DAY)
+    write_evaluation(lake, DAY, None, "not evaluated in this test")
+    judged = next(group for group in GROUPS if group.asset == CATALOG_TABLE).reports(platform)
+    assert all(report.passed for _, report in judged)
+    return platform
+
+
+def refit(platform: Platform, day: str) -> None:
+    fit_als_factors(platform.lake, day, platform.settings, None, "implicit")
+    build_item_index(platform.lake, day, platform.settings)
+
+
+def run_the_night(platform: Platform) -> tuple[set[str], dict[str, dg.AssetCheckEvaluation]]:
+    """Run the end of the night with all checks before it. Returns what was made and the checks that failed."""
+    selection = dg.AssetSelection.assets(*NIGHT) | dg.AssetSelection.checks_for_assets(*CHECKED)
+    definitions = dg.Definitions.merge(
+        build_definitions(platform.settings), dg.Definitions(jobs=[dg.define_asset_job("end_of_night", selection)])
+    )
+    with dg.DagsterInstance.ephemeral() as instance:
+        done = definitions.resolve_job_def("end_of_night").execute_in_process(
+            instance=instance, partition_key=DAY, raise_on_error=False
+        )
+    evaluations = [e.asset_check_evaluation_data for e in done.all_events if e.event_type_value == "ASSET_CHECK_EVALUATION"]
+    made = {e.asset_key.to_user_string() for e in done.all_events if e.is_step_materialization and e.asset_key}
+    assert done.success == (made == set(NIGHT))
+    return made, {e.check_name: e for e in evaluations if not e.passed}
+
+
+def a_bot(platform: Platform) -> None:
+    write_clicks(platform.lake, [("bot", f"i{n % 60}", f"{DAY}T15:{n // 10:02}:{n % 10:02}") for n in range(300)])
+
+
+def an_hour_missing(platform: Platform) -> None:
+    platform.lake.fs.rm(platform.lake.path(CLICKS_HOURLY, f"{DAY}T07"), recursive=True)
+
+
+def nan_factors(platform: Platform) -> None:
+    lake: Lake = platform.lake
+    table = lake.read(ALS_ITEMS, DAY)
+    factors = table["factor"].to_pylist()
+    factors[3] = [float("nan")] * len(factors[3])
+    at = table.schema.get_field_index("factor")
+    bad = table.set_column(at, table.schema.field(at), pa.array(factors, table.schema.field(at).type))
+    part = lake.get(ALS_ITEMS, DAY)
+    lake.replace_rows(part, bad.to_batches(), bad.schema)
+
+
+def an_index_of_another_release(platform: Platform) -> None:
+    lake = platform.lake
+    right = lake.get(ITEM_INDEX, DAY)
+    write_interactions(lake, BEFORE, [(f"u{u}", f"i{(u * 7 + n) % 60}", 1.0) for u in range(90) for n in range(5)])
+    refit(platform, BEFORE)
+    other = lake.get(ITEM_INDEX, BEFORE)
+    blobs = {name: lake.read_blob(ITEM_INDEX, BEFORE, name) for name in other.files}
+    lake.write_blobs(ITEM_INDEX, DAY, blobs, other.rows, right.extra)
+
+
+def prices_times_100(platform: Platform) -> None:
+    rows = read_catalog(platform.lake)
+    prices = pa.array(np.asarray(rows["price"].to_numpy()) * 100)
+    platform.lake.write(
+        CATALOG_TABLE, CATALOG_KEY, rows.set_column(rows.schema.get_field_index("price"), CATALOG_SCHEMA.field("price"), prices)
+    )
+
+
+def a_weight_of_nan(platform: Platform) -> None:
+    write_interactions(platform.lake, DAY, [("u1", "i1", float("nan")), ("u2", "i2", 1.0)])
+
+
+FAULTS: dict[str, tuple[Callable[[Platform], None], str]] = {
+    "a bot": (a_bot, "window_is_sound"),
+    "an hour that was never made": (an_hour_missing, "hours_are_all_there"),
+    "a weight that is no number": (a_weight_of_nan, "weights_are_positive_and_finite"),
+    "vectors with NaN": (nan_factors, "factors_are_finite_and_not_all_zero"),
+    "an index of another release": (an_index_of_another_release, "index_is_of_the_same_factors"),
+    "catalogue prices × 100": (prices_times_100, "catalogue_prices_are_as_usual"),
+}
+
+
+def test_a_sound_day_becomes_a_release(platform: Platform) -> None:
+    made, failed = run_the_night(platform)
+    assert failed == {}
+    assert made == set(NIGHT)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_stopped_by_the_check_that_names_it_before_the_release(fault: str, platform: Platform) -> None:
+    plant, claim = FAULTS[fault]
+    plant(platform)
+    made, failed = run_the_night(platform)
+    assert claim in failed
+    assert failed[claim].blocking
+    assert "release" not in made
+    assert platform.releases.list() == []
+    assert platform.releases.champion() is None
+
+
+def test_a_failing_check_shows_its_report_and_the_rows_that_fail(platform: Platform) -> None:
+    a_bot(platform)
+    _, failed = run_the_night(platform)
+    shown = {name: value.value for name, value in failed["window_is_sound"].metadata.items()}
+    assert f"{DAY}T15" in shown["failing rows"]
+    assert "users_are_many" in shown["failing rows"]
+    assert shown["report"].startswith("| holds | expectation |")
+    assert shown["rows"] == 48
+
+
+def test_every_claim_of_a_group_is_judged_and_described() -> None:
+    names = [claim.name for group in GROUPS for claim in group.claims]
+    assert len(names) == len(set(names))
+    assert all(claim.description.endswith(".") for group in GROUPS for claim in group.claims)
+    assert not [claim.name for group in GROUPS for claim in group.claims if claim.blocking and claim.warning]
+
+
+def test_the_factors_that_an_index_is_held_against_are_those_of_the_day(platform: Platform) -> None:
+    refit(platform, DAY)
+    fit_als_factors(
+        platform.lake,
+        DAY,
+        platform.settings.model_copy(update={"als": platform.settings.als.model_copy(update={"seed": 99})}),
+        None,
+        "implicit",
+    )
+    assert platform.lake.get(ITEM_INDEX, DAY).extra["factors_version"] != platform.lake.get(ALS_FACTORS, DAY).data_version
+    _, failed = run_the_night(platform)
+    assert "index_is_of_the_same_factors" in failed
