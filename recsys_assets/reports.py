@@ -79,15 +79,12 @@ def epochs_table(epochs: Sequence[Mapping[str, float]]) -> dg.MarkdownMetadataVa
 
 def verdict_table(verdict: Verdict) -> dg.MarkdownMetadataValue:
     """Each claim of the gate: both releases, the bound, whether it was held."""
-    rows = [
-        [claim.name, *("" if v is None else v for v in (claim.challenger, claim.champion, claim.bound)), _held(claim.held)]
-        for claim in verdict.claims
-    ]
-    return table(["score", "challenger", "champion", "bound", "held"], rows)
-
-
-def _held(held: bool) -> str:
-    return "yes" if held else "**no**"
+    rows: list[list[object]] = []
+    for claim in verdict.claims:
+        values = ["" if value is None else value for value in (claim.challenger, claim.champion, claim.bound)]
+        interval = "{:.4f} … {:.4f}".format(*claim.interval) if claim.interval else ""
+        rows.append([claim.name, values[0], interval, *values[1:], "yes" if claim.held else "**no**"])
+    return table(["score", "challenger", "95 %", "champion", "bound", "held"], rows)
 
 
 def title_of(snapshot: Snapshot, position: int) -> str:

@@ -43,7 +43,7 @@ class Steps:
         self.console.rule(f"[bold]{name}", align="left", style="dim")
         started = time.monotonic()
         yield
-        self.seconds[name] = time.monotonic() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
 def run(data: Path | None, mapping: str | None, home: Path) -> None:

@@ -106,16 +106,14 @@ def fit_als(
     and the number of threads. Spark repeats start values and blocks by the seed, but adds partial sums in the order in
     which tasks end, so its factors repeat to rounding only.
 
-    Raises ValueError when nothing is left to fit, for a weight that isn't finite and positive, for an unknown engine, for
-    settings that an engine does not have, and when the fit diverges.
+    Raises ValueError when nothing is left to fit, for a weight that isn't finite and positive, for an unknown engine,
+    and when the fit diverges.
     """
     started = time.perf_counter()
     name = f"{table}, partition {key!r}"
     if not files:
         raise ValueError(f"{name}: no interactions to fit, there is no file of them")
     if engine in ("numpy", "implicit"):
-        if engine == "implicit" and settings.frequency_scaling:
-            raise ValueError(f"{name}: `implicit` has one ridge for all rows; als.frequency_scaling needs the engine `numpy`")
         users, items, observations, ridge = _fit_one_machine(lake, files, table, key, settings, engine)
     elif engine == "spark":
         if spark is None:
@@ -157,8 +155,9 @@ def _fit_one_machine(
     observations = int(data.weights.nnz)
     if not observations:
         raise _nothing_left(name, settings)
-    ridges = ridges_of(observations, (users, items), settings)
-    factorize = _factorize_exactly if engine == "numpy" else _factorize_implicit
+    exact = engine == "numpy"
+    ridges = ridges_of(observations, (users, items), settings, settings.frequency_scaling if exact else 0.0)
+    factorize = _factorize_exactly if exact else _factorize_implicit
     user_vectors, item_vectors = factorize(data.weights, ridges, settings)
     sides: tuple[tuple[Side, pa.Array, npt.NDArray[np.float32], npt.NDArray[np.int64]], ...] = (
         ("users", data.user_ids, user_vectors, data.weights.getnnz(axis=1)),
@@ -172,13 +171,13 @@ def _fit_one_machine(
     return users, items, observations, ridges[0]
 
 
-def ridges_of(observations: int, shape: tuple[int, int], settings: AlsSettings) -> tuple[Ridge, Ridge]:
+def ridges_of(observations: int, shape: tuple[int, int], settings: AlsSettings, scaling: float) -> tuple[Ridge, Ridge]:
     """The ridges of users and of items for a fit of `shape` (users, items); see the module's first lines for the formula."""
     mean = 2 * observations / sum(shape)
     offsets = (shape[1] / settings.alpha, shape[0] / settings.alpha)
     mean_frequency = mean + 2 * shape[0] * shape[1] / settings.alpha / sum(shape)
-    even = settings.regularization * mean * (1 - settings.frequency_scaling)
-    scaled = settings.regularization * mean * settings.frequency_scaling / mean_frequency
+    even = settings.regularization * mean * (1 - scaling)
+    scaled = settings.regularization * mean * scaling / mean_frequency
     users, items = (Ridge(even + scaled * offset, scaled) for offset in offsets)
     return users, items
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,13 +34,15 @@ TIMED_ITEMS = 50
 
 @dataclass(frozen=True)
 class Claim:
-    """One line of the verdict: a value of the challenger, the champion's, and the bound that it had to keep."""
+    """One line of the verdict: a value of the challenger, with its 95 % interval where that is known, the champion's value,
+    and the bound that the challenger had to keep."""
 
     name: str
     challenger: float | None
     champion: float | None
     bound: float | None
     held: bool
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,14 @@ def challenge(lake: Lake, releases: Releases, day: str, settings: Settings) -> V
     release_id = releases.newest_of(day)
     _, snapshot = releases.load(release_id)
     evaluated = lake.find(EVALUATION, day)
-    scores = served_scores(evaluated.extra["metrics"] if evaluated else {})
+    scores = served_scores(evaluated.extra) if evaluated else {}
     opponent = _opponent(lake, releases, day, release_id, settings)
     verdict = judge({**scores, LATENCY: ranking_milliseconds(snapshot)}, opponent.scores, settings.gate)
     if opponent.decides is not None:
         verdict = replace(verdict, passed=opponent.decides, reason=opponent.reason)
-    verdict = replace(verdict, release_id=release_id, champion_id=opponent.release_id)
+    intervals = {evaluated.extra.get("headline"): evaluated.extra.get("intervals", {}).get(SERVED)} if evaluated else {}
+    claims = tuple(replace(c, interval=_pair(intervals.get(c.name))) for c in verdict.claims)
+    verdict = replace(verdict, claims=claims, release_id=release_id, champion_id=opponent.release_id)
     write_verdict(lake, day, verdict)
     return verdict
 
@@ -138,12 +142,22 @@ def read_verdict(lake: Lake, day: str) -> Verdict | None:
     found = lake.find(GATE, day)
     if found is None:
         return None
-    return Verdict(**{**found.extra, "claims": tuple(Claim(**claim) for claim in found.extra["claims"])})
+    claims = tuple(Claim(**{**claim, "interval": _pair(claim["interval"])}) for claim in found.extra["claims"])
+    return Verdict(**{**found.extra, "claims": claims})
 
 
-def served_scores(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The scores of the served ranking out of the metrics by model of an evaluation or a manifest; none where it has none."""
-    return {name: float(value) for name, value in metrics.get(SERVED, {}).items() if isinstance(value, int | float)}
+def _pair(bounds: Sequence[float] | None) -> tuple[float, float] | None:
+    return (float(bounds[0]), float(bounds[1])) if bounds else None
+
+
+def served_scores(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of the served ranking out of what an evaluation says: `metrics` by model, and the headline by segment."""
+    scores = {name: float(v) for name, v in evaluation["metrics"].get(SERVED, {}).items() if isinstance(v, int | float)}
+    for segment, values in evaluation.get("segments", {}).items():
+        if SERVED in values:
+            scores[f"{evaluation['headline']}{OF}{segment}"] = float(values[SERVED])
+            scores[f"users{OF}{segment}"] = float(values["users"])
+    return scores
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,7 @@ def _opponent(lake: Lake, releases: Releases, day: str, challenger_id: str, sett
     if manifest.day > day:
         return _Opponent(name, decides=False, reason=f"the champion {name} knows a later day than {day}")
     if manifest.day == day:
-        return _Opponent(name, served_scores(manifest.metrics))
+        return _Opponent(name, served_scores({"metrics": manifest.metrics}))
     try:
         scores = evaluate_snapshot(lake, day, snapshot, settings)
     except (NothingToEvaluate, MissingPartition) as error:

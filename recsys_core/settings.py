@@ -101,7 +101,7 @@ class AlsSettings(Section):
         2.0, gt=0, description="λ for each observation, as MLlib scales it; on one machine λ × mean observations is the mean"
     )
     frequency_scaling: float = Field(
-        0.0, ge=0, le=1, description="share of that ridge in proportion to a row's frequency (`numpy`); 0: equal for all rows"
+        1.0, ge=0, le=1, description="share of that ridge in proportion to a row's frequency (`numpy`); 0: equal for all rows"
     )
     seed: int = Field(7, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from builders import write_clicks, write_interactions
 
@@ -45,7 +47,10 @@ def prepare_night(lake: Lake, day: str, settings: Settings, served: dict[str, fl
 
 def evaluate_as(lake: Lake, day: str, served: dict[str, float] | None) -> None:
     """Let the evaluation of a day say this."""
-    content = {"day": day, "metrics": {SERVED: served} if served else {}}
+    content: dict[str, Any] = {"day": day, "metrics": {SERVED: served} if served else {}}
+    if served:
+        around = [served["ndcg@10"] - 0.05, served["ndcg@10"] + 0.05]
+        content |= {"headline": "ndcg@10", "intervals": {SERVED: around}}
     lake.write_blobs(EVALUATION, day, {"evaluation.json": b"{}"}, 1, content)
 
 

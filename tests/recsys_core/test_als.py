@@ -256,23 +256,23 @@ def test_with_frequency_scaling_users_are_folded_in_with_the_ridge_of_their_fit(
 def test_the_mean_ridge_is_lambda_times_the_mean_number_of_observations_whatever_the_scaling(scaling):
     n = np.random.default_rng(0).integers(1, 50, 300)
     m = np.random.default_rng(1).multinomial(n.sum() - 20, np.ones(20) / 20) + 1
-    users, items = ridges_of(int(n.sum()), (300, 20), AlsSettings(regularization=0.7, alpha=3.0, frequency_scaling=scaling))
+    users, items = ridges_of(int(n.sum()), (300, 20), AlsSettings(regularization=0.7, alpha=3.0), scaling)
     mean = np.concatenate([users.of(n), items.of(m)]).mean()
     assert mean == pytest.approx(0.7 * 2 * n.sum() / 320)
 
 
 def test_frequency_scaling_at_one_is_that_of_the_paper():
     """Rendle et al. 2022: λ·(n_u + α0·|I|) for users and λ·(n_i + α0·|U|) for items, α0 = 1/alpha."""
-    users, items = ridges_of(900, (60, 30), AlsSettings(regularization=0.5, alpha=4.0, frequency_scaling=1.0))
+    users, items = ridges_of(900, (60, 30), AlsSettings(regularization=0.5, alpha=4.0), 1.0)
     assert users.constant / users.per_observation == pytest.approx(30 / 4)
     assert items.constant / items.per_observation == pytest.approx(60 / 4)
     assert users.per_observation == items.per_observation
 
 
-def test_frequency_scaling_is_refused_where_the_engine_lacks_it(lake, spark):
-    files = write_interactions(lake, [("ann", "x", 1.0)])
-    with pytest.raises(ValueError, match=r"als\.frequency_scaling needs the engine `numpy`"):
-        fit(lake, files, "implicit", spark, rank=2, frequency_scaling=0.5)
+def test_implicit_has_one_ridge_for_all_rows_whatever_the_scaling(lake, spark):
+    files = write_interactions(lake, pairs_of(taste(60, 30, 3, 6, seed=2)[0]))
+    report = fit(lake, files, "implicit", spark, rank=2, iterations=1, regularization=0.5, frequency_scaling=1.0)
+    assert (report.ridge, report.ridge_per_observation) == (0.5 * 2 * report.observations / (report.users + report.items), 0.0)
 
 
 def test_an_unknown_engine_is_refused(lake, spark):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from nights import GOOD, evaluate_as, make_release, prepare_night, small
 
-from recsys_core.gate import LATENCY, Verdict, challenge, judge, read_verdict
+from recsys_core.evaluation import SERVED
+from recsys_core.gate import LATENCY, Verdict, challenge, judge, read_verdict, served_scores
 from recsys_core.lake import Lake
 from recsys_core.release import ReleaseError, Releases
 from recsys_core.settings import GateSettings, Settings
@@ -77,6 +78,15 @@ def test_another_metric_can_be_chosen() -> None:
     gate = GATE.model_copy(update={"metric": "recall@20"})
     challenger = {**CHAMPION, "ndcg@10": 0.0, "recall@20": 0.3}
     assert judge(challenger, {**CHAMPION, "recall@20": 0.3}, gate).passed
+
+
+def test_what_an_evaluation_says_of_segments_is_judged() -> None:
+    said = {
+        "metrics": {SERVED: {"ndcg@10": 0.2, "note": "no number"}, "ALS": {"ndcg@10": 0.1}},
+        "headline": "ndcg@10",
+        "segments": {"cold users": {"users": 40, SERVED: 0.1, "ALS": 0.0}, "heavy users": {"users": 7, "ALS": 0.3}},
+    }
+    assert served_scores(said) == {"ndcg@10": 0.2, "ndcg@10 of cold users": 0.1, "users of cold users": 40.0}
 
 
 # -- with releases ----------------------------------------------------------------------------------------------------
