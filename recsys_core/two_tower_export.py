@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from recsys_core.tower import COUNTS, NUMBERS, TABLES, TowerSpec, UserTower
 from recsys_core.two_tower_data import Batches
-from recsys_core.two_tower_network import CONTEXT, SCALES, Sizes, Towers
+from recsys_core.two_tower_network import CONTEXT, START_SCALES, Sizes, Towers
 
 EXPORT_ROWS = 8192
 SIGNATURE = "serving_default"
@@ -59,7 +59,7 @@ def user_tower(towers: Towers, batches: Batches) -> UserTower:
         "history": history,
         **{TABLE_OF_CONTEXT[name]: table.numpy() for name, table in towers.context.items()},
     }
-    of_user, of_history, of_recent = (towers.scales[name] for name in SCALES)
+    of_user, of_history, of_recent = (towers.scales[name] for name in START_SCALES)
     spec = TowerSpec(
         dimension=settings.dimension,
         history=settings.history,
@@ -95,7 +95,7 @@ class _Served(tf.Module):
         self.history = tf.Variable(history, trainable=False, name="history")
         newest = towers.settings.recent
 
-        @tf.function(input_signature=[_signature()])
+        @tf.function(input_signature=[_signature()], autograph=False)
         def vectors(inputs: dict[str, Any]) -> dict[str, Any]:
             present = inputs["history"] > 0
             gathered = tf.gather(self.history, inputs["history"])

@@ -24,7 +24,8 @@ CONTEXT_WIDTH = 8
 CONTEXT = ("hour", "weekday", "device", "country", "category")
 START_DEVIATION = 0.1
 HIDDEN_LOGIT = -1e9
-SCALES = ("of_user", "of_history", "of_recent")
+START_SCALES = {"of_user": 0.1, "of_history": 1.0, "of_recent": 1.0}
+"""A user is its history at first: with more weight, the random starts of the users' own embeddings drown it."""
 
 Tensors = Mapping[str, Any]
 
@@ -50,19 +51,21 @@ class Towers(keras.Model):
         d = settings.dimension
         seeds = iter(np.random.default_rng([settings.seed, 3]).integers(0, 2**31, 64).tolist())
 
-        def table(name: str, rows: int, width: int, deviation: float = START_DEVIATION) -> Any:
-            start = keras.initializers.RandomNormal(stddev=deviation, seed=next(seeds))
+        def table(name: str, rows: int, width: int) -> Any:
+            start = keras.initializers.RandomNormal(stddev=START_DEVIATION, seed=next(seeds))
             return self.add_weight(shape=(rows, width), initializer=start, dtype="float32", name=name)
 
-        # Users are their histories at first: a user's own embedding grows with what its examples say beyond that.
-        self.user_table = table("users", sizes.users, d, START_DEVIATION / 10)
+        self.user_table = table("users", sizes.users, d)
         self.item_table = table("items", sizes.items, d)
         self.paths = sizes.path_prefixes
         self.category_table = table("item_categories", int(self.paths.max(initial=0)) + 1, d)
         rows = (24, 7, sizes.devices, sizes.countries, sizes.user_categories)
         self.context = {name: table(name, count, CONTEXT_WIDTH) for name, count in zip(CONTEXT, rows, strict=True)}
         self.price_table = table("price", MAX_PRICE_BUCKET + 2, CONTEXT_WIDTH)
-        self.scales = {name: self.add_weight(shape=(), initializer="ones", dtype="float32", name=name) for name in SCALES}
+        self.scales = {
+            name: self.add_weight(shape=(), initializer=keras.initializers.Constant(start), dtype="float32", name=name)
+            for name, start in START_SCALES.items()
+        }
         self.bias = self.add_weight(shape=(), initializer="zeros", dtype="float32", name="bias")
         units = [*settings.hidden, d] if settings.hidden else []
         self.user_layers = [self._dense(f"user_{n}", size, n == len(units) - 1, next(seeds)) for n, size in enumerate(units)]
@@ -292,7 +295,7 @@ def _steps(towers: Towers, optimizer: Any, strategy: Any) -> tuple[Callable[[Any
         return tf.reduce_sum(losses * batch["weight"]), tf.reduce_sum(batch["weight"])
 
     def over_devices(run: Callable[[Tensors], Any]) -> Callable[[Any], Any]:
-        @tf.function(reduce_retracing=True)
+        @tf.function(reduce_retracing=True, autograph=False)
         def step(batch: Any) -> Any:
             sums = strategy.run(run, args=(batch,))
             return [strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for value in sums]
