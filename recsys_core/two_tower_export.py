@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from recsys_core.tower import COUNTS, NUMBERS, TABLES, TowerSpec, UserTower
 from recsys_core.two_tower_data import Batches
-from recsys_core.two_tower_network import CONTEXT, START_SCALES, Sizes, Towers
+from recsys_core.two_tower_network import CONTEXT, SCALES, Sizes, Towers
 
 EXPORT_ROWS = 8192
 SIGNATURE = "serving_default"
@@ -59,7 +59,7 @@ def user_tower(towers: Towers, batches: Batches) -> UserTower:
         "history": history,
         **{TABLE_OF_CONTEXT[name]: table.numpy() for name, table in towers.context.items()},
     }
-    of_user, of_history, of_recent = (towers.scales[name] for name in START_SCALES)
+    of_user, of_history, of_recent = (towers.scales[name] for name in SCALES)
     spec = TowerSpec(
         dimension=settings.dimension,
         history=settings.history,

@@ -24,8 +24,7 @@ CONTEXT_WIDTH = 8
 CONTEXT = ("hour", "weekday", "device", "country", "category")
 START_DEVIATION = 0.1
 HIDDEN_LOGIT = -1e9
-START_SCALES = {"of_user": 0.1, "of_history": 1.0, "of_recent": 1.0}
-"""A user is its history at first: with more weight, the random starts of the users' own embeddings drown it."""
+SCALES = ("of_user", "of_history", "of_recent")
 
 Tensors = Mapping[str, Any]
 
@@ -62,10 +61,7 @@ class Towers(keras.Model):
         rows = (24, 7, sizes.devices, sizes.countries, sizes.user_categories)
         self.context = {name: table(name, count, CONTEXT_WIDTH) for name, count in zip(CONTEXT, rows, strict=True)}
         self.price_table = table("price", MAX_PRICE_BUCKET + 2, CONTEXT_WIDTH)
-        self.scales = {
-            name: self.add_weight(shape=(), initializer=keras.initializers.Constant(start), dtype="float32", name=name)
-            for name, start in START_SCALES.items()
-        }
+        self.scales = {name: self.add_weight(shape=(), initializer="ones", dtype="float32", name=name) for name in SCALES}
         self.bias = self.add_weight(shape=(), initializer="zeros", dtype="float32", name="bias")
         units = [*settings.hidden, d] if settings.hidden else []
         self.user_layers = [self._dense(f"user_{n}", size, n == len(units) - 1, next(seeds)) for n, size in enumerate(units)]
