@@ -12,6 +12,7 @@ import dagster as dg
 from recsys_core.als import choose_engine
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
+from recsys_core.redis_client import client
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
 from recsys_core.spark import spark_conf
@@ -50,13 +51,11 @@ class Platform:
     @contextmanager
     def redis(self) -> Iterator[Any]:
         """A Redis client, closed at the end."""
-        import redis
-
-        client = redis.Redis.from_url(self.settings.redis.url)
+        connected = client(self.settings.redis)
         try:
-            yield client
+            yield connected
         finally:
-            client.close()
+            connected.close()
 
 
 PlatformResource = dg.ResourceParam[Platform]

@@ -48,6 +48,8 @@ from recsys_core.settings import CONFIG_VARIABLE, HOME_VARIABLE, Settings
 PROJECT = Path(__file__).resolve().parent.parent
 OLDEST_REDIS = (6, 2)
 REDIS_MEMORY = "1gb"
+COMPACT_BYTES = "4096"
+"""Records with values up to this size are kept in one block: half the memory of a hash table of their few fields."""
 CHECK_SECONDS = 2.0
 RESTARTS = 3
 """Starts of a part that keeps ending, before the whole stack is stopped."""
@@ -297,6 +299,7 @@ def redis_command(home: Path, port: int) -> list[str]:
         "--appendonly": "no",
         "--maxmemory": REDIS_MEMORY,
         "--maxmemory-policy": "volatile-lru",
+        "--hash-max-ziplist-value": COMPACT_BYTES,
     }
     return [str(ensure_redis()), *(word for pair in options.items() for word in pair), "--save", "900", "1"]
 

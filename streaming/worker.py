@@ -672,7 +672,7 @@ def consumer_config(settings: Settings, embedded: bool) -> dict[str, Any]:
             heartbeat_interval_ms=max(100, session_ms // 10),
             fetch_message_max_bytes=4 << 20,
             queued_max_messages_kbytes=kilobytes,
-            queued_min_messages=10 * stream.batch_events,
+            queued_min_messages=2 * stream.batch_events,
             fetch_queue_backoff_ms=5,
             fetch_wait_max_ms=5 if embedded else 500,
             topic_metadata_refresh_interval_ms=5_000,
