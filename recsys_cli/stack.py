@@ -191,7 +191,7 @@ def _keep_running(home: Path, services: Sequence[Service], environment: dict[str
     manager = _Manager()
     for service in services:
         address = ("RECSYS_KAFKA__BOOTSTRAP_SERVERS", run_folder(home) / "broker.address")
-        needs_broker = service.name not in ("redis", "broker")
+        needs_broker = service.name not in ("redis", "broker", "serving")
         command = kept_command(service.name, home, service.command, address if needs_broker else None, RESTARTS)
         manager.add_process(service.name, f"exec {shlex.join(command)}", env=environment)
     web = next(service.where for service in services if service.name == "webserver")
