@@ -23,6 +23,7 @@ from recsys_core.release import CHAMPION, Manifest, Pointer, ReleaseError, Relea
 from recsys_core.settings import RankingSettings, Settings
 from serving.filters import ItemFilters
 from serving.metrics import Metrics
+from serving.tensorflow_serving import ModelServer, RemoteTower
 from serving.validation import MAX_EXCLUDED, ItemFilter
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class Champion:
         self._thread = ThreadPoolExecutor(1, "release", initializer=_as_background)
         self._local = settings.home.absolute() / "serving" / "releases"
         self._metrics = metrics or Metrics()
+        scorer = settings.tensorflow_serving
+        self._model_server = ModelServer(scorer, self._metrics) if scorer.address else None
         self._building = asyncio.Lock()
 
     def get(self) -> Loaded:
@@ -159,6 +162,7 @@ class Champion:
     def _load(self, pointer: Pointer, trending: TrendingValue) -> Loaded:
         kept = {pointer.release_id} | ({self.current.snapshot.release_id} if self.current else set())
         manifest, snapshot = self._releases.load(pointer.release_id, pointer.manifest_sha256, self._local)
+        snapshot = scored_by(self._model_server, snapshot)
         ranking = ranking_of(manifest, self._settings)
         loaded = derive(pointer, manifest, snapshot, ranking, trending, self._settings)
         _warm(loaded, self._settings)
@@ -178,6 +182,18 @@ class Champion:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._model_server is not None:
+            self._model_server.close()
+
+
+def scored_by(server: ModelServer | None, snapshot: Snapshot) -> Snapshot:
+    """The snapshot with its user vectors computed by a model server, where there is one and the release has the model."""
+    tower = getattr(snapshot, "tower", None)
+    if server is None or tower is None:
+        return snapshot
+    other = copy.copy(snapshot)
+    object.__setattr__(other, "tower", RemoteTower(tower, server))
+    return other
 
 
 def ranking_of(manifest: Manifest, settings: Settings) -> RankingSettings:

@@ -180,7 +180,9 @@ class Ladder:
         records = [self._record(call, user_id, state) for user_id, state in zip(user_ids, states, strict=True)]
         filtered = call.options.filter != EVERY_ITEM
         wanted = [at for at, r in enumerate(records) if filtered or is_known(call.loaded.snapshot, r)]
-        made = await self._compute(call, [records[at] for at in wanted], ranker) if wanted else []
+        made = (
+            await self._compute(call, [user_ids[at] for at in wanted], [records[at] for at in wanted], ranker) if wanted else []
+        )
         computed = dict(zip(wanted, made, strict=True)) if made else {}
         for answer in computed.values():
             self.counts[TIER_NAMES[answer.tier]] += 1
@@ -192,11 +194,13 @@ class Ladder:
             for at in range(len(user_ids))
         ]
 
-    async def _compute(self, call: Call, records: Sequence[UserRecord], ranker: Ranker) -> list[Computed]:
+    async def _compute(
+        self, call: Call, user_ids: Sequence[str], records: Sequence[UserRecord], ranker: Ranker
+    ) -> list[Computed]:
         """Ranked answers; none at all when ranking fails or lasts too long."""
         remaining = None if call.remaining is None else call.remaining * ANSWER_SHARE
         try:
-            return await ranker.compute(call.loaded, call.options, records, call.now, remaining)
+            return await ranker.compute(call.loaded, call.options, user_ids, records, call.now, remaining)
         except TooSlow as error:
             log.debug("%s", error)
         except Exception:

@@ -47,13 +47,14 @@ class Batch:
     Attributes:
         loaded: the release.
         options: shared by all, but for what is excluded.
-        records: of the users.
+        user_ids, records: of the users.
         excluded: further item ids of each user.
         now: ms since 1970.
     """
 
     loaded: Loaded
     options: Options
+    user_ids: Sequence[str]
     records: Sequence[UserRecord]
     excluded: Sequence[Sequence[str]]
     now: int
@@ -63,6 +64,7 @@ class Batch:
 class _Job:
     loaded: Loaded
     options: Options
+    user_ids: Sequence[str]
     records: Sequence[UserRecord]
     now: int
     result: asyncio.Future[list[Computed]]
@@ -89,7 +91,13 @@ class Ranker:
         self.breaker = Breaker(f"ranking ({name})")
 
     async def compute(
-        self, loaded: Loaded, options: Options, records: Sequence[UserRecord], now: int, remaining: float | None
+        self,
+        loaded: Loaded,
+        options: Options,
+        user_ids: Sequence[str],
+        records: Sequence[UserRecord],
+        now: int,
+        remaining: float | None,
     ) -> list[Computed]:
         """Ranked answers in the order of the records. Raises TooSlow, and what ranking raises.
 
@@ -98,7 +106,8 @@ class Ranker:
         if not self.breaker.allows():
             self._metrics.events["ranking_skipped"] += len(records)
             raise TooSlow("ranking is too slow at the moment")
-        job = _Job(loaded, options, records, now, asyncio.get_running_loop().create_future(), _shared(loaded, options))
+        waiting: asyncio.Future[list[Computed]] = asyncio.get_running_loop().create_future()
+        job = _Job(loaded, options, user_ids, records, now, waiting, _shared(loaded, options))
         self._waiting.append(job)
         if self._running is None:
             self._running = asyncio.create_task(self._drain())
@@ -128,6 +137,7 @@ class Ranker:
                 batch = Batch(
                     loaded=jobs[0].loaded,
                     options=jobs[0].options,
+                    user_ids=[user_id for job in jobs for user_id in job.user_ids],
                     records=[record for job in jobs for record in job.records],
                     excluded=[job.options.excluded for job in jobs for _ in job.records],
                     now=jobs[0].now,

@@ -93,7 +93,7 @@ class Connection:
         if database := int(options.get("db") or 0):
             self._greetings.append(command(b"SELECT", b"%d" % database))
         self._protocol: _Protocol | None = None
-        self._connecting: asyncio.Task[_Protocol] | None = None
+        self._connecting: asyncio.Task[None] | None = None
 
     def send(self, data: bytes, replies: int, sink: Sink) -> bool:
         """Send encoded commands now; `sink` gets their replies. False, and nothing sent, when there is no connection."""
@@ -132,14 +132,14 @@ class Connection:
             self._connecting.add_done_callback(self._made)
         await asyncio.shield(self._connecting)
 
-    def _made(self, task: asyncio.Task[_Protocol]) -> None:
+    def _made(self, task: asyncio.Task[None]) -> None:
         self._connecting = None
-        if not task.cancelled() and task.exception() is None:
-            self._protocol = task.result()
+        if not task.cancelled():
+            task.exception()  # those who wait for it have it; nobody may
 
-    async def _connect(self) -> _Protocol:
+    async def _connect(self) -> None:
         async with asyncio.timeout(CONNECT_SECONDS):
-            return await self._greet()
+            self._protocol = await self._greet()
 
     async def _greet(self) -> _Protocol:
         loop = asyncio.get_running_loop()
