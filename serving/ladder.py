@@ -180,9 +180,8 @@ class Ladder:
         records = [self._record(call, user_id, state) for user_id, state in zip(user_ids, states, strict=True)]
         filtered = call.options.filter != EVERY_ITEM
         wanted = [at for at, r in enumerate(records) if filtered or is_known(call.loaded.snapshot, r)]
-        made = (
-            await self._compute(call, [user_ids[at] for at in wanted], [records[at] for at in wanted], ranker) if wanted else []
-        )
+        some = [user_ids[at] for at in wanted]
+        made = await self._compute(call, some, [records[at] for at in wanted], ranker) if wanted else []
         computed = dict(zip(wanted, made, strict=True)) if made else {}
         for answer in computed.values():
             self.counts[TIER_NAMES[answer.tier]] += 1

@@ -47,7 +47,8 @@ class Batch:
     Attributes:
         loaded: the release.
         options: shared by all, but for what is excluded.
-        user_ids, records: of the users.
+        user_ids: whom to rank for.
+        records: of the users.
         excluded: further item ids of each user.
         now: ms since 1970.
     """
@@ -106,8 +107,8 @@ class Ranker:
         if not self.breaker.allows():
             self._metrics.events["ranking_skipped"] += len(records)
             raise TooSlow("ranking is too slow at the moment")
-        waiting: asyncio.Future[list[Computed]] = asyncio.get_running_loop().create_future()
-        job = _Job(loaded, options, user_ids, records, now, waiting, _shared(loaded, options))
+        result: asyncio.Future[list[Computed]] = asyncio.get_running_loop().create_future()
+        job = _Job(loaded, options, user_ids, records, now, result, _shared(loaded, options))
         self._waiting.append(job)
         if self._running is None:
             self._running = asyncio.create_task(self._drain())
