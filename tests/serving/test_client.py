@@ -27,7 +27,7 @@ class Scripted(RecommenderServicer):
         self._lock = threading.Lock()
         self.go_on = threading.Event()
 
-    def Recommend(self, request: pb.RecommendRequest, context: grpc.ServicerContext) -> pb.RecommendResponse:  # noqa: N802
+    def Recommend(self, request: pb.RecommendRequest, context: grpc.ServicerContext) -> pb.RecommendResponse:
         with self._lock:
             step = self.script[min(self.calls, len(self.script) - 1)]
             self.calls += 1
@@ -37,7 +37,9 @@ class Scripted(RecommenderServicer):
             context.abort(step, f"as told, call {number}")
         if step:
             self.go_on.wait(step)
-        return pb.RecommendResponse(items=[pb.ScoredItem(item_id=f"of-call-{number}")], tier=pb.CACHE, release_id=request.user_id)
+        return pb.RecommendResponse(
+            items=[pb.ScoredItem(item_id=f"of-call-{number}")], tier=pb.CACHE, release_id=request.user_id
+        )
 
 
 @pytest.fixture
