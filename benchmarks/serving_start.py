@@ -32,7 +32,7 @@ from serving import recsys_pb2 as pb
 from serving.client import RecsysClient
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
-from snapshots import CATEGORIES, make_manifest  # noqa: E402
+from snapshots import CATEGORIES, make_manifest
 
 RELEASE = "2026-01-01.large"
 

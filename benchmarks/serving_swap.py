@@ -31,7 +31,7 @@ from recsys_core.settings import load_settings
 from serving import recsys_pb2 as pb
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
-from snapshots import make_manifest, make_snapshot  # noqa: E402
+from snapshots import make_manifest, make_snapshot
 
 NEAR_SECONDS = 2.0
 """After a promotion: within it a swap is seen, loaded and done."""
@@ -105,9 +105,7 @@ def main() -> None:
                 p50, p99 = np.percentile(took, [50, 99])
                 table.add_row(name, f"{len(took):,}", f"{p50:.2f}", f"{p99:.2f}", f"{took.max():.1f}")
         console.print(table)
-        console.print(
-            f"{len(swaps)} swaps, failed calls: {load.failed or 'none'}, {load.rate:,.0f} calls/s, {load.cpu_ms:.3f} ms of processor a call"
-        )
+        console.print(f"{len(swaps)} swaps, failed calls: {load.failed or 'none'}, {load.rate:,.0f} calls/s")
         if memory:
             console.print(f"private memory at the swaps, MB: {', '.join(f'{m:.0f}' for m in memory)}")
 

@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hiredis
+from redis.asyncio import Redis
 from redis.asyncio.connection import parse_url
+from redis.exceptions import RedisError
 
 log = logging.getLogger(__name__)
 
@@ -168,18 +170,91 @@ def command(*words: bytes) -> bytes:
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
 
 
-class UserReads:
-    """The commands that read users' records and cached answers: HMGET of `fields`, then GET."""
+class Pipelined:
+    """Reads and calls over one pipelined connection to one server."""
 
-    def __init__(self, fields: Sequence[bytes]) -> None:
+    def __init__(self, url: str, fields: Sequence[bytes]) -> None:
+        """Raises ValueError when `url` is not that of one server."""
         names = b"".join(b"$%d\r\n%b\r\n" % (len(field), field) for field in fields)
         self._one = (
             b"*%d\r\n$5\r\nHMGET\r\n$%%d\r\nuser:{%%b}\r\n" % (len(fields) + 2)
             + names.replace(b"%", b"%%")
             + b"*2\r\n$3\r\nGET\r\n$%d\r\nrecs:{%b}\r\n"
         )
+        self._reads = Connection(url)
+        self._calls = Connection(url)
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def of(self, user_ids: Sequence[bytes]) -> bytes:
-        """Two commands for each user."""
+    def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
+        """Give `sink` two replies for each user: HMGET of the record's fields, GET of the cached answer."""
         one = self._one
-        return b"".join([one % (len(u) + 7, u, len(u) + 7, u) for u in user_ids])
+        data = b"".join([one % (len(u) + 7, u, len(u) + 7, u) for u in user_ids])
+        if not self._reads.send(data, 2 * len(user_ids), sink):
+            task = asyncio.create_task(self._connect_and_send(data, 2 * len(user_ids), sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connect_and_send(self, data: bytes, replies: int, sink: Sink) -> None:
+        try:
+            await self._reads.connect()
+        except OSError as error:
+            sink(None, error)
+            return
+        if not self._reads.send(data, replies, sink):
+            sink(None, RespError("the connection to Redis was lost at once"))
+
+    async def call(self, commands: Sequence[tuple[bytes, ...]]) -> list[Any]:
+        """Replies of commands, on a connection of their own. Raises OSError."""
+        return await self._calls.call(b"".join(command(*words) for words in commands), len(commands))
+
+    def drop(self) -> None:
+        """Give the connections up; what comes next makes new ones."""
+        self._reads.drop()
+        self._calls.drop()
+
+    async def close(self) -> None:
+        self.drop()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class ThroughClient:
+    """The same through a client of `redis.asyncio`, which knows Cluster and Sentinel and costs more for a command."""
+
+    def __init__(self, client: Any, fields: Sequence[bytes]) -> None:
+        self._client = client
+        self._fields = fields
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
+        """See `Pipelined.read`."""
+        task = asyncio.create_task(self._read(user_ids, sink))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
+        commands: list[tuple[bytes, ...]] = []
+        for user_id in user_ids:
+            commands += ((b"HMGET", b"user:{%b}" % user_id, *self._fields), (b"GET", b"recs:{%b}" % user_id))
+        try:
+            replies = await self.call(commands)
+        except OSError as error:
+            sink(None, error)
+            return
+        sink(replies, None)
+
+    async def call(self, commands: Sequence[tuple[bytes, ...]]) -> list[Any]:
+        """See `Pipelined.call`; error replies are `redis.ResponseError` here."""
+        pipeline = self._client.pipeline(transaction=False) if isinstance(self._client, Redis) else self._client.pipeline()
+        for words in commands:
+            pipeline.execute_command(*words)
+        try:
+            return list(await pipeline.execute(raise_on_error=False))
+        except RedisError as error:
+            raise RespError(str(error)) from error
+
+    def drop(self) -> None:
+        """redis-py replaces what is broken by itself."""
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.aclose()
