@@ -11,6 +11,7 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import hiredis
@@ -76,21 +77,38 @@ class _Protocol(asyncio.Protocol):
             self._waiting.popleft()[1](None, error)
 
 
+@dataclass(frozen=True)
+class Login:
+    """What a URL does not say, or says otherwise: the user and password, and PEM files for TLS."""
+
+    username: str = ""
+    password: str = field(default="", repr=False)
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+
 class Connection:
     """One connection, made when it is needed. Every failure is an OSError."""
 
-    def __init__(self, url: str) -> None:
-        """Raises ValueError when `url` is not that of one server."""
+    def __init__(self, url: str, login: Login | None = None) -> None:
+        """Raises ValueError when `url` is not that of one server, OSError when a file for TLS can't be read."""
+        login = login or Login()
         options: dict[str, Any] = dict(parse_url(url))
         self._path = options.get("path")
         self._host, self._port = options.get("host", "localhost"), int(options.get("port", 6379))
-        self._tls = ssl.create_default_context(cafile=options.get("ssl_ca_certs")) if url.startswith("rediss:") else None
+        self._tls: ssl.SSLContext | None = None
+        if url.startswith("rediss:"):
+            self._tls = ssl.create_default_context(cafile=login.ca_file or options.get("ssl_ca_certs"))
+            if login.cert_file:
+                self._tls.load_cert_chain(login.cert_file, login.key_file or None)
         if self._tls is not None and options.get("ssl_cert_reqs") in ("none", "CERT_NONE"):
             self._tls.check_hostname = False
             self._tls.verify_mode = ssl.CERT_NONE
         self._greetings: list[bytes] = []
-        if password := options.get("password"):
-            user = [options["username"].encode()] if options.get("username") else []
+        if password := login.password or options.get("password"):
+            name = login.username or options.get("username")
+            user = [name.encode()] if name else []
             self._greetings.append(command(b"AUTH", *user, password.encode()))
         if database := int(options.get("db") or 0):
             self._greetings.append(command(b"SELECT", b"%d" % database))
@@ -173,16 +191,16 @@ def command(*words: bytes) -> bytes:
 class Pipelined:
     """Reads and calls over one pipelined connection to one server."""
 
-    def __init__(self, url: str, fields: Sequence[bytes]) -> None:
-        """Raises ValueError when `url` is not that of one server."""
+    def __init__(self, url: str, fields: Sequence[bytes], login: Login | None = None) -> None:
+        """Raises ValueError when `url` is not that of one server, OSError when a file for TLS can't be read."""
         names = b"".join(b"$%d\r\n%b\r\n" % (len(field), field) for field in fields)
         self._one = (
             b"*%d\r\n$5\r\nHMGET\r\n$%%d\r\nuser:{%%b}\r\n" % (len(fields) + 2)
             + names.replace(b"%", b"%%")
             + b"*2\r\n$3\r\nGET\r\n$%d\r\nrecs:{%b}\r\n"
         )
-        self._reads = Connection(url)
-        self._calls = Connection(url)
+        self._reads = Connection(url, login)
+        self._calls = Connection(url, login)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:

@@ -14,7 +14,7 @@ from worlds import RedisServer, eventually
 
 from recsys_core.online import RECORD_FIELDS
 from recsys_core.settings import RedisSettings
-from serving.resp import Pipelined, RespError, ThroughClient
+from serving.resp import Login, Pipelined, RespError, ThroughClient
 from serving.store import NOTHING, Store
 
 
@@ -79,6 +79,9 @@ async def test_login_database_and_socket_of_the_url_are_used(tmp_path: Path) -> 
         reading = store(f"unix://:p%40ss%20word@{socket}?db=3")
         assert (await reading.read([b"ann"]))[0][1] == b"ann"
         await reading.close()
+        told = Pipelined(f"unix://:wrong@{socket}?db=3", RECORD_FIELDS, Login(password="p@ss word"))
+        assert await told.call([(b"EXISTS", b"recs:{ann}")]) == [1]
+        await told.close()
         stranger = Pipelined(f"unix://:wrong@{socket}", RECORD_FIELDS)
         with pytest.raises(RespError, match="Redis refuses the connection: WRONGPASS") as refused:
             await stranger.call([(b"PING",)])
