@@ -23,13 +23,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from recsys_core.evaluation import SERVED, Evaluation, evaluate_day, interval, resamples
+from recsys_core.evaluation import SERVED, Evaluation, compare, interval, resamples
 from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, key_start_ms
-from recsys_core.holdout import HISTORY, Split, time_split
+from recsys_core.holdout import HISTORY, Split, fit_holdout, time_split, validation_cases
 from recsys_core.lake import Lake
 from recsys_core.metrics import per_user
 from recsys_core.settings import Settings, load_settings
 from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS
+from recsys_core.tuning import tune
 
 COLUMNS = {"user_id": "user_id", "click_article_id": "item_id", "click_timestamp": "ts"}
 FIRST_MS = key_start_ms("2017-10-01")
@@ -109,11 +110,17 @@ def main() -> None:
         started = time.perf_counter()
         before = day_key(key_start_ms(DAY) - DAY_MS)
         write_tables(lake, read_clicks(arguments.folder), [before], settings)
-        print(f"tables: {time.perf_counter() - started:.0f} s")
+        print(f"tables: {time.perf_counter() - started:.0f} s", flush=True)
+        started = time.perf_counter()
+        fitted = fit_holdout(lake, before, DAY, settings, None, "implicit")
+        print(f"ALS: {time.perf_counter() - started:.0f} s", flush=True)
+        started = time.perf_counter()
+        tuned = tune(validation_cases(lake, before, settings, None, "implicit"), settings.ranking)
+        print(f"validation models and tuning: {time.perf_counter() - started:.0f} s", flush=True)
         for name, hours in (("next 6 hours", 6), ("next day", 24)):
             started = time.perf_counter()
             split = time_split(lake, before, DAY, settings.evaluation.max_users, HISTORY, hours)
-            found = evaluate_day(lake, DAY, settings, None, "implicit", hours, split)
+            found = compare(lake, DAY, split, fitted, tuned, settings)
             results[name] = report(name, split, found, time.perf_counter() - started)
     assert all(SERVED in result["models"] for result in results.values())
     if arguments.output:

@@ -87,7 +87,7 @@ def release(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg
             "release_id": manifest.release_id,
             "items": snapshot.items.num_rows,
             "bytes": sum(f["bytes"] for f in manifest.files.values()),
-            "two-tower model": manifest.notes.get("two_tower") or manifest.models["two_tower"]["version"],
+            "two-tower model": manifest.notes.get("two_tower") or (manifest.models["two_tower"] or {}).get("version", ""),
             "weights": weights_table(manifest.ranking, platform.settings.trends.half_lives_hours),
             "made from": table(["asset", "partition", "data version"], sources),
             "files": table(["file", "bytes", "sha256"], files),

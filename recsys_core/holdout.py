@@ -145,10 +145,14 @@ def time_split(lake: Lake, before: str, day: str, max_users: int, last_items: in
 
 
 def fit_holdout(
-    lake: Lake, before: str, day: str, split: Split, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
-) -> Models:
-    """ALS fitted on the window that ends with `before`, and the two-tower model of that day if there is one."""
-    report = fit_als(lake, lake.files(INTERACTIONS, [before]), HOLDOUT, day, settings.als, spark, engine)
+    lake: Lake, before: str, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
+) -> AlsReport:
+    """ALS of the window that ends with `before`, kept in the tables HOLDOUT of `day`."""
+    return fit_als(lake, lake.files(INTERACTIONS, [before]), HOLDOUT, day, settings.als, spark, engine)
+
+
+def holdout_models(lake: Lake, before: str, day: str, split: Split, report: AlsReport) -> Models:
+    """What `fit_holdout` fitted, over the items and users of a split, and the two-tower model of `before` if there is one."""
     items = aligned(read_factors(lake, HOLDOUT, day, "items"), split.items)
     users = aligned(read_factors(lake, HOLDOUT, day, "users", split.users), split.users, items.shape[1])
     try:
@@ -214,9 +218,9 @@ def holdout_snapshot(
         similar=similar_items(vectors, settings.ranking.session_neighbours, cosine, needed),
         indexes={"inner_product": ExactIndex(vectors, "inner_product"), "cosine": cosine},
         ranking=settings.ranking,
-        two_tower_items=two_tower and two_tower.items,
-        two_tower_index=two_tower and ExactIndex(two_tower.items, "inner_product"),
-        tower=two_tower and two_tower.tower,
+        two_tower_items=None if two_tower is None else two_tower.items,
+        two_tower_index=None if two_tower is None else ExactIndex(two_tower.items, "inner_product"),
+        tower=None if two_tower is None else two_tower.tower,
     )
 
 
@@ -252,7 +256,7 @@ def tower_inputs(lake: Lake, user_ids: np.ndarray, history: list[list[str]], mom
         named = [name for name in (*context, *COUNTS) if name in found.schema.names]
         rows = found.to_table(columns=[USER_ID, *named], filter=ds.field(USER_ID).isin(pa.array(user_ids, pa.string())))
         at = codes(pa.array(user_ids, pa.string()), rows[USER_ID].combine_chunks())
-        picked = rows.take(pa.array(np.where(at >= 0, at, None), pa.int64(), from_pandas=True)) if rows.num_rows else rows
+        picked = rows.take(pa.array(at, mask=at < 0)) if rows.num_rows else rows
         if picked.num_rows:
             context |= {name: picked[name].to_pylist() for name in context if name in named}
             for column, name in enumerate(COUNTS):
