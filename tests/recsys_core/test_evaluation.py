@@ -319,6 +319,17 @@ def test_items_of_the_moment_itself_are_not_reachable(lake, settings):
     assert (case.relevant.indices.tolist(), case.outside.tolist()) == ([1], [1])
 
 
+def test_where_few_come_back_on_a_day_more_days_are_looked_at(lake, settings):
+    """Three users come back two days before the end, one on the last day."""
+    old, lately = ms("2026-02-10"), ms("2026-02-28T13:00")
+    crowd = [(f"z{n}", item, old, old) for n in range(4) for item in ("a", "b", "c")]
+    write_pairs(lake, [*crowd, *((f"z{n}", "d", lately, lately) for n in range(3)), ("z3", "d", at(13), at(13))])
+    write_clicks(lake, [("z0", "d", "2026-02-28T13:00")])
+    cases = validation_cases(lake, BEFORE, small(settings), None, "implicit")
+    assert [len(case.users) for case in cases] == [3, 1], "of four moments, twelve hours apart, two have users"
+    assert [case.outside.tolist() for case in cases] == [[1, 1, 1], [0]]
+
+
 def test_a_window_without_a_day_before_its_last_has_no_validation(lake, settings):
     write_pairs(lake, [("ann", "a", at(1), at(1)), ("ann", "b", at(7), at(7))])
     assert validation_cases(lake, BEFORE, small(settings), None, "implicit") == []
