@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import numpy as np
 
 from recsys_core.settings import TensorFlowServingSettings
+from recsys_core.tower import TowerInputs, TowerSpec, UserTower
 from serving import tfserving_pb2 as tf_pb
 from serving.breaker import Breaker
 from serving.metrics import Metrics
@@ -24,18 +25,6 @@ log = logging.getLogger(__name__)
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
 OUTPUT = "vector"
 DTYPES = {np.dtype(np.float32): tf_pb.DT_FLOAT, np.dtype(np.int32): tf_pb.DT_INT32}
-
-
-class Tower(Protocol):
-    """The user tower of a release, as far as it is used here."""
-
-    @property
-    def version(self) -> str: ...
-
-    @property
-    def dimension(self) -> int: ...
-
-    def encode(self, inputs: Any) -> dict[str, np.ndarray]: ...
 
 
 class WrongAnswer(ValueError):
@@ -99,9 +88,13 @@ class ModelServer:
 class RemoteTower:
     """The user tower of a release whose vectors a model server computes."""
 
-    def __init__(self, tower: Tower, server: ModelServer) -> None:
+    def __init__(self, tower: UserTower, server: ModelServer) -> None:
         self._tower = tower
         self._server = server
+
+    @property
+    def spec(self) -> TowerSpec:
+        return self._tower.spec
 
     @property
     def version(self) -> str:
@@ -111,7 +104,7 @@ class RemoteTower:
     def dimension(self) -> int:
         return self._tower.dimension
 
-    def vectors(self, inputs: Any) -> np.ndarray:
+    def vectors(self, inputs: TowerInputs) -> np.ndarray:
         """float32 (b, d), rows of zeros where nothing is known or the server does not answer."""
         encoded = self._tower.encode(inputs)
         rows = len(encoded["user"])
