@@ -41,8 +41,9 @@ up: tools ## the local stack: web UI, daemon, Redis, broker, serving; until Ctrl
 lock: env ## resolve pyproject.toml anew and write requirements.lock
 	@"$(PYTHON)" -I recsys_cli/environment.py lock
 
-proto: env ## the Python code of serving/recsys.proto
+proto: env ## the Python code of serving/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. serving/recsys.proto
+	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. serving/tfserving.proto
 
 clean: ## remove the environment and all caches (not .recsys, which holds data)
 	rm -rf .venv build dist recsys.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

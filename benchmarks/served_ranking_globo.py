@@ -23,13 +23,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from recsys_core.evaluation import SERVED, Evaluation, evaluate_day, interval, resamples
+from recsys_core.evaluation import SERVED, Evaluation, compare, interval, resamples
 from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, key_start_ms
-from recsys_core.holdout import HISTORY, Split, time_split
+from recsys_core.holdout import HISTORY, Split, fit_holdout, time_split, validation_cases
 from recsys_core.lake import Lake
 from recsys_core.metrics import per_user
 from recsys_core.settings import Settings, load_settings
 from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS
+from recsys_core.tuning import tune
 
 COLUMNS = {"user_id": "user_id", "click_article_id": "item_id", "click_timestamp": "ts"}
 FIRST_MS = key_start_ms("2017-10-01")
@@ -38,33 +39,49 @@ DAY = "2017-10-10"
 
 
 def read_clicks(folder: Path) -> pd.DataFrame:
-    """user_id, item_id (strings) and ts (ms) of the first LAST_HOUR hours, in the order of time, each event once."""
+    """user_id, item_id and ts (ms), int64, of the first LAST_HOUR hours, in the order of time, each event once."""
     frames = [pd.read_csv(path, usecols=list(COLUMNS)) for path in sorted(folder.glob("clicks_hour_*.csv.gz"))]
-    clicks = pd.concat(frames).rename(columns=COLUMNS).drop_duplicates()
-    clicks = clicks[(clicks.ts >= FIRST_MS) & (clicks.ts < FIRST_MS + LAST_HOUR * HOUR_MS)].sort_values("ts", kind="stable")
-    return clicks.astype({"user_id": str, "item_id": str})
+    clicks = pd.concat(frames).rename(columns=COLUMNS).astype(np.int64).drop_duplicates()
+    clicks = clicks[(clicks.ts >= FIRST_MS) & (clicks.ts < FIRST_MS + LAST_HOUR * HOUR_MS)]
+    return clicks.sort_values("ts", kind="stable")
 
 
-def write_tables(lake: Lake, clicks: pd.DataFrame, days: list[str], settings: Settings) -> None:
-    """`clicks_hourly` and the partitions `days` of `interactions`, as the Spark tables have them."""
-    for hour, found in clicks.groupby(clicks.ts // HOUR_MS):
-        table = pa.table(
-            {
-                "user_id": found.user_id.to_numpy(),
-                "item_id": found.item_id.to_numpy(),
-                "event_type": ["click"] * len(found),
-                "ts": found.ts.to_numpy(),
-            }
-        )
-        lake.write(CLICKS_HOURLY, hour_key(int(hour) * HOUR_MS), table)
-    for day in days:
-        end = key_start_ms(day) + DAY_MS
-        known = clicks[clicks.ts < end]
-        weight = np.exp2((known.ts.to_numpy(np.int64) - end) / (settings.interactions.half_life_days * DAY_MS))
-        pairs = known.assign(weight=weight).groupby(["user_id", "item_id"], sort=True)
-        summed = pairs.agg(weight=("weight", "sum"), n_events=("ts", "size"), first_ts=("ts", "min"), last_ts=("ts", "max"))
-        rows = summed.reset_index().astype({"weight": np.float32, "n_events": np.int32})
-        lake.write(INTERACTIONS, day, pa.Table.from_pandas(rows, preserve_index=False))
+def write_tables(lake: Lake, clicks: pd.DataFrame, day: str, settings: Settings) -> None:
+    """`clicks_hourly`, and the partition `day` of `interactions`, as the Spark tables have them."""
+    table = pa.table(
+        {
+            "user_id": text(clicks.user_id.to_numpy()),
+            "item_id": text(clicks.item_id.to_numpy()),
+            "event_type": pa.array(["click"] * len(clicks)),
+            "ts": clicks.ts.to_numpy(),
+        }
+    )
+    hours = clicks.ts.to_numpy() // HOUR_MS
+    for hour in np.unique(hours):
+        first, end = np.searchsorted(hours, [hour, hour + 1])
+        lake.write(CLICKS_HOURLY, hour_key(int(hour) * HOUR_MS), table.slice(first, end - first))
+    end_ms = key_start_ms(day) + DAY_MS
+    known = clicks[clicks.ts < end_ms]
+    key = known.user_id.to_numpy() << 32 | known.item_id.to_numpy()
+    pairs, first, code, count = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+    ts = known.ts.to_numpy()
+    last = np.empty(len(pairs), np.int64)
+    last[code] = ts
+    weight = np.bincount(code, np.exp2((ts - end_ms) / (settings.interactions.half_life_days * DAY_MS)))
+    rows = {
+        "user_id": text(pairs >> 32),
+        "item_id": text(pairs & 0xFFFFFFFF),
+        "weight": weight.astype(np.float32),
+        "n_events": count.astype(np.int32),
+        "first_ts": ts[first],
+        "last_ts": last,
+    }
+    lake.write(INTERACTIONS, day, pa.table(rows))
+
+
+def text(numbers: np.ndarray) -> pa.Array:
+    """Numbers as strings."""
+    return pa.array(numbers).cast(pa.string())
 
 
 def strict(split: Split, recommended: np.ndarray, k: int = 10) -> np.ndarray:
@@ -108,12 +125,18 @@ def main() -> None:
         lake = Lake(folder)
         started = time.perf_counter()
         before = day_key(key_start_ms(DAY) - DAY_MS)
-        write_tables(lake, read_clicks(arguments.folder), [before], settings)
-        print(f"tables: {time.perf_counter() - started:.0f} s")
+        write_tables(lake, read_clicks(arguments.folder), before, settings)
+        print(f"tables: {time.perf_counter() - started:.0f} s", flush=True)
+        started = time.perf_counter()
+        fitted = fit_holdout(lake, before, DAY, settings, None, "implicit")
+        print(f"ALS: {time.perf_counter() - started:.0f} s", flush=True)
+        started = time.perf_counter()
+        tuned = tune(validation_cases(lake, before, settings, None, "implicit"), settings.ranking)
+        print(f"validation models and tuning: {time.perf_counter() - started:.0f} s", flush=True)
         for name, hours in (("next 6 hours", 6), ("next day", 24)):
             started = time.perf_counter()
             split = time_split(lake, before, DAY, settings.evaluation.max_users, HISTORY, hours)
-            found = evaluate_day(lake, DAY, settings, None, "implicit", hours, split)
+            found = compare(lake, DAY, split, fitted, tuned, settings)
             results[name] = report(name, split, found, time.perf_counter() - started)
     assert all(SERVED in result["models"] for result in results.values())
     if arguments.output:

@@ -1,27 +1,29 @@
 """Latency and throughput of the serving process against a bare grpc.aio echo server, on a made-up release.
 
-    python benchmarks/serving_latency.py [--users 5000] [--items 40000] [--seconds 5]
+    python benchmarks/serving_latency.py [--users 100000] [--items 40000] [--seconds 5] [--processes 1] [--ghz PATH]
 
-Starts a Redis, a serving process and an echo process; calls them from this process over loopback.
+Starts a Redis, the serving processes and as many echo processes on one port; the load comes from processes of their own, or
+from `ghz` (ghz.sh) where its path is given. `cpu ms` is what the server's processes spend on a call: unlike the rates it
+hardly depends on what else runs, and its inverse is what one core could do.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import grpc
 import numpy as np
 import psutil
 import redis
+from load import Load, cpu_seconds, run_load, write_requests
 from rich.console import Console
 from rich.table import Table
 
@@ -43,25 +45,46 @@ SERVING = """
 import pathlib, sys
 from recsys_core.settings import load_settings
 from serving.server import main
-sys.exit(main(load_settings(), lambda address: pathlib.Path(sys.argv[1]).write_text(address)))
+def announce(address):
+    pathlib.Path(sys.argv[1]).with_suffix(".tmp").write_text(address)
+    pathlib.Path(sys.argv[1]).with_suffix(".tmp").rename(sys.argv[1])
+sys.exit(main(load_settings(), announce))
 """
 ECHO = """
-import asyncio, pathlib, sys
+import asyncio, os, pathlib, sys
 import grpc, uvloop
 async def echo(data, context):
     return data
-async def main():
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+async def main(port, on_ready):
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 1)])
     handler = grpc.unary_unary_rpc_method_handler(echo)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("recsys.v1.Recommender", {"Recommend": handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
-    pathlib.Path(sys.argv[1]).write_text(f"127.0.0.1:{port}")
+    on_ready(bound)
     await server.wait_for_termination()
-uvloop.run(main())
+def child(port):
+    uvloop.run(main(port, lambda _: None))
+if __name__ == "__main__":
+    import socket, subprocess
+    if len(sys.argv) > 2:
+        child(int(sys.argv[2]))
+    else:
+        with socket.socket() as held:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind(("127.0.0.1", 0))
+            port = held.getsockname()[1]
+            program = os.environ["ECHO_PROGRAM"]
+            count = int(os.environ["ECHO_PROCESSES"])
+            children = [subprocess.Popen([sys.executable, "-c", program, "-", str(port)]) for _ in range(count)]
+            import time
+            time.sleep(2)
+            pathlib.Path(sys.argv[1]).write_text(f"127.0.0.1:{port}")
+            import signal
+            signal.sigwait([signal.SIGTERM])
+            for process in children:
+                process.terminate()
 """
-
-Call = Callable[[grpc.aio.Channel, int], Awaitable[bytes]]
 
 
 @contextmanager
@@ -71,7 +94,7 @@ def process(program: str, folder: Path, env: dict[str, str]) -> Iterator[tuple[s
     started = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-c", program, str(ready)], env={**os.environ, **env}, cwd=folder)
     try:
-        while not (ready.exists() and ready.read_text()):
+        while not ready.exists() or not ready.read_text():
             if child.poll() is not None:
                 raise RuntimeError("the process has ended")
             time.sleep(0.005)
@@ -81,70 +104,59 @@ def process(program: str, folder: Path, env: dict[str, str]) -> Iterator[tuple[s
         child.wait()
 
 
-def fill(url: str, snapshot: Snapshot, settings: Settings, users: int) -> float:
-    """Users `user-<i>` with a record and, for those of even number, a cached answer. Returns ranked users a second."""
+def fill(url: str, snapshot: Snapshot, settings: Settings, users: int) -> None:
+    """Users `user-<i>` with a record and, for those of even number, a cached answer."""
     client = redis.Redis.from_url(url)
     random = np.random.default_rng(1)
     encoder = AnswerEncoder(snapshot.release_id, snapshot.item_ids)
     trend = Trend.of(snapshot, {})
     now = time.time_ns() // 1_000_000
-    ids = [f"user-{i}" for i in range(users)]
-    records = [
-        UserRecord(
-            tuple((snapshot.item_ids[i], "view", now - 60_000) for i in random.integers(0, len(snapshot.item_ids), 5)),
-            now - 60_000,
-            tuple(snapshot.item_ids[i] for i in random.integers(0, len(snapshot.item_ids), 50)),
-            snapshot.als_version,
-            snapshot.als_items[random.integers(0, len(snapshot.item_ids))] + random.normal(size=snapshot.als_items.shape[1]),
-        )
-        for _ in ids
+    items, rank_ = snapshot.als_items.shape
+    for at in range(0, users, 5000):
+        ids = [f"user-{i}" for i in range(at, min(at + 5000, users))]
+        records = [
+            UserRecord(
+                tuple((snapshot.item_ids[i], "view", now - 60_000) for i in random.integers(0, items, 5)),
+                now - 60_000,
+                tuple(snapshot.item_ids[i] for i in random.integers(0, items, 50)),
+                snapshot.als_version,
+                snapshot.als_items[random.integers(0, items)] + random.normal(size=rank_).astype(np.float32),
+            )
+            for _ in ids
+        ]
+        write_records(client, zip(ids, records, strict=True), 3600)
+        users_ = users_of(snapshot, records[::2], settings.ranking)
+        ranked = rank(snapshot, trend, users_, settings.cache.items, settings.ranking)
+        write_answers(client, zip(ids[::2], encoder.encode(ranked.positions, ranked.scores, now), strict=True), 3600)
+
+
+def of_ghz(ghz: str, address: str, data: Path, callers: int, seconds: float, server: psutil.Process) -> Load:
+    """The load of `ghz` on Recommend."""
+    before = cpu_seconds(server)
+    command = [
+        ghz,
+        "--insecure",
+        "--proto",
+        str(REPOSITORY / "serving/recsys.proto"),
+        "--call",
+        "recsys.v1.Recommender.Recommend",
     ]
-    write_records(client, zip(ids, records, strict=True), 3600)
-    started = time.perf_counter()
-    ranked = rank(snapshot, trend, users_of(snapshot, records[::2], settings.ranking), settings.cache.items, settings.ranking)
-    speed = len(records[::2]) / (time.perf_counter() - started)
-    write_answers(client, zip(ids[::2], encoder.encode(ranked.positions, ranked.scores, now), strict=True), 3600)
-    return speed
-
-
-async def load(address: str, callers: int, seconds: float, call: Call) -> tuple[np.ndarray, float]:
-    """Milliseconds of each call, and calls a second, from `callers` that each call one after the other."""
-    took: list[float] = []
-    async with grpc.aio.insecure_channel(address) as channel:
-        await channel.channel_ready()
-        end = time.perf_counter() + seconds
-
-        async def caller(number: int) -> None:
-            at = number
-            while time.perf_counter() < end:
-                started = time.perf_counter()
-                await call(channel, at)
-                took.append((time.perf_counter() - started) * 1000)
-                at += callers
-
-        started = time.perf_counter()
-        await asyncio.gather(*(caller(i) for i in range(callers)))
-        return np.array(took), len(took) / (time.perf_counter() - started)
-
-
-def recommend(users: int, odd: int, **fields: object) -> Call:
-    requests = [pb.RecommendRequest(user_id=f"user-{i}", count=10, **fields).SerializeToString() for i in range(odd, users, 2)]
-    return lambda channel, at: channel.unary_unary(METHOD)(requests[at % len(requests)])
-
-
-def batch(users: int, size: int) -> Call:
-    ids = [f"user-{i}" for i in range(0, users, 2)]
-    request = pb.RecommendBatchRequest(user_ids=(ids * (size // len(ids) + 1))[:size], count=10).SerializeToString()
-    return lambda channel, _: channel.unary_unary(BATCH)(request)
+    command += ["--data-file", str(data), "--concurrency", str(callers), "--connections", str(min(callers, 8)), "--cpus", "1"]
+    command += ["--duration", f"{seconds}s", "--duration-stop", "wait", "--format", "json", "--lb-strategy=", address]
+    said = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    spent = cpu_seconds(server) - before
+    took = np.array([d["latency"] / 1e6 for d in said["details"] if d["status"] == "OK"])
+    failed = {status: count for status, count in said["statusCodeDistribution"].items() if status != "OK"}
+    return Load(took, np.zeros(len(took)), failed, said["rps"], spent * 1000 / max(said["count"], 1))
 
 
 def main() -> None:
-    import uvloop
-
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--users", type=int, default=5000)
+    parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--items", type=int, default=40_000)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--ghz", default="")
     options = parser.parse_args()
     console = Console()
     with ExitStack() as stack:
@@ -157,28 +169,55 @@ def main() -> None:
             open_filesystem(settings.releases_uri)[0].makedirs(releases.root, exist_ok=True)
             releases.write(make_manifest(snapshot), snapshot)
             releases.promote(snapshot.release_id)
-            speed = fill(url, snapshot, settings, options.users)
-        env = {"RECSYS_HOME": str(folder), "RECSYS_REDIS__URL": url, "RECSYS_SERVING__PORT": "0"}
+            fill(url, snapshot, settings, options.users)
+        env = {
+            "RECSYS_HOME": str(folder),
+            "RECSYS_REDIS__URL": url,
+            "RECSYS_SERVING__PORT": "0",
+            "RECSYS_SERVING__PROCESSES": str(options.processes),
+            "PYTHONPATH": str(REPOSITORY),
+            "ECHO_PROGRAM": ECHO,
+            "ECHO_PROCESSES": str(options.processes),
+        }
         serving, server, ready = stack.enter_context(process(SERVING, folder, env))
-        echo, _, _ = stack.enter_context(process(ECHO, folder, {}))
+        echo, echo_server, _ = stack.enter_context(process(ECHO, folder, env))
 
-        table = Table("calls", "callers", "p50 ms", "p99 ms", "calls/s", title=f"{options.items} items, {os.cpu_count()} cores")
-        hit = recommend(options.users, 0)
-        rows: list[tuple[str, str, int, Call]] = [
-            ("bare echo", echo, 1, hit),
-            ("cache hit", serving, 1, hit),
-            ("computed (explain)", serving, 1, recommend(options.users, 1, explain=True)),
-            ("batch of 1000, cache hits", serving, 1, batch(options.users, 1000)),
-            ("bare echo", echo, 32, hit),
-            ("cache hit", serving, 32, hit),
+        hits = [pb.RecommendRequest(user_id=f"user-{i}", count=10) for i in range(0, options.users, 2)]
+        hit = write_requests(folder / "hits", [r.SerializeToString() for r in hits])
+        data = folder / "hits.json"
+        data.write_text(json.dumps([{"user_id": r.user_id, "count": 10} for r in hits[:5000]]))
+        misses = [
+            pb.RecommendRequest(user_id=f"user-{i}", count=10, context={"current_item_id": snapshot.item_ids[i % 1000]})
+            for i in range(1, options.users, 2)
         ]
-        for name, address, callers, call in rows:
-            with console.status(name):
-                took, rate = uvloop.run(load(address, callers, options.seconds, call))
-            p50, p99 = np.percentile(took, [50, 99])
-            table.add_row(name, str(callers), f"{p50:.2f}", f"{p99:.2f}", f"{rate:,.0f}")
+        miss = write_requests(folder / "misses", [r.SerializeToString() for r in misses])
+        ids = [r.user_id for r in hits]
+        sizes = [pb.RecommendBatchRequest(user_ids=ids[at : at + 1000], count=10) for at in range(0, len(ids), 1000)]
+        batch = write_requests(folder / "batches", [r.SerializeToString() for r in sizes])
+
+        table = Table("calls", "callers", "p50 ms", "p99 ms", "calls/s", "cpu ms", "failed")
+        table.title = f"{options.items} items, {options.users} users, {options.processes} processes, {os.cpu_count()} cores"
+
+        def row(name: str, callers: int, load: Load) -> None:
+            p50, p99 = load.percentile(50), load.percentile(99)
+            failed = ", ".join(f"{count} {status}" for status, count in load.failed.items())
+            table.add_row(name, str(callers), f"{p50:.2f}", f"{p99:.2f}", f"{load.rate:,.0f}", f"{load.cpu_ms:.3f}", failed)
+
+        for callers in (1, 32):
+            for name, address, process_ in (("bare echo", echo, echo_server), ("cache hit", serving, server)):
+                with console.status(f"{name}, {callers}"):
+                    if options.ghz:
+                        row(f"{name} (ghz)", callers, of_ghz(options.ghz, address, data, callers, options.seconds, process_))
+                    else:
+                        row(name, callers, run_load(address, METHOD, hit, options.seconds, callers, process_))
+        with console.status("batches"):
+            row("batch of 1000, cache hits", 1, run_load(serving, BATCH, batch, options.seconds, 1, server))
+        with console.status("misses"):
+            load = run_load(serving, METHOD, miss, options.seconds, 1, server, rate=100.0)
+            row("miss, 100 calls/s", 1, load)
         console.print(table)
-        console.print(f"start to ready {ready:.2f} s, RSS {server.memory_info().rss / 2**20:.0f} MB, rank {speed:,.0f} users/s")
+        rss = sum(p.memory_info().rss for p in (server, *server.children(recursive=True))) / 2**20
+        console.print(f"start to ready {ready:.2f} s, RSS {rss:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from recsys_core.als import choose_engine
 from recsys_core.events import now_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
+from recsys_core.redis_client import client
 from recsys_core.registry import Registry
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
@@ -58,13 +59,11 @@ class Platform:
     @contextmanager
     def redis(self) -> Iterator[Any]:
         """A Redis client, closed at the end."""
-        import redis
-
-        client = redis.Redis.from_url(self.settings.redis.url)
+        connected = client(self.settings.redis)
         try:
-            yield client
+            yield connected
         finally:
-            client.close()
+            connected.close()
 
 
 PlatformResource = dg.ResourceParam[Platform]

@@ -43,7 +43,7 @@ class Steps:
         self.console.rule(f"[bold]{name}", align="left", style="dim")
         started = time.monotonic()
         yield
-        self.seconds[name] = time.monotonic() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
 def run(data: Path | None, mapping: str | None, home: Path) -> None:
@@ -244,12 +244,11 @@ def _quiet(log: Path) -> Iterator[None]:
 
 def _ask(address: str, settings: Settings, day: str, console: Console) -> None:
     """Ask the server for a handful of users and a stranger, and print the answers beside what each did last."""
-    import redis
-
     from recsys_core.catalog import read_catalog
     from recsys_core.events import DAY_MS, HOUR_MS, hour_key, key_start_ms
     from recsys_core.lake import Lake
     from recsys_core.online import read_records
+    from recsys_core.redis_client import client
     from recsys_core.tables import ACTIVE_USERS
     from serving.client import RecsysClient
 
@@ -258,8 +257,8 @@ def _ask(address: str, settings: Settings, day: str, console: Console) -> None:
     titles = dict(zip(catalog["item_id"].to_pylist(), catalog["title"].to_pylist(), strict=True))
     active = lake.dataset(ACTIVE_USERS, [hour_key(key_start_ms(day) + DAY_MS - HOUR_MS)])
     users = [*(active.head(USERS, columns=["user_id"])["user_id"].to_pylist() if active else []), STRANGER]
-    with redis.Redis.from_url(settings.redis.url) as client:
-        records = read_records(client, users)
+    with client(settings.redis) as redis:
+        records = read_records(redis, users)
     with RecsysClient(address, timeout=5.0) as server:
         server.recommend(STRANGER)
         answers = [server.recommend(user, 5) for user in users]

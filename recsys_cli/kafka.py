@@ -13,6 +13,7 @@ from recsys_cli.processes import LOOPBACK, StackError, accepts_connections, free
 
 if TYPE_CHECKING:
     from recsys_core.settings import KafkaSettings, Settings
+    from streaming.topics import Topic
 
 BROKER_SECONDS = 60.0
 
@@ -85,7 +86,8 @@ def init(home: Home = None) -> None:
     from recsys_core.settings import load_settings
 
     settings = load_settings(home)
-    _init(settings, settings.kafka.bootstrap_servers)
+    for topic in _init(settings, settings.kafka.bootstrap_servers):
+        typer.echo(f"{topic.name}: {topic.partitions} partitions, identity {topic.identity}")
 
 
 @contextmanager
@@ -110,16 +112,14 @@ def broker_server(settings: Settings, port: int = 0, or_embedded: bool = True) -
         yield address
 
 
-def _init(settings: Settings, address: str) -> None:
+def _init(settings: Settings, address: str) -> list[Topic]:
     from confluent_kafka import KafkaException
 
     from streaming.topics import TopicError, init_topics
 
     try:
-        made = init_topics(settings.kafka.model_copy(update={"bootstrap_servers": address}))
+        return init_topics(settings.kafka.model_copy(update={"bootstrap_servers": address}))
     except TopicError as error:
         raise StackError(str(error)) from error
     except KafkaException as error:
         raise StackError(f"the brokers at {address} say: {error.args[0].str()}") from error
-    for topic in made:
-        typer.echo(f"{topic.name}: {topic.partitions} partitions, identity {topic.identity}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def _has_partitions(redis: Any) -> bool:
 
 
 def click_live(address: str, settings: Settings, console: Console) -> None:
-    """Ask for a user, click three items through Kafka, ask again, and show both answers and the times between.
+    """Ask for a user, click the first item and two of another kind through Kafka, ask again, and show what changed.
 
     Raises StackError when the clicks do not come through.
     """
@@ -58,10 +58,11 @@ def click_live(address: str, settings: Settings, console: Console) -> None:
 
     catalog = read_catalog(Lake(settings.lake_uri))
     titles = dict(zip(catalog["item_id"].to_pylist(), catalog["title"].to_pylist(), strict=True))
+    categories = dict(zip(catalog["item_id"].to_pylist(), catalog["category"].to_pylist(), strict=True))
     with speed_layer(settings) as brokers, client(settings.redis) as redis, RecsysClient(address, timeout=5.0) as server:
         user = _someone(settings)
         before = server.recommend(user, SHOWN)
-        items = _others(server, before)
+        items = [before.items[0].item_id, *_others(server, before, categories)][:CLICKS]
         seconds = _click(brokers, settings, redis, user, items)
         after = server.recommend(user, SHOWN)
 
@@ -88,11 +89,14 @@ def _someone(settings: Settings) -> str:
     return str(active.head(1, columns=["user_id"])["user_id"][0].as_py())
 
 
-def _others(server: RecsysClient, before: Recommendation) -> list[str]:
-    """Items that are like each other and not in the answer: like the last of it, further down."""
+def _others(server: RecsysClient, before: Recommendation, categories: Mapping[str, str | None]) -> list[str]:
+    """Items like each other of a category that the answer has none of, where what is popular has one."""
     shown = {item.item_id for item in before}
-    similar = [item.item_id for item in server.similar_items(before.items[-1].item_id, 50).items]
-    return [item for item in similar if item not in shown][:CLICKS]
+    known = {categories.get(item) for item in shown}
+    popular = [item.item_id for item in server.recommend("someone-new", 100)]
+    first = next((item for item in popular if categories.get(item) not in known), popular[-1])
+    similar = [item.item_id for item in server.similar_items(first, 50) if item.item_id not in shown]
+    return [first, *similar]
 
 
 def _click(brokers: str, settings: Settings, redis: Any, user: str, items: Sequence[str]) -> float:

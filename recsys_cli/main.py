@@ -374,6 +374,24 @@ def similar(
     _show_answer(answer, f"Similar to item {item}")
 
 
+@app.command()
+def inspect(
+    address: Annotated[str | None, typer.Option(help="The server. Default: the running stack's, else the settings'.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0: any free one.")] = 0,
+    dagster: Annotated[str | None, typer.Option(help="URL of the Dagster web UI. Default: the running stack's.")] = None,
+    home: Home = None,
+) -> None:
+    """Serve a page that shows why a user gets an answer, on loopback, until Ctrl-C."""
+    from recsys_cli.stack import running_services
+    from serving import inspection
+
+    settings = _settings(home)
+    running = {service.name: service.where for service in running_services(settings.home.absolute())}
+    web = dagster or running.get("webserver", f"http://{settings.dagster.host}:{settings.dagster.port}")
+    server = address or _serving_address(home)
+    inspection.run(settings, server, "127.0.0.1", port, web, lambda url: typer.echo(f"Open {url} (Ctrl-C ends it)."))
+
+
 def _serving_address(home: Path | None) -> str:
     from recsys_cli.stack import running_services
 

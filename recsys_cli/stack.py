@@ -48,6 +48,8 @@ from recsys_core.settings import CONFIG_VARIABLE, HOME_VARIABLE, Settings
 PROJECT = Path(__file__).resolve().parent.parent
 OLDEST_REDIS = (6, 2)
 REDIS_MEMORY = "1gb"
+COMPACT_BYTES = "4096"
+"""Records with values up to this size are kept in one block: half the memory of a hash table of their few fields."""
 CHECK_SECONDS = 2.0
 RESTARTS = 3
 """Starts of a part that keeps ending, before the whole stack is stopped."""
@@ -189,7 +191,7 @@ def _keep_running(home: Path, services: Sequence[Service], environment: dict[str
     manager = _Manager()
     for service in services:
         address = ("RECSYS_KAFKA__BOOTSTRAP_SERVERS", run_folder(home) / "broker.address")
-        needs_broker = service.name not in ("redis", "broker")
+        needs_broker = service.name not in ("redis", "broker", "serving")
         command = kept_command(service.name, home, service.command, address if needs_broker else None, RESTARTS)
         manager.add_process(service.name, f"exec {shlex.join(command)}", env=environment)
     web = next(service.where for service in services if service.name == "webserver")
@@ -297,6 +299,7 @@ def redis_command(home: Path, port: int) -> list[str]:
         "--appendonly": "no",
         "--maxmemory": REDIS_MEMORY,
         "--maxmemory-policy": "volatile-lru",
+        "--hash-max-ziplist-value": COMPACT_BYTES,
     }
     return [str(ensure_redis()), *(word for pair in options.items() for word in pair), "--save", "900", "1"]
 

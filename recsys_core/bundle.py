@@ -144,9 +144,9 @@ def assemble(lake: Lake, day: str, release_id: str, settings: Settings | None = 
             for metric in METRICS
         },
         ranking=_tuned(lake, day, settings.ranking if settings else RankingSettings()),
-        two_tower_items=two_tower and two_tower.items,
+        two_tower_items=None if two_tower is None else two_tower.items,
         two_tower_index=towers,
-        tower=two_tower and two_tower.tower,
+        tower=None if two_tower is None else two_tower.tower,
     )
     sources = {name: {"partition": day, "data_version": part.data_version} for name, part in parts.items()}
     sources[INTERACTIONS] = {"partition": day, "data_version": fit["interactions_version"]}

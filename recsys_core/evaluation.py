@@ -31,6 +31,7 @@ from recsys_core.holdout import (
     aligned,
     codes,
     fit_holdout,
+    holdout_models,
     holdout_snapshot,
     read_two_tower,
     time_split,
@@ -103,20 +104,19 @@ class Evaluation:
     recommended: dict[str, np.ndarray] = field(repr=False, compare=False)
 
 
-def evaluate_day(
-    lake: Lake,
-    day: str,
-    settings: Settings,
-    spark: Callable[[], SparkSession] | None,
-    engine: str,
-    hours: int = 24,
-    split: Split | None = None,
-) -> Evaluation:
-    """Evaluate the first `hours` of `day` against models of the day before. Raises NothingToEvaluate, MissingPartition."""
+def evaluate_day(lake: Lake, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str) -> Evaluation:
+    """Evaluate `day` against models of the day before. Raises NothingToEvaluate, MissingPartition."""
     before = day_key(key_start_ms(day) - DAY_MS)
-    split = split or time_split(lake, before, day, settings.evaluation.max_users, HISTORY, hours)
-    models = fit_holdout(lake, before, day, split, settings, spark, engine)
+    split = time_split(lake, before, day, settings.evaluation.max_users, HISTORY)
+    report = fit_holdout(lake, before, day, settings, spark, engine)
     tuned = tune(validation_cases(lake, before, settings, spark, engine), settings.ranking)
+    return compare(lake, day, split, report, tuned, settings)
+
+
+def compare(lake: Lake, day: str, split: Split, report: AlsReport, tuned: Tuned, settings: Settings) -> Evaluation:
+    """Every model on a split of `day`, what is served by the tuned weights; `report` is of the ALS fitted before the day."""
+    before = day_key(key_start_ms(day) - DAY_MS)
+    models = holdout_models(lake, before, day, split, report)
     depth = max(settings.evaluation.ks)
     with progress.task(f"evaluation ({day})", 3) as bar:
         recommended = _counters(lake, day, split, settings, depth)
@@ -210,7 +210,8 @@ def _models(lake: Lake, day: str, split: Split, models: Models, tuned: Tuned, de
     assert users.two_tower is not None
     found[TWO_TOWER] = rank_all(users.two_tower, models.two_tower.items, split.seen, depth)
     # A weighted sum of inner products is the inner product of concatenated vectors.
-    both = np.hstack([tuned.blend["als"] / snapshot.longest * unit_rows(users.als), tuned.blend["two_tower"] * users.two_tower])
+    share = np.float32(tuned.blend["als"] / snapshot.longest)
+    both = np.hstack([share * unit_rows(users.als), np.float32(tuned.blend["two_tower"]) * users.two_tower])
     found[BLEND] = rank_all(both, np.hstack([models.als_items, models.two_tower.items]), split.seen, depth)
     return found
 

@@ -39,6 +39,8 @@ TWO_TOWER = "two_tower"
 USER_FEATURES = "user_features"
 HISTORY = 50
 """Newest items of a user that the user tower looks at."""
+ENOUGH_USERS = 300
+"""With fewer users to tune on, validation looks further back."""
 
 
 class NothingToEvaluate(Exception):
@@ -145,10 +147,14 @@ def time_split(lake: Lake, before: str, day: str, max_users: int, last_items: in
 
 
 def fit_holdout(
-    lake: Lake, before: str, day: str, split: Split, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
-) -> Models:
-    """ALS fitted on the window that ends with `before`, and the two-tower model of that day if there is one."""
-    report = fit_als(lake, lake.files(INTERACTIONS, [before]), HOLDOUT, day, settings.als, spark, engine)
+    lake: Lake, before: str, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
+) -> AlsReport:
+    """ALS of the window that ends with `before`, kept in the tables HOLDOUT of `day`."""
+    return fit_als(lake, lake.files(INTERACTIONS, [before]), HOLDOUT, day, settings.als, spark, engine)
+
+
+def holdout_models(lake: Lake, before: str, day: str, split: Split, report: AlsReport) -> Models:
+    """What `fit_holdout` fitted, over the items and users of a split, and the two-tower model of `before` if there is one."""
     items = aligned(read_factors(lake, HOLDOUT, day, "items"), split.items)
     users = aligned(read_factors(lake, HOLDOUT, day, "users", split.users), split.users, items.shape[1])
     try:
@@ -214,9 +220,9 @@ def holdout_snapshot(
         similar=similar_items(vectors, settings.ranking.session_neighbours, cosine, needed),
         indexes={"inner_product": ExactIndex(vectors, "inner_product"), "cosine": cosine},
         ranking=settings.ranking,
-        two_tower_items=two_tower and two_tower.items,
-        two_tower_index=two_tower and ExactIndex(two_tower.items, "inner_product"),
-        tower=two_tower and two_tower.tower,
+        two_tower_items=None if two_tower is None else two_tower.items,
+        two_tower_index=None if two_tower is None else ExactIndex(two_tower.items, "inner_product"),
+        tower=None if two_tower is None else two_tower.tower,
     )
 
 
@@ -252,7 +258,7 @@ def tower_inputs(lake: Lake, user_ids: np.ndarray, history: list[list[str]], mom
         named = [name for name in (*context, *COUNTS) if name in found.schema.names]
         rows = found.to_table(columns=[USER_ID, *named], filter=ds.field(USER_ID).isin(pa.array(user_ids, pa.string())))
         at = codes(pa.array(user_ids, pa.string()), rows[USER_ID].combine_chunks())
-        picked = rows.take(pa.array(np.where(at >= 0, at, None), pa.int64(), from_pandas=True)) if rows.num_rows else rows
+        picked = rows.take(pa.array(at, mask=at < 0)) if rows.num_rows else rows
         if picked.num_rows:
             context |= {name: picked[name].to_pylist() for name in context if name in named}
             for column, name in enumerate(COUNTS):
@@ -303,24 +309,24 @@ def validation_cases(
 ) -> list[Case]:
     """Moments of the day `before`, each `evaluation.horizon_hours` apart: what users took first in the hours after them.
 
-    ALS is fitted on the pairs that began before that day; items of the day are available from their first event on.
-    The two-tower model is that of the day before it, if there is one. The window of `before` says all of it: when a
-    pair began and was last seen. Where the window has nothing from before that day there is no case.
+    Where less than ENOUGH_USERS came back on that day, moments and hours stretch over 2, 4, … days up to its end, as long as
+    there are more users and most of the window began before. ALS is fitted on the pairs that began before the first
+    moment; later items are available from their first event on. The two-tower model is that of the day before the first
+    moment, if there is one. The window of `before` says all of it: when a pair began and was last seen. Where it has
+    nothing from before there is no case.
     """
     window = lake.dataset(INTERACTIONS, [before])
-    start = key_start_ms(before)
     if window is None:
         return []
-    items, first_seen, popularity = _items_of(window, start)
-    if not (first_seen < start).any():
-        return []
-    moments = range(start, start + DAY_MS, settings.evaluation.horizon_hours * HOUR_MS)
-    pool = _returning(window, start, settings.evaluation.tuning_users)
+    start, days, pool = _validation_span(window, key_start_ms(before) + DAY_MS, settings.evaluation.tuning_users)
     if not len(pool):
         return []
+    items, first_seen, popularity = _items_of(window, start)
+    horizon = days * settings.evaluation.horizon_hours * HOUR_MS
+    moments = range(start, start + days * DAY_MS, horizon)
     had = window.to_table(columns=[USER_ID, ITEM_ID, "first_ts", "last_ts"], filter=ds.field(USER_ID).isin(pool))
     pairs = _Pairs(codes(had[USER_ID], pool), codes(had[ITEM_ID], items), had["first_ts"].to_numpy(), had["last_ts"].to_numpy())
-    wanted = _wanted(pairs, moments, len(pool), settings)
+    wanted = _wanted(pairs, moments, len(pool))
     if not any(map(len, wanted)):
         return []
     models = _fit_validation(lake, window, before, start, items, pool, settings, spark, engine)
@@ -331,7 +337,9 @@ def validation_cases(
     for moment, users in zip(moments, wanted, strict=True):
         if len(users):
             known = first_seen < moment
-            cases.append(_case(lake, base, known, pairs, pool, users, models, recent[moment], moment, settings))
+            cases.append(
+                _case(lake, base, known, pairs, pool, users, models, recent[moment], (moment, moment + horizon), settings)
+            )
     return cases
 
 
@@ -344,15 +352,15 @@ def _case(
     users: np.ndarray,
     models: Models,
     recent: np.ndarray,
-    moment: int,
+    span: tuple[int, int],
     settings: Settings,
 ) -> Case:
+    moment, end = span
     items = base.items.set_column(1, "available", pa.array(known))
     snapshot = replace(base, items=items)
     shape = (len(pool), len(known))
     past = pairs.take(pairs.first < moment)
     seen = sp.csr_matrix((np.ones(len(past.rows), bool), (past.rows, past.columns)), shape)[users]
-    end = moment + settings.evaluation.horizon_hours * HOUR_MS
     next_ones = pairs.take((pairs.first >= moment) & (pairs.first < end))
     reachable = known[next_ones.columns]
     there = next_ones.take(reachable)
@@ -387,9 +395,25 @@ def _returning(window: ds.Dataset, start: int, count: int) -> pa.Array:
     return users.take(pc.sort_indices(users))
 
 
-def _wanted(pairs: _Pairs, moments: range, users: int, settings: Settings) -> list[np.ndarray]:
+def _validation_span(window: ds.Dataset, end: int, count: int) -> tuple[int, int, pa.Array]:
+    """The first moment (ms), the days from it to `end`, and at most `count` users who were there before and took more since."""
+    pairs = window.count_rows()
+    best: tuple[int, int, pa.Array] = (end, 0, pa.array([], pa.string()))
+    for days in (1, 2, 4, 8, 16, 32):
+        start = end - days * DAY_MS
+        if 2 * window.count_rows(filter=ds.field("first_ts") < start) < pairs:
+            break
+        pool = _returning(window, start, count)
+        if len(pool) > len(best[2]):
+            best = start, days, pool
+        if len(pool) >= ENOUGH_USERS:
+            break
+    return best
+
+
+def _wanted(pairs: _Pairs, moments: range, users: int) -> list[np.ndarray]:
     """Users of each moment: with something before it and something new after it."""
-    length = settings.evaluation.horizon_hours * HOUR_MS
+    length = moments.step
     found = []
     for moment in moments:
         had = np.bincount(pairs.rows[pairs.first < moment], minlength=users) > 0

@@ -50,7 +50,7 @@ for i = 1, #KEYS do
     out[#out + 1] = applied
   else
     local actions, last_ts = string.sub(update, 65), tonumber(old[2] or 0) or 0
-    local before = old[1] and string.sub(old[1], 2, -2) or ''
+    local before = inside(old[1])
     if before ~= '' and oldest <= last_ts then
       actions = merge(actions, before, keep)
     elseif before ~= '' and kept < keep then

@@ -36,6 +36,10 @@ STREAM_STATE = "<dddd"
 """`stream`: events, start (ms) and events of the latest session, when the TTL was last set (s)."""
 
 MERGE_LUA = """
+local function inside(list)
+  if list and string.find(list, '^%[%[.*%]%]$') then return string.sub(list, 2, -2) end
+  return ''
+end
 local function entries(inside)
   local found, from = {}, 1
   while inside ~= '' do
@@ -88,7 +92,7 @@ for i = 3, #ARGV, 2 do
   local name, value = ARGV[i], ARGV[i + 1]
   local old = redis.call('HGET', key, name)
   if old and name == 'last' then
-    value = '[' .. merge(string.sub(value, 2, -2), string.sub(old, 2, -2), keep) .. ']'
+    value = '[' .. merge(inside(value), inside(old), keep) .. ']'
   elseif old and name == 'last_ts' then
     value = math.max(tonumber(old) or 0, tonumber(value))
   end

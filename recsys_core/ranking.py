@@ -13,7 +13,9 @@ Every candidate gets five parts on comparable scales and one weighted sum of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
@@ -32,6 +34,7 @@ Scores = float | Sequence[float]
 
 BLOCK = 64
 """Users ranked at a time: the gathered vectors of their candidates stay in the processor's cache."""
+BLOCKS_FOR_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Snapshot:
     similar: np.ndarray
     indexes: Mapping[Metric, Searchable]
     als_regularization_per_item: float = 0.0
-    ranking: RankingSettings = RankingSettings()
+    ranking: RankingSettings = field(default_factory=RankingSettings)
     two_tower_items: np.ndarray | None = None
     two_tower_index: Searchable | None = None
     tower: UserTower | None = None
@@ -236,8 +239,16 @@ def rank(
         scores = np.where(positions[rows] >= 0, parts @ weights, -np.inf).astype(np.float32)
         return _top(positions[rows], scores, parts, n)
 
-    blocks = [ranked(slice(at, at + BLOCK)) for at in range(0, max(len(users), 1), BLOCK)]
+    blocks = list(_each(ranked, [slice(at, at + BLOCK) for at in range(0, max(len(users), 1), BLOCK)]))
     return Ranked(*(np.concatenate([getattr(block, f.name) for block in blocks]) for f in fields(Ranked)))
+
+
+def _each(work: Callable[[slice], Ranked], blocks: Sequence[slice]) -> Iterable[Ranked]:
+    """The blocks' answers in their order, many blocks on all cores: NumPy lets other threads run while it computes."""
+    if len(blocks) < BLOCKS_FOR_THREADS:
+        return map(work, blocks)
+    with ThreadPoolExecutor(os.cpu_count(), "rank-block") as threads:
+        return threads.map(work, blocks)
 
 
 @dataclass(frozen=True)
@@ -374,9 +385,21 @@ def parts_of(snapshot: Snapshot, trend: Trend, queries: Queries, positions: np.n
     return parts
 
 
+def _best(scores: np.ndarray, n: int) -> np.ndarray:
+    """Columns of the n highest scores of each row, best first, equal scores in the order of columns."""
+    width = scores.shape[1]
+    if width <= 2 * n:
+        return np.argsort(-scores, axis=1, kind="stable")[:, :n]
+    bound = np.partition(scores, width - n, axis=1)[:, width - n, None]
+    above, level = scores > bound, scores == bound
+    taken = above | (level & (np.cumsum(level, axis=1) <= n - np.count_nonzero(above, axis=1)[:, None]))
+    columns = np.nonzero(taken)[1].reshape(len(scores), n)
+    return np.take_along_axis(columns, np.argsort(-np.take_along_axis(scores, columns, axis=1), axis=1, kind="stable"), axis=1)
+
+
 def _top(positions: np.ndarray, scores: np.ndarray, parts: np.ndarray, n: int) -> Ranked:
     """The n best of each row; equal scores in the order of positions."""
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :n]
+    order = _best(scores, n)
     top_scores = np.take_along_axis(scores, order, axis=1)
     top_positions = np.where(np.isfinite(top_scores), np.take_along_axis(positions, order, axis=1), -1)
     top_parts = np.take_along_axis(parts, order[..., None], axis=1)

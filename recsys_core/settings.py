@@ -344,6 +344,17 @@ class ServingSettings(Section):
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of calls traced, unless the caller's trace decides")
 
 
+class TensorFlowServingSettings(Section):
+    address: str = Field(
+        "", description="host:port of a TensorFlow Serving that computes user vectors; empty: this process does"
+    )
+    model: str = Field("two_tower", description="name of the model")
+    version: int = Field(0, ge=0, description="its version; 0: the newest that is served")
+    label: str = Field("", description="its version label, instead of a version")
+    signature: str = Field("serving_default", description="the signature that is called")
+    timeout_ms: int = Field(20, ge=1, description="deadline of a call; without an answer the tier is REALTIME_ALS_ONLY")
+
+
 class DagsterSettings(Section):
     host: str = Field("127.0.0.1", description="address of the web UI")
     port: int = Field(3000, ge=0, le=65535, description="its port; the next free one when it is taken")
@@ -461,6 +472,7 @@ class Settings(BaseSettings):
     kafka: KafkaSettings = KafkaSettings()
     stream: StreamSettings = StreamSettings()
     serving: ServingSettings = ServingSettings()
+    tensorflow_serving: TensorFlowServingSettings = TensorFlowServingSettings()
     dagster: DagsterSettings = DagsterSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
     alerts: AlertSettings = AlertSettings()

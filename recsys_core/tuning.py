@@ -29,8 +29,10 @@ STEPS = (0.4, 0.2, 0.1, 0.05)
 """Sizes of the steps of the ascent, as shares of all weights."""
 LIKELIHOOD_STEPS = 40
 LEARNING_RATE = 0.15
-GAIN = 1e-4
-"""A step has to gain so much of NDCG: what gains less is noise that another day does not repeat."""
+CLEAR = 1.0
+"""Standard errors that a step has to gain and a part to be worth: less is noise that another day does not repeat."""
+DEEPEST = 4096
+"""Trending items of each half-life that may be candidates."""
 BLOCK = 256
 
 
@@ -109,9 +111,12 @@ def tune(cases: Sequence[Case], settings: RankingSettings) -> Tuned:
     names = (*MODELS, *range(tables[0].parts.shape[2] - len(MODELS)))
     objective = _Objective(tables, len(names))
     configured = _weights_of(settings, len(names) - len(MODELS))
-    starts = [configured, _likelihood(tables, objective.active), *np.eye(len(names))[objective.active]]
-    best = max((_scaled(start) for start in starts), key=objective)
+    alone = sorted(np.eye(len(names))[objective.active], key=objective, reverse=True)
+    best = alone[0]
+    for start in (_scaled(configured), _scaled(_likelihood(tables, objective.active))):
+        best = start if objective.gains(start, best) > CLEAR else best
     best = _ascend(best, objective, objective.active)
+    best = _pruned(best, objective)
     towers = cases[0].users.two_tower is not None
     tuned = _settings_of(best, settings, towers)
     blend = _blend(objective) if towers else dict(SEED_BLEND)
@@ -120,18 +125,29 @@ def tune(cases: Sequence[Case], settings: RankingSettings) -> Tuned:
 
 
 class _Objective:
-    """Mean NDCG over the users of all tables, remembered by weights."""
+    """NDCG of the users of all tables, remembered by weights."""
 
     def __init__(self, tables: Sequence[_Table], parts: int) -> None:
         self.tables = tables
         self.active = [p for p in range(parts) if any(table.parts[..., p].any() for table in tables)]
-        self.known: dict[bytes, float] = {}
+        self.known: dict[bytes, np.ndarray] = {}
 
     def __call__(self, weights: np.ndarray) -> float:
+        """The mean."""
+        return float(self.each(weights).mean())
+
+    def each(self, weights: np.ndarray) -> np.ndarray:
+        """Of each user, float32."""
         key = np.round(weights, 9).tobytes()
         if key not in self.known:
-            self.known[key] = float(np.concatenate([table.ndcg(weights) for table in self.tables]).mean())
+            self.known[key] = np.concatenate([table.ndcg(weights) for table in self.tables]).astype(np.float32)
         return self.known[key]
+
+    def gains(self, new: np.ndarray, old: np.ndarray) -> float:
+        """What `new` gains over `old`, in standard errors of the paired difference."""
+        difference = self.each(new) - self.each(old)
+        error = difference.std() / np.sqrt(len(difference))
+        return float(difference.mean() / error) if error > 0 else 0.0
 
 
 def _table(case: Case, settings: RankingSettings) -> _Table:
@@ -143,10 +159,10 @@ def _table(case: Case, settings: RankingSettings) -> _Table:
     positions = _compact(positions)
     parts = np.empty((*positions.shape, len(MODELS) + trend.by_half_life.shape[1]), np.float32)
     for at in range(0, len(positions), BLOCK):
-        rows = slice(at, at + BLOCK)
-        found = parts_of(snapshot, trend, queries.rows(rows), positions[rows])
-        parts[rows, :, : len(MODELS)] = found[..., [0, 1, 2, 4]]
-        parts[rows, :, len(MODELS) :] = trend.by_half_life[positions[rows]]
+        some = slice(at, at + BLOCK)
+        found = parts_of(snapshot, trend, queries.rows(some), positions[some])
+        parts[some, :, : len(MODELS)] = found[..., [0, 1, 2, 4]]
+        parts[some, :, len(MODELS) :] = trend.by_half_life[positions[some]]
     usable = positions >= 0
     relevant = _is_relevant(positions, case.relevant) & usable
     rows, columns = np.nonzero(relevant)
@@ -158,9 +174,9 @@ def _table(case: Case, settings: RankingSettings) -> _Table:
 def _interleaved(trend: Trend, available: np.ndarray) -> np.ndarray:
     """Positions with a trend of any half-life: the first of each, then the second of each, and so on."""
     orders = np.argsort(-trend.by_half_life, axis=0, kind="stable")
-    depth = min(len(orders), 4096)
-    mixed = orders[:depth].ravel()
-    mixed = mixed[trend.by_half_life.any(axis=1)[mixed] & available[mixed]]
+    mixed = orders[:DEEPEST].ravel()
+    trending = np.asarray(trend.by_half_life.any(axis=1)) & available
+    mixed = mixed[trending[mixed]]
     _, first = np.unique(mixed, return_index=True)
     return mixed[np.sort(first)]
 
@@ -212,26 +228,36 @@ def _slope(weights: np.ndarray) -> Callable[[_Table], np.ndarray]:
 
 
 def _ascend(start: np.ndarray, objective: _Objective, active: Sequence[int]) -> np.ndarray:
-    """Coordinate ascent: steps that fall in size, each taken as long as it gains."""
-    best, reached = start, objective(start)
+    """Coordinate ascent: steps that fall in size, each taken as long as it clearly gains."""
+    best = start
     for step in progress.track(STEPS, "weights"):
         gained = True
         while gained:
             gained = False
             for part in active:
                 for change in (step, -step):
-                    tried = best.copy()
-                    tried[part] += change
-                    if part < len(MODELS):
-                        tried[part] = max(tried[part], 0.0)
-                    if not tried.any():
-                        continue
-                    tried = _scaled(tried)
-                    found = objective(tried)
-                    if found > reached + GAIN:
-                        best, reached, gained = tried, found, True
+                    tried = _changed(best, part, best[part] + change)
+                    if tried is not None and objective.gains(tried, best) > CLEAR:
+                        best, gained = tried, True
                         break
     return best
+
+
+def _pruned(weights: np.ndarray, objective: _Objective) -> np.ndarray:
+    """Without the parts that are not clearly worth anything, the lightest first."""
+    best = weights
+    for part in np.argsort(np.abs(weights)):
+        tried = _changed(best, part, 0.0)
+        if best[part] and tried is not None and objective.gains(best, tried) < CLEAR:
+            best = tried
+    return best
+
+
+def _changed(weights: np.ndarray, part: int, value: float) -> np.ndarray | None:
+    """Scaled weights with another one of a part; None when nothing is left."""
+    tried = weights.copy()
+    tried[part] = max(value, 0.0) if part < len(MODELS) else value
+    return _scaled(tried) if tried.any() else None
 
 
 def _blend(objective: _Objective) -> dict[str, float]:

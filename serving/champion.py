@@ -22,6 +22,7 @@ from recsys_core.release import CHAMPION, Manifest, Pointer, ReleaseError, Relea
 from recsys_core.settings import Settings
 from serving.filters import ItemFilters
 from serving.metrics import Metrics
+from serving.tensorflow_serving import ModelServer, RemoteTower
 from serving.validation import MAX_EXCLUDED, ItemFilter
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ class Champion:
         self._thread = ThreadPoolExecutor(1, "release", initializer=_as_background)
         self._local = settings.home.absolute() / "serving" / "releases"
         self._metrics = metrics or Metrics()
+        scorer = settings.tensorflow_serving
+        self._model_server = ModelServer(scorer, self._metrics) if scorer.address else None
         self._building = asyncio.Lock()
 
     def get(self) -> Loaded:
@@ -156,6 +159,7 @@ class Champion:
     def _load(self, pointer: Pointer, trending: TrendingValue) -> Loaded:
         kept = {pointer.release_id} | ({self.current.snapshot.release_id} if self.current else set())
         manifest, snapshot = self._releases.load(pointer.release_id, pointer.manifest_sha256, self._local)
+        snapshot = scored_by(self._model_server, snapshot)
         loaded = derive(pointer, manifest, snapshot, trending, self._settings)
         _warm(loaded, self._settings)
         self._releases.forget(self._local, kept)
@@ -174,6 +178,17 @@ class Champion:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._model_server is not None:
+            self._model_server.close()
+
+
+def scored_by(server: ModelServer | None, snapshot: Snapshot) -> Snapshot:
+    """The snapshot with its user vectors computed by a model server, where there is one and the release has the model."""
+    if server is None or snapshot.tower is None:
+        return snapshot
+    other = copy.copy(snapshot)
+    object.__setattr__(other, "tower", RemoteTower(snapshot.tower, server))
+    return other
 
 
 def derive(

@@ -7,12 +7,16 @@ with RecsysClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
+import asyncio
+import json
+import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import grpc
 
@@ -20,9 +24,8 @@ from serving import recsys_pb2 as pb
 from serving.recsys_pb2_grpc import RecommenderStub
 
 PARTS = ("als", "two_tower", "session", "trend", "popular")
+SERVICE = "recsys.v1.Recommender"
 MAX_RESPONSE_BYTES = 256 * 1024 * 1024
-
-T = TypeVar("T")
 
 
 class RecsysError(Exception):
@@ -34,14 +37,28 @@ class RecsysError(Exception):
         self.message = message
 
 
+class Influence(NamedTuple):
+    """A user's action, and how strongly it speaks for an item."""
+
+    item_id: str
+    event_type: str
+    ts_ms: int
+    strength: float
+
+
 class ScoredItem(NamedTuple):
-    """One item. A recommendation has `parts`, title and category on `explain`; similar items have titles always."""
+    """One item. A recommendation has the later fields on `explain`; similar and trending items have titles always.
+
+    `sources` are the generators that proposed it, `moved_by` the user's last actions that speak most for it.
+    """
 
     item_id: str
     score: float
     parts: dict[str, float] | None = None
     title: str = ""
     category: str = ""
+    sources: tuple[str, ...] = ()
+    moved_by: tuple[Influence, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ class Recommendation:
         milliseconds: how long the call took, seen from here; of a batch, the whole call.
         weights: of the parts, on `explain`.
         sources: the assets behind it, on `explain`.
+        last_actions: of the user, newest first, on `explain`.
     """
 
     items: list[ScoredItem]
@@ -73,6 +91,7 @@ class Recommendation:
     milliseconds: float
     weights: dict[str, float] | None = None
     sources: list[AssetVersion] = field(default_factory=list)
+    last_actions: list[Influence] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[ScoredItem]:
         return iter(self.items)
@@ -127,15 +146,116 @@ class Release:
     last_refused: RefusedRelease | None
 
 
+@dataclass(frozen=True)
+class Filter:
+    """Which items may be in an answer; all that is set must hold.
+
+    Attributes:
+        min_price, max_price: inclusive bounds.
+        attributes: names of catalogue attributes, each with the values of which one must be the item's.
+        include_unavailable: also items that the catalogue says are not available.
+    """
+
+    min_price: float | None = None
+    max_price: float | None = None
+    attributes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    include_unavailable: bool = False
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How much the items of an answer have to differ.
+
+    Attributes:
+        relevance: the share of relevance against likeness to the items before, in [0, 1]; 1 is the plain order.
+        max_per_category: most items of one category; 0: no limit.
+    """
+
+    relevance: float = 1.0
+    max_per_category: int = 0
+
+
+@dataclass(frozen=True)
+class Tls:
+    """TLS of a channel: PEM files of the server's CA (None: the system's), and of an own certificate with its key."""
+
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Raises OSError when a file can't be read."""
+        ca, key, certificate = (Path(f).read_bytes() if f else None for f in (self.ca, self.key, self.certificate))
+        return grpc.ssl_channel_credentials(ca, key, certificate)
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """How calls are made.
+
+    Attributes:
+        timeout: deadline of a call in seconds, retries and hedging included.
+        attempts: how often a call is tried, 1 to 5; again only after UNAVAILABLE and RESOURCE_EXHAUSTED, after a pause
+            that doubles. All methods only read, so that trying again is safe.
+        hedge_after: seconds without an answer after which a Recommend, SimilarItems or Trending is sent a second time; the
+            first answer is taken. None: never. The 95th percentile of the latency is a good value (Dean & Barroso 2013,
+            "The Tail at Scale").
+        token: bearer token, sent with every call.
+        tls: None for a channel without.
+    """
+
+    timeout: float = 1.0
+    attempts: int = 3
+    hedge_after: float | None = None
+    token: str = field(default="", repr=False)
+    tls: Tls | None = None
+
+    def channel_options(self) -> list[tuple[str, Any]]:
+        """Arguments of the channel; gRPC itself makes the retries."""
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.service_config", json.dumps(self._service_config())),
+        ]
+        return options
+
+    def _service_config(self) -> dict[str, Any]:
+        if self.attempts == 1:
+            return {}
+        policy = {
+            "maxAttempts": self.attempts,
+            "initialBackoff": "0.02s",
+            "maxBackoff": "0.5s",
+            "backoffMultiplier": 2,
+            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+        }
+        # Retries stop while more than half of the calls fail, so that they don't add to an overload.
+        return {
+            "methodConfig": [{"name": [{"service": SERVICE}], "retryPolicy": policy}],
+            "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.5},
+        }
+
+    def metadata(self, request_id: str) -> tuple[tuple[str, str], ...] | None:
+        """Metadata of a call."""
+        found = [("authorization", f"Bearer {self.token}")] if self.token else []
+        if request_id:
+            found.append(("x-request-id", request_id))
+        return tuple(found) or None
+
+
 class RecsysClient:
     """Calls one server over one channel; may be shared by threads. Every method raises RecsysError."""
 
-    def __init__(self, address: str, timeout: float = 1.0) -> None:
-        """`timeout` is the deadline of a call in seconds."""
+    def __init__(self, address: str, timeout: float = 1.0, options: ClientOptions | None = None) -> None:
+        """`timeout` is the deadline of a call in seconds; `options` say everything, this too."""
         self.address = address
-        self.timeout = timeout
-        options = [("grpc.max_receive_message_length", MAX_RESPONSE_BYTES), ("grpc.enable_http_proxy", 0)]
-        self._channel = grpc.insecure_channel(address, options=options)
+        self.options = options or ClientOptions(timeout=timeout)
+        self.timeout = self.options.timeout
+        arguments = self.options.channel_options()
+        if self.options.tls is None:
+            self._channel = grpc.insecure_channel(address, options=arguments)
+        else:
+            self._channel = grpc.secure_channel(address, self.options.tls.credentials(), options=arguments)
         self._stub = RecommenderStub(self._channel)
 
     def recommend(
@@ -147,6 +267,10 @@ class RecsysClient:
         exclude: Sequence[str] = (),
         current_item: str = "",
         explain: bool = False,
+        filter: Filter | None = None,
+        diversity: Diversity | None = None,
+        include_consumed: bool = False,
+        request_id: str = "",
     ) -> Recommendation:
         """The best `count` items for a user.
 
@@ -155,9 +279,24 @@ class RecsysClient:
             exclude: item ids not to be returned.
             current_item: the item that the user looks at now.
             explain: compute the answer anew, with the parts of each score, titles and sources.
+            filter: further conditions on items.
+            diversity: how much the items have to differ.
+            include_consumed: also items that the user had already.
+            request_id: goes through to the server's logs and back in the call's metadata.
         """
-        request = _request(pb.RecommendRequest, count, categories, exclude, current_item, explain=explain, user_id=user_id)
-        response, milliseconds = self._call(self._stub.Recommend, request)
+        request = _request(
+            pb.RecommendRequest,
+            count,
+            categories,
+            exclude,
+            current_item,
+            filter,
+            diversity,
+            explain=explain,
+            include_consumed=include_consumed,
+            user_id=user_id,
+        )
+        response, milliseconds = self._call(self._stub.Recommend, request, request_id, hedge=True)
         return _recommendation(response, milliseconds)
 
     def recommend_batch(
@@ -169,41 +308,68 @@ class RecsysClient:
         exclude: Sequence[str] = (),
         current_item: str = "",
         explain: bool = False,
+        filter: Filter | None = None,
+        diversity: Diversity | None = None,
+        include_consumed: bool = False,
     ) -> list[Recommendation]:
         """Answers in the order of the users; the options are those of `recommend`, shared by all."""
         request = _request(
-            pb.RecommendBatchRequest, count, categories, exclude, current_item, explain=explain, user_ids=user_ids
+            pb.RecommendBatchRequest,
+            count,
+            categories,
+            exclude,
+            current_item,
+            filter,
+            diversity,
+            explain=explain,
+            include_consumed=include_consumed,
+            user_ids=user_ids,
         )
         response, milliseconds = self._call(self._stub.RecommendBatch, request)
         return [_recommendation(r, milliseconds) for r in response.responses]
 
+    def recommend_stream(self, user_ids: Iterable[str], count: int = 10) -> Iterator[Recommendation]:
+        """Answers in the order of the users, while these are still coming; the deadline is not applied."""
+        requests = (pb.RecommendRequest(user_id=user_id, count=count) for user_id in user_ids)
+        started = time.perf_counter()
+        try:
+            for response in self._stub.RecommendStream(requests, metadata=self.options.metadata("")):
+                yield _recommendation(response, (time.perf_counter() - started) * 1000)
+        except grpc.RpcError as error:
+            raise RecsysError(error.code().name, error.details()) from error
+
     def similar_items(
-        self, item_id: str, count: int = 10, *, categories: Sequence[str] = (), exclude: Sequence[str] = ()
+        self,
+        item_id: str,
+        count: int = 10,
+        *,
+        categories: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        same_category: bool = False,
+        filter: Filter | None = None,
     ) -> SimilarItems:
-        """The items nearest to an item."""
-        request = pb.SimilarItemsRequest(item_id=item_id, count=count, categories=categories, exclude_item_ids=exclude)
-        response, milliseconds = self._call(self._stub.SimilarItems, request)
-        items = [ScoredItem(i.item_id, i.similarity, None, i.title, i.category) for i in response.items]
-        return SimilarItems(items, response.release_id, milliseconds)
+        """The items nearest to an item; `same_category`: only those of its own category."""
+        request = pb.SimilarItemsRequest(
+            item_id=item_id,
+            count=count,
+            categories=categories,
+            exclude_item_ids=exclude,
+            same_category=same_category,
+            filter=_filter(filter),
+        )
+        return _similar(*self._call(self._stub.SimilarItems, request, hedge=True))
+
+    def trending(
+        self, count: int = 10, *, categories: Sequence[str] = (), exclude: Sequence[str] = (), filter: Filter | None = None
+    ) -> SimilarItems:
+        """What trends now, then what is popular; scores are the trend in [0, 1]."""
+        request = pb.TrendingRequest(count=count, categories=categories, exclude_item_ids=exclude, filter=_filter(filter))
+        return _trending(*self._call(self._stub.Trending, request, hedge=True))
 
     def get_release(self) -> Release:
         """The release in service."""
         response, _ = self._call(self._stub.GetRelease, pb.GetReleaseRequest())
-        refused = response.last_refused
-        return Release(
-            release_id=response.release_id,
-            day=response.day,
-            created_at=_time(response.created_at_ms),
-            promoted_at=_time(response.promoted_at_ms),
-            loaded_at=_time(response.loaded_at_ms),
-            models={m.name: m.version if m.present else None for m in response.models},
-            metrics=dict(response.metrics),
-            sources=_sources(response.sources),
-            item_count=response.item_count,
-            last_refused=RefusedRelease(refused.release_id, refused.reason, _time(refused.refused_at_ms))
-            if response.HasField("last_refused")
-            else None,
-        )
+        return _release(response)
 
     def wait_until_ready(self, timeout: float) -> None:
         """Wait for the server to accept the connection, `timeout` seconds at most."""
@@ -212,13 +378,34 @@ class RecsysClient:
         except grpc.FutureTimeoutError as error:
             raise RecsysError("UNAVAILABLE", f"{self.address} does not answer after {timeout} s") from error
 
-    def _call(self, method: Callable[..., T], request: Any) -> tuple[T, float]:
+    def _call(self, method: Any, request: Any, request_id: str = "", hedge: bool = False) -> tuple[Any, float]:
         started = time.perf_counter()
+        metadata = self.options.metadata(request_id)
         try:
-            response = method(request, timeout=self.timeout)
+            if hedge and self.options.hedge_after is not None:
+                response = self._hedged(method, request, metadata, self.options.hedge_after)
+            else:
+                response = method(request, timeout=self.timeout, metadata=metadata)
         except grpc.RpcError as error:
             raise RecsysError(error.code().name, error.details()) from error
         return response, (time.perf_counter() - started) * 1000
+
+    def _hedged(self, method: Any, request: Any, metadata: Any, after: float) -> Any:
+        """The answer of the first of two equal calls that succeeds; the second one starts when the first is slow."""
+        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        calls = [method.future(request, timeout=self.timeout, metadata=metadata)]
+        calls[0].add_done_callback(ended.put)
+        try:
+            first = ended.get(timeout=after)
+        except queue.Empty:
+            calls.append(method.future(request, timeout=self.timeout - after, metadata=metadata))
+            calls[1].add_done_callback(ended.put)
+            first = ended.get()
+            if first.code() is not grpc.StatusCode.OK:
+                first = ended.get()
+        for call in calls:
+            call.cancel()
+        return first.result()
 
     def close(self) -> None:
         self._channel.close()
@@ -230,16 +417,231 @@ class RecsysClient:
         self.close()
 
 
-def _request(kind: Any, count: int, categories: Sequence[str], exclude: Sequence[str], current_item: str, **fields: Any) -> Any:
+class AsyncRecsysClient:
+    """`RecsysClient` for asyncio: the same methods, awaited. To be made inside a running event loop."""
+
+    def __init__(self, address: str, timeout: float = 1.0, options: ClientOptions | None = None) -> None:
+        self.address = address
+        self.options = options or ClientOptions(timeout=timeout)
+        self.timeout = self.options.timeout
+        arguments = self.options.channel_options()
+        if self.options.tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=arguments)
+        else:
+            self._channel = grpc.aio.secure_channel(address, self.options.tls.credentials(), options=arguments)
+        self._stub = RecommenderStub(self._channel)
+
+    async def recommend(
+        self,
+        user_id: str,
+        count: int = 10,
+        *,
+        categories: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        current_item: str = "",
+        explain: bool = False,
+        filter: Filter | None = None,
+        diversity: Diversity | None = None,
+        include_consumed: bool = False,
+        request_id: str = "",
+    ) -> Recommendation:
+        """See `RecsysClient.recommend`."""
+        request = _request(
+            pb.RecommendRequest,
+            count,
+            categories,
+            exclude,
+            current_item,
+            filter,
+            diversity,
+            explain=explain,
+            include_consumed=include_consumed,
+            user_id=user_id,
+        )
+        return _recommendation(*await self._call(self._stub.Recommend, request, request_id, hedge=True))
+
+    async def recommend_batch(
+        self,
+        user_ids: Sequence[str],
+        count: int = 10,
+        *,
+        categories: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        explain: bool = False,
+        filter: Filter | None = None,
+        diversity: Diversity | None = None,
+        include_consumed: bool = False,
+    ) -> list[Recommendation]:
+        """See `RecsysClient.recommend_batch`."""
+        request = _request(
+            pb.RecommendBatchRequest,
+            count,
+            categories,
+            exclude,
+            "",
+            filter,
+            diversity,
+            explain=explain,
+            include_consumed=include_consumed,
+            user_ids=user_ids,
+        )
+        response, milliseconds = await self._call(self._stub.RecommendBatch, request)
+        return [_recommendation(r, milliseconds) for r in response.responses]
+
+    async def recommend_stream(self, user_ids: AsyncIterable[str], count: int = 10) -> AsyncIterator[Recommendation]:
+        """See `RecsysClient.recommend_stream`."""
+
+        async def requests() -> AsyncIterator[pb.RecommendRequest]:
+            async for user_id in user_ids:
+                yield pb.RecommendRequest(user_id=user_id, count=count)
+
+        started = time.perf_counter()
+        try:
+            async for response in self._stub.RecommendStream(requests(), metadata=self.options.metadata("")):
+                yield _recommendation(response, (time.perf_counter() - started) * 1000)
+        except grpc.RpcError as error:
+            raise RecsysError(error.code().name, error.details() or "") from error
+
+    async def similar_items(
+        self,
+        item_id: str,
+        count: int = 10,
+        *,
+        categories: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        same_category: bool = False,
+        filter: Filter | None = None,
+    ) -> SimilarItems:
+        """See `RecsysClient.similar_items`."""
+        request = pb.SimilarItemsRequest(
+            item_id=item_id,
+            count=count,
+            categories=categories,
+            exclude_item_ids=exclude,
+            same_category=same_category,
+            filter=_filter(filter),
+        )
+        return _similar(*await self._call(self._stub.SimilarItems, request, hedge=True))
+
+    async def trending(
+        self, count: int = 10, *, categories: Sequence[str] = (), exclude: Sequence[str] = (), filter: Filter | None = None
+    ) -> SimilarItems:
+        """See `RecsysClient.trending`."""
+        request = pb.TrendingRequest(count=count, categories=categories, exclude_item_ids=exclude, filter=_filter(filter))
+        return _trending(*await self._call(self._stub.Trending, request, hedge=True))
+
+    async def get_release(self) -> Release:
+        """See `RecsysClient.get_release`."""
+        response, _ = await self._call(self._stub.GetRelease, pb.GetReleaseRequest())
+        return _release(response)
+
+    async def _call(self, method: Any, request: Any, request_id: str = "", hedge: bool = False) -> tuple[Any, float]:
+        started = time.perf_counter()
+        metadata = self.options.metadata(request_id)
+        try:
+            if hedge and self.options.hedge_after is not None:
+                response = await self._hedged(method, request, metadata, self.options.hedge_after)
+            else:
+                response = await method(request, timeout=self.timeout, metadata=metadata)
+        except grpc.RpcError as error:
+            raise RecsysError(error.code().name, error.details() or "") from error
+        return response, (time.perf_counter() - started) * 1000
+
+    async def _hedged(self, method: Any, request: Any, metadata: Any, after: float) -> Any:
+        async def call(timeout: float) -> Any:
+            return await method(request, timeout=timeout, metadata=metadata)
+
+        calls = {asyncio.create_task(call(self.timeout))}
+        done, _ = await asyncio.wait(calls, timeout=after)
+        if not done:
+            calls.add(asyncio.create_task(call(self.timeout - after)))
+        try:
+            pending = set(calls)
+            while True:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                won = [task for task in done if task.exception() is None]
+                if won or not pending:
+                    return (won or list(done))[0].result()
+        finally:
+            for task in calls:
+                task.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _request(
+    kind: Any,
+    count: int,
+    categories: Sequence[str],
+    exclude: Sequence[str],
+    current_item: str,
+    filter_: Filter | None,
+    diversity: Diversity | None,
+    **fields: Any,
+) -> Any:
     context = pb.Context(current_item_id=current_item) if current_item else None
-    return kind(count=count, categories=categories, exclude_item_ids=exclude, context=context, **fields)
+    wanted = None
+    if diversity is not None:
+        wanted = pb.Diversity(relevance=diversity.relevance, max_per_category=diversity.max_per_category)
+    return kind(
+        count=count,
+        categories=categories,
+        exclude_item_ids=exclude,
+        context=context,
+        filter=_filter(filter_),
+        diversity=wanted,
+        **fields,
+    )
+
+
+def _filter(wanted: Filter | None) -> pb.Filter | None:
+    if wanted is None:
+        return None
+    return pb.Filter(
+        min_price=wanted.min_price,
+        max_price=wanted.max_price,
+        attributes=[pb.AttributeFilter(name=name, values=values) for name, values in wanted.attributes.items()],
+        include_unavailable=wanted.include_unavailable,
+    )
+
+
+def _similar(response: Any, milliseconds: float) -> SimilarItems:
+    items = [ScoredItem(i.item_id, i.similarity, None, i.title, i.category) for i in response.items]
+    return SimilarItems(items, response.release_id, milliseconds)
+
+
+def _trending(response: Any, milliseconds: float) -> SimilarItems:
+    items = [ScoredItem(i.item_id, i.trend, None, i.title, i.category) for i in response.items]
+    return SimilarItems(items, response.release_id, milliseconds)
+
+
+def _influence(found: pb.Influence) -> Influence:
+    return Influence(found.item_id, found.event_type, found.ts_ms, found.strength)
 
 
 def _recommendation(response: pb.RecommendResponse, milliseconds: float) -> Recommendation:
     explanation = response.explanation if response.HasField("explanation") else None
     return Recommendation(
         items=[
-            ScoredItem(i.item_id, i.score, _parts(i.parts) if i.HasField("parts") else None, i.title, i.category)
+            ScoredItem(
+                i.item_id,
+                i.score,
+                _parts(i.parts) if i.HasField("parts") else None,
+                i.title,
+                i.category,
+                tuple(i.sources),
+                tuple(map(_influence, i.moved_by)),
+            )
             for i in response.items
         ],
         tier=pb.Tier.Name(response.tier),
@@ -248,11 +650,30 @@ def _recommendation(response: pb.RecommendResponse, milliseconds: float) -> Reco
         milliseconds=milliseconds,
         weights=_parts(explanation.weights) if explanation else None,
         sources=_sources(explanation.sources) if explanation else [],
+        last_actions=[_influence(action) for action in explanation.last_actions] if explanation else [],
+    )
+
+
+def _release(response: Any) -> Release:
+    refused = response.last_refused
+    return Release(
+        release_id=response.release_id,
+        day=response.day,
+        created_at=_time(response.created_at_ms),
+        promoted_at=_time(response.promoted_at_ms),
+        loaded_at=_time(response.loaded_at_ms),
+        models={m.name: m.version if m.present else None for m in response.models},
+        metrics=dict(response.metrics),
+        sources=_sources(response.sources),
+        item_count=response.item_count,
+        last_refused=RefusedRelease(refused.release_id, refused.reason, _time(refused.refused_at_ms))
+        if response.HasField("last_refused")
+        else None,
     )
 
 
 def _parts(parts: pb.Parts) -> dict[str, float]:
-    return {name: getattr(parts, name) for name in PARTS}
+    return {name: getattr(parts, name) for name in PARTS} | dict(parts.others)
 
 
 def _sources(sources: Sequence[pb.AssetVersion]) -> list[AssetVersion]:

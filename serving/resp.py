@@ -11,10 +11,13 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import hiredis
+from redis.asyncio import Redis
 from redis.asyncio.connection import parse_url
+from redis.exceptions import RedisError
 
 log = logging.getLogger(__name__)
 
@@ -74,26 +77,43 @@ class _Protocol(asyncio.Protocol):
             self._waiting.popleft()[1](None, error)
 
 
+@dataclass(frozen=True)
+class Login:
+    """What a URL does not say, or says otherwise: the user and password, and PEM files for TLS."""
+
+    username: str = ""
+    password: str = field(default="", repr=False)
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+
 class Connection:
     """One connection, made when it is needed. Every failure is an OSError."""
 
-    def __init__(self, url: str) -> None:
-        """Raises ValueError when `url` is not that of one server."""
+    def __init__(self, url: str, login: Login | None = None) -> None:
+        """Raises ValueError when `url` is not that of one server, OSError when a file for TLS can't be read."""
+        login = login or Login()
         options: dict[str, Any] = dict(parse_url(url))
         self._path = options.get("path")
         self._host, self._port = options.get("host", "localhost"), int(options.get("port", 6379))
-        self._tls = ssl.create_default_context(cafile=options.get("ssl_ca_certs")) if url.startswith("rediss:") else None
+        self._tls: ssl.SSLContext | None = None
+        if url.startswith("rediss:"):
+            self._tls = ssl.create_default_context(cafile=login.ca_file or options.get("ssl_ca_certs"))
+            if login.cert_file:
+                self._tls.load_cert_chain(login.cert_file, login.key_file or None)
         if self._tls is not None and options.get("ssl_cert_reqs") in ("none", "CERT_NONE"):
             self._tls.check_hostname = False
             self._tls.verify_mode = ssl.CERT_NONE
         self._greetings: list[bytes] = []
-        if password := options.get("password"):
-            user = [options["username"].encode()] if options.get("username") else []
+        if password := login.password or options.get("password"):
+            name = login.username or options.get("username")
+            user = [name.encode()] if name else []
             self._greetings.append(command(b"AUTH", *user, password.encode()))
         if database := int(options.get("db") or 0):
             self._greetings.append(command(b"SELECT", b"%d" % database))
         self._protocol: _Protocol | None = None
-        self._connecting: asyncio.Task[_Protocol] | None = None
+        self._connecting: asyncio.Task[None] | None = None
 
     def send(self, data: bytes, replies: int, sink: Sink) -> bool:
         """Send encoded commands now; `sink` gets their replies. False, and nothing sent, when there is no connection."""
@@ -132,14 +152,14 @@ class Connection:
             self._connecting.add_done_callback(self._made)
         await asyncio.shield(self._connecting)
 
-    def _made(self, task: asyncio.Task[_Protocol]) -> None:
+    def _made(self, task: asyncio.Task[None]) -> None:
         self._connecting = None
-        if not task.cancelled() and task.exception() is None:
-            self._protocol = task.result()
+        if not task.cancelled():
+            task.exception()  # those who wait for it have it; nobody may
 
-    async def _connect(self) -> _Protocol:
+    async def _connect(self) -> None:
         async with asyncio.timeout(CONNECT_SECONDS):
-            return await self._greet()
+            self._protocol = await self._greet()
 
     async def _greet(self) -> _Protocol:
         loop = asyncio.get_running_loop()
@@ -168,18 +188,91 @@ def command(*words: bytes) -> bytes:
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
 
 
-class UserReads:
-    """The commands that read users' records and cached answers: HMGET of `fields`, then GET."""
+class Pipelined:
+    """Reads and calls over one pipelined connection to one server."""
 
-    def __init__(self, fields: Sequence[bytes]) -> None:
+    def __init__(self, url: str, fields: Sequence[bytes], login: Login | None = None) -> None:
+        """Raises ValueError when `url` is not that of one server, OSError when a file for TLS can't be read."""
         names = b"".join(b"$%d\r\n%b\r\n" % (len(field), field) for field in fields)
         self._one = (
             b"*%d\r\n$5\r\nHMGET\r\n$%%d\r\nuser:{%%b}\r\n" % (len(fields) + 2)
             + names.replace(b"%", b"%%")
             + b"*2\r\n$3\r\nGET\r\n$%d\r\nrecs:{%b}\r\n"
         )
+        self._reads = Connection(url, login)
+        self._calls = Connection(url, login)
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def of(self, user_ids: Sequence[bytes]) -> bytes:
-        """Two commands for each user."""
+    def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
+        """Give `sink` two replies for each user: HMGET of the record's fields, GET of the cached answer."""
         one = self._one
-        return b"".join([one % (len(u) + 7, u, len(u) + 7, u) for u in user_ids])
+        data = b"".join([one % (len(u) + 7, u, len(u) + 7, u) for u in user_ids])
+        if not self._reads.send(data, 2 * len(user_ids), sink):
+            task = asyncio.create_task(self._connect_and_send(data, 2 * len(user_ids), sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connect_and_send(self, data: bytes, replies: int, sink: Sink) -> None:
+        try:
+            await self._reads.connect()
+        except OSError as error:
+            sink(None, error)
+            return
+        if not self._reads.send(data, replies, sink):
+            sink(None, RespError("the connection to Redis was lost at once"))
+
+    async def call(self, commands: Sequence[tuple[bytes, ...]]) -> list[Any]:
+        """Replies of commands, on a connection of their own. Raises OSError."""
+        return await self._calls.call(b"".join(command(*words) for words in commands), len(commands))
+
+    def drop(self) -> None:
+        """Give the connections up; what comes next makes new ones."""
+        self._reads.drop()
+        self._calls.drop()
+
+    async def close(self) -> None:
+        self.drop()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class ThroughClient:
+    """The same through a client of `redis.asyncio`, which knows Cluster and Sentinel and costs more for a command."""
+
+    def __init__(self, client: Any, fields: Sequence[bytes]) -> None:
+        self._client = client
+        self._fields = fields
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
+        """See `Pipelined.read`."""
+        task = asyncio.create_task(self._read(user_ids, sink))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
+        commands: list[tuple[bytes, ...]] = []
+        for user_id in user_ids:
+            commands += ((b"HMGET", b"user:{%b}" % user_id, *self._fields), (b"GET", b"recs:{%b}" % user_id))
+        try:
+            replies = await self.call(commands)
+        except OSError as error:
+            sink(None, error)
+            return
+        sink(replies, None)
+
+    async def call(self, commands: Sequence[tuple[bytes, ...]]) -> list[Any]:
+        """See `Pipelined.call`; error replies are `redis.ResponseError` here."""
+        pipeline = self._client.pipeline(transaction=False) if isinstance(self._client, Redis) else self._client.pipeline()
+        for words in commands:
+            pipeline.execute_command(*words)
+        try:
+            return list(await pipeline.execute(raise_on_error=False))
+        except RedisError as error:
+            raise RespError(str(error)) from error
+
+    def drop(self) -> None:
+        """redis-py replaces what is broken by itself."""
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.aclose()

@@ -46,8 +46,9 @@ TREND_SECONDS = 5.0
 COUNTS_SECONDS = 60.0
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024
-MAX_PENDING = 256
-"""Calls that wait in gRPC for their turn; beyond it gRPC refuses more and more of them, beyond its double all."""
+MAX_PENDING = 20_000
+"""Calls that wait in gRPC for their turn. Beyond it gRPC ends calls as CANCELLED, so the limit of calls under way, which says
+RESOURCE_EXHAUSTED, has to come first."""
 STREAM_WINDOW = 16
 """Requests of one stream that are worked on at a time."""
 SWITCH_SECONDS = 0.0005
@@ -339,7 +340,7 @@ class Server:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
                 ("grpc.server.max_pending_requests", MAX_PENDING),
-                ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING),
+                ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
             ]
         )
         recommender = Recommender(self.champion, self.ladder, self._settings)

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hiredis import HiredisError, ReplyError
-from redis.exceptions import RedisError
+from hiredis import ReplyError
+from redis.exceptions import ResponseError
 
 from recsys_core.online import (
     LAST_TS,
@@ -26,7 +26,7 @@ from recsys_core.online import (
 from recsys_core.settings import RedisSettings
 from serving.breaker import Breaker
 from serving.metrics import Metrics
-from serving.resp import Connection, UserReads, command
+from serving.resp import Pipelined, ThroughClient
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ T = TypeVar("T")
 Raw = tuple[Any, Any]
 """The replies for a user: values of RECORD_FIELDS, and the cached answer."""
 NOTHING: Raw = ((None,) * len(RECORD_FIELDS), None)
+ERRORS = (ReplyError, ResponseError)
 LAST_TS_AT = RECORD_FIELDS.index(LAST_TS)
 
 
@@ -109,17 +110,21 @@ class Store:
         counts: failures, skipped calls and corrupt values since the start.
     """
 
-    def __init__(self, settings: RedisSettings, ttl_seconds: int, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        settings: RedisSettings,
+        ttl_seconds: int,
+        metrics: Metrics | None = None,
+        redis: Pipelined | ThroughClient | None = None,
+    ) -> None:
+        """`redis` is how it is reached, without one by a pipelined connection to the server at `settings.url`."""
         self.metrics = metrics or Metrics()
         self.counts = self.metrics.events
         self.breaker = Breaker("Redis")
-        self._connection = Connection(settings.url)
-        self._background = Connection(settings.url)
+        self._redis: Pipelined | ThroughClient = redis or Pipelined(settings.url, RECORD_FIELDS)
         self._deadline = settings.timeout_ms / 1000
         self._ttl = ttl_seconds
-        self._reads = UserReads(RECORD_FIELDS)
         self._waiting: list[tuple[Sequence[bytes], asyncio.Future[list[Raw]]]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def read(self, user_ids: Sequence[bytes]) -> asyncio.Future[list[Raw]]:
         """What Redis holds of some users; NOTHING for each when it does not answer in time.
@@ -153,36 +158,23 @@ class Store:
             read.give_nothing()
             return
         read.timer = asyncio.get_running_loop().call_later(self._deadline, read.late)
-        data = self._reads.of(users)
-        if not self._connection.send(data, 2 * len(users), read):
-            task = asyncio.create_task(self._connect_and_send(data, 2 * len(users), read))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _connect_and_send(self, data: bytes, replies: int, read: _Read) -> None:
-        try:
-            await self._connection.connect()
-        except OSError as error:
-            read(None, error)
-            return
-        if not read.ended and not self._connection.send(data, replies, read):
-            read(None, ConnectionError("the connection was lost at once"))
+        self._redis.read(users, read)
 
     def note_failure(self, error: Exception) -> None:
         """Count a failed call; connections that time out again and again are given up."""
         self.counts["redis_failures"] += 1
         if self.breaker.failed(error):
-            self._connection.drop()
+            self._redis.drop()
 
     def state(self, user_id: str, raw: Raw) -> UserState:
         """A user's state from what `read` gave; values that can't be read are counted and passed over."""
         record, answer = raw
-        if isinstance(record, ReplyError):
+        if isinstance(record, ERRORS):
             self.note_corrupt(user_key(user_id), record)
             record = NOTHING[0]
         decoded = None
         try:
-            if isinstance(answer, ReplyError):
+            if isinstance(answer, ERRORS):
                 raise CorruptValue(str(answer))
             decoded = None if answer is None else CachedAnswer.decode(answer)
         except CorruptValue as error:
@@ -202,17 +194,17 @@ class Store:
     async def write_answers(self, answers: Iterable[tuple[str, bytes]]) -> None:
         """Write encoded answers by user id; a failure is counted."""
         ttl = b"%d" % self._ttl
-        commands = [command(b"SET", recs_key(user_id).encode(), value, b"EX", ttl) for user_id, value in answers]
+        commands = [(b"SET", recs_key(user_id).encode(), value, b"EX", ttl) for user_id, value in answers]
         started = time.perf_counter()
-        await self._call(lambda: self._background.call(b"".join(commands), len(commands)))
+        await self._call(lambda: self._redis.call(commands))
         self.metrics.steps["write"].observe(time.perf_counter() - started)
 
     async def trending(self) -> TrendingValue | None:
         """What is trending, None when there is nothing or it can't be read."""
-        replies = await self._call(lambda: self._background.call(command(b"GET", TRENDING_KEY.encode()), 1))
+        replies = await self._call(lambda: self._redis.call([(b"GET", TRENDING_KEY.encode())]))
         value = replies[0] if replies else None
         try:
-            if isinstance(value, ReplyError):
+            if isinstance(value, ERRORS):
                 raise CorruptValue(str(value))
             return None if value is None else TrendingValue.decode(value)
         except CorruptValue as error:
@@ -236,14 +228,11 @@ class Store:
         try:
             async with asyncio.timeout(BACKGROUND_SECONDS):
                 result = await call()
-        except (RedisError, HiredisError, OSError) as error:
-            self._background.drop()
+        except OSError as error:
             self.note_failure(error)
             return None
         self.breaker.succeeded()
         return result
 
     async def close(self) -> None:
-        for connection in (self._connection, self._background):
-            connection.drop()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._redis.close()

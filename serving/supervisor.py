@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from pydantic import SecretStr
+
 from recsys_core.settings import Settings
 from serving.metrics import registry
 
@@ -54,7 +56,7 @@ class Worker:
         self._process = process
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(self._settings.model_dump_json().encode() + b"\n")
+        process.stdin.write(json.dumps(self._settings.model_dump(), default=_plain).encode() + b"\n")
         try:
             with suppress(ConnectionError):
                 await process.stdin.drain()
@@ -78,6 +80,11 @@ class Worker:
         if self._process is not None:
             with suppress(ProcessLookupError):
                 self._process.kill()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form of; secrets as they are, for the pipe alone."""
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
 async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -33,8 +34,13 @@ class DeadLetterQueue:
     """Sends dead letters and waits until the brokers have them."""
 
     def __init__(self, settings: KafkaSettings) -> None:
+        self._settings = settings
         self._topic = settings.dead_letter_topic
-        self._producer = Producer(client_config(settings, enable_idempotence=True, linger_ms=5))
+
+    @cached_property
+    def _producer(self) -> Producer:
+        """Made for the first dead letter: most workers never have one."""
+        return Producer(client_config(self._settings, enable_idempotence=True, linger_ms=5))
 
     def send(self, letters: Sequence[DeadLetter]) -> None:
         """Raises KafkaException when the brokers did not take all of them; send them again then."""

@@ -2,7 +2,8 @@
 
 The same writers apply the events to records in an area of their own, beside the live ones and in their slots. Then each
 record takes the place of the live one in one atomic step, unless the live one was taken further meanwhile; what happened
-meanwhile is read and applied, and those few are tried again. In the end a computation of its own is compared with Redis.
+meanwhile is read and applied as well, and those few are tried again. In the end another
+computation is compared with Redis.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -36,11 +38,10 @@ from streaming.topics import Topic, TopicError, find_topic
 log = logging.getLogger(__name__)
 
 AREA = "rebuild-"
+KINDS = ("user", "trend")
 ROUNDS = 20
 KEYS_AT_ONCE = 500
 FETCH_SECONDS = 30.0
-REBUILD_SECONDS = 24 * 3600
-"""TTL of what a rebuild that was stopped leaves behind."""
 
 PROMOTE = Script("""
 local live, made = KEYS[1], KEYS[2]
@@ -54,11 +55,10 @@ for i = 1, #new, 2 do if is_fence(new[i]) then fences[new[i]] = tonumber(new[i +
 for i = 1, #old, 2 do
   if is_fence(old[i]) and fences[old[i]] and tonumber(old[i + 1]) > fences[old[i]] then return 0 end
 end
-if ARGV[1] == 'bucket' then redis.call('DEL', live) end
+if ARGV[1] == 'trend' then redis.call('DEL', live) end
 for i = 1, #new, 2 do redis.call('HSET', live, new[i], new[i + 1]) end
-if ARGV[1] == 'bucket' then redis.call('PEXPIRE', live, math.max(redis.call('PTTL', made), 1))
+if ARGV[1] == 'trend' then redis.call('PEXPIRE', live, math.max(redis.call('PTTL', made), 1))
 else redis.call('EXPIRE', live, ARGV[2]) end
-redis.call('DEL', made)
 return 1
 """)
 """KEYS: the live record or bucket, and the one made anew. Returns 0 when the live one is further: nothing is changed."""
@@ -100,18 +100,21 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
     computed = Recomputation(settings)
     _remove_leftovers(redis)
     source = LandingSource(settings, topic, since_ms) if from_landing else TopicSource(settings, topic, since_ms)
-    events = users = buckets = 0
+    moved = dict.fromkeys(KINDS, 0)
+    events = 0
     try:
         for turn in range(1, ROUNDS + 1):
             for batch in source.read():
                 events += batch.rows
                 _apply(sink, computed, batch, sources)
-            moved, waiting = _promote(redis, f"{AREA}user:*", "user", settings.cache.feature_ttl_seconds)
-            users += moved
-            more, behind = _promote(redis, f"{AREA}trend:*", "bucket", settings.cache.feature_ttl_seconds)
-            buckets += more
-            log.info("round %d: %d events so far, %d users and buckets are to be tried again", turn, events, waiting + behind)
-            if not waiting + behind:
+            if turn == 1:
+                waiting = {kind: redis.scan_iter(match=f"{AREA}{kind}:*", count=KEYS_AT_ONCE) for kind in KINDS}
+            for kind in KINDS:
+                done, waiting[kind] = _promote(redis, waiting[kind], kind, settings.cache.feature_ttl_seconds)
+                moved[kind] += done
+            left = sum(map(len, waiting.values()))
+            log.info("round %d: %d events so far, %d users and buckets are to be tried again", turn, events, left)
+            if not left:
                 break
     finally:
         source.close()
@@ -120,7 +123,7 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
     oldest = now_ms() - (settings.stream.trend_hours - 1) * HOUR_MS
     found = computed.differences(redis, oldest)
     redis.close()
-    return RebuildReport(events, users, buckets, turn, time.monotonic() - started, found)
+    return RebuildReport(events, moved["user"], moved["trend"], turn, time.monotonic() - started, found)
 
 
 def _apply(sink: RedisSink, computed: Recomputation, batch: Batch, sources: dict[int, str]) -> None:
@@ -132,24 +135,16 @@ def _apply(sink: RedisSink, computed: Recomputation, batch: Batch, sources: dict
         computed.add(own.events, sources[number], own.offset.tolist())
 
 
-def _promote(redis: Any, pattern: str, kind: str, ttl_seconds: int) -> tuple[int, int]:
-    """Put what was made in the place of the live keys. Returns how many were, and how many live ones are further."""
-    moved = waiting = 0
-    keys: list[bytes] = []
-
-    def some() -> None:
-        nonlocal moved, waiting
-        calls = [PROMOTE.call([key.removeprefix(AREA.encode()), key], kind, ttl_seconds) for key in keys]
+def _promote(redis: Any, keys: Iterable[bytes], kind: str, ttl_seconds: int) -> tuple[int, list[bytes]]:
+    """Put what was made in the place of the live keys. Returns how many were, and those whose live one is further."""
+    moved = 0
+    waiting: list[bytes] = []
+    remaining = iter(keys)
+    while some := list(islice(remaining, KEYS_AT_ONCE)):
+        calls = [PROMOTE.call([key.removeprefix(AREA.encode()), key], kind, ttl_seconds) for key in some]
         answers = run_calls(redis, calls, [PROMOTE])
         moved += sum(answers)
-        waiting += len(answers) - sum(answers)
-        keys.clear()
-
-    for key in redis.scan_iter(match=pattern, count=KEYS_AT_ONCE):
-        keys.append(key)
-        if len(keys) >= KEYS_AT_ONCE:
-            some()
-    some()
+        waiting += [key for key, answer in zip(some, answers, strict=True) if not answer]
     return moved, waiting
 
 

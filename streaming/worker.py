@@ -42,7 +42,7 @@ from streaming.decode import Decoded, decode
 from streaming.metrics import StreamMetrics
 from streaming.progress import StateLost, advance, check_kept, read_positions
 from streaming.sink import Prepared, RedisSink
-from streaming.topics import Topic, find_topic
+from streaming.topics import Topic, find_topic, is_embedded
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class _Session:
         self._paused = False
         self._asked: Any = None
         self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0}
-        self._consumer = Consumer(consumer_config(settings), logger=log)
+        self._consumer = Consumer(consumer_config(settings, is_embedded(self._admin)), logger=log)
         self._threads = [
             threading.Thread(target=self._guarded, args=(step,), name=step.__name__, daemon=True)
             for step in (self._prepare_all, self._write_all)
@@ -655,8 +655,8 @@ def redis_for_writes(settings: Settings) -> Any:
     return client(settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=REDIS_SECONDS)
 
 
-def consumer_config(settings: Settings) -> dict[str, Any]:
-    """librdkafka properties of a worker's consumer."""
+def consumer_config(settings: Settings, embedded: bool) -> dict[str, Any]:
+    """librdkafka properties of a worker's consumer. The embedded broker answers a fetch only when its wait is over."""
     stream = settings.stream
     session_ms = int(stream.session_timeout_seconds * 1000)
     kilobytes = stream.batch_megabytes * 1024
@@ -672,8 +672,9 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
             heartbeat_interval_ms=max(100, session_ms // 10),
             fetch_message_max_bytes=4 << 20,
             queued_max_messages_kbytes=kilobytes,
-            queued_min_messages=10 * stream.batch_events,
+            queued_min_messages=2 * stream.batch_events,
             fetch_queue_backoff_ms=5,
+            fetch_wait_max_ms=5 if embedded else 500,
             topic_metadata_refresh_interval_ms=5_000,
             socket_nagle_disable=True,
         ),

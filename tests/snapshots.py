@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+from towers import make_tower
 
-from recsys_core.index import Metric, VectorIndex, build_index, similar_items
+from recsys_core.index import ExactIndex, Metric, VectorIndex, build_index, similar_items, unit_rows
 from recsys_core.ranking import Snapshot
 from recsys_core.release import Manifest
 from recsys_core.settings import IndexSettings
@@ -57,6 +60,14 @@ def make_snapshot(
     )
 
 
+def with_two_tower(snapshot: Snapshot, users: Sequence[str] = (), seed: int = 1) -> Snapshot:
+    """The release with item vectors and a user tower that are made up; the tower knows `users` and all items."""
+    random = np.random.default_rng(seed)
+    tower = make_tower(["someone", *users], snapshot.item_ids, seed=seed)
+    vectors = unit_rows(random.normal(size=(snapshot.items.num_rows, tower.dimension)))
+    return replace(snapshot, two_tower_items=vectors, two_tower_index=ExactIndex(vectors, "inner_product"), tower=tower)
+
+
 def make_manifest(snapshot: Snapshot) -> Manifest:
     """What the platform would say of the snapshot; `Releases.write` completes it."""
     als = {"version": snapshot.als_version, "rank": snapshot.als_items.shape[1]}
@@ -67,10 +78,10 @@ def make_manifest(snapshot: Snapshot) -> Manifest:
         sources={"als_factors": {"partition": "2026-01-01", "data_version": "abc"}, "item_catalog": {"data_version": "def"}},
         models={
             "als": {**als, "alpha": snapshot.als_alpha, "regularization": snapshot.als_regularization},
-            "two_tower": None,
+            "two_tower": {"version": snapshot.tower.version} if snapshot.tower else None,
         },
         index={metric: {"ef_search": 64, "recall": 1.0} for metric in ("inner_product", "cosine")},
-        ranking={},
+        ranking=snapshot.ranking.model_dump(mode="json"),
         metrics={"als": {"ndcg@10": 0.4}, "users": 100},
         run_ids={},
     )

@@ -1,16 +1,22 @@
+import io
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from builders import write_clicks, write_interactions
+from builders import INTERACTIONS_SCHEMA, ms, write_clicks, write_interactions
+from towers import make_tower
 
 from recsys_core.als import Factors
 from recsys_core.evaluation import (
     ALS,
+    BLEND,
     EVALUATION,
+    POPULAR_FAST,
     POPULAR_RECENT,
     POPULAR_WINDOW,
     SERVED,
-    BLEND,
-    POPULAR_FAST,
     TWO_TOWER,
     evaluate_day,
     evaluate_snapshot,
@@ -18,9 +24,20 @@ from recsys_core.evaluation import (
     resamples,
     write_evaluation,
 )
-from recsys_core.holdout import NothingToEvaluate, aligned, time_split
+from recsys_core.holdout import (
+    HISTORY,
+    Models,
+    NothingToEvaluate,
+    aligned,
+    holdout_models,
+    holdout_snapshot,
+    time_split,
+    validation_cases,
+)
+from recsys_core.index import unit_rows
 from recsys_core.lake import MissingPartition
-from recsys_core.settings import Settings
+from recsys_core.settings import RankingSettings, Settings
+from recsys_core.tower import npy_bytes
 
 BEFORE, DAY = "2026-03-01", "2026-03-02"
 DISCOUNT = 1 / np.log2(3)
@@ -180,6 +197,164 @@ def test_what_a_user_had_is_ranked_by_no_model(lake, settings):
 def test_the_same_day_evaluates_to_the_same_numbers(two_tastes, settings):
     first, second = (evaluate_day(two_tastes, DAY, small(settings, ks=(10,)), None, "implicit") for _ in range(2))
     assert first.metrics == second.metrics
+
+
+def write_two_tower(lake, day: str, items: list[str], vectors: np.ndarray, tower) -> None:
+    ids = io.BytesIO()
+    pq.write_table(pa.table({"item_id": items}), ids)
+    files = {"items.parquet": ids.getvalue(), "items.npy": npy_bytes(vectors), **tower.to_files()}
+    lake.write_blobs("two_tower", day, files, len(items))
+
+
+@pytest.fixture
+def with_towers(two_tastes):
+    """A two-tower model of the day before, without any sense, that lacks an item and knows one more."""
+    items = [*[f"g{group}-{item}" for group in range(2) for item in range(20)][1:], "unheard-of"]
+    tower = make_tower([f"u{n}" for n in range(20)], items)
+    vectors = unit_rows(np.random.default_rng(0).normal(size=(len(items), tower.dimension)))
+    write_two_tower(two_tastes, BEFORE, items, vectors, tower)
+    return two_tastes
+
+
+def test_a_two_tower_model_of_the_day_before_is_evaluated_alone_and_blended(with_towers, settings):
+    result = evaluate_day(with_towers, DAY, small(settings, ks=(10,)), None, "implicit")
+    assert set(result.metrics) == {POPULAR_WINDOW, POPULAR_RECENT, POPULAR_FAST, ALS, TWO_TOWER, BLEND, SERVED}
+    assert result.two_tower == "made-up"
+    ndcg = {name: metrics["ndcg@10"] for name, metrics in result.metrics.items()}
+    assert ndcg[ALS] > ndcg[TWO_TOWER]
+    assert set(result.blend_differences) == {POPULAR_WINDOW, ALS, TWO_TOWER}
+    mean, low, high = result.blend_differences[TWO_TOWER]
+    assert mean == pytest.approx(ndcg[BLEND] - ndcg[TWO_TOWER])
+    assert low < mean < high
+
+
+def test_a_two_tower_model_that_cannot_be_read_leaves_als_alone_and_says_why(two_tastes, settings):
+    result = evaluate_day(two_tastes, DAY, small(settings, ks=(10,)), None, "implicit")
+    assert result.two_tower == f"not evaluated: two_tower of {BEFORE} was not made"
+    two_tastes.write_blobs("two_tower", BEFORE, {"tower.json": b"{}", "items.npy": b"", "items.parquet": b""}, 1)
+    result = evaluate_day(two_tastes, DAY, small(settings, ks=(10,)), None, "implicit")
+    assert "can't be read" in result.two_tower
+    assert TWO_TOWER not in result.metrics
+
+
+def test_intervals_hold_the_mean_and_pairs_are_tighter_than_their_parts():
+    random = np.random.default_rng(0)
+    first = random.uniform(0, 1, 400)
+    second = first + 0.01 + random.normal(scale=0.02, size=400)
+    drawn = resamples(400, 500)
+    assert drawn.sum(axis=1).tolist() == [400.0] * 500
+    one, other, difference = (interval(values, drawn) for values in (first, second, second - first))
+    for mean, low, high in (one, other, difference):
+        assert low < mean < high
+    assert one[2] - one[1] == pytest.approx(2 * 1.96 * first.std() / 20, rel=0.15)
+    assert difference[1] > 0, "each user gains, although the models' own intervals overlap"
+    assert other[1] < one[2]
+
+
+def test_segments_are_the_users_and_items_that_their_names_say(lake, settings):
+    """ann and bob had one item each, eve four. `rare` has one user in the window, everything else has more."""
+    rows = [("ann", "a", 1.0), ("bob", "b", 1.0), *[("eve", item, 1.0) for item in ("a", "b", "c", "rare")]]
+    rows += [(f"z{n}", item, 1.0) for n in range(6) for item in ("a", "b", "c")]
+    write_interactions(lake, BEFORE, rows)
+    write_clicks(
+        lake, [("ann", "rare", f"{DAY}T10"), ("bob", "a", f"{DAY}T10"), ("bob", "c", f"{DAY}T11"), ("zoe", "a", f"{DAY}T11")]
+    )
+    write_clicks(lake, [("z0", "rare", f"{DAY}T12")])
+    options = small(settings)
+    options = options.model_copy(update={"evaluation": options.evaluation.model_copy(update={"cold_user_items": 1})})
+    found = evaluate_day(lake, DAY, options, None, "implicit").segments
+    assert {name: values["users"] for name, values in found.items()} == {
+        "all": 3,
+        "cold users": 2,
+        "light users": 2,
+        "heavy users": 1,
+        "cold items": 2,
+    }
+    assert found["cold items"][POPULAR_WINDOW] == 0.5, "only z0 has nothing more popular left"
+
+
+def at(hour: int, day: str = BEFORE) -> int:
+    return ms(f"{day}T{hour:02}:00")
+
+
+def write_pairs(lake, rows: list[tuple[str, str, int, int]]) -> None:
+    """Partition BEFORE of `interactions` from (user, item, first and last time in ms)."""
+    table = [
+        {"user_id": u, "item_id": i, "weight": 1.0, "n_events": 1 + (last > first), "first_ts": first, "last_ts": last}
+        for u, i, first, last in rows
+    ]
+    lake.write("interactions", BEFORE, pa.Table.from_pylist(table, schema=INTERACTIONS_SCHEMA))
+
+
+def test_validation_moments_know_nothing_of_what_came_after_them(lake, settings):
+    old = ms("2026-02-20")
+    crowd = [(f"z{n}", item, old, old) for n in range(4) for item in ("a", "b", "c")]
+    ann = [("ann", "a", old, at(3)), ("ann", "b", at(7), at(20)), ("ann", "new", at(8), at(8)), ("ann", "c", at(13), at(13))]
+    write_pairs(lake, [*crowd, *ann, ("bob", "new", at(5), at(5)), ("bob", "a", at(14), at(14)), ("late", "a", at(23), at(23))])
+    write_clicks(lake, [("bob", "new", f"{BEFORE}T05:00"), ("ann", "b", f"{BEFORE}T07:00"), ("ann", "c", f"{BEFORE}T13:00")])
+    cases = validation_cases(lake, BEFORE, small(settings), None, "implicit")
+    assert len(cases) == 2, "nobody who was there before did anything new in the other quarters of the day"
+    morning, noon = cases
+    names = np.array(["a", "b", "c", "new"])
+
+    def taken(case):
+        return names[case.relevant.indices].tolist()
+
+    assert (taken(morning), morning.outside.tolist()) == (["b", "new"], [0])
+    assert names[morning.users.excluded[0]].tolist() == ["a"]
+    assert names[np.flatnonzero(morning.snapshot.available)].tolist() == ["a", "b", "c", "new"]
+    assert names[morning.trend.order].tolist() == ["new"]
+    assert taken(noon) == ["c"]
+    assert len(noon.users) == 1, "bob was not there before the day"
+    assert not noon.snapshot.als_items[3].any(), "models know nothing of the day"
+    assert names[noon.users.last_items[0, :3]].tolist() == ["new", "b", "a"]
+
+
+def test_items_of_the_moment_itself_are_not_reachable(lake, settings):
+    old = ms("2026-02-20")
+    crowd = [*((f"z{n}", "a", old, old) for n in range(3)), ("z0", "b", old, old)]
+    write_pairs(lake, [*crowd, ("ann", "a", old, old), ("ann", "new", at(7), at(7)), ("ann", "b", at(8), at(8))])
+    write_clicks(lake, [("ann", "new", f"{BEFORE}T07:00")])
+    [case] = validation_cases(lake, BEFORE, small(settings), None, "implicit")
+    assert (case.relevant.indices.tolist(), case.outside.tolist()) == ([1], [1])
+
+
+def test_where_few_come_back_on_a_day_more_days_are_looked_at(lake, settings):
+    """Three users come back two days before the end, one on the last day."""
+    old, lately = ms("2026-02-10"), ms("2026-02-28T13:00")
+    crowd = [(f"z{n}", item, old, old) for n in range(4) for item in ("a", "b", "c")]
+    write_pairs(lake, [*crowd, *((f"z{n}", "d", lately, lately) for n in range(3)), ("z3", "d", at(13), at(13))])
+    write_clicks(lake, [("z0", "d", "2026-02-28T13:00")])
+    cases = validation_cases(lake, BEFORE, small(settings), None, "implicit")
+    assert [len(case.users) for case in cases] == [3, 1], "of four moments, twelve hours apart, two have users"
+    assert [case.outside.tolist() for case in cases] == [[1, 1, 1], [0]]
+
+
+def test_a_window_without_a_day_before_its_last_has_no_validation(lake, settings):
+    write_pairs(lake, [("ann", "a", at(1), at(1)), ("ann", "b", at(7), at(7))])
+    assert validation_cases(lake, BEFORE, small(settings), None, "implicit") == []
+
+
+def test_a_releases_own_answers_are_scored_like_the_served_ranking(two_tastes, settings):
+    """A snapshot of the same models, in another order of positions and with one item more, has the same metrics."""
+    options = small(settings, ks=(10,))
+    result = evaluate_day(two_tastes, DAY, options, None, "implicit")
+    split = time_split(two_tastes, BEFORE, DAY, options.evaluation.max_users, HISTORY)
+    models = holdout_models(two_tastes, BEFORE, DAY, split, result.als)
+    order = np.random.default_rng(0).permutation(len(split.items))
+    moved = Models(models.als, np.vstack([models.als_items[order], np.zeros((1, 4), np.float32)]), models.als_users, None)
+    names = np.array([*split.items[order], "another"], object)
+    popularity = np.append(split.popularity[order], 0.0)
+    snapshot = holdout_snapshot(names, moved, popularity, np.arange(len(order)), options)
+    ranking = RankingSettings.model_validate(result.ranking)
+    snapshot = replace(snapshot, ranking=ranking, als_version="v1")
+    for side in ("users", "items"):
+        two_tastes.write(f"als_factors_{side}", BEFORE, two_tastes.read(f"holdout_als_{side}", DAY))
+    fit = two_tastes.write_blobs("als_factors", BEFORE, {"fit.json": b"{}"}, 1)
+    found = evaluate_snapshot(two_tastes, DAY, replace(snapshot, als_version=fit.data_version), options)
+    assert found["ndcg@10"] == pytest.approx(result.metrics[SERVED]["ndcg@10"], abs=1e-6)
+    folded = evaluate_snapshot(two_tastes, DAY, snapshot, options, split)
+    assert folded["ndcg@10"] > result.metrics[POPULAR_WINDOW]["ndcg@10"]
 
 
 def test_an_evaluation_is_kept_with_its_metrics_or_with_the_reason_there_is_none(window, settings):

@@ -13,7 +13,9 @@ from recsys_core.index import (
     VectorIndex,
     build_index,
     exact_neighbours,
+    lengths_from,
     recall,
+    scan,
     similar_items,
     unit_rows,
 )
@@ -143,3 +145,16 @@ def test_no_vectors_are_an_error() -> None:
 
 def test_a_row_of_zeros_stays_zero() -> None:
     np.testing.assert_allclose(unit_rows(np.array([[0.0, 0.0], [3.0, 4.0]])), [[0, 0], [0.6, 0.8]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sorted_by_length", [True, False])
+def test_a_scan_that_ends_early_finds_what_a_full_one_does(sorted_by_length: bool) -> None:
+    random = np.random.default_rng(4)
+    vectors = (random.normal(size=(20_000, 8)) * random.lognormal(0, 2, (20_000, 1))).astype(np.float32)
+    if sorted_by_length:
+        vectors = vectors[np.argsort(-np.linalg.norm(vectors, axis=1))]
+    queries = np.vstack([random.normal(size=(40, 8)), np.zeros((1, 8))]).astype(np.float32)
+    found = scan(queries, vectors, lengths_from(vectors), 30)
+    np.testing.assert_array_equal(found[:40], exact_neighbours(queries[:40], vectors, "inner_product", 30))
+    assert len(set(found[40].tolist())) == 30
+    assert scan(queries[:0], vectors, lengths_from(vectors), 30).shape == (0, 30)

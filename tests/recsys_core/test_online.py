@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from snapshots import make_snapshot
+from snapshots import make_snapshot, with_two_tower
 
 from recsys_core.features import OnlineFeatures
 from recsys_core.online import (
@@ -23,6 +23,7 @@ from recsys_core.online import (
     users_of,
 )
 from recsys_core.settings import RankingSettings
+from recsys_core.tower import TowerInputs
 from serving import recsys_pb2 as pb
 
 IDS = ["a", "ü-item", "x" * 200, "item-4"]
@@ -175,3 +176,21 @@ def test_trends_are_read_as_they_were_written() -> None:
 def test_trends_that_are_none_are_corrupt(data: bytes) -> None:
     with pytest.raises(CorruptValue):
         TrendingValue.decode(data)
+
+
+def test_the_user_tower_is_asked_with_what_the_record_and_the_request_say() -> None:
+    snapshot = with_two_tower(make_snapshot(items=60), ["ann"])
+    records = [UserRecord((("item-5", "view", 9000), ("item-6", "view", 7000)), 9000, ("item-7", "item-5")), UserRecord()]
+    users = users_of(snapshot, records, RankingSettings(), user_ids=["ann", "guest"], now=50_000, devices=["mobile", None])
+    inputs = TowerInputs(
+        user_ids=["ann", "guest"],
+        history=[["item-5", "item-6", "item-7"], []],
+        ts_ms=np.array([50_000, 50_000]),
+        device=["mobile", None],
+        country=[None, None],
+        category=[None, None],
+        counts=np.full((2, 4), np.nan, np.float32),
+    )
+    np.testing.assert_array_equal(users.two_tower, snapshot.tower.vectors(inputs))
+    assert users.two_tower.any(axis=1).tolist() == [True, False]
+    assert users_of(make_snapshot(items=60), records, RankingSettings()).two_tower is None

@@ -75,7 +75,8 @@ def test_an_item_is_kept_when_it_is_among_the_top_of_any_half_life():
     assert trending_items(events, NOW, {"click": 1.0}, [0.25], top=1)["item_id"].to_pylist() == ["now"]
     found = trending_items(events, NOW, {"click": 1.0}, [0.25, 24.0], top=1)
     assert sorted(found["item_id"].to_pylist()) == ["now", "often"]
-    assert trending_items(clicks([]), NOW, {"click": 1.0}, [0.25, 24.0], top=1).num_rows == 0
+    later = clicks([("later", "click", NOW + 1)])
+    assert trending_items(later, NOW, {"click": 1.0}, [0.25, 24.0], top=1).num_rows == 0
 
 
 def test_trends_are_the_same_whether_read_from_one_file_or_several(tmp_path):

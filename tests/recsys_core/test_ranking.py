@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
-from snapshots import make_snapshot
+from snapshots import make_snapshot, with_two_tower
 
 from recsys_core.index import exact_neighbours, unit_rows
 from recsys_core.ranking import BLOCK, PARTS, Ranked, Snapshot, Trend, Users, rank, relative_log, session_vectors, with_fold_in
@@ -182,3 +182,64 @@ def test_an_item_id_that_occurs_twice_is_an_error(snapshot: Snapshot) -> None:
     doubled = pa.array(["item-0", *snapshot.item_ids[:-1]])
     with pytest.raises(ValueError, match="1 item ids occur more than once"):
         replace(snapshot, items=snapshot.items.set_column(0, "item_id", doubled))
+
+
+@pytest.fixture(scope="module")
+def towers(snapshot: Snapshot) -> Snapshot:
+    return with_two_tower(snapshot)
+
+
+def with_vectors(snapshot: Snapshot, everyone: Users, seed: int = 5) -> Users:
+    """The users with vectors of the user tower; every fourth has none."""
+    vectors = unit_rows(np.random.default_rng(seed).normal(size=(len(everyone), snapshot.tower.dimension)))
+    vectors[::4] = 0
+    return replace(everyone, two_tower=vectors)
+
+
+def test_the_two_tower_part_is_the_product_of_the_towers(towers: Snapshot, trend: Trend) -> None:
+    everyone = with_vectors(towers, users(towers, 9))
+    ranked = rank(towers, trend, everyone, 30, SETTINGS)
+    for row in range(9):
+        expected = towers.two_tower_items[ranked.positions[row]] @ everyone.two_tower[row]
+        np.testing.assert_allclose(ranked.parts[row, :, 1], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        ranked.parts @ np.array([getattr(SETTINGS, f"{part}_weight") for part in PARTS]), ranked.scores, atol=1e-5
+    )
+
+
+def test_with_the_two_tower_model_alone_the_answer_is_the_exact_search(towers: Snapshot) -> None:
+    only = RankingSettings(als_weight=0, two_tower_weight=1, session_weight=0, trend_weight=0, popular_weight=0)
+    everyone = replace(with_vectors(towers, users(towers, 8)), excluded=np.full((8, 1), -1))
+    positions = np.flatnonzero(towers.available)
+    ranked = rank(towers, Trend.of(towers, {}), everyone, 20, only)
+    for row in (1, 2, 3):
+        exact = exact_neighbours(everyone.two_tower[[row]], towers.two_tower_items[positions], "inner_product", 20)
+        np.testing.assert_array_equal(ranked.positions[row], positions[exact[0]])
+
+
+def test_without_user_vectors_a_release_with_towers_answers_as_one_without(
+    snapshot: Snapshot, towers: Snapshot, trend: Trend
+) -> None:
+    everyone = users(snapshot, 12)
+    plain, silent = (rank(release, trend, everyone, 50, SETTINGS) for release in (snapshot, towers))
+    np.testing.assert_array_equal(plain.positions, silent.positions)
+
+
+def test_parts_of_a_two_tower_model_come_together_or_not_at_all(towers: Snapshot) -> None:
+    with pytest.raises(ValueError, match="one of them is missing"):
+        replace(towers, tower=None)
+
+
+def test_the_trend_is_the_half_lives_by_their_shares(snapshot: Snapshot) -> None:
+    scores = {"item-100": (9.0, 0.0, 1.0), "item-101": (4.0, 4.0, 0.0), "item-3": (50.0, 1.0, 9.0)}
+    found = Trend.of(snapshot, scores, (0.5, 1.0, -0.25))
+    expected = 0.5 * np.log1p(9) / np.log1p(50) - 0.25 * np.log1p(1) / np.log1p(9)
+    assert found.part[100] == pytest.approx(expected)
+    assert found.order.tolist() == [101, 100], "item 3 is unavailable"
+    assert Trend.of(replace(snapshot, ranking=RankingSettings(trend_mix=(0.5, 1, -0.25))), scores).part[100] == found.part[100]
+
+
+def test_where_shares_and_half_lives_differ_in_number_the_first_is_the_trend(snapshot: Snapshot) -> None:
+    one = Trend.of(snapshot, {"item-100": 9.0, "item-101": 4.0})
+    two = Trend.of(snapshot, {"item-100": (9.0, 1.0), "item-101": (4.0, 8.0)})
+    np.testing.assert_array_equal(one.part, two.part)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from snapshots import make_manifest, make_snapshot
+from snapshots import make_manifest, make_snapshot, with_two_tower
+from towers import random_inputs
 
+from recsys_core.index import VectorIndex, build_index
 from recsys_core.ranking import Snapshot
 from recsys_core.release import CHAMPION, MANIFEST, Manifest, Pointer, ReleaseError, Releases, new_release_id
+from recsys_core.settings import IndexSettings, RankingSettings
 
 NAME = "2026-01-01.a"
 
@@ -195,3 +198,58 @@ def test_release_ids_sort_by_day_and_moment() -> None:
     ids = [new_release_id("2026-01-01", t) for t in (1.0e9, 1.1e9)] + [new_release_id("2026-01-02", 1.0e9)]
     assert ids == sorted(ids)
     assert len(set(ids)) == 3
+
+
+def test_a_two_tower_model_is_read_as_it_was_written(tmp_path: Path, snapshot: Snapshot) -> None:
+    made = with_two_tower(snapshot)
+    tuned = replace(made, ranking=RankingSettings(als_weight=0.25, trend_mix=(0.5, -0.25, 0.25)))
+    releases = Releases(str(tmp_path))
+    releases.write(make_manifest(tuned), tuned)
+    manifest, read = releases.load(NAME)
+    assert {"two_tower/items.npy", "two_tower/tower.json", "two_tower/users.npy"} <= set(manifest.files)
+    assert "two_tower/index.faiss" not in manifest.files, "so few items are scanned"
+    assert read.ranking == tuned.ranking
+    inputs = random_inputs(["someone"], snapshot.item_ids, 20)
+    queries = made.tower.vectors(inputs)
+    np.testing.assert_array_equal(read.tower.vectors(inputs), queries)
+    np.testing.assert_array_equal(read.two_tower_index.search(queries, 9), made.two_tower_index.search(queries, 9))
+
+
+def test_a_graph_over_the_item_tower_is_kept_where_there_is_one(tmp_path: Path, snapshot: Snapshot) -> None:
+    made = with_two_tower(snapshot)
+    graph, _ = build_index(made.two_tower_items, "inner_product", IndexSettings(ef_construction=64, tuning_queries=50))
+    made = replace(made, two_tower_index=graph)
+    releases = Releases(str(tmp_path))
+    manifest = make_manifest(made)
+    releases.write(replace(manifest, index={**manifest.index, "two_tower": {"ef_search": 64, "recall": 1.0}}), made)
+    _, read = releases.load(NAME)
+    assert isinstance(read.two_tower_index, VectorIndex)
+    assert (read.two_tower_index.items, read.two_tower_index.ef_search) == (60, 64)
+
+
+def test_a_two_tower_model_that_does_not_fit_is_refused(tmp_path: Path, snapshot: Snapshot) -> None:
+    made = with_two_tower(snapshot)
+    releases = Releases(str(tmp_path))
+    for name, models, reason in (
+        ("r1", {"two_tower": {"version": "another"}}, "two_tower is version 'made-up', manifest.json says 'another'"),
+        ("r2", {"two_tower": {"version": "made-up"}}, "two_tower/items.npy has shape"),
+    ):
+        broken = replace(made, release_id=name)
+        if name == "r2":
+            broken = replace(broken, two_tower_items=made.two_tower_items[:, :3])
+        manifest = make_manifest(broken)
+        releases.write(replace(manifest, models={**manifest.models, **models}), broken)
+        with pytest.raises(ReleaseError, match=reason):
+            releases.load(name)
+    alone = replace(snapshot, release_id="r3")
+    manifest = make_manifest(alone)
+    releases.write(replace(manifest, models={**manifest.models, "two_tower": {"version": "made-up"}}), alone)
+    with pytest.raises(ReleaseError, match=r"does not list two_tower/items\.npy"):
+        releases.load("r3")
+
+
+def test_weights_that_are_none_are_refused(tmp_path: Path, snapshot: Snapshot) -> None:
+    releases = Releases(str(tmp_path))
+    releases.write(replace(make_manifest(snapshot), ranking={"als_weight": -1}), snapshot)
+    with pytest.raises(ReleaseError, match="ranking that does not fit"):
+        releases.load(NAME)

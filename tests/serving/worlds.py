@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ class World:
         self.server: Server
         self.client: RecsysClient
         self.address = ""
+        self._stopping: Future[None] | None = None
         self._loop = LoopThread()
 
     def promote(self, snapshot: Snapshot) -> Pointer:
@@ -112,16 +114,23 @@ class World:
         self.snapshot = snapshot
         return self.releases.promote(snapshot.release_id)
 
-    def start(self, trend_seconds: float = 0.1) -> None:
+    def start(self, trend_seconds: float = 0.1, insecure: bool = True) -> None:
         self.server = Server(self.settings, trend_seconds=trend_seconds)
         self.address = self._loop.run(self.server.start())
         self.client = RecsysClient(self.address, timeout=60)
-        self.client.wait_until_ready(60)
+        if insecure:
+            self.client.wait_until_ready(60)
+
+    def stop_later(self) -> Future[None]:
+        """Ask the server to stop as SIGTERM does; done when it has."""
+        self._stopping = asyncio.run_coroutine_threadsafe(self.server.stop(), self._loop.loop)
+        return self._stopping
 
     def stop(self) -> None:
         if self.address:
             self.client.close()
-            self._loop.run(self.server.stop(grace=1))
+            if self._stopping is None:
+                self._loop.run(self.server.stop(grace=1))
         self._loop.close()
 
     def put_record(self, user_id: str, record: UserRecord) -> None:

@@ -270,3 +270,40 @@ class World:
             for row in table.to_pylist()
         )
         assert refused == Counter({(m.partition(), m.offset()) for m in messages} - good)
+
+
+def produce_for(world: World, chance: random.Random, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        world.send(*(world.event(chance) for _ in range(chance.randrange(1, 60))), flush=False)
+        world.producer.poll(chance.random() * 0.03)
+    world.flush()
+
+
+def disturb(world: World, chance: random.Random, seconds: float) -> Counter[str]:
+    """Events all the time, while workers are killed, frozen past their session and thawed, added, and asked to end.
+
+    Returns how often each was done.
+    """
+    done: Counter[str] = Counter()
+    world.start()
+    world.start()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        produce_for(world, chance, chance.uniform(0.05, 0.5))
+        action = chance.choice(["kill", "kill", "freeze", "end", "add"])
+        done[action] += 1
+        if action == "add" and len(world.workers) < 3:
+            world.start()
+        elif world.workers and action != "add":
+            worker = chance.choice(world.workers)
+            if action == "freeze":
+                world.kill(worker, signal.SIGSTOP)
+                produce_for(world, chance, world.settings.stream.session_timeout_seconds + 0.5)
+                world.kill(worker, signal.SIGCONT)
+            else:
+                world.kill(worker, signal.SIGKILL if action == "kill" else signal.SIGTERM)
+        if not world.workers:
+            world.start()
+    produce_for(world, chance, 0.1)
+    return done

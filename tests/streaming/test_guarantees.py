@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -14,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from confluent_kafka import Message
-from stream_world import Broker, World
+from stream_world import Broker, World, disturb, produce_for
 
 from recsys_cli.processes import free_port, running, wait_until
 from recsys_cli.stack import redis_answers, redis_command
@@ -26,14 +24,6 @@ from streaming.progress import applied_key
 from streaming.sink import RedisSink
 
 
-def produce_for(world: World, chance: random.Random, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        world.send(*(world.event(chance) for _ in range(chance.randrange(1, 60))), flush=False)
-        world.producer.poll(chance.random() * 0.03)
-    world.flush()
-
-
 def test_a_worker_applies_and_archives_everything(world: Callable[..., World]) -> None:
     one = world()
     chance = random.Random(0)
@@ -41,29 +31,6 @@ def test_a_worker_applies_and_archives_everything(world: Callable[..., World]) -
     one.start()
     one.settle()
     one.prove()
-
-
-def disturb(world: World, chance: random.Random, seconds: float) -> None:
-    """Events all the time, while workers are killed, frozen past their session and thawed, added, and asked to end."""
-    world.start()
-    world.start()
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        produce_for(world, chance, chance.uniform(0.05, 0.5))
-        action = chance.choice(["kill", "kill", "freeze", "end", "add"])
-        if action == "add" and len(world.workers) < 3:
-            world.start()
-        elif world.workers and action != "add":
-            worker = chance.choice(world.workers)
-            if action == "freeze":
-                world.kill(worker, signal.SIGSTOP)
-                produce_for(world, chance, world.settings.stream.session_timeout_seconds + 0.5)
-                world.kill(worker, signal.SIGCONT)
-            else:
-                world.kill(worker, signal.SIGKILL if action == "kill" else signal.SIGTERM)
-        if not world.workers:
-            world.start()
-    produce_for(world, chance, 0.1)
 
 
 SCHEDULES = 24

@@ -52,7 +52,7 @@ def test_a_difference_is_told(world: Callable[..., World], monkeypatch: pytest.M
     one = world()
     chance = random.Random(9)
     one.send(*(one.event(chance) for _ in range(100)))
-    monkeypatch.setattr("streaming.rebuild._promote", lambda *_: (0, 0))
+    monkeypatch.setattr("streaming.rebuild._promote", lambda *_: (0, []))
     report = rebuild(one.settings, 0)
     assert len(report.differences.different) == report.differences.compared > 0
 

@@ -1,0 +1,71 @@
+"""The served ranking where taste rules more than the hour: the same tuner on films and on a company's articles.
+
+    python benchmarks/served_ranking_days.py FOLDER
+
+FOLDER holds `ml-100k/ml-100k.inter` and `deskdrop/users_interactions.csv.gz`; one that is missing is left out. The last four
+weeks of MovieLens-100k and the last week of Deskdrop are predicted from everything before, by the evaluation's own path: ALS,
+weights tuned on the days before, ranking and metrics. Every event counts the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+from served_ranking_globo import report, write_tables
+
+from recsys_core.evaluation import compare
+from recsys_core.events import DAY_MS, day_key, key_start_ms
+from recsys_core.holdout import HISTORY, fit_holdout, time_split, validation_cases
+from recsys_core.lake import Lake
+from recsys_core.settings import load_settings
+from recsys_core.tuning import tune
+
+
+def movielens(folder: Path) -> pd.DataFrame:
+    found = pd.read_csv(folder / "ml-100k" / "ml-100k.inter", sep="\t")
+    return found.set_axis(["user_id", "item_id", "rating", "ts"], axis=1)
+
+
+def deskdrop(folder: Path) -> pd.DataFrame:
+    found = pd.read_csv(folder / "deskdrop" / "users_interactions.csv.gz")
+    return found.rename(columns={"personId": "user_id", "contentId": "item_id", "timestamp": "ts"})
+
+
+def clicks_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """user_id and item_id as small numbers, ts in ms, int64, in the order of time."""
+    numbered = {name: pd.factorize(rows[name])[0] for name in ("user_id", "item_id")}
+    clicks = pd.DataFrame({**numbered, "ts": (rows.ts * 1000).to_numpy()}).astype("int64")
+    return clicks.drop_duplicates().sort_values("ts", kind="stable")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    settings = load_settings()
+    for name, read, days in (("MovieLens-100k", movielens, 28), ("Deskdrop", deskdrop, 7)):
+        try:
+            clicks = clicks_of(read(folder))
+        except FileNotFoundError as error:
+            print(f"{name} left out: {error}")
+            continue
+        day = day_key(int(clicks.ts.max()) - (days - 1) * DAY_MS)
+        before = day_key(key_start_ms(day) - DAY_MS)
+        with tempfile.TemporaryDirectory() as home:
+            lake = Lake(home)
+            write_tables(lake, clicks, before, settings)
+            started = time.perf_counter()
+            split = time_split(lake, before, day, settings.evaluation.max_users, HISTORY, 24 * days)
+            fitted = fit_holdout(lake, before, day, settings, None, "implicit")
+            tuned = tune(validation_cases(lake, before, settings, None, "implicit"), settings.ranking)
+            found = compare(lake, day, split, fitted, tuned, settings)
+            report(f"{name}, last {days} days", split, found, time.perf_counter() - started)
+            print(f"  tuned on {tuned.users} users at {tuned.moments} moments {tuned.note}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Users' live records and trends: any split of the events, in batches that may come again, comes to the same."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import redis
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from redis.cluster import RedisCluster
+
+from recsys_cli.processes import wait_until
+from recsys_cli.stack import redis_binary, redis_server
+from recsys_core.events import EVENT_SCHEMA, MINUTE_MS, now_ms
+from recsys_core.live import UPDATE, Batch, StreamState, UserWriter, not_yet_applied, user_updates
+from recsys_core.live_trends import COUNT, LiveTrendReader, TrendWriter, announce_sources, live_trend
+from recsys_core.online import STREAM, UserRecord, read_records, user_key, write_records
+from recsys_core.recompute import Recomputation
+from recsys_core.redis_client import client, run_calls
+from recsys_core.settings import RedisSettings, Settings
+
+GAP_MS = 30 * MINUTE_MS
+NOW = now_ms()
+IDS = ["a", "b]", '],["', "ü\\", '"x"', "[1],[2]", "c\nd"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+def store(server: str) -> Iterator[Any]:
+    connected = redis.Redis.from_url(server)
+    connected.flushall()
+    yield connected
+    connected.close()
+
+
+def batch(rows: list[tuple[str, str, str, int]], first: int = 0) -> Batch:
+    """Events (user, item, type, time) of partition 0 from an offset on."""
+    table = [
+        {"event_id": f"e{at}", "user_id": u, "item_id": i, "event_type": k, "ts": ts} for at, (u, i, k, ts) in enumerate(rows)
+    ]
+    offset = np.arange(first, first + len(rows))
+    return Batch(pa.Table.from_pylist(table, schema=EVENT_SCHEMA), np.zeros(len(rows), np.int64), offset)
+
+
+def apply(redis: Any, settings: Settings, events: Batch) -> None:
+    sources = {0: "0abcdef0.0"}
+    writer = UserWriter(redis, settings)
+    while events.rows:
+        updates = user_updates(events, settings.ranking.last_items, GAP_MS)
+        answers = run_calls(redis, writer.calls(updates, sources, NOW), [UPDATE])
+        _, behind = writer.behind(updates, answers)
+        events = not_yet_applied(events, behind)
+
+
+def count(redis: Any, settings: Settings, events: Batch) -> None:
+    trends = TrendWriter(settings)
+    while events.rows:
+        counts = trends.counts(events, NOW)
+        answers = run_calls(redis, trends.calls(counts, {0: "0abcdef0.0"}), [COUNT])
+        _, behind = trends.behind(counts, answers)
+        events = trends.not_yet_applied(events, behind)
+
+
+events_of_users = st.lists(
+    st.tuples(
+        st.sampled_from(["u", "v"]),
+        st.sampled_from(IDS),
+        st.sampled_from(["view", "cart"]),
+        st.sampled_from([NOW - d for d in (0, 1, 1000, GAP_MS, GAP_MS + 1, 3 * GAP_MS)]),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=events_of_users, cuts=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), max_size=4))
+def test_any_split_with_repeats_equals_one_event_after_the_other(
+    store: Any, settings: Settings, rows: list[tuple[str, str, str, int]], cuts: list[tuple[int, int]]
+) -> None:
+    store.flushall()
+    done = 0
+    for start, size in [*cuts, (0, len(rows))]:
+        start = min(start, done)
+        end = min(start + size, len(rows))
+        apply(store, settings, batch(rows[start:end], start))
+        count(store, settings, batch(rows[start:end], start))
+        done = max(done, end)
+    computed = Recomputation(settings)
+    computed.add(batch(rows).events, "0abcdef0.0", range(len(rows)))
+    found = computed.differences(store)
+    assert (found.different, found.ahead) == ([], 0)
+
+
+def test_every_key_expires(store: Any, settings: Settings) -> None:
+    apply(store, settings, batch([("u", "a", "view", NOW)]))
+    count(store, settings, batch([("u", "a", "view", NOW)]))
+    announce_sources(store, ["0abcdef0.0"], settings, NOW)
+    keys = list(store.scan_iter())
+    assert len(keys) == 3
+    assert all(store.ttl(key) > 0 for key in keys)
+
+
+def test_a_value_that_is_none_of_ours_gives_way(store: Any, settings: Settings) -> None:
+    store.set(user_key("u"), "text")
+    store.hset(user_key("v"), mapping={"last": "junk", "stream": "short", "last_ts": "soon"})
+    apply(store, settings, batch([("u", "a", "view", NOW), ("v", "a", "view", NOW)]))
+    for record in read_records(store, ["u", "v"]):
+        assert record.last == (("a", "view", NOW),)
+
+
+def test_the_nightly_tables_never_take_live_actions_away(store: Any, settings: Settings) -> None:
+    apply(store, settings, batch([("u", "new", "view", NOW), ("u", "newer", "cart", NOW + 5)]))
+    old = tuple((f"old{n}", "view", NOW - 1000 * (n + 1)) for n in range(5))
+    write_records(store, [("u", UserRecord(last=old, last_ts=old[0][2], seen=("x",)))], 60, 5)
+    [record] = read_records(store, ["u"])
+    assert [item for item, _, _ in record.last] == ["newer", "new", "old0", "old1", "old2"]
+    assert record.last_ts == NOW + 5
+    assert record.seen == ("x",)
+    assert StreamState.decode(store.hget(user_key("u"), STREAM)) == StreamState(2, NOW, 2)
+
+
+def test_what_the_night_wrote_before_the_stream_applies_it_is_not_doubled(store: Any, settings: Settings) -> None:
+    write_records(store, [("u", UserRecord(last=(("a", "view", NOW),), last_ts=NOW))], 60, 5)
+    apply(store, settings, batch([("u", "a", "view", NOW), ("u", "b", "view", NOW + 1)]))
+    [record] = read_records(store, ["u"])
+    assert record.last == (("b", "view", NOW + 1), ("a", "view", NOW))
+
+
+def test_trends_decay_by_each_half_life_and_add_up_over_sources(store: Any, settings: Settings) -> None:
+    assert live_trend(store, NOW, [1.0]) is None
+    bucket = 5 * MINUTE_MS
+    now = NOW // bucket * bucket + bucket // 2
+    count(store, settings, batch([("u", "a", "purchase", now), ("v", "b", "view", now - 12 * bucket)]))
+    announce_sources(store, ["0abcdef0.0", "0abcdef0.1"], settings, NOW)
+    found = live_trend(store, now, [1.0, 0.5])
+    assert found is not None
+    scores = dict(zip(found.items, found.scores.tolist(), strict=True))
+    assert scores == {"a": [8.0, 8.0], "b": [0.5, 0.25]}
+    reader = LiveTrendReader([1.0])
+    reader.read(store, now)
+    count(store, settings, batch([("u", "a", "view", now)], first=2))
+    again = reader.read(store, now)
+    assert again is not None
+    assert dict(zip(again.items, again.scores[:, 0].tolist(), strict=True)) == {"a": 9.0, "b": 0.5}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Three masters on loopback."""
+    home = tmp_path_factory.mktemp("cluster")
+    ports = [_free() for _ in range(3)]
+    servers = []
+    for port in ports:
+        folder = home / str(port)
+        folder.mkdir()
+        options = ["--cluster-enabled", "yes", "--cluster-config-file", str(folder / "nodes.conf"), "--save", ""]
+        command = [str(redis_binary()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), *options]
+        servers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+    try:
+        _join(ports)
+        yield [f"127.0.0.1:{port}" for port in ports]
+    finally:
+        for running in servers:
+            running.kill()
+            running.wait()
+
+
+def _free() -> int:
+    """A port whose cluster bus, 10,000 above it, is a port as well."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port < 55_000:
+            return port
+
+
+def _join(ports: list[int]) -> None:
+    nodes = [redis.Redis(port=port) for port in ports]
+    for node in nodes:
+        wait_until(lambda node=node: _answers(node), "a node", 20, lambda: None)
+    share = 16384 // len(nodes) + 1
+    for at, node in enumerate(nodes):
+        node.execute_command("CLUSTER", "ADDSLOTS", *range(at * share, min((at + 1) * share, 16384)))
+        node.execute_command("CLUSTER", "MEET", "127.0.0.1", ports[0])
+    wait_until(lambda: all(_info(node)["cluster_state"] == "ok" for node in nodes), "the cluster", 30, lambda: None)
+    wait_until(lambda: all(_info(node)["cluster_known_nodes"] == "3" for node in nodes), "the cluster", 30, lambda: None)
+
+
+def _info(node: Any) -> dict[str, str]:
+    found: dict[str, str] = node.cluster("INFO")
+    return found
+
+
+def _answers(node: Any) -> bool:
+    try:
+        return bool(node.ping())
+    except redis.RedisError:
+        return False
+
+
+def test_a_cluster_holds_what_a_standalone_redis_holds(cluster: list[str], settings: Settings) -> None:
+    connected = client(RedisSettings(mode="cluster", nodes=cluster))
+    assert isinstance(connected, RedisCluster)
+    rows = [(f"u{n % 50}", IDS[n % 7], "view", NOW - n % 13) for n in range(400)]
+    for start in range(0, 400, 90):
+        apply(connected, settings, batch(rows[max(0, start - 20) : start + 90], max(0, start - 20)))
+        count(connected, settings, batch(rows[max(0, start - 20) : start + 90], max(0, start - 20)))
+    computed = Recomputation(settings)
+    computed.add(batch(rows).events, "0abcdef0.0", range(400))
+    found = computed.differences(connected)
+    assert (found.different, found.ahead, found.compared) == ([], 0, 50 + len(computed.buckets))
+    connected.close()

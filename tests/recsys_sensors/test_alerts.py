@@ -1,0 +1,255 @@
+"""Alerts: told once on every channel, kept while a channel is away."""
+
+import json
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from recsys_assets.resources import Platform
+from recsys_cli.stack import redis_server
+from recsys_core.alerts import Alert, Mail, NotDelivered, Webhook, channels
+from recsys_core.events import MINUTE_MS
+from recsys_core.heartbeat import Heartbeat, forget_heartbeat, write_heartbeat
+from recsys_core.settings import AlertSettings, Settings
+from recsys_sensors.alerting import alerts
+from recsys_sensors.stream_health import stream_observed
+
+NOW = 1_800_000_000_000
+
+
+class Hook(HTTPServer):
+    """A webhook on loopback: keeps bodies, answers 503 as often as it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.failures = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/hook"
+
+    @property
+    def titles(self) -> list[str]:
+        return [body["text"].splitlines()[0] for body in self.bodies]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        hook: Any = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if hook.failures:
+            hook.failures -= 1
+            self.send_response(503)
+        else:
+            hook.bodies.append(body)
+            self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    with Hook() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@contextmanager
+def mail_server() -> Iterator[tuple[int, list[str]]]:
+    """As much of SMTP as a mail needs. Yields its port and the mails."""
+    mails: list[str] = []
+
+    class Session(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(b"220 ready\r\n")
+            while line := self.rfile.readline().strip().upper():
+                if line == b"DATA":
+                    self.wfile.write(b"354 go on\r\n")
+                    lines = []
+                    while (text := self.rfile.readline()) != b".\r\n":
+                        lines.append(text.decode())
+                    mails.append("".join(lines))
+                self.wfile.write(b"221 bye\r\n" if line == b"QUIT" else b"250 ok\r\n")
+                if line == b"QUIT":
+                    return
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Session) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1], mails
+        server.shutdown()
+
+
+def test_a_webhook_that_fails_for_a_moment_gets_the_alert_once(hook: Hook) -> None:
+    hook.failures = 2
+    Webhook(AlertSettings(webhook_url=hook.url)).send(Alert("a", "Disk is full", "on host 7"))
+    assert [body["text"] for body in hook.bodies] == ["Disk is full\non host 7"]
+
+
+def test_a_webhook_that_stays_away_is_not_delivered_and_its_address_is_not_told(hook: Hook) -> None:
+    hook.failures = 100
+    with pytest.raises(NotDelivered) as caught:
+        Webhook(AlertSettings(webhook_url=hook.url, retries=1)).send(Alert("a", "Disk is full"))
+    assert "hook" not in str(caught.value).removeprefix("webhook")
+    assert caught.value.__suppress_context__
+
+
+def test_a_mail_has_the_title_as_its_subject() -> None:
+    with mail_server() as (port, mails):
+        settings = AlertSettings(smtp_host="127.0.0.1", smtp_port=port, email_to=["ops@shop.test"])
+        Mail(settings).send(Alert("a", "Disk is full", "on host 7"))
+    assert "Subject: recsys: Disk is full" in mails[0]
+    assert "To: ops@shop.test" in mails[0]
+    assert "on host 7" in mails[0]
+
+
+def test_a_mail_server_that_is_away_is_not_delivered() -> None:
+    with mail_server() as (port, _):
+        pass
+    settings = AlertSettings(smtp_host="127.0.0.1", smtp_port=port, email_to=["ops@shop.test"], timeout_seconds=2)
+    with pytest.raises(NotDelivered, match="mail by"):
+        Mail(settings).send(Alert("a", "Disk is full"))
+
+
+def test_the_channels_are_those_that_the_settings_name() -> None:
+    assert list(channels(AlertSettings())) == []
+    both = AlertSettings(webhook_url="http://x", smtp_host="x", email_to=["ops@shop.test"])
+    assert [channel.name for channel in channels(both)] == ["webhook", "mail"]
+
+
+# -- the sensor -------------------------------------------------------------------------------------------------
+
+
+@dg.asset
+def table() -> None:
+    """Always made."""
+
+
+@dg.asset_check(asset=table)
+def rows_are_whole(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+    rows = context.run.tags.get("rows", "")
+    return dg.AssetCheckResult(passed=not rows, metadata={"reason": f"{rows} rows are broken"})
+
+
+@dg.asset
+def breaks() -> None:
+    """Never made."""
+    raise RuntimeError("out of memory")
+
+
+DEFINITIONS = dg.Definitions(assets=[table, breaks], asset_checks=[rows_are_whole])
+
+
+class Ticks:
+    """The sensor on an instance, tick after tick."""
+
+    def __init__(self, platform: Platform, instance: dg.DagsterInstance) -> None:
+        self.platform, self.instance, self.cursor = platform, instance, None
+
+    def tick(self) -> str | None:
+        with dg.build_sensor_context(
+            self.instance, cursor=self.cursor, repository_def=DEFINITIONS.get_repository_def()
+        ) as context:
+            result = alerts(context, self.platform)
+        self.cursor = result.cursor
+        return result.skip_reason.skip_message if result.skip_reason else None
+
+    def run(self, asset: str, **tags: str) -> None:
+        job = DEFINITIONS.resolve_implicit_global_asset_job_def()
+        job.execute_in_process(instance=self.instance, asset_selection=[dg.AssetKey(asset)], tags=tags, raise_on_error=False)
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+def ticks(settings: Settings, hook: Hook, redis_url: str) -> Iterator[Ticks]:
+    told = AlertSettings(webhook_url=hook.url, retries=0)
+    redis = settings.redis.model_copy(update={"url": redis_url})
+    platform = Platform(settings.model_copy(update={"alerts": told, "redis": redis}), lambda: NOW)
+    with dg.DagsterInstance.ephemeral() as instance, platform.redis() as client:
+        client.flushall()
+        yield Ticks(platform, instance)
+
+
+def test_what_happened_before_the_first_tick_is_not_told(ticks: Ticks, hook: Hook) -> None:
+    ticks.run("breaks")
+    ticks.run("table", rows="7")
+    ticks.tick()
+    ticks.tick()
+    assert hook.bodies == []
+
+
+def test_a_failed_run_and_a_failed_check_are_told_once_each(ticks: Ticks, hook: Hook) -> None:
+    ticks.tick()
+    ticks.run("breaks")
+    ticks.run("table", rows="7")
+    for _ in range(3):
+        ticks.tick()
+    assert sorted(hook.titles) == ["Check failed: table: rows_are_whole", "Run of __ASSET_JOB  failed"]
+    assert "7 rows are broken" in "".join(body["text"] for body in hook.bodies)
+
+
+def test_the_same_failure_of_a_check_again_is_no_news_and_another_one_is(ticks: Ticks, hook: Hook) -> None:
+    ticks.tick()
+    for rows in ("7", "7", "8"):
+        ticks.run("table", rows=rows)
+        ticks.tick()
+    assert len(hook.bodies) == 2
+
+
+def test_what_could_not_be_delivered_waits_and_what_was_is_not_told_again(ticks: Ticks, hook: Hook) -> None:
+    ticks.tick()
+    ticks.run("breaks")
+    ticks.run("table", rows="7")
+    hook.failures = 1
+    reason = ticks.tick()
+    assert reason is not None
+    assert "wait for the next tick" in reason
+    ticks.run("table", rows="8")
+    for _ in range(3):
+        ticks.tick()
+    assert len(hook.bodies) == 3
+    assert len({body["id"] for body in hook.bodies}) == 3
+
+
+def test_a_silent_stream_worker_is_told_once_and_its_return_as_well(ticks: Ticks, hook: Hook) -> None:
+    ticks.tick()
+    with ticks.platform.redis() as client:
+        write_heartbeat(client, Heartbeat("w1", NOW - 10 * MINUTE_MS, lag=5))
+        ticks.tick()
+        ticks.tick()
+        assert hook.titles == ["Stream worker w1 is silent"]
+        write_heartbeat(client, Heartbeat("w1", NOW, lag=5))
+        ticks.tick()
+        ticks.tick()
+        assert hook.titles[1:] == ["Right again: stream silent: w1"]
+        write_heartbeat(client, Heartbeat("w1", NOW, lag=5_000_000))
+        ticks.tick()
+        assert hook.titles[2:] == ["The stream is 5,000,000 events behind"]
+        forget_heartbeat(client, "w1")
+
+
+def test_a_heartbeat_is_an_observation_of_the_topic(ticks: Ticks) -> None:
+    with ticks.platform.redis() as client:
+        write_heartbeat(client, Heartbeat("w1", NOW - 3000, lag=5, events=100))
+        write_heartbeat(client, Heartbeat("w2", NOW - 1000, lag=7, events=200))
+    first = stream_observed(dg.build_sensor_context(ticks.instance), ticks.platform)
+    (observation,) = first.asset_events
+    found = {name: value.value for name, value in observation.metadata.items()}
+    assert observation.asset_key == dg.AssetKey("clickstream_topic")
+    assert found == {"workers": 2, "events behind": 12, "events applied": 300, "seconds since the last heartbeat": 1.0}
+    again = stream_observed(dg.build_sensor_context(ticks.instance, cursor=first.cursor), ticks.platform)
+    assert not again.asset_events

@@ -1,0 +1,274 @@
+"""Tokens, TLS, limits, an orderly end, and what is seen from outside of every call."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from snapshots import make_snapshot
+from worlds import RedisServer, World, eventually
+
+from recsys_core.settings import Settings
+from serving import recsys_pb2 as pb
+from serving.client import ClientOptions, RecsysClient, RecsysError, Tls
+from serving.metrics import registry
+from serving.security import MissingSecret, Tokens
+
+SECRET = "kR8-very-secret"
+
+
+def with_serving(settings: Settings, **changes: object) -> Settings:
+    return settings.model_copy(update={"serving": settings.serving.model_copy(update=changes)})
+
+
+@pytest.fixture
+def make_world(serving_settings: Settings, redis_server: RedisServer) -> Iterator:
+    """Makes a running world with other settings of [serving]."""
+    made: list[World] = []
+
+    def make(**changes: object) -> World:
+        world = World(with_serving(serving_settings, **changes), redis_server)
+        made.append(world)
+        world.promote(make_snapshot())
+        world.start(insecure=not changes.get("tls_certificate"))
+        return world
+
+    yield make
+    for world in made:
+        world.stop()
+
+
+class TestTokens:
+    @pytest.fixture
+    def guarded(self, make_world, monkeypatch: pytest.MonkeyPatch) -> World:
+        monkeypatch.setenv("APP_TOKEN", SECRET)
+        monkeypatch.setenv("OPS_TOKEN", "ops")
+        return make_world(tokens={"APP_TOKEN": ["Recommend", "RecommendStream"], "OPS_TOKEN": ["*"]})
+
+    def test_without_a_token_no_method_is_open(self, guarded: World, caplog: pytest.LogCaptureFixture) -> None:
+        for token in ("", "wrong", SECRET[:-1]):
+            with RecsysClient(guarded.address, options=ClientOptions(timeout=60, token=token)) as client:
+                for call in (lambda c=client: c.recommend("ann"), lambda c=client: list(c.recommend_stream(["ann"]))):
+                    with pytest.raises(RecsysError, match="UNAUTHENTICATED"):
+                        call()
+        assert SECRET not in caplog.text
+
+    def test_a_token_opens_its_methods_and_no_other(self, guarded: World) -> None:
+        with RecsysClient(guarded.address, options=ClientOptions(timeout=60, token=SECRET)) as client:
+            assert len(client.recommend("ann")) == 10
+            assert len(list(client.recommend_stream(["ann", "bob"]))) == 2
+            with pytest.raises(RecsysError, match="PERMISSION_DENIED: this token does not open GetRelease"):
+                client.get_release()
+        with RecsysClient(guarded.address, options=ClientOptions(timeout=60, token="ops")) as client:
+            assert client.get_release().item_count == 500
+
+    def test_health_needs_no_token(self, guarded: World) -> None:
+        stub = health_pb2_grpc.HealthStub(guarded.client._channel)
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=60).status == health_pb2.HealthCheckResponse.SERVING
+
+    def test_a_token_that_the_environment_lacks_is_named_and_its_value_never_is(self) -> None:
+        with pytest.raises(MissingSecret, match=r"serving\.tokens names B, which the environment does not set"):
+            Tokens({"A": ["*"], "B": ["*"]}, {"A": SECRET})
+        assert SECRET not in repr(ClientOptions(token=SECRET))
+
+
+def openssl(folder: Path, *arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CA, and of it a server for localhost and a client; and a client of another CA."""
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for ca, names in (("ca", ("server", "client")), ("other", ("stranger",))):
+        new_ca = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={ca}"]
+        openssl(folder, *new_ca, "-keyout", f"{ca}.key", "-out", f"{ca}.pem")
+        for name in names:
+            openssl(
+                folder, "req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", "csr"
+            )
+            sign = ["x509", "-req", "-in", "csr", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2"]
+            openssl(folder, *sign, "-extfile", "names", "-out", f"{name}.pem")
+    return folder
+
+
+def tls_client(world: World, folder: Path, name: str = "") -> RecsysClient:
+    own = {"certificate": str(folder / f"{name}.pem"), "key": str(folder / f"{name}.key")} if name else {}
+    tls = Tls(ca=str(folder / "ca.pem"), **own)
+    return RecsysClient(world.address, options=ClientOptions(timeout=5, attempts=1, tls=tls))
+
+
+class TestTls:
+    def test_the_channel_is_encrypted_and_a_plain_one_is_refused(self, make_world, certificates: Path) -> None:
+        world = make_world(tls_certificate=str(certificates / "server.pem"), tls_key=str(certificates / "server.key"))
+        with tls_client(world, certificates) as client:
+            client.wait_until_ready(60)
+            assert len(client.recommend("ann")) == 10
+        with RecsysClient(world.address, options=ClientOptions(timeout=5, attempts=1)) as plain:
+            with pytest.raises(RecsysError, match="UNAVAILABLE"):
+                plain.recommend("ann")
+
+    def test_only_clients_with_a_certificate_of_the_ca_get_in(self, make_world, certificates: Path) -> None:
+        files = {"tls_certificate": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem"}
+        world = make_world(**{name: str(certificates / file) for name, file in files.items()})
+        with tls_client(world, certificates, "client") as client:
+            client.wait_until_ready(60)
+            assert len(client.recommend("ann")) == 10
+        for name in ("", "stranger"):
+            with tls_client(world, certificates, name) as client, pytest.raises(RecsysError, match="UNAVAILABLE"):
+                client.recommend("ann")
+
+
+class TestLimits:
+    def test_more_calls_than_allowed_are_refused_and_the_others_answered(
+        self, make_world, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        world = make_world(max_concurrent=4)
+        go_on = threading.Event()
+        monkeypatch.setattr("serving.ladder.is_known", lambda *_: True)
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: go_on.wait(60))
+        with (
+            RecsysClient(world.address, options=ClientOptions(timeout=60, attempts=1)) as client,
+            ThreadPoolExecutor(20) as pool,
+        ):
+            calls = [pool.submit(client.recommend, f"user-{i}") for i in range(20)]
+            eventually(lambda: sum(call.done() for call in calls) == 16)
+            go_on.set()
+            statuses = [getattr(call.exception(), "status", "OK") for call in calls]
+        assert sorted(set(statuses)) == ["OK", "RESOURCE_EXHAUSTED"]
+        assert statuses.count("OK") == 4
+        assert world.server.metrics.events["shed"] == 16
+        assert world.client.recommend("ann").tier == "POPULAR"
+
+    def test_a_request_that_is_too_large_is_refused(self, world: World) -> None:
+        with pytest.raises(grpc.RpcError) as caught:
+            world.client._channel.unary_unary("/recsys.v1.Recommender/Recommend")(b"\x0a" * (5 << 20), timeout=60)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def test_a_call_that_its_caller_gives_up_is_not_ranked(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        begun, go_on, ranked = threading.Event(), threading.Event(), []
+
+        def slow(*arguments: object) -> None:
+            ranked.append(len(arguments[2]))
+            begun.set()
+            go_on.wait(60)
+            raise ValueError("enough")
+
+        monkeypatch.setattr("serving.ladder.rank", slow)
+        world.put_known_user("ann")
+        first = world.client._stub.Recommend.future(pb.RecommendRequest(user_id="ann"), timeout=60)
+        assert begun.wait(60)
+        queued = [world.client._stub.Recommend.future(pb.RecommendRequest(user_id="ann"), timeout=60) for _ in range(5)]
+        eventually(lambda: world.server.metrics.gauges["calls_under_way"]() == 6)
+        for call in queued:
+            call.cancel()
+        eventually(lambda: world.server.metrics.gauges["calls_under_way"]() == 1)
+        go_on.set()
+        assert first.result().tier == pb.POPULAR
+        assert ranked == [1]
+
+    def test_an_answer_comes_before_the_callers_deadline(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        go_on = threading.Event()
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: go_on.wait(60))
+        world.put_known_user("ann")
+        with RecsysClient(world.address, options=ClientOptions(timeout=5, attempts=1)) as client:
+            assert client.recommend("ann").tier == "POPULAR", "a lower tier in time instead of a better one too late"
+        go_on.set()
+
+
+class TestTheEnd:
+    def test_health_says_it_first_and_calls_under_way_are_answered(self, make_world, monkeypatch: pytest.MonkeyPatch) -> None:
+        world = make_world(drain_seconds=60.0, linger_seconds=0.5)
+        begun, go_on = threading.Event(), threading.Event()
+
+        def slow(*_: object) -> None:
+            begun.set()
+            go_on.wait(60)
+            raise ValueError("enough")
+
+        monkeypatch.setattr("serving.ladder.rank", slow)
+        world.put_known_user("ann")
+        call = world.client._stub.Recommend.future(pb.RecommendRequest(user_id="ann"), timeout=60)
+        assert begun.wait(60)
+        stub = health_pb2_grpc.HealthStub(world.client._channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        ending = world.stop_later()
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert not call.done()
+        watch.cancel()
+        go_on.set()
+        assert call.result().tier == pb.POPULAR
+        ending.result(60)
+
+
+class TestSeen:
+    def test_request_id_and_trace_context_come_back(self, world: World) -> None:
+        sent = (("x-request-id", "r-17"), ("traceparent", "00-" + "a" * 32 + "-" + "b" * 16 + "-01"), ("other", "x"))
+        _, call = world.client._stub.Recommend.with_call(pb.RecommendRequest(user_id="ann"), timeout=60, metadata=sent)
+        assert dict(call.trailing_metadata()) == dict(sent[:2])
+
+    def test_calls_tiers_and_times_are_counted(self, world: World) -> None:
+        from prometheus_client import generate_latest
+
+        world.put_cached_user("ann")
+        for _ in range(3):
+            world.client.recommend("ann")
+        world.client.recommend("nobody")
+        with pytest.raises(RecsysError):
+            world.client.recommend("", 5)
+        text = generate_latest(registry(lambda: [world.server.metrics.snapshot()] * 2)).decode()
+        for line in (
+            'recsys_requests_total{method="Recommend",status="OK"} 8.0',
+            'recsys_requests_total{method="Recommend",status="INVALID_ARGUMENT"} 2.0',
+            'recsys_answers_total{tier="CACHE"} 6.0',
+            'recsys_answers_total{tier="POPULAR"} 2.0',
+            'recsys_request_seconds_count{method="Recommend"} 10.0',
+            'recsys_request_seconds_bucket{le="+Inf",method="Recommend"} 10.0',
+            "recsys_redis_circuit_open 0.0",
+            "recsys_processes 2.0",
+            'recsys_release_info{release_id="2026-01-01.a"} 1.0',
+        ):
+            assert line in text.splitlines(), text
+        assert "recsys_release_age_seconds" in text
+
+    def test_spans_go_to_the_collector_as_children_of_the_callers(self, make_world) -> None:
+        received: list[bytes] = []
+
+        def export(data: bytes, _: grpc.ServicerContext) -> bytes:
+            received.append(data)
+            return b""
+
+        name = "opentelemetry.proto.collector.trace.v1.TraceService"
+        collector = grpc.server(ThreadPoolExecutor(2))
+        handler = grpc.unary_unary_rpc_method_handler(export)
+        collector.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Export": handler}),))
+        port = collector.add_insecure_port("127.0.0.1:0")
+        collector.start()
+        world = make_world(otlp_endpoint=f"http://127.0.0.1:{port}", trace_ratio=0.0)
+        parent = ("traceparent", "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01")
+        world.client._stub.Recommend(pb.RecommendRequest(user_id="ann"), timeout=60, metadata=(parent,))
+        world.client.recommend("bob")
+        world.server._tracing.close()
+        collector.stop(None)
+        exported = b"".join(received)
+        assert exported.count(b"recsys.v1.Recommender/Recommend") == 1, "only the call whose caller traces it"
+        assert bytes.fromhex("ab" * 16) in exported
+        assert bytes.fromhex("cd" * 8) in exported
+
+    def test_a_share_of_the_calls_is_logged_with_its_request_id(self, make_world, caplog: pytest.LogCaptureFixture) -> None:
+        world = make_world(log_sample=1.0)
+        with caplog.at_level("INFO", "serving.calls"):
+            world.client.recommend("ann", request_id="r-18")
+            eventually(lambda: [r for r in caplog.records if r.name == "serving.calls"])
+        [record] = [r for r in caplog.records if r.name == "serving.calls"]
+        fields = record.fields
+        assert (fields["method"], fields["status"], fields["x-request-id"]) == ("Recommend", "OK", "r-18")
+        assert "ann" not in str(fields), "whom an answer is for is not logged"

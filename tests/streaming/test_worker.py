@@ -1,0 +1,114 @@
+"""What a worker tells of itself, and what it does while Redis, the archive or its topic keep it waiting."""
+
+from __future__ import annotations
+
+import random
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import orjson
+import pytest
+import redis
+from confluent_kafka import Consumer, TopicPartition
+from stream_world import SECONDS, World, wait_for
+
+from recsys_cli.processes import free_port
+from recsys_cli.stack import redis_server
+from recsys_core.kafka_config import client_config
+from recsys_core.online import read_records
+from recsys_core.settings import Settings
+from streaming import archive as archive_module
+from streaming import worker as worker_module
+from streaming.broker import EmbeddedBroker
+from streaming.producer import produce
+from streaming.topics import find_topic, is_embedded
+from streaming.worker import HEARTBEAT_KEY, Worker
+
+
+@contextmanager
+def in_this_process(settings: Settings) -> Iterator[Worker]:
+    worker = Worker(settings, "here")
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+
+
+def test_consumption_pauses_while_redis_is_slow_and_goes_on_after_it(
+    world: Callable[..., World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "PAUSE_SECONDS", 0.2)
+    with redis_server(tmp_path) as url:
+        one = world(redis={"url": url}, stream={"batch_events": 50})
+        chance = random.Random(1)
+        with in_this_process(one.settings) as worker:
+            one.send(*(one.event(chance) for _ in range(100)))
+            one.settle(landing=False)
+            one.redis.client_pause(4000)
+            one.send(*(one.event(chance) for _ in range(3000)))
+            wait_for("consumption pauses", lambda: worker.metrics.paused._value.get() == 1)
+            one.settle()
+            wait_for("it goes on", lambda: worker.metrics.paused._value.get() == 0)
+            one.prove()
+
+
+def test_metrics_heartbeat_and_committed_offsets_follow(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "GRACE_MS", 100)
+    port = free_port()
+    one = world(stream={"metrics_port": port, "heartbeat_seconds": 0.2})
+    chance = random.Random(2)
+    one.send(*(one.event(chance) for _ in range(900)))
+    one.send_raw(b"junk", b"k")
+    with in_this_process(one.settings):
+        one.settle()
+        ends = one.ends()
+
+        def beat() -> dict[str, int]:
+            value = one.redis.get(HEARTBEAT_KEY + "here")
+            return dict(orjson.loads(value)["applied"]) if value else {}
+
+        wait_for("the heartbeat says so", lambda: beat() == {str(p): end for p, end in ends.items()})
+        watcher = Consumer(client_config(one.settings.kafka, group_id=one.settings.stream.group))
+        places = [TopicPartition(one.settings.kafka.topic, p) for p in ends]
+        wait_for("the group knows", lambda: {p.partition: p.offset for p in watcher.committed(places, timeout=9)} == ends)
+        watcher.close()
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        text = opener.open(f"http://127.0.0.1:{port}/metrics", timeout=9).read().decode()
+    assert "recsys_stream_messages_total 901.0" in text
+    assert "recsys_stream_events_total 900.0" in text
+    assert 'recsys_stream_dead_letters_total{reason="not JSON"} 1.0' in text
+    assert 'recsys_stream_visible_seconds_bucket{le="+Inf"} 901.0' in text
+    assert one.redis.ttl(HEARTBEAT_KEY + "here") > 0
+
+
+def test_a_worker_that_starts_again_repeats_nothing(world: Callable[..., World]) -> None:
+    one = world(stream={"archive_rows": 100_000, "archive_seconds": 3600})
+    chance = random.Random(3)
+    one.send(*(one.event(chance) for _ in range(500)))
+    for _ in range(2):
+        with in_this_process(one.settings) as worker:
+            one.settle(landing=False)
+            wait_for("all messages are taken", lambda: worker.metrics.messages._value.get() == 500)
+            assert worker.metrics.fence_hits._value.get() == 0
+    assert one.landing.archived() == []
+
+
+def test_the_embedded_broker_will_do_for_trying_out(tmp_path: Path, redis_url: str) -> None:
+    from confluent_kafka.admin import AdminClient
+    from test_producer import events
+
+    with EmbeddedBroker() as broker, redis.Redis.from_url(redis_url) as store:
+        settings = Settings(home=tmp_path, kafka={"bootstrap_servers": broker.bootstrap_servers}, redis={"url": redis_url})
+        admin = AdminClient(client_config(settings.kafka))
+        assert is_embedded(admin)
+        assert find_topic(admin, settings.kafka.topic) == find_topic(admin, settings.kafka.topic)
+        produce([events(50)], broker.bootstrap_servers, settings.kafka.topic)
+        with in_this_process(settings):
+            wait_for("the events are there", lambda: len(read_records(store, ["u0"])[0].last) == 5)
