@@ -501,7 +501,7 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) ->
 
 def _two_tower_of(
     manifest: Manifest,
-    files: Mapping[str, bytes],
+    files: Mapping[str, Buffer],
     where: str,
     items: int,
     array: Callable[[str, tuple[int | None, ...]], np.ndarray],
@@ -510,10 +510,14 @@ def _two_tower_of(
     wanted = manifest.models.get(TWO_TOWER) or {}
     if "version" not in wanted:
         return None, None, None
-    absent = [name for name in (TWO_TOWER_ITEMS_FILE,) if name not in files]
-    if absent:
-        raise ReleaseError(f"{where}: {MANIFEST} does not list {', '.join(absent)}")
-    of_tower = {name.partition("/")[2]: bytes(data) for name, data in files.items() if name.startswith(f"{TWO_TOWER}/")}
+    if TWO_TOWER_ITEMS_FILE not in files:
+        raise ReleaseError(f"{where}: {MANIFEST} does not list {TWO_TOWER_ITEMS_FILE}")
+    of_items = (TWO_TOWER_ITEMS_FILE, TWO_TOWER_INDEX_FILE)
+    of_tower = {
+        name.partition("/")[2]: bytes(data)
+        for name, data in files.items()
+        if name.startswith(f"{TWO_TOWER}/") and name not in of_items
+    }
     try:
         tower = UserTower.from_files(of_tower)
     except TowerError as error:
