@@ -17,7 +17,7 @@ from recsys_core.redis_client import client
 from recsys_core.registry import Registry
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
-from recsys_core.spark import spark_conf
+from recsys_core.spark import prepare_environment, spark_conf
 
 if TYPE_CHECKING:
     from dagster_pyspark import LazyPySparkResource
@@ -43,6 +43,7 @@ class Platform:
     def _lazy_spark(self) -> LazyPySparkResource:
         from dagster_pyspark import LazyPySparkResource
 
+        prepare_environment(self.settings)
         return LazyPySparkResource(spark_config=spark_conf(self.settings))
 
     def spark(self) -> SparkSession:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,11 +54,21 @@ def spark_conf(settings: Settings) -> dict[str, str]:
     return conf | spark.conf
 
 
+def prepare_environment(settings: Settings) -> None:
+    """What Spark takes from this process's environment, before it starts.
+
+    Python workers of a local Spark are this interpreter, which has what they import; those of a cluster are its own.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if is_local(settings.spark.master):
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+
+
 def session(settings: Settings) -> SparkSession:
     """The process's Spark session, started when there is none."""
     from pyspark.sql import SparkSession
 
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    prepare_environment(settings)
     builder = SparkSession.builder
     for name, value in spark_conf(settings).items():
         builder = builder.config(name, value)
