@@ -53,7 +53,7 @@ SETTINGS = TwoTowerSettings(
     batch_size=2048,
     learning_rate=0.01,
     final_learning_rate=0.03,
-    epochs=12,
+    epochs=20,
     validation_share=0.0,
     checkpoint_steps=0,
 )

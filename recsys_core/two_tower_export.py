@@ -59,7 +59,7 @@ def user_tower(towers: Towers, batches: Batches) -> UserTower:
         "history": history,
         **{TABLE_OF_CONTEXT[name]: table.numpy() for name, table in towers.context.items()},
     }
-    of_user, of_history, of_recent = (towers.scales[name] for name in SCALES)
+    of_user, of_history, of_recent = (towers.scales[name].numpy() for name in SCALES)
     spec = TowerSpec(
         dimension=settings.dimension,
         history=settings.history,

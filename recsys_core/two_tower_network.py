@@ -156,8 +156,13 @@ def _unit(x: Any) -> Any:
 
 
 def _mean_of(embedded: Any, places: Any, segments: Any, count: Any) -> Any:
-    """Mean of some rows for each segment, (count, d), zeros for empty ones."""
-    return tf.sparse.segment_mean(embedded, places, segments, num_segments=count)
+    """Mean of some rows for each segment, (count, d), zeros for empty ones.
+
+    One more segment of one row is added and cut off again: without any row, the gradient of TensorFlow's kernel is memory that
+    was never written (2.21, SparseSegmentMeanGrad).
+    """
+    places, segments = tf.concat([places, [0]], axis=0), tf.concat([segments, [count]], axis=0)
+    return tf.sparse.segment_mean(embedded, places, segments, num_segments=count + 1)[:count]
 
 
 def _hide(values: Any, hidden: Any, by: float) -> Any:

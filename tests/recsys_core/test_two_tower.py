@@ -73,7 +73,7 @@ def train_elsewhere(home: Path, *options: str, **settings: Any) -> subprocess.Co
     command = [sys.executable, str(TESTS / "two_tower_process.py"), str(home), json.dumps({**SMALL, **settings}), *options]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     return subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=280, check=False
+        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=560, check=False
     )
 
 
@@ -169,6 +169,7 @@ def test_warm_up_requests_are_prediction_logs_that_fit_the_signature(model):
         assert np.isfinite(model.tower.forward(encoded)).all()
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been_killed(model, shop, tmp_path):
     lake = Lake(str(tmp_path / "lake"))
     write_examples(lake, *shop)
@@ -184,6 +185,7 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been_killed(model, 
     assert lake.find(CHECKPOINTS, DAY) is None
 
 
+@pytest.mark.timeout(600)
 def test_several_devices_and_mixed_precision_learn_the_same_clusters(shop, tmp_path):
     lake = Lake(str(tmp_path / "lake"))
     write_examples(lake, *shop)
