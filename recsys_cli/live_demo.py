@@ -104,10 +104,12 @@ def _click(brokers: str, settings: Settings, redis: Any, user: str, items: Seque
     from confluent_kafka import Producer
 
     from recsys_core.events import now_ms
+    from recsys_core.kafka_config import client_config
     from recsys_core.online import read_records
     from streaming.producer import encode
 
-    producer = Producer({"bootstrap.servers": brokers, "linger.ms": 0})
+    kafka = settings.kafka.model_copy(update={"bootstrap_servers": brokers})
+    producer = Producer(client_config(kafka, linger_ms=0))
     producer.list_topics(settings.kafka.topic, timeout=10)
     for at, item in enumerate(items):
         now = now_ms()

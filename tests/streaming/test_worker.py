@@ -109,6 +109,6 @@ def test_the_embedded_broker_will_do_for_trying_out(tmp_path: Path, redis_url: s
         admin = AdminClient(client_config(settings.kafka))
         assert is_embedded(admin)
         assert find_topic(admin, settings.kafka.topic) == find_topic(admin, settings.kafka.topic)
-        produce([events(50)], broker.bootstrap_servers, settings.kafka.topic)
+        produce([events(50)], settings.kafka)
         with in_this_process(settings):
             wait_for("the events are there", lambda: len(read_records(store, ["u0"])[0].last) == 5)
