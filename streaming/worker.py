@@ -54,6 +54,9 @@ COMMIT_SECONDS = 1.0
 TOPIC_SECONDS = 1.0
 """How often the topic's identity is looked at."""
 DRAIN_SECONDS = 10.0
+TICK_SECONDS = 0.5
+END_SECONDS = 2.0
+"""Deadline of asking for the end of a partition."""
 RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 5.0
 REDIS_SECONDS = 30.0
@@ -196,7 +199,7 @@ class _Session:
         self._held: list[Message] = []
         self._paused = False
         self._asked: Any = None
-        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0}
+        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "archive": 0.0}
         self._consumer = Consumer(consumer_config(settings, is_embedded(self._admin)), logger=log)
         self._threads = [
             threading.Thread(target=self._guarded, args=(step,), name=step.__name__, daemon=True)
@@ -519,8 +522,9 @@ class _Session:
     def _write_now_and_then(self) -> None:
         """Positions, files whose time is over, and the heartbeat."""
         now = time.monotonic()
-        if self._archive is not None:
-            self._archive.tick(now_ms())
+        if self._archive is not None and now >= self._due["archive"]:
+            self._due["archive"] = now + TICK_SECONDS
+            self._archive.tick(now_ms(), self._end_of)
             self._metrics.archive_files.set(self._archive.files)
         try:
             if now >= self._due["progress"]:
@@ -531,6 +535,15 @@ class _Session:
                 self._heartbeat()
         except RedisError as error:
             log.warning("Redis does not take the worker's progress: %s", error)
+
+    def _end_of(self, number: int) -> int:
+        """End of a partition by the brokers, now; -1 while they do not answer."""
+        try:
+            place = TopicPartition(self._topic.name, number)
+            return int(self._consumer.get_watermark_offsets(place, timeout=END_SECONDS)[1])
+        except KafkaException as error:
+            log.info("the brokers do not answer: %s", error.args[0].str())
+            return -1
 
     def _write_progress(self) -> None:
         with self._lock:
