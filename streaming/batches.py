@@ -75,6 +75,7 @@ class Pipeline:
     work: queue.Queue[Work] = field(default_factory=lambda: queue.Queue(1))
     offered: int = 0
     finished: int = 0
+    events: int = 0
     failure: BaseException | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
 

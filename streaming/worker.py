@@ -22,12 +22,12 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
 from redis.exceptions import RedisError
 
 from recsys_core.events import now_ms
+from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, forget_heartbeat, write_heartbeat
 from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
@@ -46,7 +46,8 @@ from streaming.topics import Topic, find_topic, is_embedded
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_KEY = "stream:heartbeat:"
+HEARTBEATS_TTL_SECONDS = 7 * 24 * 3600
+"""Longer than anyone leaves a dead worker unnoticed."""
 POLL_SECONDS = 0.1
 PAUSE_SECONDS = 5.0
 """How long a batch waits to be handed on before consumption is paused, which gives up what was fetched ahead."""
@@ -174,6 +175,7 @@ class _Session:
             if self._pipe.failure is None:
                 self._write_progress()
                 self._commit(asynchronous=False)
+                forget_heartbeat(self._redis, self._name)
         except (RedisError, KafkaException) as error:
             log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
         with self._lock:
@@ -417,6 +419,7 @@ class _Session:
         self._metrics.latency.observe(np.maximum(visible - taken.appended, 0))
         self._metrics.messages.inc(len(taken.values))
         self._metrics.events.inc(work.events)
+        self._pipe.events += work.events
         self._metrics.batch.set(len(taken.values))
         if unkeyed := sum(message.key() is None for message in taken.messages):
             self._metrics.unkeyed.inc(unkeyed)
@@ -499,12 +502,11 @@ class _Session:
 
     def _heartbeat(self) -> None:
         with self._lock:
-            applied = {str(number): position.applied for number, position in self._positions.items()}
-            lag = {str(number): position.lag for number, position in self._positions.items()}
+            lags = [position.lag for position in self._positions.values()]
             sources = [position.source for position in self._positions.values()]
-        value = {"at": now_ms(), "topic": self._topic.name, "applied": applied, "lag": lag}
-        ttl = int(20 * self._settings.stream.heartbeat_seconds) + 1
-        self._redis.set(HEARTBEAT_KEY + self._name, orjson.dumps(value), ex=ttl)
+        beat = Heartbeat(self._name, now_ms(), sum(lags) if lags else -1, self._pipe.events)
+        write_heartbeat(self._redis, beat)
+        self._redis.expire(HEARTBEATS_KEY, HEARTBEATS_TTL_SECONDS)
         announce_sources(self._redis, sources, self._settings, now_ms())
 
     # -- now and then -----------------------------------------------------------------------------------------------
