@@ -27,23 +27,22 @@ WORKER_SECONDS = 60.0
 @contextmanager
 def speed_layer(settings: Settings) -> Iterator[str]:
     """Run a broker and a worker of the speed layer while the block runs and yield the broker's address."""
+    from recsys_core.heartbeat import HEARTBEATS_KEY
     from recsys_core.redis_client import client
 
     home = settings.home.absolute()
     with broker_server(settings) as brokers, client(settings.redis) as redis:
         environment = {HOME_VARIABLE: str(home), "RECSYS_KAFKA__BOOTSTRAP_SERVERS": brokers}
-        for old in redis.scan_iter(match="stream:heartbeat:*"):
-            redis.delete(old)
+        redis.delete(HEARTBEATS_KEY)
         with running("stream", home, [*RECSYS, "stream"], environment) as check:
             wait_until(lambda: _has_partitions(redis), "the speed layer", WORKER_SECONDS, check)
             yield brokers
 
 
 def _has_partitions(redis: Any) -> bool:
-    import orjson
+    from recsys_core.heartbeat import read_heartbeats
 
-    beats = [redis.get(key) for key in redis.scan_iter(match="stream:heartbeat:*")]
-    return any(beat and orjson.loads(beat)["applied"] for beat in beats)
+    return any(beat.lag >= 0 for beat in read_heartbeats(redis))
 
 
 def click_live(address: str, settings: Settings, console: Console) -> None:
@@ -104,10 +103,12 @@ def _click(brokers: str, settings: Settings, redis: Any, user: str, items: Seque
     from confluent_kafka import Producer
 
     from recsys_core.events import now_ms
+    from recsys_core.kafka_config import client_config
     from recsys_core.online import read_records
     from streaming.producer import encode
 
-    producer = Producer({"bootstrap.servers": brokers, "linger.ms": 0})
+    kafka = settings.kafka.model_copy(update={"bootstrap_servers": brokers})
+    producer = Producer(client_config(kafka, linger_ms=0))
     producer.list_topics(settings.kafka.topic, timeout=10)
     for at, item in enumerate(items):
         now = now_ms()

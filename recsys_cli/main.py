@@ -223,7 +223,7 @@ def simulate(
             from streaming.producer import produce
 
             hours = track(made.batches(), "producing hours", 24 * days)
-            produce((hour.events for hour in hours), settings.kafka.bootstrap_servers, settings.kafka.topic, rate)
+            produce((hour.events for hour in hours), settings.kafka, rate)
         else:
             made.write_landing(Landing(lake))
         made.write_truth(settings.home / "truth")

@@ -2,7 +2,7 @@
 
     trend:{<source>}:<bucket>   hash: item id -> Σ weight × 1000 of the events of one Kafka partition in one bucket of event
                                 time; the empty field is the fence, the last offset applied
-    trend:sources               hash: source -> JSON [seen at (ms), bucket length (ms)]
+    trend:sources               hash: source -> JSON [seen at, bucket length, how long buckets are kept] (ms)
 
 Each partition writes hashes of its own and changes them together with their fence, so a batch that comes again changes
 nothing; counts are whole numbers, so their sum does not depend on an order. A category's trend is that of its items:
@@ -174,15 +174,15 @@ def announce_sources(redis: Any, sources: Sequence[str], settings: Settings, now
     if not sources:
         return
     keep_ms = (settings.stream.trend_hours + 1) * HOUR_MS
-    value = orjson.dumps([now_ms, settings.stream.bucket_minutes * MINUTE_MS])
-    gone = [name for name, (seen, _) in _sources(redis.hgetall(SOURCES_KEY)).items() if seen < now_ms - keep_ms]
+    value = orjson.dumps([now_ms, settings.stream.bucket_minutes * MINUTE_MS, keep_ms])
+    gone = [name for name, (seen, _, _) in _sources(redis.hgetall(SOURCES_KEY)).items() if seen < now_ms - keep_ms]
     if gone:
         redis.hdel(SOURCES_KEY, *gone)
     redis.hset(SOURCES_KEY, mapping=dict.fromkeys(sources, value))
     redis.pexpire(SOURCES_KEY, keep_ms)
 
 
-def _sources(values: Mapping[bytes, bytes]) -> dict[str, tuple[int, int]]:
+def _sources(values: Mapping[bytes, bytes]) -> dict[str, tuple[int, int, int]]:
     return {name.decode(): tuple(orjson.loads(value)) for name, value in values.items()}
 
 
@@ -232,12 +232,12 @@ class LiveTrendReader:
             pipeline.hgetall(key)
         return self._score(wanted, stale, await pipeline.execute() if stale else [], now_ms)
 
-    def _wanted(self, sources: Mapping[str, tuple[int, int]], now_ms: int) -> tuple[dict[str, float], list[str]]:
+    def _wanted(self, sources: Mapping[str, tuple[int, int, int]], now_ms: int) -> tuple[dict[str, float], list[str]]:
         """The buckets that count with the time (ms) of their middle, and those of them that have to be read."""
         reach = int(KEPT_HALF_LIVES * self._half_lives.max())
         wanted, stale = {}, []
-        for source, (_, length) in sources.items():
-            for bucket in range((now_ms - reach) // length, now_ms // length + 1):
+        for source, (_, length, kept_ms) in sources.items():
+            for bucket in range((now_ms - min(reach, kept_ms)) // length, now_ms // length + 1):
                 key = bucket_key(source, bucket)
                 wanted[key] = (bucket + 0.5) * length
                 read_at = self._known[key][0] if key in self._known else -1

@@ -37,7 +37,7 @@ STREAM_STATE = "<dddd"
 
 MERGE_LUA = """
 local function inside(list)
-  if list and string.find(list, '^%[%[.*%]%]$') then return string.sub(list, 2, -2) end
+  if list and string.sub(list, 1, 2) == '[[' and string.sub(list, -2) == ']]' then return string.sub(list, 2, -2) end
   return ''
 end
 local function entries(inside)

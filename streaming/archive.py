@@ -2,8 +2,8 @@
 
 A file ends before an offset that is a multiple of `archive_rows`, and before a message whose broker time lies in a
 later interval of `archive_seconds`. Messages carry both, so any worker that starts at a border makes the same files. A
-file is also ended when its interval is over and nothing came since: a later message has a later time then, and would
-have ended it as well. What the landing zone holds already is not written again.
+file is also ended when its interval is over and the partition ends with it: a later message has a later time then, and
+would have ended it as well. What the landing zone holds already is not written again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -143,12 +143,17 @@ class Archive:
                 self._close(found, self._before(found, int(offset[end])))
             at = end
 
-    def tick(self, now_ms: int) -> None:
-        """End the files whose interval is over."""
-        for found in list(self._open.values()):
+    def tick(self, now_ms: int, end_of: Callable[[int], int]) -> None:
+        """End the files whose interval is over when nothing came after what they hold.
+
+        `end_of` asks the brokers for the end of a partition, now: a worker that was frozen, and does not know yet that
+        others went on, would end its file in the middle of an interval.
+        """
+        for partition, found in list(self._open.items()):
             if found.interval is None or found.next == found.held.first:
                 continue
-            if now_ms > (found.interval + 1) * self._interval_ms + GRACE_MS:
+            over = now_ms > (found.interval + 1) * self._interval_ms + GRACE_MS
+            if over and end_of(partition) == found.next:
                 self._close(found, found.next)
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ import pyarrow as pa
 from confluent_kafka import KafkaError, Message, Producer
 
 from recsys_core.events import SCHEMA_VERSION, USER_ID
+from recsys_core.kafka_config import client_config
+from recsys_core.settings import KafkaSettings
 
 DELIVERY_SECONDS = 30
 QUEUE_MESSAGES = 100_000
@@ -35,9 +37,7 @@ def encode(event: dict[str, object]) -> bytes:
     return orjson.dumps({"v": SCHEMA_VERSION, **{name: value for name, value in event.items() if value is not None}})
 
 
-def produce(
-    batches: Iterable[pa.RecordBatch | pa.Table], bootstrap_servers: str, topic: str, rate: float | None = None
-) -> Produced:
+def produce(batches: Iterable[pa.RecordBatch | pa.Table], settings: KafkaSettings, rate: float | None = None) -> Produced:
     """Send all rows of `batches` (EVENT_SCHEMA), at most `rate` a second, and wait until the broker has them.
 
     At most QUEUE_MESSAGES wait for the broker; beyond that the call waits. Raises DeliveryError when an event was not
@@ -49,31 +49,29 @@ def produce(
         if error is not None:
             errors.append(error)
 
-    producer = Producer(
-        {
-            "bootstrap.servers": bootstrap_servers,
-            "enable.idempotence": True,
-            "linger.ms": 5,
-            "message.timeout.ms": DELIVERY_SECONDS * 1000,
-            "queue.buffering.max.messages": QUEUE_MESSAGES,
-            "delivery.report.only.error": True,
-            "on_delivery": delivered,
-        }
+    conf = client_config(
+        settings,
+        enable_idempotence=True,
+        linger_ms=5,
+        message_timeout_ms=DELIVERY_SECONDS * 1000,
+        queue_buffering_max_messages=QUEUE_MESSAGES,
+        delivery_report_only_error=True,
     )
+    producer = Producer({**conf, "on_delivery": delivered})
     started = time.perf_counter()
     count = 0
     for rows in _slices(batches, rate):
         for event in rows.to_pylist():
-            _send(producer, topic, event)
+            _send(producer, settings.topic, event)
         count += rows.num_rows
         producer.poll(0)
-        _check(errors, topic, bootstrap_servers)
+        _check(errors, settings)
         if rate:
             _wait_until(producer, started + count / rate)
     left = producer.flush(DELIVERY_SECONDS + 5)
-    _check(errors, topic, bootstrap_servers)
+    _check(errors, settings)
     if left:
-        raise DeliveryError(f"{left} of {count} events were not delivered to {topic} at {bootstrap_servers}")
+        raise DeliveryError(f"{left} of {count} events were not delivered to {settings.topic} at {settings.bootstrap_servers}")
     return Produced(count, time.perf_counter() - started)
 
 
@@ -101,6 +99,8 @@ def _wait_until(producer: Producer, moment: float) -> None:
         producer.poll(left)
 
 
-def _check(errors: list[KafkaError], topic: str, bootstrap_servers: str) -> None:
+def _check(errors: list[KafkaError], settings: KafkaSettings) -> None:
     if errors:
-        raise DeliveryError(f"{topic} at {bootstrap_servers}: {errors[0].str()} ({len(errors)} events so far)")
+        raise DeliveryError(
+            f"{settings.topic} at {settings.bootstrap_servers}: {errors[0].str()} ({len(errors)} events so far)"
+        )

@@ -18,35 +18,36 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import orjson
-import pyarrow as pa
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
 from redis.exceptions import RedisError
 
 from recsys_core.events import now_ms
+from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, forget_heartbeat, write_heartbeat
 from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
-from recsys_core.landing import ARCHIVE_SCHEMA, Landing
+from recsys_core.landing import Landing
 from recsys_core.live import Batch
 from recsys_core.live_trends import announce_sources
-from recsys_core.redis_client import client
 from recsys_core.settings import Settings
-from streaming.archive import Archive, Messages, Rejected
+from streaming.archive import Archive
+from streaming.batches import Pipeline, Position, Taken, Work, by_partition
+from streaming.connections import REDIS_SECONDS, consumer_config, redis_for_writes
 from streaming.dead_letters import DeadLetter, DeadLetterQueue
-from streaming.decode import Decoded, decode
+from streaming.decode import decode
 from streaming.metrics import StreamMetrics
 from streaming.progress import StateLost, advance, check_kept, read_positions
-from streaming.sink import Prepared, RedisSink
+from streaming.sink import RedisSink
 from streaming.topics import Topic, find_topic, is_embedded
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_KEY = "stream:heartbeat:"
+HEARTBEATS_TTL_SECONDS = 7 * 24 * 3600
+"""Longer than anyone leaves a dead worker unnoticed."""
 POLL_SECONDS = 0.1
 PAUSE_SECONDS = 5.0
 """How long a batch waits to be handed on before consumption is paused, which gives up what was fetched ahead."""
@@ -54,74 +55,17 @@ COMMIT_SECONDS = 1.0
 TOPIC_SECONDS = 1.0
 """How often the topic's identity is looked at."""
 DRAIN_SECONDS = 10.0
+TICK_SECONDS = 0.5
+END_SECONDS = 2.0
+"""Deadline of asking for the end of a partition."""
 RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 5.0
-REDIS_SECONDS = 30.0
 SWITCH_SECONDS = 0.001
 """The interpreter's switch interval: with the default of 5 ms a batch waits that long for a thread that computes."""
 
 
 class StartOver(Exception):
     """What the worker knew of the topic no longer holds; it starts from what Redis and the archive hold."""
-
-
-@dataclass
-class Position:
-    """Where a partition is.
-
-    Attributes:
-        source: its name in Redis: the topic's identity and the partition.
-        epoch: consumption that was taken before this assignment has a lower one.
-        redis_from: offset from which events are applied to Redis; those before it had been.
-        seen: the next offset to be taken from Kafka.
-        applied: before it everything is in Redis.
-        persisted: `applied` as Redis itself knows it.
-        committed: what the group knows.
-    """
-
-    source: str
-    epoch: int
-    redis_from: int
-    seen: int
-    applied: int
-    persisted: int
-    committed: int = -1
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Messages as they came."""
-
-    epoch: int
-    messages: list[Message]
-    values: list[bytes | None]
-    partition: np.ndarray
-    offset: np.ndarray
-    appended: np.ndarray
-
-
-@dataclass(frozen=True)
-class Work:
-    """A batch ready to be written."""
-
-    taken: Taken
-    prepared: Prepared | None
-    archive: dict[int, Messages]
-    letters: list[DeadLetter]
-    positions: dict[int, Position]
-    events: int
-
-
-@dataclass
-class _Pipeline:
-    """What goes from thread to thread."""
-
-    taken: queue.Queue[Taken] = field(default_factory=lambda: queue.Queue(1))
-    work: queue.Queue[Work] = field(default_factory=lambda: queue.Queue(1))
-    offered: int = 0
-    finished: int = 0
-    failure: BaseException | None = None
-    stopping: threading.Event = field(default_factory=threading.Event)
 
 
 class Worker:
@@ -192,11 +136,11 @@ class _Session:
         self._positions: dict[int, Position] = {}
         self._lock = threading.Lock()
         self._epoch = 0
-        self._pipe = _Pipeline()
+        self._pipe = Pipeline()
         self._held: list[Message] = []
         self._paused = False
         self._asked: Any = None
-        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0}
+        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "archive": 0.0}
         self._consumer = Consumer(consumer_config(settings, is_embedded(self._admin)), logger=log)
         self._threads = [
             threading.Thread(target=self._guarded, args=(step,), name=step.__name__, daemon=True)
@@ -231,6 +175,7 @@ class _Session:
             if self._pipe.failure is None:
                 self._write_progress()
                 self._commit(asynchronous=False)
+                forget_heartbeat(self._redis, self._name)
         except (RedisError, KafkaException) as error:
             log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
         with self._lock:
@@ -474,6 +419,7 @@ class _Session:
         self._metrics.latency.observe(np.maximum(visible - taken.appended, 0))
         self._metrics.messages.inc(len(taken.values))
         self._metrics.events.inc(work.events)
+        self._pipe.events += work.events
         self._metrics.batch.set(len(taken.values))
         if unkeyed := sum(message.key() is None for message in taken.messages):
             self._metrics.unkeyed.inc(unkeyed)
@@ -519,8 +465,9 @@ class _Session:
     def _write_now_and_then(self) -> None:
         """Positions, files whose time is over, and the heartbeat."""
         now = time.monotonic()
-        if self._archive is not None:
-            self._archive.tick(now_ms())
+        if self._archive is not None and now >= self._due["archive"]:
+            self._due["archive"] = now + TICK_SECONDS
+            self._archive.tick(now_ms(), self._end_of)
             self._metrics.archive_files.set(self._archive.files)
         try:
             if now >= self._due["progress"]:
@@ -531,6 +478,15 @@ class _Session:
                 self._heartbeat()
         except RedisError as error:
             log.warning("Redis does not take the worker's progress: %s", error)
+
+    def _end_of(self, number: int) -> int:
+        """End of a partition by the brokers, now; -1 while they do not answer."""
+        try:
+            place = TopicPartition(self._topic.name, number)
+            return int(self._consumer.get_watermark_offsets(place, timeout=END_SECONDS)[1])
+        except KafkaException as error:
+            log.info("the brokers do not answer: %s", error.args[0].str())
+            return -1
 
     def _write_progress(self) -> None:
         with self._lock:
@@ -546,12 +502,11 @@ class _Session:
 
     def _heartbeat(self) -> None:
         with self._lock:
-            applied = {str(number): position.applied for number, position in self._positions.items()}
+            lags = [position.lag for position in self._positions.values()]
             sources = [position.source for position in self._positions.values()]
-        lag = {number: int(self._metrics.lag.labels(number)._value.get()) for number in applied}
-        value = {"at": now_ms(), "topic": self._topic.name, "applied": applied, "lag": lag}
-        ttl = int(20 * self._settings.stream.heartbeat_seconds) + 1
-        self._redis.set(HEARTBEAT_KEY + self._name, orjson.dumps(value), ex=ttl)
+        beat = Heartbeat(self._name, now_ms(), sum(lags) if lags else -1, self._pipe.events)
+        write_heartbeat(self._redis, beat)
+        self._redis.expire(HEARTBEATS_KEY, HEARTBEATS_TTL_SECONDS)
         announce_sources(self._redis, sources, self._settings, now_ms())
 
     # -- now and then -----------------------------------------------------------------------------------------------
@@ -597,11 +552,11 @@ class _Session:
 
     def _measure_lag(self) -> None:
         with self._lock:
-            applied = {number: position.applied for number, position in self._positions.items()}
-        for number, offset in applied.items():
-            _, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic.name, number), cached=True)
-            if high >= 0:
-                self._metrics.lag.labels(str(number)).set(max(0, high - offset))
+            for number, position in self._positions.items():
+                _, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic.name, number), cached=True)
+                if high >= 0:
+                    position.lag = max(0, high - position.applied)
+                    self._metrics.lag.labels(str(number)).set(position.lag)
 
 
 def _pauses() -> Iterator[float]:
@@ -613,8 +568,6 @@ def _pauses() -> Iterator[float]:
 
 
 def _ask_in_background(admin: AdminClient, name: str) -> Any:
-    from concurrent.futures import Future
-
     answer: Future[Topic | None] = Future()
 
     def ask() -> None:
@@ -625,58 +578,3 @@ def _ask_in_background(admin: AdminClient, name: str) -> Any:
 
     threading.Thread(target=ask, name="topic", daemon=True).start()
     return answer
-
-
-def by_partition(taken: Taken, decoded: Decoded, batch: Batch) -> dict[int, Messages]:
-    """The messages of a batch for the archive, a partition at a time."""
-    order = np.argsort(batch.partition, kind="stable")
-    events = batch.events.append_column(ARCHIVE_SCHEMA.field("offset"), pa.array(batch.offset))
-    if (order[1:] < order[:-1]).any():
-        events = events.take(pa.array(order))
-    sorted_partition = batch.partition[order]
-    refused: dict[int, list[Rejected]] = {}
-    for row, reason in decoded.rejected:
-        number = int(taken.partition[row])
-        refused.setdefault(number, []).append(Rejected(number, int(taken.offset[row]), reason, taken.values[row] or b""))
-    found = {}
-    for number in np.unique(taken.partition).tolist():
-        own = taken.partition == number
-        start, end = np.searchsorted(sorted_partition, [number, number + 1])
-        some = events.slice(int(start), int(end - start))
-        found[number] = Messages(taken.offset[own], taken.appended[own], some, refused.get(number, ()))
-    return found
-
-
-def redis_for_writes(settings: Settings) -> Any:
-    """A client that shows every lost connection, since what is behind the next one may be another Redis."""
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    return client(settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=REDIS_SECONDS)
-
-
-def consumer_config(settings: Settings, embedded: bool) -> dict[str, Any]:
-    """librdkafka properties of a worker's consumer. The embedded broker answers a fetch only when its wait is over."""
-    stream = settings.stream
-    session_ms = int(stream.session_timeout_seconds * 1000)
-    kilobytes = stream.batch_megabytes * 1024
-    member = {"group.instance.id": stream.instance_id} if stream.instance_id else {}
-    return {
-        **client_config(
-            settings.kafka,
-            group_id=stream.group,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            partition_assignment_strategy="cooperative-sticky",
-            session_timeout_ms=session_ms,
-            heartbeat_interval_ms=max(100, session_ms // 10),
-            fetch_message_max_bytes=4 << 20,
-            queued_max_messages_kbytes=kilobytes,
-            queued_min_messages=2 * stream.batch_events,
-            fetch_queue_backoff_ms=5,
-            fetch_wait_max_ms=5 if embedded else 500,
-            topic_metadata_refresh_interval_ms=5_000,
-            socket_nagle_disable=True,
-        ),
-        **member,
-    }

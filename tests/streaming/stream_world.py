@@ -255,7 +255,7 @@ class World:
     def prove_landing(self, messages: list[Message], valid: list[int]) -> None:
         identity = self.identity()
         held = [r for r in self.landing.archived(self.settings.kafka.topic) if r.identity == identity]
-        assert offset_faults(held) == []
+        assert offset_faults(held) == [], [one.name for one in held]
         rows: Counter[tuple[int, int]] = Counter()
         for one in held:
             table = pq.read_table(self.landing.lake.path("landing", one.topic, f"{one.name}.parquet"))

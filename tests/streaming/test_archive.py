@@ -98,9 +98,11 @@ def test_a_file_ends_when_its_interval_is_over_and_nothing_came(tmp_path: Path) 
     archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
     archive.start(3, 0, [])
     archive.add(3, messages(0, 30))
-    archive.tick(START + 60_000)
+    archive.tick(START + 60_000, lambda _: 30)
     assert archive.durable(3) == 0
-    archive.tick(START + 60_000 + GRACE_MS + 1)
+    archive.tick(START + 60_000 + GRACE_MS + 1, lambda _: 31)
+    assert archive.durable(3) == 0
+    archive.tick(START + 60_000 + GRACE_MS + 1, lambda _: 30)
     archive._writer.shutdown(wait=True)
     assert archive.durable(3) == 30
     assert [(r.first, r.last) for r in landing.archived(TOPIC)] == [(0, 29)]

@@ -14,6 +14,7 @@ import pytest
 from confluent_kafka import Consumer, Message
 
 from recsys_core.events import EVENT_SCHEMA
+from recsys_core.settings import KafkaSettings
 from streaming import producer as producer_module
 from streaming.broker import EmbeddedBroker
 from streaming.producer import DeliveryError, produce
@@ -33,6 +34,10 @@ def events(count: int, users: int = 3) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=EVENT_SCHEMA)
 
 
+def to(servers: str, topic: str) -> KafkaSettings:
+    return KafkaSettings(bootstrap_servers=servers, topic=topic)
+
+
 def consume(servers: str, topic: str, count: int) -> list[Message]:
     consumer = Consumer({"bootstrap.servers": servers, "group.id": "test", "auto.offset.reset": "earliest"})
     consumer.subscribe([topic])
@@ -46,7 +51,7 @@ def consume(servers: str, topic: str, count: int) -> list[Message]:
 
 
 def test_an_event_is_json_with_its_version_keyed_by_its_user(broker: EmbeddedBroker) -> None:
-    produce([events(1)], broker.bootstrap_servers, "one")
+    produce([events(1)], to(broker.bootstrap_servers, "one"))
     [message] = consume(broker.bootstrap_servers, "one", 1)
     assert message.key() == b"u0"
     assert orjson.loads(message.value() or b"") == {
@@ -61,7 +66,7 @@ def test_an_event_is_json_with_its_version_keyed_by_its_user(broker: EmbeddedBro
 
 def test_all_rows_arrive_and_those_of_one_user_in_order(broker: EmbeddedBroker) -> None:
     table = events(5000, users=50)
-    done = produce([table.slice(0, 2000), *table.slice(2000).to_batches()], broker.bootstrap_servers, "many")
+    done = produce([table.slice(0, 2000), *table.slice(2000).to_batches()], to(broker.bootstrap_servers, "many"))
     assert done.count == 5000
     of_user: dict[bytes, list[int]] = {}
     for message in consume(broker.bootstrap_servers, "many", 5000):
@@ -71,20 +76,20 @@ def test_all_rows_arrive_and_those_of_one_user_in_order(broker: EmbeddedBroker) 
 
 
 def test_a_set_rate_is_kept(broker: EmbeddedBroker) -> None:
-    done = produce([events(200)], broker.bootstrap_servers, "slow", rate=200)
+    done = produce([events(200)], to(broker.bootstrap_servers, "slow"), rate=200)
     assert 0.95 <= done.seconds < 2.5
 
 
 def test_a_full_queue_waits_instead_of_failing(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer_module, "QUEUE_MESSAGES", 10)
-    assert produce([events(500)], broker.bootstrap_servers, "narrow").count == 500
+    assert produce([events(500)], to(broker.bootstrap_servers, "narrow")).count == 500
     assert len(consume(broker.bootstrap_servers, "narrow", 500)) == 500
 
 
 def test_an_unreachable_broker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer_module, "DELIVERY_SECONDS", 1)
     with pytest.raises(DeliveryError, match=r"nowhere at 127\.0\.0\.1:1: "):
-        produce([events(3)], "127.0.0.1:1", "nowhere")
+        produce([events(3)], to("127.0.0.1:1", "nowhere"))
 
 
 OTHER_PROCESS = """
@@ -105,7 +110,7 @@ assert producer.flush(10) == 0
 def test_another_process_finds_the_broker_by_its_address_file(broker: EmbeddedBroker) -> None:
     assert broker.address_file is not None
     assert broker.address_file.read_text() == broker.bootstrap_servers
-    produce([events(1)], broker.bootstrap_servers, "there")
+    produce([events(1)], to(broker.bootstrap_servers, "there"))
     other = subprocess.run(
         [sys.executable, "-c", OTHER_PROCESS, str(broker.address_file)], capture_output=True, text=True, timeout=60, check=True
     )
@@ -131,7 +136,7 @@ def test_run_broker_announces_its_address_and_ends_on_sigterm() -> None:
     try:
         assert running.stdout is not None
         address = running.stdout.readline().strip()
-        assert produce([events(10)], address, "run").count == 10
+        assert produce([events(10)], to(address, "run")).count == 10
         running.terminate()
         assert running.wait(20) == 0
     finally:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import orjson
 import pytest
 import redis
 from confluent_kafka import Consumer, TopicPartition
@@ -17,6 +16,7 @@ from stream_world import SECONDS, World, wait_for
 
 from recsys_cli.processes import free_port
 from recsys_cli.stack import redis_server
+from recsys_core.heartbeat import HEARTBEATS_KEY, read_heartbeats
 from recsys_core.kafka_config import client_config
 from recsys_core.online import read_records
 from recsys_core.settings import Settings
@@ -25,7 +25,7 @@ from streaming import worker as worker_module
 from streaming.broker import EmbeddedBroker
 from streaming.producer import produce
 from streaming.topics import find_topic, is_embedded
-from streaming.worker import HEARTBEAT_KEY, Worker
+from streaming.worker import Worker
 
 
 @contextmanager
@@ -70,11 +70,11 @@ def test_metrics_heartbeat_and_committed_offsets_follow(world: Callable[..., Wor
         one.settle()
         ends = one.ends()
 
-        def beat() -> dict[str, int]:
-            value = one.redis.get(HEARTBEAT_KEY + "here")
-            return dict(orjson.loads(value)["applied"]) if value else {}
+        def beats() -> list[tuple[str, int, int]]:
+            return [(b.worker, b.lag, b.events) for b in read_heartbeats(one.redis) if b.worker == "here"]
 
-        wait_for("the heartbeat says so", lambda: beat() == {str(p): end for p, end in ends.items()})
+        wait_for("the heartbeat says so", lambda: beats() == [("here", 0, 900)])
+        assert one.redis.ttl(HEARTBEATS_KEY) > 0
         watcher = Consumer(client_config(one.settings.kafka, group_id=one.settings.stream.group))
         places = [TopicPartition(one.settings.kafka.topic, p) for p in ends]
         wait_for("the group knows", lambda: {p.partition: p.offset for p in watcher.committed(places, timeout=9)} == ends)
@@ -85,7 +85,7 @@ def test_metrics_heartbeat_and_committed_offsets_follow(world: Callable[..., Wor
     assert "recsys_stream_events_total 900.0" in text
     assert 'recsys_stream_dead_letters_total{reason="not JSON"} 1.0' in text
     assert 'recsys_stream_visible_seconds_bucket{le="+Inf"} 901.0' in text
-    assert one.redis.ttl(HEARTBEAT_KEY + "here") > 0
+    assert not any(beat.worker == "here" for beat in read_heartbeats(one.redis))
 
 
 def test_a_worker_that_starts_again_repeats_nothing(world: Callable[..., World]) -> None:
@@ -109,6 +109,6 @@ def test_the_embedded_broker_will_do_for_trying_out(tmp_path: Path, redis_url: s
         admin = AdminClient(client_config(settings.kafka))
         assert is_embedded(admin)
         assert find_topic(admin, settings.kafka.topic) == find_topic(admin, settings.kafka.topic)
-        produce([events(50)], broker.bootstrap_servers, settings.kafka.topic)
+        produce([events(50)], settings.kafka)
         with in_this_process(settings):
             wait_for("the events are there", lambda: len(read_records(store, ["u0"])[0].last) == 5)

@@ -1,0 +1,100 @@
+"""What goes from thread to thread of a worker: messages as they came, and batches ready to be written."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from confluent_kafka import Message
+
+from recsys_core.landing import ARCHIVE_SCHEMA, OFFSET
+from recsys_core.live import Batch
+from streaming.archive import Messages, Rejected
+from streaming.dead_letters import DeadLetter
+from streaming.decode import Decoded
+from streaming.sink import Prepared
+
+
+@dataclass
+class Position:
+    """Where a partition is.
+
+    Attributes:
+        source: its name in Redis: the topic's identity and the partition.
+        epoch: consumption that was taken before this assignment has a lower one.
+        redis_from: offset from which events are applied to Redis; those before it had been.
+        seen: the next offset to be taken from Kafka.
+        applied: before it everything is in Redis.
+        persisted: `applied` as Redis itself knows it.
+        committed: what the group knows.
+        lag: messages between `applied` and the end of the partition.
+    """
+
+    source: str
+    epoch: int
+    redis_from: int
+    seen: int
+    applied: int
+    persisted: int
+    committed: int = -1
+    lag: int = 0
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Messages as they came."""
+
+    epoch: int
+    messages: list[Message]
+    values: list[bytes | None]
+    partition: np.ndarray
+    offset: np.ndarray
+    appended: np.ndarray
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch ready to be written."""
+
+    taken: Taken
+    prepared: Prepared | None
+    archive: dict[int, Messages]
+    letters: list[DeadLetter]
+    positions: dict[int, Position]
+    events: int
+
+
+@dataclass
+class Pipeline:
+    """What goes from thread to thread."""
+
+    taken: queue.Queue[Taken] = field(default_factory=lambda: queue.Queue(1))
+    work: queue.Queue[Work] = field(default_factory=lambda: queue.Queue(1))
+    offered: int = 0
+    finished: int = 0
+    events: int = 0
+    failure: BaseException | None = None
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+
+def by_partition(taken: Taken, decoded: Decoded, batch: Batch) -> dict[int, Messages]:
+    """The messages of a batch for the archive, a partition at a time."""
+    order = np.argsort(batch.partition, kind="stable")
+    events = batch.events.append_column(ARCHIVE_SCHEMA.field(OFFSET), pa.array(batch.offset))
+    if (order[1:] < order[:-1]).any():
+        events = events.take(pa.array(order))
+    sorted_partition = batch.partition[order]
+    refused: dict[int, list[Rejected]] = {}
+    for row, reason in decoded.rejected:
+        number = int(taken.partition[row])
+        refused.setdefault(number, []).append(Rejected(number, int(taken.offset[row]), reason, taken.values[row] or b""))
+    found = {}
+    for number in np.unique(taken.partition).tolist():
+        own = taken.partition == number
+        start, end = np.searchsorted(sorted_partition, [number, number + 1])
+        some = events.slice(int(start), int(end - start))
+        found[number] = Messages(taken.offset[own], taken.appended[own], some, refused.get(number, ()))
+    return found
