@@ -93,14 +93,16 @@ class Day:
     # -- what lands -------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        made = Simulation(SimulationConfig(users=150, items=100, days=2, events=7000, end=key_start_ms(AFTER), late_rate=0))
+        made = Simulation(
+            SimulationConfig(users=150, items=100, days=3, events=10_500, end=key_start_ms(AFTER) + DAY_MS, late_rate=0)
+        )
         made.write_catalog(self.lake)
         self.batches = {hour_key(batch.arrival_ms): batch.events for batch in made.batches()}
         late = self.batches[LATE]
         self.late = late.slice(0, 20)
         self.batches[LATE] = late.slice(20)
         for hour, events in self.batches.items():
-            if hour < f"{DAY}T01":
+            if hour < f"{DAY}T02":
                 self.landing.write_events(SOURCE, hour, events)
         self.execute("hourly", {RANGE_START: f"{BEFORE}T00", RANGE_END: f"{DAY}T00"}, ["clicks_hourly"])
         if not self.execute("nightly", {PARTITION: BEFORE}):
@@ -177,10 +179,10 @@ class Day:
     # -- the day ----------------------------------------------------------------------------------------------
 
     def live(self) -> None:
-        """Ten minutes at a time until four in the morning."""
+        """Five minutes at a time until a quarter to three in the morning."""
         self.sensors()
         self.during = ""
-        while self.now < key_start_ms(f"{AFTER}T04"):
+        while self.now < key_start_ms(f"{AFTER}T02") + 45 * MINUTE_MS:
             self.now += 5 * MINUTE_MS
             minute = self.now // MINUTE_MS % 60
             hour = hour_key(self.now - HOUR_MS)
@@ -193,7 +195,7 @@ class Day:
                 self.landing.write_events(SOURCE, BOT, self.batches[BOT])
             if f"{DAY}T10:00" <= clock(self.now) < f"{DAY}T11:10":
                 continue
-            if minute == 5 and hour < f"{AFTER}T01":
+            if minute == 5:
                 self.schedule("hourly_schedule")
             if clock(self.now)[11:] == "01:10":
                 self.schedule("nightly_schedule")
