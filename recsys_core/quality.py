@@ -8,6 +8,7 @@ bounded: what a validation costs does not depend on the size of the table.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -92,6 +93,7 @@ class Report:
 
 
 SAMPLE = 20
+SPARK_CONNECT = "pyspark.sql.connect"
 
 
 def _short(value: Any) -> str:
@@ -106,7 +108,7 @@ def validate(suite: Suite, frame: pd.DataFrame) -> Report:
     """
     if not len(frame):
         return Report(suite.claim, 0)
-    import great_expectations as gx
+    gx = _great_expectations()
     from great_expectations.expectations.registry import get_expectation_impl
 
     frame = frame.reset_index(drop=True)
@@ -149,11 +151,28 @@ def _exceptions(info: Any) -> list[Mapping[str, Any]]:
     return [info] if "raised_exception" in info else [e for e in info.values() if isinstance(e, Mapping)]
 
 
+def _great_expectations() -> Any:
+    """The package, imported without Spark Connect.
+
+    Great Expectations tries whether Spark Connect is there, and that ends a process whose main module has no file, which
+    Dagster's run processes are: it takes them for doctests.
+    """
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    hidden = SPARK_CONNECT not in sys.modules
+    if hidden:
+        sys.modules[SPARK_CONNECT] = None  # type: ignore[assignment]
+    try:
+        import great_expectations
+    finally:
+        if hidden:
+            del sys.modules[SPARK_CONNECT]
+    return great_expectations
+
+
 @cache
 def _batch_definition() -> Any:
     """Where frames are handed to Great Expectations; one a process, nothing of it is stored."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"
-    import great_expectations as gx
+    gx = _great_expectations()
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
     context = gx.get_context(mode="ephemeral")
