@@ -89,7 +89,19 @@ class Report:
     @property
     def reason(self) -> str:
         """One line that says what failed; empty when nothing did."""
+        if self.passed:
+            return ""
+        if self.sample and {"what", VALUE_COLUMN, LEAST, MOST} <= set(self.sample[0]):
+            more = f" and {len(self.sample) - 1} more" if len(self.sample) > 1 else ""
+            return _told(self.sample[0]) + more
         return "; ".join(f"{f.expectation}: {f.unexpected} of {self.rows} rows" for f in self.findings if not f.passed)
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """A measure out of its range in words."""
+    least, most = ("any" if row[side] is None or row[side] != row[side] else f"{row[side]:.4g}" for side in (LEAST, MOST))
+    beside = f" ({row['beside']})" if row.get("beside") else ""
+    return f"{row.get('hour', '')}: {row['what']} {row[VALUE_COLUMN]:.4g}, expected {least} … {most}{beside}"
 
 
 SAMPLE = 20

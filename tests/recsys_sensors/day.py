@@ -8,7 +8,7 @@ The day begins at two in the morning, after a first release was made of the day 
     hours 01 … 00   one tick each; the daemon is away from 10:00 to 11:10
     hour 04         some of its events land at 08:20
     hour 07         its run's process dies
-    hour 15         a bot's events land; they are taken back at 02:00, before the second attempt of the night
+    hour 19         a bot's events land; they are taken back at 02:00, before the second attempt of the night
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from recsys_core.simulate import Simulation, SimulationConfig
 from recsys_sensors.runs import PARTITION, RANGE_END, RANGE_START
 
 BEFORE, DAY, AFTER = "2026-01-01", "2026-01-02", "2026-01-03"
-LATE, CRASHED, BOT = f"{DAY}T04", f"{DAY}T07", f"{DAY}T15"
+LATE, CRASHED, BOT = f"{DAY}T04", f"{DAY}T07", f"{DAY}T19"
 SENSORS = ("missed_hours", "missed_nights", "late_hours", "champion_promoted", "stream_observed", "alerts")
 SOURCE = "shop"
 
@@ -94,7 +94,9 @@ class Day:
 
     def prepare(self) -> None:
         made = Simulation(
-            SimulationConfig(users=150, items=100, days=3, events=10_500, end=key_start_ms(AFTER) + DAY_MS, late_rate=0)
+            SimulationConfig(
+                users=150, items=100, days=3, events=10_500, end=key_start_ms(AFTER) + DAY_MS, late_rate=0, duplicate_rate=0
+            )
         )
         made.write_catalog(self.lake)
         self.batches = {hour_key(batch.arrival_ms): batch.events for batch in made.batches()}
