@@ -1,6 +1,6 @@
 """The README's pictures: screenshots of the web UI of a home in which the demo has been run.
 
-    python docs/make_images.py [--home .recsys/demo] [--out docs/images]
+    python docs/make_images.py [--home .recsys/demo] [--out docs/images] [--failed clicks_hourly/users_are_many]
 
 Needs playwright (the extra `dev`) and a Chromium or Chrome.
 """
@@ -86,6 +86,35 @@ def evaluation(url: str, out: Path) -> None:
         page.screenshot(path=out, clip=rectangle(0, 0, 1500, below["y"] - MARGIN if below else 1400))
 
 
+def failing_check(url: str, out: Path, asset: str = "clicks_hourly", check: str = "users_are_many") -> None:
+    """The page of a check that failed, with the rows that failed it; for a home in which it did."""
+    with open_page(1500, 1000, SECONDS) as page:
+        page.goto(f"{url}/assets/{asset}?view=checks&checkDetail={check}", wait_until="domcontentloaded")
+        page.get_by_text("failing rows").first.wait_for()
+        page.get_by_text("[Show Markdown]").first.click()
+        page.get_by_role("dialog").get_by_text("what").first.wait_for()
+        page.wait_for_timeout(SETTLED_MS)
+        page.screenshot(path=out)
+
+
+def partitions(url: str, out: Path, asset: str = "clicks_hourly") -> None:
+    """The partitions of an asset."""
+    with open_page(1500, 900, SECONDS) as page:
+        page.goto(f"{url}/assets/{asset}?view=partitions", wait_until="domcontentloaded")
+        page.get_by_text("Materialized (").first.wait_for()
+        page.wait_for_timeout(SETTLED_MS)
+        page.screenshot(path=out)
+
+
+def automation(url: str, out: Path) -> None:
+    """Schedules and sensors, and whether they run."""
+    with open_page(1500, 800, SECONDS) as page:
+        page.goto(f"{url}/automation", wait_until="domcontentloaded")
+        page.get_by_text("hourly_schedule").first.wait_for()
+        page.wait_for_timeout(2 * SETTLED_MS)
+        page.screenshot(path=out)
+
+
 def rectangle(left: float, top: float, right: float, bottom: float) -> Any:
     """What `screenshot` calls a clip."""
     return {"x": left, "y": top, "width": right - left, "height": bottom - top}
@@ -95,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the README's pictures.")
     parser.add_argument("--home", type=Path, default=Path(".recsys/demo"))
     parser.add_argument("--out", type=Path, default=PROJECT / "docs" / "images")
+    parser.add_argument("--failed", help="ASSET/CHECK of a check that failed in that home, for a picture of it")
     options = parser.parse_args()
     if not (options.home / "releases" / "champion.json").is_file():
         sys.exit(f"{options.home} holds no release: run `make demo` first")
@@ -104,6 +134,10 @@ def main() -> None:
     with web_ui(options.home.absolute()) as url:
         graph(url, options.out / "graph.png")
         evaluation(url, options.out / "evaluation.png")
+        partitions(url, options.out / "partitions.png")
+        automation(url, options.out / "automation.png")
+        if options.failed:
+            failing_check(url, options.out / "check.png", *options.failed.split("/"))
 
 
 if __name__ == "__main__":

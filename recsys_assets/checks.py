@@ -99,6 +99,8 @@ def _landing(platform: Platform, partitions: Sequence[str]) -> dict[str, Report]
 
 def _clicks(platform: Platform, hours: Sequence[str]) -> dict[str, Report]:
     settings = platform.settings
+    # Older hours reach no model; those that a day's window needs are judged by `window_is_sound`.
+    hours = sorted(hours)[-24 * settings.interactions.window_days :]
     found = judge(Profiles(platform.lake, settings.quality), hours)
     rows = quality.sample_of(platform.lake, CLICKS_HOURLY, hours, settings.quality.sample_rows)
     return {**found, "rows_are_whole_events": validate(quality.clicks_suite(settings.events), rows)}

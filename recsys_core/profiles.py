@@ -1,9 +1,9 @@
 """What an hour of clicks looks like, what is usual for it, and whether it may be learned from.
 
-A profile of an hour is a handful of counts, kept in the lake table `clicks_profile` beside the verdict on the hour, so
-that holding an hour against its past reads a few small files and no clicks. Usual is what the same hour of past weeks
-had, else the same hour of past days, else the hours just before; only hours that were found sound (or that a person
-accepted) count as a past. The model day reads the verdicts of its whole window.
+A profile of an hour is a handful of counts, kept in the lake table `clicks_profile` (a partition a day) beside the verdict
+on the hour, so that holding an hour against its past reads a few small files and no clicks. Usual is what the same hour of
+past weeks had, else the same hour of past days, else the hours just before; only hours that were found sound (or that a
+person accepted) count as a past. The model day reads the verdicts of its whole window.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ class Profiles:
         self._parts: dict[str, Partition | None] = {}
         self._stored: dict[str, Verdict | None] = {}
         self._sums: dict[int, Profile | None] = {}
+        self._contents: dict[str, np.ndarray] = {}
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -128,13 +129,19 @@ class Profiles:
         if not new:
             return
         parts = self.lake.find_all(CLICKS_HOURLY, new)
-        stored = self.lake.find_all(CLICKS_PROFILE, new)
+        stored = self._read_days({hour[:10] for hour in new})
         for hour in new:
             part, kept = parts.get(hour), stored.get(hour)
             self._parts[hour] = part
-            self._stored[hour] = None
-            if part and kept and kept.data_version and kept.extra["profile"]["data_version"] == part.data_version:
-                self._stored[hour] = Verdict(**{**kept.extra, "profile": Profile(**kept.extra["profile"])})
+            same = part is not None and kept is not None and kept["profile"]["data_version"] == part.data_version
+            self._stored[hour] = Verdict(**{**kept, "profile": Profile(**kept["profile"])}) if same and kept else None
+
+    def _read_days(self, days: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What is kept of the hours of some days."""
+        found: dict[str, dict[str, Any]] = {}
+        for part in self.lake.find_all(CLICKS_PROFILE, sorted(days)).values():
+            found |= part.extra["hours"]
+        return found
 
     def events(self, hour: str) -> int | None:
         """Rows of the hour, None when it was never made."""
@@ -166,18 +173,31 @@ class Profiles:
             self._sums[start] = _summed([v.profile if v and v.sound else None for v in verdicts])
         return self._sums[start]
 
-    def store(self, verdict: Verdict) -> None:
-        """Keep a verdict beside its profile."""
-        extra = asdict(verdict)
-        self.lake.write_blobs(CLICKS_PROFILE, verdict.profile.hour, {}, verdict.profile.events, extra)
+    def hold(self, verdict: Verdict) -> None:
+        """Use a verdict from now on, before it is stored."""
         self._stored[verdict.profile.hour] = verdict
+
+    def store(self, verdicts: Iterable[Verdict]) -> None:
+        """Keep verdicts beside their profiles, a small file a day.
+
+        Two runs that judge hours of one day at once may lose a verdict; it is then made again when it is asked for.
+        """
+        by_day: dict[str, dict[str, Verdict]] = {}
+        for verdict in verdicts:
+            self._stored[verdict.profile.hour] = verdict
+            by_day.setdefault(verdict.profile.hour[:10], {})[verdict.profile.hour] = verdict
+        for day, of_day in by_day.items():
+            kept = self._read_days([day]) | {hour: asdict(verdict) for hour, verdict in of_day.items()}
+            self.lake.write_blobs(CLICKS_PROFILE, day, {}, len(kept), {"hours": dict(sorted(kept.items()))})
 
     def _measure(self, part: Partition) -> Profile:
         rows = _sample_of_users(self.lake, part, self.settings.sample_rows)
         if rows is None or not rows.num_rows:
             return Profile(part.key, part.data_version, part.rows)
         per_user = pc.value_counts(rows[USER_ID]).field("counts").to_numpy()
-        content = _hashes(rows, 0)
+        content = self._contents[part.key] = _hashes(rows, 0)
+        if len(self._contents) > DAY_HOURS + 1:
+            self._contents.pop(next(iter(self._contents)))
         tops = self.catalogue.tops_of(rows[ITEM_ID]) if len(self.catalogue.items) else None
         values = rows[VALUE].drop_null().to_numpy() if VALUE in rows.column_names else np.zeros(0)
         return Profile(
@@ -190,7 +210,7 @@ class Profiles:
             repeated_ids=rows.num_rows - pc.count_distinct(rows[EVENT_ID]).as_py() if EVENT_ID in rows.column_names else 0,
             outside=int(np.count_nonzero(rows[TS].to_numpy() // HOUR_MS != key_start_ms(part.key) // HOUR_MS)),
             repeated=rows.num_rows - len(np.unique(content)),
-            copied=self._copied(part, rows),
+            copied=self._copied(part, content, rows),
             unknown_items=int(tops.null_count) if tops is not None else -1,
             priced=len(values),
             price=float(np.median(values)) if len(values) else 0.0,
@@ -198,7 +218,7 @@ class Profiles:
             categories=_counts(tops.filter(pc.greater(pc.binary_length(tops), 0))) if tops is not None else {},
         )
 
-    def _copied(self, part: Partition, rows: pa.Table) -> int:
+    def _copied(self, part: Partition, content: np.ndarray, rows: pa.Table) -> int:
         """Rows that the hour of the day before has, a day earlier to the millisecond."""
         earlier = hour_key(key_start_ms(part.key) - DAY_MS)
         self.load([earlier])
@@ -206,8 +226,11 @@ class Profiles:
         if before is None or not before.rows:
             return 0
         step = max(1, -(-part.rows // self.settings.sample_rows))
+        if step == 1 and earlier in self._contents:
+            # The hashes of that hour are here already; those of this one have to be as of a day before.
+            return int(np.isin(_hashes(rows, -DAY_MS), self._contents[earlier]).sum())
         found = _sample_of_users(self.lake, before, self.settings.sample_rows, step)
-        return int(np.isin(_hashes(rows, 0), _hashes(found, DAY_MS)).sum()) if found is not None and found.num_rows else 0
+        return int(np.isin(content, _hashes(found, DAY_MS)).sum()) if found is not None and found.num_rows else 0
 
     # -- what is usual --------------------------------------------------------------------------------------------
 
@@ -309,6 +332,10 @@ def outside_times(profiles: Profiles, hour: str) -> Iterator[Measure]:
         yield Measure(hour, "events of other hours", profile.outside, most=0)
 
 
+FEW = 10
+"""Times `min_events`: with fewer events a quiet night and a loyal customer look like faults."""
+
+
 def volumes(profiles: Profiles, hour: str) -> Iterator[Measure]:
     """Events of the hour."""
     past, kind = profiles.past(hour)
@@ -318,6 +345,8 @@ def volumes(profiles: Profiles, hour: str) -> Iterator[Measure]:
         return
     usual = median(p.events for p in past)
     least, most = VOLUME_RANGE[kind]
+    if kind == BEFORE and usual < FEW * profiles.settings.min_events:
+        least = 0.0
     yield Measure(hour, "events", events, usual * least, usual * most, f"{usual:.0f} in {kind}")
 
 
@@ -337,7 +366,8 @@ def user_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
         return
     past, kind = profiles.past(hour)
     tops = [p.top_user / p.looked_at for p in past if p.looked_at]
-    most = min(0.9, max(0.3, 3 * max(tops))) if tops else 0.6
+    few = profile.looked_at < FEW * profiles.settings.min_events or kind in ("", BEFORE)
+    most = min(0.9, max(0.7 if few else 0.3, 3 * max(tops, default=0.0)))
     yield Measure(hour, "share of the most active user", profile.top_user / profile.looked_at, None, most, kind)
     ratios = [p.users / p.looked_at for p in past if p.looked_at]
     least = 0.2 * median(ratios) if ratios else None
@@ -499,6 +529,7 @@ def judge(profiles: Profiles, hours: Sequence[str]) -> dict[str, Report]:
     wanted = {hour_key(ms - n * HOUR_MS) for ms in starts for n in (*range(8 * DAY_HOURS + 1), *_same_hours(lookback))}
     profiles.load(sorted(wanted))
     measures: dict[str, list[Measure]] = {claim: [] for claim in HOUR_CLAIMS}
+    new: list[Verdict] = []
     for hour in progress.track(sorted(hours), "judging hours", len(hours)):
         found = {claim: list(measuring(profiles, hour)) for claim, measuring in HOUR_CLAIMS.items()}
         for claim, of_hour in found.items():
@@ -509,7 +540,9 @@ def judge(profiles: Profiles, hours: Sequence[str]) -> dict[str, Report]:
             hard = {claim: reason for claim, reason in failed.items() if claim not in WARNINGS}
             verdict = Verdict(profile, hard, True, bool(before and before.accepted))
             if verdict != before:
-                profiles.store(verdict)
+                profiles.hold(verdict)
+                new.append(verdict)
+    profiles.store(new)
     return {claim: validate(usual_suite(claim), frame_of(of_claim)) for claim, of_claim in measures.items()}
 
 
@@ -538,9 +571,9 @@ def accept(profiles: Profiles, hours: Iterable[str]) -> list[str]:
         profile = profiles.profile(hour)
         verdict = profiles.verdict(hour)
         if profile is not None and verdict is not None and not verdict.accepted:
-            profiles.store(replace(verdict, accepted=True))
-            changed.append(hour)
-    return changed
+            changed.append(replace(verdict, accepted=True))
+    profiles.store(changed)
+    return [verdict.profile.hour for verdict in changed]
 
 
 def unsound_hours(profiles: Profiles, hours: Sequence[str]) -> dict[str, str]:

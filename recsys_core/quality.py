@@ -8,6 +8,7 @@ bounded: what a validation costs does not depend on the size of the table.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -88,11 +89,24 @@ class Report:
     @property
     def reason(self) -> str:
         """One line that says what failed; empty when nothing did."""
+        if self.passed:
+            return ""
+        if self.sample and {"what", VALUE_COLUMN, LEAST, MOST} <= set(self.sample[0]):
+            more = f" and {len(self.sample) - 1} more" if len(self.sample) > 1 else ""
+            return _told(self.sample[0]) + more
         return "; ".join(f"{f.expectation}: {f.unexpected} of {self.rows} rows" for f in self.findings if not f.passed)
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """A measure out of its range in words."""
+    least, most = ("any" if row[side] is None or row[side] != row[side] else f"{row[side]:.4g}" for side in (LEAST, MOST))
+    beside = f" ({row['beside']})" if row.get("beside") else ""
+    return f"{row.get('hour', '')}: {row['what']} {row[VALUE_COLUMN]:.4g}, expected {least} … {most}{beside}"
 
 
 SAMPLE = 20
 PARTITION = "partition"
+SPARK_CONNECT = "pyspark.sql.connect"
 
 
 def _short(value: Any) -> str:
@@ -107,7 +121,7 @@ def validate(suite: Suite, frame: pd.DataFrame) -> Report:
     """
     if not len(frame):
         return Report(suite.claim, 0)
-    import great_expectations as gx
+    gx = _great_expectations()
     from great_expectations.expectations.registry import get_expectation_impl
 
     frame = frame.reset_index(drop=True)
@@ -150,11 +164,28 @@ def _exceptions(info: Any) -> list[Mapping[str, Any]]:
     return [info] if "raised_exception" in info else [e for e in info.values() if isinstance(e, Mapping)]
 
 
+def _great_expectations() -> Any:
+    """The package, imported without Spark Connect.
+
+    Great Expectations tries whether Spark Connect is there, and that ends a process whose main module has no file, which
+    Dagster's run processes are: it takes them for doctests.
+    """
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    hidden = SPARK_CONNECT not in sys.modules
+    if hidden:
+        sys.modules[SPARK_CONNECT] = None  # type: ignore[assignment]
+    try:
+        import great_expectations
+    finally:
+        if hidden:
+            del sys.modules[SPARK_CONNECT]
+    return great_expectations
+
+
 @cache
 def _batch_definition() -> Any:
     """Where frames are handed to Great Expectations; one a process, nothing of it is stored."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"
-    import great_expectations as gx
+    gx = _great_expectations()
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
     context = gx.get_context(mode="ephemeral")

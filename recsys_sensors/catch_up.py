@@ -47,16 +47,16 @@ class Attempts:
 
 
 def missed_hours(context: dg.SensorEvaluationContext, platform: Platform) -> dg.SensorResult:
-    """Hours that are due and lack `clicks_hourly`, `trending_items` or `rec_cache`, from the first that was ever made."""
+    """Hours that are due and lack `clicks_hourly`, `trending_items` or `rec_cache`, each from its first that was ever made."""
     settings, now = platform.settings.dagster, platform.now_ms()
     there = {asset: materialized(context.instance, asset) for asset in HOUR_ASSETS}
-    first = min(there["clicks_hourly"], default=None)
-    if first is None:
+    first = {asset: min(made) for asset, made in there.items() if made}
+    if "clicks_hourly" not in first:
         return dg.SensorResult(skip_reason="no hour was made yet: materialize `clicks_hourly` for the history first")
-    start = max(now - settings.catch_up_hours * HOUR_MS, key_start_ms(first))
+    start = max(now - settings.catch_up_hours * HOUR_MS, key_start_ms(first["clicks_hourly"]))
     last_due = now - HOUR_MS - MINUTE_OF_HOUR * MINUTE_MS - GRACE_MS
     due = [hour for hour in hour_keys(start, last_due + 1) if hourly.has_partition_key(hour)]
-    lacking = {hour: [asset for asset in HOUR_ASSETS if hour not in there[asset]] for hour in due}
+    lacking = {hour: [a for a in first if hour >= first[a] and hour not in there[a]] for hour in due}
     attempts = Attempts(context.cursor)
     wanted = [hour for hour in due if lacking[hour] and attempts.may(hour, now, settings.attempts)]
     active = active_partitions(context.instance, wanted)
@@ -66,7 +66,7 @@ def missed_hours(context: dg.SensorEvaluationContext, platform: Platform) -> dg.
             run_key=f"{hour}-{attempts.count(hour, now)}",
             job_name=hourly_job.name,
             partition_key=hour,
-            asset_selection=[dg.AssetKey(asset) for asset in _from_first(lacking[hour])],
+            asset_selection=[dg.AssetKey(asset) for asset in _with_followers(lacking[hour], hour, first)],
         )
         for hour in wanted
     ]
@@ -74,9 +74,10 @@ def missed_hours(context: dg.SensorEvaluationContext, platform: Platform) -> dg.
     return dg.SensorResult(requests, reason, cursor=attempts.cursor(hour_key(start)))
 
 
-def _from_first(lacking: list[str]) -> list[str]:
-    """An asset that is made again is followed by those that are made from it."""
-    return list(HOUR_ASSETS[HOUR_ASSETS.index(lacking[0]) :])
+def _with_followers(lacking: list[str], hour: str, first: dict[str, str]) -> list[str]:
+    """What is made again is followed by what is made from it, where the history has that."""
+    followers = HOUR_ASSETS[HOUR_ASSETS.index(lacking[0]) :]
+    return [asset for asset in followers if asset in first and hour >= first[asset]]
 
 
 def missed_nights(context: dg.SensorEvaluationContext, platform: Platform) -> dg.SensorResult:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from browser import NO_BROWSER, find_browser, lineage_path, open_page
 from playwright.sync_api import Error, Page
@@ -21,15 +22,16 @@ from test_definitions import GRAPH
 from recsys_cli.demo import fix_partitions
 from recsys_cli.processes import free_port, pid_file
 from recsys_cli.stack import check, running_services
-from recsys_core.events import key_start_ms
+from recsys_core.events import hour_key, key_start_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
-from recsys_core.simulate import Simulation, SimulationConfig
+from recsys_core.simulate import SOURCE, Simulation, SimulationConfig
 from recsys_core.tables import CLICKS_HOURLY
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason=NO_BROWSER)
 
 LAST_HOUR = "2026-01-03T23"
+FIRST_OF_SIX, LAST_OF_SIX, BOT_HOUR = "2026-01-02T15", "2026-01-02T20", "2026-01-02T19"
 HOURS = 72
 PAGE_SECONDS = 60
 RUN_SECONDS = 150
@@ -69,13 +71,22 @@ def processes_of(home: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
-    """Three days of a small clickstream in the landing zone of a new home, the partitions of which end with it."""
+    """Three days of a small clickstream in the landing zone of a new home, the partitions of which end with it.
+
+    One of its hours is all a bot's.
+    """
     home = tmp_path_factory.mktemp("web-ui") / "home"
     made = Simulation(SimulationConfig(users=200, items=120, days=3, events=8000, end=key_start_ms("2026-01-04")))
     home.mkdir()
     filled = Lake(str(home / "lake"))
     made.write_catalog(filled)
-    made.write_landing(Landing(filled))
+    for batch in made.batches():
+        hour, events = hour_key(batch.arrival_ms), batch.events
+        if hour == BOT_HOUR:
+            at = events.schema.get_field_index("user_id")
+            events = events.set_column(at, events.schema.field(at), pa.array(["bot"] * events.num_rows))
+        if events.num_rows:
+            Landing(filled).write_events(SOURCE, hour, events)
     fix_partitions(home, made.config.start_ms, made.config.end_ms - 1)
     return filled
 
@@ -90,6 +101,8 @@ def stack(lake: Lake) -> Iterator[Stack]:
         "RECSYS_DAGSTER__PORT": str(free_port()),
         "RECSYS_SERVING__PORT": str(free_port()),
         "RECSYS_SPARK__SHUFFLE_PARTITIONS": "1",
+        # The partitions are over, so that schedules and sensors run and find nothing to do.
+        "RECSYS_DAGSTER__AUTOMATION": "true",
         "RECSYS_REDIS__URL": f"redis://127.0.0.1:{free_port()}/0",
     }
     log = home / "up.log"
@@ -182,3 +195,69 @@ def test_an_hour_launched_on_the_page_of_an_asset_is_made_and_checked(
         for name in ("event_ids_are_unique", "events_lie_in_their_hour"):
             page.get_by_text(name).first.wait_for()
     assert lake.get(CLICKS_HOURLY, LAST_HOUR).rows > 0
+
+
+def test_six_hours_launched_from_the_dialog_are_made_and_the_bad_one_is_shown_with_its_report(
+    stack: Stack, page: Page, lake: Lake, tmp_path: Path
+) -> None:
+    with step(page, "backfill", tmp_path):
+        page.goto(f"{stack.url}/assets/clicks_hourly?view=partitions", wait_until="domcontentloaded")
+        page.get_by_text(re.compile(r"^Missing \(\d+\)$")).first.wait_for()
+        page.get_by_role("button", name="Materialize").first.click()
+        dialog = page.get_by_role("dialog")
+        chosen = dialog.get_by_placeholder(re.compile("^ex: "))
+        chosen.fill(f"[{FIRST_OF_SIX}...{LAST_OF_SIX}]")
+        chosen.press("Enter")
+        dialog.get_by_text("6 partitions", exact=True).wait_for()
+        dialog.get_by_role("button", name="Launch backfill").click()
+        dialog.wait_for(state="hidden")
+    wait_for(lambda: lake.find(CLICKS_HOURLY, LAST_OF_SIX) is not None, RUN_SECONDS, lambda: "the backfill made nothing")
+    assert lake.get(CLICKS_HOURLY, BOT_HOUR).rows > 100
+    with step(page, "failing check", tmp_path):
+        wait_for(lambda: "users_are_many" in str(kept_verdict(lake)), RUN_SECONDS, lambda: str(kept_verdict(lake)))
+        page.goto(f"{stack.url}/assets/clicks_hourly?view=checks&checkDetail=users_are_many", wait_until="domcontentloaded")
+        page.get_by_text("failing rows").first.wait_for(timeout=RUN_SECONDS * 1000)
+        page.get_by_text("report", exact=True).first.wait_for()
+    with step(page, "finished", tmp_path):
+        page.goto(f"{stack.url}/runs?view=backfills", wait_until="domcontentloaded")
+        page.get_by_text(f"{FIRST_OF_SIX}").or_(page.get_by_text("6 partitions")).first.wait_for()
+        wait_for(
+            lambda: backfill_states(page, stack) == ["COMPLETED_SUCCESS"],
+            RUN_SECONDS,
+            lambda: str(backfill_states(page, stack)),
+        )
+
+
+def kept_verdict(lake: Lake) -> object:
+    kept = lake.find("clicks_profile", BOT_HOUR[:10])
+    return kept.extra["hours"].get(BOT_HOUR) if kept else None
+
+
+def ask(page: Page, stack: Stack, query: str) -> dict:
+    """What the live web server answers to a query of its own pages."""
+    answer = page.request.post(f"{stack.url}/graphql", data={"query": query})
+    return dict(answer.json()["data"])
+
+
+def backfill_states(page: Page, stack: Stack) -> list[str]:
+    found = ask(page, stack, "{ partitionBackfillsOrError { ... on PartitionBackfills { results { status } } } }")
+    return [backfill["status"] for backfill in found["partitionBackfillsOrError"]["results"]]
+
+
+def test_schedules_and_sensors_are_listed_and_running(stack: Stack, page: Page, tmp_path: Path) -> None:
+    names = {"arrivals_schedule", "hourly_schedule", "nightly_schedule"}
+    names |= {"alerts", "automation", "champion_promoted", "late_hours", "missed_hours", "missed_nights", "stream_observed"}
+    with step(page, "automation", tmp_path):
+        page.goto(f"{stack.url}/automation", wait_until="domcontentloaded")
+        for name in names:
+            page.get_by_text(name, exact=True).first.wait_for()
+    found = ask(
+        page,
+        stack,
+        "{ repositoriesOrError { ... on RepositoryConnection { nodes { sensors { name sensorState { status } } "
+        "schedules { name scheduleState { status } } } } } }",
+    )
+    (repository,) = found["repositoriesOrError"]["nodes"]
+    states = {sensor["name"]: sensor["sensorState"]["status"] for sensor in repository["sensors"]}
+    states |= {schedule["name"]: schedule["scheduleState"]["status"] for schedule in repository["schedules"]}
+    assert states == dict.fromkeys(names, "RUNNING")

@@ -8,7 +8,7 @@ The day begins at two in the morning, after a first release was made of the day 
     hours 01 … 00   one tick each; the daemon is away from 10:00 to 11:10
     hour 04         some of its events land at 08:20
     hour 07         its run's process dies
-    hour 15         a bot's events land; they are taken back at 02:00, before the second attempt of the night
+    hour 19         a bot's events land; they are taken back at 02:00, before the second attempt of the night
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from recsys_core.simulate import Simulation, SimulationConfig
 from recsys_sensors.runs import PARTITION, RANGE_END, RANGE_START
 
 BEFORE, DAY, AFTER = "2026-01-01", "2026-01-02", "2026-01-03"
-LATE, CRASHED, BOT = f"{DAY}T04", f"{DAY}T07", f"{DAY}T15"
+LATE, CRASHED, BOT = f"{DAY}T04", f"{DAY}T07", f"{DAY}T19"
 SENSORS = ("missed_hours", "missed_nights", "late_hours", "champion_promoted", "stream_observed", "alerts")
 SOURCE = "shop"
 
@@ -93,14 +93,18 @@ class Day:
     # -- what lands -------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        made = Simulation(SimulationConfig(users=150, items=100, days=2, events=7000, end=key_start_ms(AFTER), late_rate=0))
+        made = Simulation(
+            SimulationConfig(
+                users=150, items=100, days=3, events=10_500, end=key_start_ms(AFTER) + DAY_MS, late_rate=0, duplicate_rate=0
+            )
+        )
         made.write_catalog(self.lake)
         self.batches = {hour_key(batch.arrival_ms): batch.events for batch in made.batches()}
         late = self.batches[LATE]
         self.late = late.slice(0, 20)
         self.batches[LATE] = late.slice(20)
         for hour, events in self.batches.items():
-            if hour < f"{DAY}T01":
+            if hour < f"{DAY}T02":
                 self.landing.write_events(SOURCE, hour, events)
         self.execute("hourly", {RANGE_START: f"{BEFORE}T00", RANGE_END: f"{DAY}T00"}, ["clicks_hourly"])
         if not self.execute("nightly", {PARTITION: BEFORE}):
@@ -177,10 +181,10 @@ class Day:
     # -- the day ----------------------------------------------------------------------------------------------
 
     def live(self) -> None:
-        """Ten minutes at a time until four in the morning."""
+        """Five minutes at a time until a quarter to three in the morning."""
         self.sensors()
         self.during = ""
-        while self.now < key_start_ms(f"{AFTER}T04"):
+        while self.now < key_start_ms(f"{AFTER}T02") + 45 * MINUTE_MS:
             self.now += 5 * MINUTE_MS
             minute = self.now // MINUTE_MS % 60
             hour = hour_key(self.now - HOUR_MS)
@@ -193,7 +197,7 @@ class Day:
                 self.landing.write_events(SOURCE, BOT, self.batches[BOT])
             if f"{DAY}T10:00" <= clock(self.now) < f"{DAY}T11:10":
                 continue
-            if minute == 5 and hour < f"{AFTER}T01":
+            if minute == 5:
                 self.schedule("hourly_schedule")
             if clock(self.now)[11:] == "01:10":
                 self.schedule("nightly_schedule")
