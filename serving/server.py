@@ -194,7 +194,7 @@ class Gate:
         async def read() -> None:
             try:
                 async for data in requests:
-                    await answers.put(asyncio.create_task(self._of_stream(name, data, context)))
+                    await answers.put(asyncio.create_task(self._of_stream(data, context)))
             finally:
                 await answers.put(None)
 
@@ -221,7 +221,7 @@ class Gate:
         if status is not grpc.StatusCode.OK:
             await context.abort(status, message)
 
-    async def _of_stream(self, name: str, data: bytes, context: Context) -> bytes:
+    async def _of_stream(self, data: bytes, context: Context) -> bytes:
         self.under_way += 1
         try:
             if self.under_way > self._limit:

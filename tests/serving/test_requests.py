@@ -141,7 +141,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.integers(0, len(data)))]) if draw(st.booleans()) else bytes(data)
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(method=st.sampled_from(sorted(REQUESTS)), data=st.one_of(st.binary(max_size=200), mutated()))
 def test_no_bytes_at_all_make_the_server_fail(world: World, method: str, data: bytes) -> None:
     status, _ = call_raw(world, method, data)
