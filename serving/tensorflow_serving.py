@@ -35,9 +35,6 @@ class Tower(Protocol):
     @property
     def dimension(self) -> int: ...
 
-    @property
-    def spec(self) -> Any: ...
-
     def encode(self, inputs: Any) -> dict[str, np.ndarray]: ...
 
 
@@ -113,11 +110,6 @@ class RemoteTower:
     @property
     def dimension(self) -> int:
         return self._tower.dimension
-
-    @property
-    def spec(self) -> Any:
-        """What the inputs have to hold."""
-        return self._tower.spec
 
     def vectors(self, inputs: Any) -> np.ndarray:
         """float32 (b, d), rows of zeros where nothing is known or the server does not answer."""

@@ -26,7 +26,6 @@ class LocalTower:
 
     version = "made-up"
     dimension = 8
-    spec = None
 
     def encode(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return inputs
