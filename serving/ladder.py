@@ -87,8 +87,9 @@ class Ladder:
     async def recommend(self, user_id: bytes, options: Options, remaining: Remaining = no_deadline) -> bytes:
         """A RecommendResponse. `user_id` is checked UTF-8. Raises NotReady."""
         loaded = self._champion.get()
-        [raw] = await self._store.read((user_id,))
+        # Before the read: an action that comes in after it must be later than the answer that does not know it.
         now = int(time.time() * 1000)
+        [raw] = await self._store.read((user_id,))
         if options.plain:
             hit = self._hit(loaded, raw, options.count, now)
             if hit is not None:
@@ -104,8 +105,8 @@ class Ladder:
         responses: list[bytes] = []
         for at in range(0, len(user_ids), BATCH_USERS):
             users = user_ids[at : at + BATCH_USERS]
-            raws = await self._store.read(users)
             now = int(time.time() * 1000)
+            raws = await self._store.read(users)
             plain = options.plain
             made = [self._hit(loaded, raw, options.count, now) if plain else None for raw in raws]
             missing = [k for k, response in enumerate(made) if response is None]

@@ -156,7 +156,9 @@ class Gate:
             metadata = context.invocation_metadata() or ()
             self.under_way += 1
             try:
-                self._admit(name, metadata)
+                self._let_in(name, metadata)
+                if self.under_way > self._limit:
+                    raise self._shed()
                 if len(metadata) > 1 and (echoed := passed_on(metadata)):
                     context.set_trailing_metadata(echoed)
                 if self._tracing.on:
@@ -192,7 +194,7 @@ class Gate:
         async def read() -> None:
             try:
                 async for data in requests:
-                    await answers.put(asyncio.create_task(self._of_stream(name, data, context)))
+                    await answers.put(asyncio.create_task(self._of_stream(data, context)))
             finally:
                 await answers.put(None)
 
@@ -201,7 +203,7 @@ class Gate:
         message = ""
         task: asyncio.Task[bytes] | None = None
         try:
-            self._admit(name, metadata)
+            self._let_in(name, metadata)
             if echoed := passed_on(metadata):
                 context.set_trailing_metadata(echoed)
             reader = asyncio.create_task(read())
@@ -219,25 +221,28 @@ class Gate:
         if status is not grpc.StatusCode.OK:
             await context.abort(status, message)
 
-    async def _of_stream(self, name: str, data: bytes, context: Context) -> bytes:
-        self._admit(name, (), counted=False)
+    async def _of_stream(self, data: bytes, context: Context) -> bytes:
         self.under_way += 1
         try:
+            if self.under_way > self._limit:
+                raise self._shed()
             return await self._recommender.recommend(data, context.time_remaining)
         finally:
             self.under_way -= 1
 
-    def _admit(self, name: str, metadata: Any, counted: bool = True) -> None:
-        """Raises Refusal when the call may not be made, or not now."""
-        if self.under_way - counted >= self._limit:
-            self._metrics.events["shed"] += 1
-            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._limit} calls are under way; try again a little later")
-        if self._tokens and counted:
-            status = self._tokens.status(name, metadata)
-            if status is grpc.StatusCode.UNAUTHENTICATED:
-                raise Refusal(status, "a bearer token that this server knows is needed in `authorization`")
-            if status is not grpc.StatusCode.OK:
-                raise Refusal(status, f"this token does not open {name}")
+    def _let_in(self, name: str, metadata: Any) -> None:
+        """Raises Refusal when the caller may not make the call."""
+        if not self._tokens:
+            return
+        status = self._tokens.status(name, metadata)
+        if status is grpc.StatusCode.UNAUTHENTICATED:
+            raise Refusal(status, "a bearer token that this server knows is needed in `authorization`")
+        if status is not grpc.StatusCode.OK:
+            raise Refusal(status, f"this token does not open {name}")
+
+    def _shed(self) -> Refusal:
+        self._metrics.events["shed"] += 1
+        return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._limit} calls are under way; try again a little later")
 
     def _status_of(self, name: str, error: Exception) -> tuple[grpc.StatusCode, str]:
         if isinstance(error, Refusal):

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-CONTEXT = ("hours", "weekdays", "devices", "countries", "categories")
+CONTEXT = ("hour", "weekday", "device", "country", "category")
 NUMBERS = 5
 
 

@@ -18,7 +18,7 @@ from serving.metrics import Metrics
 from serving.tensorflow_serving import ModelServer, RemoteTower
 
 PROGRAM = Path(__file__).with_name("model_server.py")
-CONTEXT = ("hours", "weekdays", "devices", "countries", "categories")
+CONTEXT = ("hour", "weekday", "device", "country", "category")
 
 
 class LocalTower:
