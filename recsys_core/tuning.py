@@ -93,9 +93,11 @@ class _Table:
         return self.ndcg_of(self.parts @ weights.astype(np.float32))
 
     def ndcg_of(self, scores: np.ndarray) -> np.ndarray:
+        """The same of scores (b, c); equal ones go by position, as `rank` has it."""
         scores = np.where(self.usable, scores, -np.inf)
-        mine = scores[self.rows, self.columns]
-        above = np.count_nonzero(scores[self.rows] > mine[:, None], axis=1)
+        mine, theirs = scores[self.rows, self.columns, None], scores[self.rows]
+        level = (theirs == mine) & (np.arange(scores.shape[1]) < self.columns[:, None])
+        above = np.count_nonzero((theirs > mine) | level, axis=1)
         gains = np.where(above < CUT, 1 / np.log2(above + 2), 0.0)
         return np.bincount(self.rows, gains, minlength=len(self.ideal)) / self.ideal
 
