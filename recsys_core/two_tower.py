@@ -293,7 +293,7 @@ def _start(batches: Batches, settings: TwoTowerSettings) -> tuple[Sizes, Trainer
     sizes = Sizes(
         users=batches.user_table,
         items=batches.item_table,
-        categories=len(batches.learned.items.category_names) + 1,
+        path_prefixes=batches.learned.items.path_prefixes,
         devices=len(values["device"]) + 1,
         countries=len(values["country"]) + 1,
         user_categories=len(values["category"]) + 1,

@@ -80,14 +80,16 @@ class TwoTowerError(ValueError):
 class Items:
     """The items of `item_features`, in the order of their fingerprints.
 
-    `ids` string (n,); `categories` int32 (n, CATEGORY_LEVELS), a row for each prefix of the path, 0 where there is none;
-    `price` int32 (n,), row of the price bucket; `numbers` float32 (n, 4), raw, in ITEM_ORDER, as of the end of the day.
+    `ids` string (n,); `path` int32 (n,), the number of the item's category path, 0 without one; `path_prefixes` int32 (paths,
+    CATEGORY_LEVELS), which of `prefixes` (from 1 on) a path consists of, 0 where it is shorter; `price` int32 (n,), row of
+    the price bucket; `numbers` float32 (n, 4), raw, in ITEM_ORDER, as of the end of the day.
     """
 
     ids: pa.Array
     vocabulary: Vocabulary
-    categories: npt.NDArray[np.int32]
-    category_names: tuple[str, ...]
+    path: npt.NDArray[np.int32]
+    path_prefixes: npt.NDArray[np.int32]
+    prefixes: tuple[str, ...]
     price: npt.NDArray[np.int32]
     numbers: npt.NDArray[np.float32]
 
@@ -99,8 +101,8 @@ class Items:
 class Learned:
     """What the first pass found. `counts` (n items,) are the training examples of each item.
 
-    Examples from `cut_ts` (ms) on are the validation part. `center` and `spread` standardise the users' counts, `item_center` and `item_spread` those of items
-    (ITEM_ORDER).
+    Examples from `cut_ts` (ms) on are the validation part. `center` and `spread` standardise the users' counts,
+    `item_center` and `item_spread` those of items (ITEM_ORDER).
     """
 
     items: Items
@@ -141,10 +143,10 @@ def read_items(lake: Lake, day: str) -> Items:
         twice = ids[int(np.setdiff1d(np.arange(len(prints)), first)[0])]
         raise TwoTowerError(f"{where}: {len(prints) - len(known)} items stand twice, such as {twice}")
     rows = pa.array(first)
-    categories, names = _category_rows(table["category"].take(rows))
+    paths = _category_paths(table["category"].take(rows))
     price = _integers(table["price_bucket"].take(rows), -1)
     numbers = np.stack([_floats(table[name].take(rows)) for name in ITEM_ORDER], axis=1)
-    return Items(ids.take(rows), Vocabulary(known), categories, names, price_rows(price), numbers)
+    return Items(ids.take(rows), Vocabulary(known), *paths, price_rows(price), numbers)
 
 
 def price_rows(bucket: Array) -> npt.NDArray[np.int32]:
@@ -152,20 +154,17 @@ def price_rows(bucket: Array) -> npt.NDArray[np.int32]:
     return (np.clip(bucket, -1, MAX_PRICE_BUCKET) + 1).astype(np.int32)
 
 
-def _category_rows(paths: Any) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
-    """Rows of the prefixes of each path, int32 (n, CATEGORY_LEVELS), and the prefix of each row from 1 on."""
+def _category_paths(paths: Any) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], tuple[str, ...]]:
+    """`path`, `path_prefixes` and `prefixes` of Items."""
     encoded: Any = pc.dictionary_encode(paths.cast(pa.string()).combine_chunks())
-    distinct: list[str] = encoded.dictionary.to_pylist()
-    prefixes = []
-    for path in distinct:
-        levels = [level for level in path.split("/") if level.strip()][:CATEGORY_LEVELS]
-        prefixes.append(["/".join(levels[: depth + 1]) for depth in range(len(levels))])
-    names = tuple(sorted({prefix for found in prefixes for prefix in found}))
-    row_of = {name: row for row, name in enumerate(names, start=1)}
-    rows = np.zeros((len(distinct) + 1, CATEGORY_LEVELS), np.int32)
-    for at, found in enumerate(prefixes):
-        rows[at, : len(found)] = [row_of[prefix] for prefix in found]
-    return rows[_integers(encoded.indices, len(distinct))], names
+    split = [[level for level in path.split("/") if level.strip()][:CATEGORY_LEVELS] for path in encoded.dictionary.to_pylist()]
+    found = [["/".join(levels[: depth + 1]) for depth in range(len(levels))] for levels in split]
+    prefixes = tuple(sorted({prefix for path in found for prefix in path}))
+    number = {prefix: row for row, prefix in enumerate(prefixes, start=1)}
+    rows = np.zeros((len(found) + 1, CATEGORY_LEVELS), np.int32)
+    for at, path in enumerate(found, start=1):
+        rows[at, : len(path)] = [number[prefix] for prefix in path]
+    return (_integers(encoded.indices, -1) + 1).astype(np.int32), rows, prefixes
 
 
 def _integers(column: Any, missing: int) -> npt.NDArray[np.int64]:
@@ -492,7 +491,7 @@ class Batches:
             "user_at": user_at,
             "item_rows": distinct_rows,
             "row_at": row_at,
-            "categories": self.learned.items.categories[used],
+            "path": self.learned.items.path[used],
             "history": where[history],
             "segments": segments,
             "recent": where[history[newest]],
@@ -547,7 +546,7 @@ BATCH_TYPES: dict[str, tuple[type[np.generic], tuple[int | None, ...]]] = {
     "user_at": (np.int32, (None,)),
     "item_rows": (np.int32, (None,)),
     "row_at": (np.int32, (None,)),
-    "categories": (np.int32, (None, CATEGORY_LEVELS)),
+    "path": (np.int32, (None,)),
     "history": (np.int32, (None,)),
     "segments": (np.int32, (None,)),
     "recent": (np.int32, (None,)),
@@ -570,9 +569,9 @@ BATCH_TYPES: dict[str, tuple[type[np.generic], tuple[int | None, ...]]] = {
 """Type and shape of each array of a batch.
 
 `user_rows` and `item_rows` are distinct rows of the embedding tables; `user_at` (b,) says which of them an example has,
-`row_at` (u,) which of them one of the u distinct items of the batch has. `history`, `recent` and `item` are places
-among those u; the segments say whose history it is. `item` has the b positives, then the negatives. `hidden` are pairs of an
-example and a candidate that is no negative.
+`row_at` (u,) which of them one of the u distinct items of the batch has, `path` (u,) its category path. `history`, `recent` and
+`item` are places among those u; the segments say whose history it is. `item` has the b positives, then the negatives.
+`hidden` are pairs of an example and a candidate that is no negative.
 """
 
 

@@ -42,7 +42,7 @@ def item_vectors(towers: Towers, batches: Batches) -> npt.NDArray[np.float32]:
 
 
 def _embedded(towers: Towers, batches: Batches, rows: slice) -> Any:
-    return towers.embed(tf.gather(towers.item_table, batches.item_rows[rows]), batches.learned.items.categories[rows])
+    return towers.embed(tf.gather(towers.item_table, batches.item_rows[rows]), batches.learned.items.path[rows])
 
 
 def user_tower(towers: Towers, batches: Batches) -> UserTower:
@@ -95,7 +95,7 @@ class _Served(tf.Module):
         self.history = tf.Variable(history, trainable=False, name="history")
         newest = towers.settings.recent
 
-        @tf.function(input_signature=[_signature()])
+        @tf.function(input_signature=[_signature()], autograph=False)
         def vectors(inputs: dict[str, Any]) -> dict[str, Any]:
             present = inputs["history"] > 0
             gathered = tf.gather(self.history, inputs["history"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from recsys_core.settings import TwoTowerSettings
@@ -30,11 +31,11 @@ Tensors = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of the embedding tables."""
+    """Rows of the embedding tables, and the prefixes of each category path (`two_tower_data.Items`)."""
 
     users: int
     items: int
-    categories: int
+    path_prefixes: npt.NDArray[np.int32]
     devices: int
     countries: int
     user_categories: int
@@ -55,7 +56,8 @@ class Towers(keras.Model):
 
         self.user_table = table("users", sizes.users, d)
         self.item_table = table("items", sizes.items, d)
-        self.category_table = table("item_categories", sizes.categories, d)
+        self.paths = sizes.path_prefixes
+        self.category_table = table("item_categories", int(self.paths.max(initial=0)) + 1, d)
         rows = (24, 7, sizes.devices, sizes.countries, sizes.user_categories)
         self.context = {name: table(name, count, CONTEXT_WIDTH) for name, count in zip(CONTEXT, rows, strict=True)}
         self.price_table = table("price", MAX_PRICE_BUCKET + 2, CONTEXT_WIDTH)
@@ -88,11 +90,14 @@ class Towers(keras.Model):
         """The distinct rows of both embedding tables that the batch touches."""
         return tf.gather(self.user_table, batch["user_rows"]), tf.gather(self.item_table, batch["item_rows"])
 
-    def embed(self, item_rows: Any, categories: Any) -> Any:
+    def embed(self, item_rows: Any, path: Any) -> Any:
         """Id embedding (n, d) plus the mean of those of the category's prefixes: what stands for an item everywhere."""
-        present = tf.cast(categories > 0, tf.float32)[:, :, None]
-        found = tf.gather(self.category_table, categories) * present
-        return item_rows + tf.reduce_sum(found, axis=1) / tf.maximum(tf.reduce_sum(present, axis=1), 1.0)
+        if not self.paths.any():
+            return item_rows
+        # Items have far fewer paths than there are items: their embeddings are made first.
+        present = (self.paths > 0).astype(np.float32)[:, :, None]
+        found = tf.gather(self.category_table, self.paths) * present
+        return item_rows + tf.gather(tf.reduce_sum(found, axis=1) / np.maximum(present.sum(axis=1), 1), path)
 
     def users(self, own: Any, pooled: Any, newest: Any, batch: Tensors, seed: Any = None) -> Any:
         """Vectors (b, d) from the user's own embedding, the means of history and newest items, and the context."""
@@ -123,7 +128,7 @@ class Towers(keras.Model):
         """Vectors of the users (b, d), and of the positives and negatives (b + n, d)."""
         user_rows, item_rows = gathered
         seed = batch["seed"] if training else None
-        embedded = self.embed(tf.gather(item_rows, batch["row_at"]), batch["categories"])
+        embedded = self.embed(tf.gather(item_rows, batch["row_at"]), batch["path"])
         b = tf.size(batch["weight"])
         pooled = _mean_of(embedded, batch["history"], batch["segments"], b)
         newest = _mean_of(embedded, batch["recent"], batch["recent_segments"], b)
@@ -286,7 +291,7 @@ def _steps(towers: Towers, optimizer: Any, strategy: Any) -> tuple[Callable[[Any
         return tf.reduce_sum(losses * batch["weight"]), tf.reduce_sum(batch["weight"])
 
     def over_devices(run: Callable[[Tensors], Any]) -> Callable[[Any], Any]:
-        @tf.function(reduce_retracing=True)
+        @tf.function(reduce_retracing=True, autograph=False)
         def step(batch: Any) -> Any:
             sums = strategy.run(run, args=(batch,))
             return [strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for value in sums]
