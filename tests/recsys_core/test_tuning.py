@@ -91,6 +91,14 @@ def test_a_part_that_is_the_same_for_all_items_is_worth_no_more_than_their_order
     assert (tuned.ranking.als_weight, tuned.ranking.session_weight) == (0.0, 0.0)
 
 
+def test_who_is_known_by_nothing_gets_what_is_popular_whatever_the_weights() -> None:
+    found = tune([case("taste", 10)], SETTINGS).ranking
+    none = np.full((1, 1), -1, np.int64)
+    nobody = Users(np.zeros((1, SNAPSHOT.als_items.shape[1]), np.float32), none, none)
+    ranked = rank(SNAPSHOT, Trend.of(SNAPSHOT, {}), nobody, 5, found)
+    assert ranked.positions[0].tolist() == SNAPSHOT.by_popularity[:5].tolist()
+
+
 def test_equal_cases_give_equal_weights() -> None:
     assert tune([case("news", 5)], SETTINGS).ranking == tune([case("news", 5)], SETTINGS).ranking
 
