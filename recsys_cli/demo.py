@@ -280,12 +280,12 @@ def _evaluation(found: dict[str, Any], day: str, console: Console) -> None:
         console.print(f"Not evaluated: {found['reason']}", highlight=False)
         return
     headline = found["headline"]
-    shown = {f"{name}@10": name for name in ("recall", "hit", "map", "coverage")}
+    shown = {f"{name}@10": name for name in ("recall", "coverage")}
 
     def row(model: str, values: dict[str, float]) -> dict[str, str]:
         low, high = found["intervals"][model]
         gain = found["differences"].get(model)
-        gained = "" if gain is None else f"{gain[0]:+.3f} ({gain[1]:+.3f} … {gain[2]:+.3f})"
+        gained = "" if gain is None else f"{gain[0]:+.3f} ({gain[1]:.3f} … {gain[2]:.3f})"
         first = {headline.partition("@")[0]: f"{values[headline]:.4f}", "95 %": f"{low:.3f} … {high:.3f}"}
         rest = {title: f"{values[metric]:.4f}" for metric, title in shown.items() if metric in values}
         return {"model": model, **first, **rest, "served gains": gained}
@@ -294,7 +294,7 @@ def _evaluation(found: dict[str, Any], day: str, console: Console) -> None:
     title = f"{day} predicted from the days before it: {found['users']:,} users, {found['items']:,} items, metrics @10"
     console.print(table(title, rows))
     weights = ", ".join(f"{name.removesuffix('_weight')} {value:.2f}" for name, value in _weights(found["ranking"]).items())
-    note = found["tuning"]["note"] or f"tuned on {found['tuning']['users']:,} users of the day before"
+    note = found["tuning"]["note"] or f"tuned on {found['tuning']['users']:,} users at moments before the day"
     console.print(f"Weights of the served ranking: {weights} ({note})", highlight=False)
     if found["two_tower"].startswith("not evaluated"):
         console.print(f"Two-tower {found['two_tower']}", highlight=False)

@@ -121,7 +121,7 @@ def compare(lake: Lake, day: str, split: Split, report: AlsReport, tuned: Tuned,
     with progress.task(f"evaluation ({day})", 3) as bar:
         recommended = _counters(lake, day, split, settings, depth)
         bar.update(1)
-        recommended |= _models(lake, day, split, models, tuned, depth)
+        recommended |= _models(lake, day, split, models, tuned, settings, depth)
         bar.update(2)
         recommended[SERVED] = served(lake, day, split, models, tuned.ranking, settings, depth)
         bar.update(3)
@@ -201,11 +201,13 @@ def _counters(lake: Lake, day: str, split: Split, settings: Settings, depth: int
     }
 
 
-def _models(lake: Lake, day: str, split: Split, models: Models, tuned: Tuned, depth: int) -> dict[str, np.ndarray]:
+def _models(
+    lake: Lake, day: str, split: Split, models: Models, tuned: Tuned, settings: Settings, depth: int
+) -> dict[str, np.ndarray]:
     found = {ALS: rank_all(models.als_users, models.als_items, split.seen, depth)}
     if models.two_tower is None:
         return found
-    snapshot = _snapshot(split, models, Settings())
+    snapshot = _snapshot(split, models, settings)
     users = users_then(lake, snapshot, split.users, models.als_users, split.recent, split.seen, key_start_ms(day), 1)
     assert users.two_tower is not None
     found[TWO_TOWER] = rank_all(users.two_tower, models.two_tower.items, split.seen, depth)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -27,6 +28,8 @@ LEAST_USERS = 30
 """With fewer users the configured weights stay: a handful of clicks says nothing of seven weights."""
 STEPS = (0.4, 0.2, 0.1, 0.05)
 """Sizes of the steps of the ascent, as shares of all weights."""
+LEAST_POPULAR = 0.001
+"""Weight of popularity where the search gives it none: too little to matter, but it orders what nothing else tells apart."""
 LIKELIHOOD_STEPS = 40
 LEARNING_RATE = 0.15
 CLEAR = 1.0
@@ -93,9 +96,11 @@ class _Table:
         return self.ndcg_of(self.parts @ weights.astype(np.float32))
 
     def ndcg_of(self, scores: np.ndarray) -> np.ndarray:
+        """The same of scores (b, c); equal ones go by position, as `rank` has it."""
         scores = np.where(self.usable, scores, -np.inf)
-        mine = scores[self.rows, self.columns]
-        above = np.count_nonzero(scores[self.rows] > mine[:, None], axis=1)
+        mine, theirs = scores[self.rows, self.columns, None], scores[self.rows]
+        level = (theirs == mine) & (np.arange(scores.shape[1]) < self.columns[:, None])
+        above = np.count_nonzero((theirs > mine) | level, axis=1)
         gains = np.where(above < CUT, 1 / np.log2(above + 2), 0.0)
         return np.bincount(self.rows, gains, minlength=len(self.ideal)) / self.ideal
 
@@ -290,11 +295,10 @@ def _settings_of(weights: np.ndarray, settings: RankingSettings, towers: bool) -
     Without a two-tower model to tune on, it shares the factor models' weight with ALS as the seed has it.
     """
     found = _scaled(weights)
-    update: dict[str, float | tuple[float, ...]] = {
-        f"{part}_weight": round(float(weight), 6) for part, weight in zip(MODELS, found, strict=False)
-    }
+    update: dict[str, Any] = {f"{part}_weight": round(float(weight), 6) for part, weight in zip(MODELS, found, strict=False)}
     if not towers:
         update["two_tower_weight"] = round(float(found[0]) * SEED_BLEND["two_tower"] / SEED_BLEND["als"], 6)
+    update["popular_weight"] = max(update["popular_weight"], LEAST_POPULAR)
     trend = found[len(MODELS) :]
     total = float(np.abs(trend).sum())
     update["trend_weight"] = round(total, 6)

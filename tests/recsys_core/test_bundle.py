@@ -1,7 +1,11 @@
+import io
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builders import write_interactions
+from towers import make_tower
 
 from recsys_core.als import fit_als, read_factors
 from recsys_core.bundle import (
@@ -17,11 +21,13 @@ from recsys_core.bundle import (
 )
 from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
 from recsys_core.evaluation import EVALUATION
+from recsys_core.index import unit_rows
 from recsys_core.lake import MissingPartition
 from recsys_core.popularity import popular_items
 from recsys_core.ranking import Trend, Users, rank
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
+from recsys_core.tower import npy_bytes
 
 DAY = "2026-03-02"
 ITEMS = [f"i{n}" for n in range(12)]
@@ -177,3 +183,53 @@ def test_no_release_is_made_of_parts_that_do_not_fit_together(made, settings):
     with pytest.raises(MismatchedParts):
         publish_release(made, releases, DAY, settings, {})
     assert [m.release_id for m in releases.list()] == [manifest.release_id]
+
+
+def add_two_tower(lake, items: list[str]) -> np.ndarray:
+    """A two-tower model of the day that knows `items`."""
+    tower = make_tower(["u0"], items)
+    vectors = unit_rows(np.random.default_rng(0).normal(size=(len(items), tower.dimension)))
+    ids = io.BytesIO()
+    pq.write_table(pa.table({"item_id": items}), ids)
+    files = {"items.parquet": ids.getvalue(), "items.npy": npy_bytes(vectors), **tower.to_files()}
+    lake.write_blobs("two_tower", DAY, {**files, "saved_model/1/saved_model.pb": b"not for serving"}, len(items))
+    return vectors
+
+
+def test_a_two_tower_model_of_the_day_goes_into_the_release_in_the_order_of_positions(made, settings):
+    vectors = add_two_tower(made, [*ITEMS[1:], "unheard-of"])
+    releases = Releases(settings.releases_uri)
+    manifest, _ = publish_release(made, releases, DAY, settings, {})
+    _, loaded = releases.load(manifest.release_id)
+    assert manifest.models["two_tower"] == {"version": "made-up", "dimension": 8}
+    assert manifest.sources["two_tower"] == {"partition": DAY, "data_version": made.get("two_tower", DAY).data_version}
+    assert "two_tower" not in manifest.notes
+    assert not any(name.startswith("two_tower/saved_model") for name in manifest.files)
+    for row, item in enumerate(ITEMS[1:]):
+        assert (loaded.two_tower_items[loaded.positions[item]] == vectors[row]).all()
+    assert not loaded.two_tower_items[loaded.positions["i0"]].any()
+    assert loaded.tower.version == "made-up"
+
+
+@pytest.mark.parametrize("broken", [{}, {"tower.json": b"{}"}, {"items.npy": b"x", "tower.json": b"x", "items.parquet": b"x"}])
+def test_without_a_usable_two_tower_model_the_release_is_made_from_als_alone_and_says_so(made, settings, broken):
+    if broken:
+        made.write_blobs("two_tower", DAY, broken, 1)
+    releases = Releases(settings.releases_uri)
+    manifest, snapshot = publish_release(made, releases, DAY, settings, {})
+    assert manifest.models["two_tower"] is None
+    assert manifest.notes["two_tower"].startswith(f"answers come from ALS alone: two_tower of {DAY}")
+    assert snapshot.tower is None
+    assert "two_tower" not in manifest.sources
+
+
+def test_a_release_carries_the_weights_that_the_evaluation_found(made, settings):
+    found = {"als_weight": 0.11, "trend_weight": 0.9, "trend_mix": [0.5, -0.5, 0.0], "candidates": 7}
+    made.write_blobs(EVALUATION, DAY, {"evaluation.json": b"{}"}, 1, {"metrics": {}, "ranking": found})
+    releases = Releases(settings.releases_uri)
+    manifest, _ = publish_release(made, releases, DAY, settings, {})
+    _, loaded = releases.load(manifest.release_id)
+    assert (loaded.ranking.als_weight, loaded.ranking.trend_mix) == (0.11, (0.5, -0.5, 0.0))
+    assert loaded.ranking.candidates == settings.ranking.candidates, "weights alone are tuned"
+    fixed = settings.model_copy(update={"ranking": settings.ranking.model_copy(update={"tune": False})})
+    assert assemble(made, DAY, "r2", fixed).snapshot.ranking == fixed.ranking

@@ -82,6 +82,23 @@ def test_what_the_search_reports_is_what_the_scoring_path_gives() -> None:
     assert tuned.configured == pytest.approx(ndcg(SETTINGS, cases[0]), abs=0.01)
 
 
+def test_a_part_that_is_the_same_for_all_items_is_worth_no_more_than_their_order() -> None:
+    """Users without anything to tell them apart: were ties to count as hits, the silent models would seem perfect."""
+    one = case("news", 9)
+    silent = Users(np.zeros_like(one.users.als), one.users.last_items, one.users.excluded)
+    tuned = tune([Case(SNAPSHOT, one.trend, silent, one.relevant, one.outside)], SETTINGS)
+    assert tuned.ranking.trend_weight > 0.5
+    assert (tuned.ranking.als_weight, tuned.ranking.session_weight) == (0.0, 0.0)
+
+
+def test_who_is_known_by_nothing_gets_what_is_popular_whatever_the_weights() -> None:
+    found = tune([case("taste", 10)], SETTINGS).ranking
+    none = np.full((1, 1), -1, np.int64)
+    nobody = Users(np.zeros((1, SNAPSHOT.als_items.shape[1]), np.float32), none, none)
+    ranked = rank(SNAPSHOT, Trend.of(SNAPSHOT, {}), nobody, 5, found)
+    assert ranked.positions[0].tolist() == SNAPSHOT.by_popularity[:5].tolist()
+
+
 def test_equal_cases_give_equal_weights() -> None:
     assert tune([case("news", 5)], SETTINGS).ranking == tune([case("news", 5)], SETTINGS).ranking
 
