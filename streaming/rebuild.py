@@ -2,7 +2,7 @@
 
 The same writers apply the events to records in an area of their own, beside the live ones and in their slots. Then each
 record takes the place of the live one in one atomic step, unless the live one was taken further meanwhile; what happened
-meanwhile is read and applied as well, and those few are tried again. In the end another
+meanwhile is read and applied as well, and those that it touched are tried again. In the end another
 computation is compared with Redis.
 """
 
@@ -27,7 +27,8 @@ from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import LANDING, OFFSET, Landing, offset_faults
 from recsys_core.live import Batch
-from recsys_core.live_trends import announce_sources
+from recsys_core.live_trends import announce_sources, bucket_key
+from recsys_core.online import user_key
 from recsys_core.recompute import Differences, Recomputation
 from recsys_core.redis_client import Script, client, run_calls
 from recsys_core.settings import Settings
@@ -101,17 +102,19 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
     _remove_leftovers(redis)
     source = LandingSource(settings, topic, since_ms) if from_landing else TopicSource(settings, topic, since_ms)
     moved = dict.fromkeys(KINDS, 0)
+    waiting: dict[str, list[bytes]] = {}
     events = 0
     try:
         for turn in range(1, ROUNDS + 1):
+            touched: dict[str, set[bytes]] = {kind: set(waiting.get(kind, ())) for kind in KINDS}
             for batch in source.read():
                 events += batch.rows
-                _apply(sink, computed, batch, sources)
-            if turn == 1:
-                waiting = {kind: redis.scan_iter(match=f"{AREA}{kind}:*", count=KEYS_AT_ONCE) for kind in KINDS}
+                _apply(sink, computed, batch, sources, touched if turn > 1 else None)
             for kind in KINDS:
-                done, waiting[kind] = _promote(redis, waiting[kind], kind, settings.cache.feature_ttl_seconds)
-                moved[kind] += done
+                every = redis.scan_iter(match=f"{AREA}{kind}:*", count=KEYS_AT_ONCE)
+                keys, before = (every if turn == 1 else touched[kind]), set(waiting.get(kind, ()))
+                done, waiting[kind] = _promote(redis, keys, kind, settings.cache.feature_ttl_seconds)
+                moved[kind] += done if turn == 1 else len(before - set(waiting[kind]))
             left = sum(map(len, waiting.values()))
             log.info("round %d: %d events so far, %d users and buckets are to be tried again", turn, events, left)
             if not left:
@@ -126,10 +129,21 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
     return RebuildReport(events, moved["user"], moved["trend"], turn, time.monotonic() - started, found)
 
 
-def _apply(sink: RedisSink, computed: Recomputation, batch: Batch, sources: dict[int, str]) -> None:
+def _apply(
+    sink: RedisSink,
+    computed: Recomputation,
+    batch: Batch,
+    sources: dict[int, str],
+    touched: dict[str, set[bytes]] | None,
+) -> None:
+    """Apply a batch beside the live keys and compute it; `touched` gets the keys that were changed, by kind."""
     prepared = sink.prepare(batch, sources, now_ms())
     if prepared is not None:
         sink.apply(prepared, sources, now_ms())
+        if touched is not None:
+            touched["user"].update(user_key(user, f"{AREA}user").encode() for user in prepared.users.users)
+            buckets = (bucket_key(sources[c.partition], c.bucket, f"{AREA}trend") for c in prepared.counts)
+            touched["trend"].update(key.encode() for key in buckets)
     for number in np.unique(batch.partition).tolist():
         own = batch.take(batch.partition == number)
         computed.add(own.events, sources[number], own.offset.tolist())
