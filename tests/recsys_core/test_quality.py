@@ -46,7 +46,13 @@ def test_a_process_without_a_main_file_can_validate() -> None:
 
 def test_bounds_that_are_missing_are_not_judged() -> None:
     frame = pd.DataFrame(
-        {"hour": ["a", "b", "c"], "value": [1.0, 5.0, 9.0], "least": [0.5, 6.0, None], "most": [2.0, None, 8.0]}
+        {
+            "hour": ["a", "b", "c"],
+            "what": "events",
+            "value": [1.0, 5.0, 9.0],
+            "least": [0.5, 6.0, None],
+            "most": [2.0, None, 8.0],
+        }
     )
     report = validate(usual_suite("volume_is_as_usual"), frame)
     assert [row["hour"] for row in report.sample] == ["b", "c"]
