@@ -106,6 +106,8 @@ def _told(row: Mapping[str, Any]) -> str:
 
 SAMPLE = 20
 SPARK_CONNECT = "pyspark.sql.connect"
+PARTITION = "partition"
+"""Column that `samples_of` adds."""
 
 
 def _short(value: Any) -> str:
@@ -218,6 +220,15 @@ def sample_of(lake: Lake, table: str, keys: Iterable[str], limit: int) -> pd.Dat
     return sample_rows(lake.dataset(table, keys, missing_ok=True), limit)
 
 
+def samples_of(lake: Lake, table: str, keys: Sequence[str], limit: int) -> pd.DataFrame:
+    """Samples of some partitions as one frame, `limit` rows in all, with the key of each row in the column `partition`."""
+    import pandas as pd
+
+    each = max(1, limit // max(len(keys), 1))
+    frames = [sample_of(lake, table, [key], each).assign(**{PARTITION: key}) for key in keys]
+    return pd.concat([frame for frame in frames if len(frame)] or [pd.DataFrame()], ignore_index=True)
+
+
 # -- suites over rows -------------------------------------------------------------------------------------------
 
 
@@ -272,7 +283,7 @@ def interactions_suite() -> Suite:
             *_present(USER_ID, ITEM_ID, "weight", "first_ts", "last_ts"),
             _between("weight", 0, 1e30, strict_min=True),
             _between("n_events", 1),
-            Expectation("expect_compound_columns_to_be_unique", {"column_list": [USER_ID, ITEM_ID]}),
+            Expectation("expect_compound_columns_to_be_unique", {"column_list": [PARTITION, USER_ID, ITEM_ID]}),
             Expectation(
                 "expect_column_pair_values_a_to_be_greater_than_b",
                 {"column_A": "last_ts", "column_B": "first_ts", "or_equal": True},
