@@ -169,7 +169,7 @@ def _window(platform: Platform, days: Sequence[str]) -> list[str]:
 def _interactions(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
     settings, hours = platform.settings, _window(platform, days)
     profiles = Profiles(platform.lake, settings.quality)
-    rows = quality.sample_by_partition(platform.lake, INTERACTIONS, days, settings.quality.sample_rows)
+    rows = quality.samples_of(platform.lake, INTERACTIONS, days, settings.quality.sample_rows)
     missing = dict.fromkeys(missing_hours(profiles, hours), "was never made; materialize it")
     weights = [w for day in days for w in model_quality.weight_measures(platform.lake, day)]
     return {

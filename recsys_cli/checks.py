@@ -23,7 +23,7 @@ def run(settings: Settings, asset: str | None, partitions: Sequence[str], accept
     from recsys_assets.checks import GROUPS, accept_catalogue
     from recsys_assets.resources import Platform
     from recsys_core.catalog import CATALOG_TABLE
-    from recsys_core.profiles import Profiles
+    from recsys_core.profiles import Profiles, unsound_hours
     from recsys_core.profiles import accept as accept_hours
     from recsys_core.tables import CLICKS_HOURLY
 
@@ -36,9 +36,12 @@ def run(settings: Settings, asset: str | None, partitions: Sequence[str], accept
             accept_catalogue(platform)
             console.print("The catalogue as it is now is what later ones are held against.")
             return 0
-        if asset != CLICKS_HOURLY or not partitions:
-            raise StackError(f"--accept needs {CLICKS_HOURLY} with --partition for each hour, or {CATALOG_TABLE}")
-        changed = accept_hours(Profiles(platform.lake, settings.quality), partitions)
+        if asset != CLICKS_HOURLY:
+            raise StackError(
+                f"--accept is for {CLICKS_HOURLY} (with --partition, or all of its unsound hours) and {CATALOG_TABLE}"
+            )
+        profiles = Profiles(platform.lake, settings.quality)
+        changed = accept_hours(profiles, partitions or unsound_hours(profiles, platform.lake.keys(CLICKS_HOURLY)))
         console.print(f"Accepted: {', '.join(changed) or 'nothing new'}. Launch the night again: the job `nightly`.")
         return 0
     rows: list[dict[str, object]] = []

@@ -22,6 +22,7 @@ from recsys_core.settings import HOME_VARIABLE, Settings, load_settings
 from recsys_core.spark import stop_session
 
 if TYPE_CHECKING:
+    from recsys_core.lake import Lake
     from recsys_core.landing import Landing
 
 MARKER = ".demo"
@@ -179,7 +180,7 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
     """Run the jobs of the graph in this process, recorded in the home's Dagster instance; return the evaluation."""
     import dagster as dg
 
-    from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, key_start_ms
+    from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, hour_keys, key_start_ms
     from recsys_core.landing import Landing
 
     with _quiet(run_folder(home) / LOG), dg.DagsterInstance.get() as instance:
@@ -191,8 +192,8 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         definitions = build_definitions(settings)
         platform = Platform(settings)
         first, last = Landing(platform.lake).extent() or (0, 0)
-        hours = (hour_key(first), hour_key(last))
         end = key_start_ms(day) + DAY_MS
+        hours = (hour_key(first), max(hour_key(last), hour_key(end - HOUR_MS)))
         before = day_key(end - 2 * DAY_MS)
         days = (before if before >= day_key(first) else day, day)
         last_hour = hour_key(end - HOUR_MS)
@@ -208,6 +209,7 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
 
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
+        take_history_as_it_is(platform.lake, settings, hour_keys(first, end))
         materialize("nightly", ["interactions"], days)
         materialize("nightly", ["user_features", "item_features", "training_examples"], days)
         for known in sorted({days[0], day}):
@@ -217,6 +219,17 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
             materialize("nightly", [asset], (day, day))
         materialize("hourly", ["trending_items", "rec_cache"], (last_hour, last_hour))
         return platform.lake.get("evaluation", day).extra
+
+
+def take_history_as_it_is(lake: Lake, settings: Settings, hours: list[str]) -> list[str]:
+    """Accept the hours of a history that its checks find unusual, such as an outage long ago; returns them.
+
+    Nobody can mend them any more, and the demo shows what can be made of the data that there is.
+    """
+    from recsys_core.profiles import Profiles, accept, unsound_hours
+
+    profiles = Profiles(lake, settings.quality)
+    return accept(profiles, unsound_hours(profiles, hours))
 
 
 def _range_tags(first: str, last: str) -> dict[str, str]:

@@ -105,8 +105,9 @@ def _told(row: Mapping[str, Any]) -> str:
 
 
 SAMPLE = 20
-PARTITION = "partition"
 SPARK_CONNECT = "pyspark.sql.connect"
+PARTITION = "partition"
+"""Column that `samples_of` adds."""
 
 
 def _short(value: Any) -> str:
@@ -219,12 +220,13 @@ def sample_of(lake: Lake, table: str, keys: Iterable[str], limit: int) -> pd.Dat
     return sample_rows(lake.dataset(table, keys, missing_ok=True), limit)
 
 
-def sample_by_partition(lake: Lake, table: str, keys: Sequence[str], limit: int) -> pd.DataFrame:
-    """The same with the column PARTITION, each partition with an equal share of the rows."""
+def samples_of(lake: Lake, table: str, keys: Sequence[str], limit: int) -> pd.DataFrame:
+    """Samples of some partitions as one frame, `limit` rows in all, with the key of each row in the column `partition`."""
     import pandas as pd
 
-    each = max(1, limit // max(1, len(keys)))
-    return pd.concat([sample_of(lake, table, [key], each).assign(**{PARTITION: key}) for key in keys or [""]])
+    each = max(1, limit // max(len(keys), 1))
+    frames = [sample_of(lake, table, [key], each).assign(**{PARTITION: key}) for key in keys]
+    return pd.concat([frame for frame in frames if len(frame)] or [pd.DataFrame()], ignore_index=True)
 
 
 # -- suites over rows -------------------------------------------------------------------------------------------

@@ -5,25 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
+from recsys_home import default_settings
 
 from recsys_core.lake import Lake
 from recsys_core.registry import Registry
-from recsys_core.settings import Settings, load_settings
+from recsys_core.settings import Settings
 from recsys_core.spark import session
-
-
-def default_settings(home: Path, **sections: Any) -> Settings:
-    """The defaults, whatever `recsys.toml` and RECSYS_CONFIG there are where the tests run."""
-    home.mkdir(parents=True, exist_ok=True)
-    nothing = home / "empty.toml"
-    nothing.touch()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RECSYS_CONFIG", str(nothing))
-        return load_settings(home=home, **sections)
 
 
 @pytest.fixture

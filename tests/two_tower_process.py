@@ -13,8 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-from conftest import default_settings
 from examples import DAY
+from recsys_home import default_settings
 
 from recsys_core import progress
 from recsys_core.lake import Lake

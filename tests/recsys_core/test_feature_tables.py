@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from builders import event, event_table, ms
-from conftest import default_settings
+from recsys_home import default_settings
 
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE
 from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key

@@ -46,7 +46,13 @@ def test_a_process_without_a_main_file_can_validate() -> None:
 
 def test_bounds_that_are_missing_are_not_judged() -> None:
     frame = pd.DataFrame(
-        {"hour": ["a", "b", "c"], "value": [1.0, 5.0, 9.0], "least": [0.5, 6.0, None], "most": [2.0, None, 8.0]}
+        {
+            "hour": ["a", "b", "c"],
+            "what": "events",
+            "value": [1.0, 5.0, 9.0],
+            "least": [0.5, 6.0, None],
+            "most": [2.0, None, 8.0],
+        }
     )
     report = validate(usual_suite("volume_is_as_usual"), frame)
     assert [row["hour"] for row in report.sample] == ["b", "c"]
@@ -88,8 +94,9 @@ def test_clicks_without_an_id_or_of_an_unknown_type_are_found() -> None:
 
 
 def test_pairs_that_occur_twice_or_end_before_they_begin_are_found() -> None:
-    columns = ["user_id", "item_id", "weight", "n_events", "first_ts", "last_ts"]
-    rows = pd.DataFrame([["u", "i", 1.0, 1, 1, 2], ["u", "i", 0.0, 1, 5, 4]], columns=columns)
+    columns = ["partition", "user_id", "item_id", "weight", "n_events", "first_ts", "last_ts"]
+    rows = [["d1", "u", "i", 1.0, 1, 1, 2], ["d1", "u", "i", 0.0, 1, 5, 4], ["d2", "u", "i", 1.0, 1, 1, 2]]
+    rows = pd.DataFrame(rows, columns=columns)
     found = unexpected(validate(interactions_suite(), rows))
     assert found == {
         "column_values_to_be_between": 1,

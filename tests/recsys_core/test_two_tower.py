@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import default_settings
 from examples import CLUSTERS, DAY, category_of, example, item, planted_shop, write_examples
+from recsys_home import default_settings
 from towers import random_inputs
 
 from recsys_core.events import key_start_ms

@@ -17,6 +17,8 @@ from day import AFTER, BEFORE, BOT, CRASHED, DAY, LATE
 from recsys_cli.stack import redis_server
 from recsys_core.events import HOUR_MS, hour_key, key_start_ms
 
+pytestmark = pytest.mark.timeout(1500)
+
 HOURS = [hour_key(key_start_ms(f"{DAY}T01") + n * HOUR_MS) for n in range(24)]
 FRESH_HOURS, TTL_HOURS = 1, 24
 
@@ -46,7 +48,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             env={**os.environ, **own},
             capture_output=True,
             text=True,
-            timeout=290,
+            timeout=1400,
         )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-6000:]
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
