@@ -24,7 +24,7 @@ from serving.ladder import Ladder, UnknownItem
 from serving.metrics import Metrics, registry
 from serving.ranker import TooSlow
 from serving.security import MissingSecret, Tokens, server_credentials
-from serving.store import Store
+from serving.store import LiveTrends, Store
 from serving.tracing import Tracing, passed_on, set_up_logging
 from serving.validation import (
     InvalidRequest,
@@ -321,6 +321,7 @@ class Server:
         self._tokens = Tokens(settings.serving.tokens)
         self._tracing = Tracing(settings.serving)
         self.store = Store(settings.redis, settings.cache.ttl_seconds, self.metrics)
+        self._live = LiveTrends(settings.redis, settings.trends.half_lives_hours)
         self.champion = Champion(Releases(settings.releases_uri), settings, self.metrics)
         self.ladder = Ladder(self.champion, self.store, settings, self.metrics)
         self._health = health.aio.HealthServicer()
@@ -365,7 +366,7 @@ class Server:
             await self._tell_health()
         self._tasks = [
             asyncio.create_task(self.champion.follow(self._tell_health)),
-            asyncio.create_task(self.store.follow_trending(self._trend_seconds, self._set_trend)),
+            asyncio.create_task(self.store.follow_trending(self._trend_seconds, self._set_trend, self._live)),
             asyncio.create_task(self._log_counts()),
         ]
         for task in self._tasks:
@@ -395,6 +396,7 @@ class Server:
         await self.ladder.close()
         self.champion.close()
         await self.store.close()
+        self._live.close()
         self._tracing.close()
 
     async def _set_trend(self, value: TrendingValue) -> None:

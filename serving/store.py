@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hiredis import ReplyError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
+from recsys_core.live_trends import LiveTrendReader
 from recsys_core.online import (
     LAST_TS,
     RECORD_FIELDS,
@@ -23,10 +24,11 @@ from recsys_core.online import (
     recs_key,
     user_key,
 )
+from recsys_core.redis_client import async_client, client
 from recsys_core.settings import RedisSettings
 from serving.breaker import Breaker
 from serving.metrics import Metrics
-from serving.resp import Pipelined, ThroughClient
+from serving.resp import Login, Pipelined, ThroughClient
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,40 @@ class _Read:
                 future.set_result([NOTHING] * users)
 
 
+def reader(settings: RedisSettings) -> Pipelined | ThroughClient:
+    """How the users' states are read: pipelined from one server, through redis-py from a Cluster or by Sentinel.
+
+    Raises OSError when a file for TLS can't be read.
+    """
+    if settings.mode != "standalone":
+        return ThroughClient(async_client(settings), RECORD_FIELDS)
+    password = settings.password.get_secret_value()
+    login = Login(settings.username, password, settings.ca_file, settings.cert_file, settings.key_file)
+    return Pipelined(settings.url, RECORD_FIELDS, login)
+
+
+class LiveTrends:
+    """The trend of the speed layer, read in a thread: it takes some milliseconds of the processor, not of a caller."""
+
+    def __init__(self, settings: RedisSettings, half_lives_hours: Sequence[float]) -> None:
+        self._redis = client(settings, socket_timeout=BACKGROUND_SECONDS)
+        self._reader = LiveTrendReader(half_lives_hours)
+
+    async def read(self) -> TrendingValue | None:
+        """None while there are no live buckets. Raises OSError."""
+        try:
+            found = await asyncio.to_thread(self._reader.read, self._redis, int(time.time() * 1000))
+        except RedisError as error:
+            raise ConnectionError(str(error)) from error
+        if found is None:
+            return None
+        scores = dict(zip(found.items, map(tuple, found.scores.tolist()), strict=True))
+        return TrendingValue(found.computed_at, "", scores)
+
+    def close(self) -> None:
+        self._redis.close()
+
+
 class Store:
     """Reads that never raise and never last longer than their deadline.
 
@@ -121,7 +157,7 @@ class Store:
         self.metrics = metrics or Metrics()
         self.counts = self.metrics.events
         self.breaker = Breaker("Redis")
-        self._redis: Pipelined | ThroughClient = redis or Pipelined(settings.url, RECORD_FIELDS)
+        self._redis: Pipelined | ThroughClient = redis or reader(settings)
         self._deadline = settings.timeout_ms / 1000
         self._ttl = ttl_seconds
         self._waiting: list[tuple[Sequence[bytes], asyncio.Future[list[Raw]]]] = []
@@ -211,11 +247,16 @@ class Store:
             self.note_corrupt(TRENDING_KEY, error)
             return None
 
-    async def follow_trending(self, seconds: float, on_change: Callable[[TrendingValue], Awaitable[None]]) -> None:
-        """Look every `seconds` and pass on what is new; the last known value stays in use while there is none."""
+    async def follow_trending(
+        self, seconds: float, on_change: Callable[[TrendingValue], Awaitable[None]], live: LiveTrends | None = None
+    ) -> None:
+        """Look every `seconds` and pass on what is new; the last known value stays in use while there is none.
+
+        `live` goes first; while it has nothing the hourly value is used.
+        """
         known: TrendingValue | None = None
         while True:
-            found = await self.trending()
+            found = (await self._call(live.read) if live is not None else None) or await self.trending()
             if found is not None and found != known:
                 await on_change(found)
                 known = found
