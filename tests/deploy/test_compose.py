@@ -84,7 +84,7 @@ def test_every_service_has_a_limit_and_a_policy_and_a_pinned_image(services: dic
 
 def test_own_services_are_images_of_the_dockerfile_without_privileges(services: dict[str, Any]) -> None:
     own = {name: service for name, service in services.items() if service["image"].startswith("recsys/")}
-    assert set(own) == {"mlflow", "storage", "code-location", "webserver", "daemon", "stream", "serving"}
+    assert set(own) == {"mlflow", "storage", "code-location", "webserver", "daemon", "topics", "stream", "serving"}
     for name, service in own.items():
         target = service["image"].split("/")[1].split(":")[0]
         assert target in IMAGES, name
@@ -122,7 +122,7 @@ def test_the_settings_are_known_and_name_the_services(services: dict[str, Any], 
     host, port = settings.kafka.bootstrap_servers.split(":")
     assert host in services
     assert f"INSIDE://kafka:{port}" in services["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
-    assert f"--topic={settings.kafka.topic}" in services["topics"]["command"]
+    assert services["topics"]["command"] == ["recsys", "kafka", "init"]
     location = read_yaml("compose", "workspace.yaml")["load_from"][0]["grpc_server"]
     assert location["host"] in services
     assert (

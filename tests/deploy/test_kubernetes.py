@@ -173,7 +173,7 @@ def test_the_small_overlay_fits_a_node_without_a_gpu() -> None:
 def test_a_worker_keeps_its_name_so_that_a_restart_moves_no_partition() -> None:
     stream = named(written(), "StatefulSet/stream")
     assert stream["spec"]["podManagementPolicy"] == "Parallel"
-    (name,) = [variable for variable in container(stream)["env"] if variable["name"] == "POD_NAME"]
+    (name,) = [variable for variable in container(stream)["env"] if variable["name"] == "RECSYS_STREAM__INSTANCE_ID"]
     assert name["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
     service = named(written(), f"Service/{stream['spec']['serviceName']}")
     assert service["spec"]["clusterIP"] == "None"
