@@ -33,17 +33,20 @@ TYPES = ("view", "click", "like", "cart", "purchase")
 
 
 def fill(settings: Settings, count: int, users: int, items: int, seed: int = 1) -> float:
-    """Produce `count` events of the last ten minutes, users even, items by a Zipf law. Returns bytes an event."""
+    """Produce `count` events of the last ten minutes in order of time, users even, items by a Zipf law.
+
+    Returns bytes an event.
+    """
     chance = np.random.default_rng(seed)
     conf = {"linger.ms": 20, "batch.size": 500_000, "compression.type": "lz4", "queue.buffering.max.messages": 1_000_000}
     producer = Producer({"bootstrap.servers": settings.kafka.bootstrap_servers, **conf})
-    size = 0
+    size, began = 0, now_ms() - 600_000
     for start in range(0, count, 100_000):
         n = min(100_000, count - start)
         chosen = chance.integers(0, users, n).tolist()
         what = ((chance.zipf(1.2, n) - 1) % items).tolist()
         kinds = chance.choice(TYPES, n, p=[0.6, 0.25, 0.07, 0.05, 0.03]).tolist()
-        ts = np.sort(now_ms() - chance.integers(0, 600_000, n)).tolist()
+        ts = (began + (start + np.arange(n)) * 600_000 // count).tolist()
         for at in range(n):
             user = f"u{chosen[at]:06d}"
             event = {
