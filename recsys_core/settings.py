@@ -209,7 +209,7 @@ class GateSettings(Section):
     min_coverage: float = Field(0.001, ge=0, le=1, description="least share of the items among anyone's first ten")
     max_latency_ms: float = Field(20.0, gt=0, description="most milliseconds (median) to rank for one user")
     max_segment_drop: float = Field(0.3, ge=0, le=1, description="share of the champion's value that a segment may lose")
-    min_segment_users: int = Field(50, ge=1, description="users that a segment needs to be judged")
+    min_segment_users: int = Field(500, ge=1, description="users that a segment needs to be judged; fewer say little")
 
 
 class MlflowSettings(Section):

@@ -137,7 +137,10 @@ def test_the_metadata_of_the_last_day_tells_what_was_made(line: Line) -> None:
     assert [row.split("|")[1].strip() for row in evaluation["models"].splitlines()[2:]] == [
         "popularity, window",
         "popularity, last 6 h",
+        "popularity, half-life 1 h",
         "ALS",
+        "two-tower",
+        "blend",
         "served ranking",
     ]
     caches = line.metadata("rec_cache", f"{LAST_DAY}T23")
