@@ -185,7 +185,7 @@ def prune(
     home: Home = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and remove nothing.")] = False,
 ) -> None:
-    """Remove what the retention settings let go: landing files, partitions, releases, runs. Never the champion or its sources."""
+    """Remove what the retention settings let go: landing, partitions, releases, runs; never the champion or its sources."""
     from recsys_cli import prune as pruning
 
     pruning.prune(_settings(home), _console(), dry_run)

@@ -159,6 +159,8 @@ def step(page: Page, what: str, folder: Path) -> Iterator[None]:
 
 def test_the_lineage_page_shows_every_asset_in_its_group(stack: Stack, page: Page, tmp_path: Path) -> None:
     groups = sorted({str(asset["group"]) for asset in GRAPH.values()})
+    # Large enough for the graph to be drawn with whole names.
+    page.set_viewport_size({"width": 3200, "height": 2400})
     with step(page, "lineage", tmp_path):
         page.goto(stack.url + lineage_path(groups), wait_until="domcontentloaded")
         for name in (*groups, *GRAPH):
@@ -245,7 +247,7 @@ def backfill_states(page: Page, stack: Stack) -> list[str]:
 
 
 def test_schedules_and_sensors_are_listed_and_running(stack: Stack, page: Page, tmp_path: Path) -> None:
-    names = {"arrivals_schedule", "hourly_schedule", "nightly_schedule"}
+    names = {"arrivals_schedule", "hourly_schedule", "nightly_schedule", "prune_job_schedule"}
     names |= {"alerts", "automation", "champion_promoted", "late_hours", "missed_hours", "missed_nights", "stream_observed"}
     with step(page, "automation", tmp_path):
         page.goto(f"{stack.url}/automation", wait_until="domcontentloaded")
