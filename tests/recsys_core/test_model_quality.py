@@ -28,7 +28,7 @@ from recsys_core.model_quality import (
 from recsys_core.online import AnswerEncoder, UserRecord, recs_key, write_answers
 from recsys_core.profiles import Measure
 from recsys_core.release import npy_bytes
-from recsys_core.settings import RankingSettings, Settings
+from recsys_core.settings import Settings
 
 DAY, OTHER_DAY = "2026-03-02", "2026-03-03"
 SNAPSHOT = make_snapshot(items=80, rank=4)
@@ -100,17 +100,17 @@ def test_an_index_that_misses_its_recall_is_found(fitted: Lake) -> None:
 
 def test_a_release_is_in_order_and_answers_a_stranger() -> None:
     users = [UserRecord(als_version=SNAPSHOT.als_version, als=vector) for vector in SNAPSHOT.als_items[:20]]
-    assert failed(release_measures(SNAPSHOT, users, RankingSettings())) == set()
+    assert failed(release_measures(SNAPSHOT, users)) == set()
 
 
 def test_a_release_with_the_index_of_another_is_found() -> None:
     wrong = replace(SNAPSHOT, indexes=make_snapshot(items=80, rank=4, seed=1).indexes)
-    assert failed(release_measures(wrong, [], RankingSettings())) == {"indexes_are_of_the_release"}
+    assert failed(release_measures(wrong, [])) == {"indexes_are_of_the_release"}
 
 
 def test_a_release_without_anything_to_recommend_is_found() -> None:
     empty = make_snapshot(items=20, rank=4, unavailable=tuple(range(20)))
-    assert failed(release_measures(empty, [], RankingSettings())) == {"users_all_have_an_answer"}
+    assert failed(release_measures(empty, [])) == {"users_all_have_an_answer"}
 
 
 @pytest.fixture(scope="module")

@@ -180,16 +180,18 @@ def test_trends_that_are_none_are_corrupt(data: bytes) -> None:
 
 def test_the_user_tower_is_asked_with_what_the_record_and_the_request_say() -> None:
     snapshot = with_two_tower(make_snapshot(items=60), ["ann"])
-    records = [UserRecord((("item-5", "view", 9000), ("item-6", "view", 7000)), 9000, ("item-7", "item-5")), UserRecord()]
-    users = users_of(snapshot, records, RankingSettings(), user_ids=["ann", "guest"], now=50_000, devices=["mobile", None])
+    features = OnlineFeatures(8000, 90, 7000, ((1, 2),), ((1, 2),), "home", "tv", "SE")
+    last = (("item-5", "view", 9000), ("item-6", "view", 7000))
+    records = [UserRecord(last, 9000, ("item-7", "item-5"), features=features), UserRecord()]
+    users = users_of(snapshot, records, RankingSettings(), user_ids=["ann", "guest"], now=50_000, device="mobile")
     inputs = TowerInputs(
         user_ids=["ann", "guest"],
         history=[["item-5", "item-6", "item-7"], []],
         ts_ms=np.array([50_000, 50_000]),
-        device=["mobile", None],
-        country=[None, None],
-        category=[None, None],
-        counts=np.full((2, 4), np.nan, np.float32),
+        device=["mobile", "mobile"],
+        country=["SE", None],
+        category=["home", None],
+        counts=np.array([features.counts(50_000, [9000, 7000]), (0, 0, 0, np.nan)], np.float32),
     )
     np.testing.assert_array_equal(users.two_tower, snapshot.tower.vectors(inputs))
     assert users.two_tower.any(axis=1).tolist() == [True, False]
