@@ -468,10 +468,19 @@ def run(program: Coroutine[Any, Any, None]) -> int:
     return 0
 
 
+def without_pandas() -> None:
+    """Arrow imports pandas when the first array is made of a list or given to NumPy, only to ask whether it is pandas's.
+
+    A serving process has no use for it and starts faster without: from here on it counts as not installed.
+    """
+    sys.modules.setdefault("pandas", None)  # type: ignore[arg-type]
+
+
 def main(settings: Settings, on_ready: Callable[[str], None] = lambda _: None) -> int:
     """Serve in this process, or in `serving.processes` children of it, and return the exit code. Logs go to stderr."""
     set_up_logging(settings.serving)
     if settings.serving.processes == 1:
+        without_pandas()
         return run(serve(settings, on_ready))
     from serving.supervisor import supervise
 
