@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from importlib.abc import MetaPathFinder
 from typing import Any, TypeAlias
 
 import grpc
@@ -468,12 +469,20 @@ def run(program: Coroutine[Any, Any, None]) -> int:
     return 0
 
 
-def without_pandas() -> None:
-    """Arrow imports pandas when the first array is made of a list or given to NumPy, only to ask whether it is pandas's.
+class _Absent(MetaPathFinder):
+    """Says of pandas that it is not installed."""
 
-    A serving process has no use for it and starts faster without: from here on it counts as not installed.
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:  # noqa: ARG002
+        if fullname == "pandas":
+            raise ModuleNotFoundError("a serving process does without pandas", name=fullname)
+
+
+def without_pandas() -> None:
+    """Keep Arrow from importing pandas, a quarter of a second of the start, only to ask whether a list is one of its series.
+
+    A serving process has no use for it, and its image does not have it.
     """
-    sys.modules.setdefault("pandas", None)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Absent())
 
 
 def main(settings: Settings, on_ready: Callable[[str], None] = lambda _: None) -> int:

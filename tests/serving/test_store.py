@@ -40,7 +40,7 @@ async def test_both_ways_read_and_write_the_same(redis_server: RedisServer, thro
     together = await reading.read([user.encode() for user in [*users, "nobody", "wrong"]])
     for user, [found], (fields, value) in zip(users, await asyncio.gather(*alone), together[: len(users)], strict=True):
         assert value == found[1] == user.encode()
-        assert list(fields) == list(found[0]) == [None, b"5", b'["a"]', None]
+        assert list(fields) == list(found[0]) == [None, b"5", b'["a"]', None, None]
     assert (list(together[-2][0]), together[-2][1]) == (list(NOTHING[0]), None)
     assert reading.state("wrong", together[-1]).values == NOTHING[0]
     assert reading.counts["corrupt_values"] == 1
