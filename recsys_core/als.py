@@ -47,7 +47,7 @@ START_DEVIATION = 0.1
 class AlsReport:
     """What a fit did. `seconds` is the whole of it, reading and writing included.
 
-    The ridge term of a user with n observations, which `fold_in` needs, is `ridge + ridge_per_observation · n`.
+    The ridge term of a user with n observations, which `fold_in.fold_in` needs, is `ridge + ridge_per_observation · n`.
     """
 
     engine: str
@@ -465,33 +465,3 @@ def _batches(dataset: ds.Dataset, only: ds.Expression | None, batch_rows: int) -
                 batch["n"].to_numpy().astype(np.int32),
                 np.ascontiguousarray(vectors, np.float32),
             )
-
-
-# -- fold-in ----------------------------------------------------------------------------------------------------------
-
-
-def gram(items: FloatArray) -> npt.NDArray[np.float64]:
-    """YᵀY, float64 (d, d), of item vectors (n, d), summed in blocks."""
-    total = np.zeros((items.shape[1], items.shape[1]))
-    for at in range(0, len(items), FACTOR_ROWS):
-        block = items[at : at + FACTOR_ROWS].astype(np.float64)
-        total += block.T @ block
-    return total
-
-
-def fold_in(
-    gram: FloatArray, items: FloatArray, weights: FloatArray, alpha: float, regularization: float | FloatArray
-) -> npt.NDArray[np.float32]:
-    """Vectors of users from what they had, without a fit (Hu, Koren, Volinsky 2008, eq. 4).
-
-    x = (YᵀY + Σ alpha·w·y·yᵀ + ridge·I)⁻¹ Σ (1 + alpha·w)·y over the user's items. `gram` is YᵀY (d, d) of all items,
-    `items` (..., k, d) the vectors of the user's items, `weights` (..., k) theirs, 0 where a list is padded,
-    `regularization` the ridge, one or (...,): `AlsReport.ridge + AlsReport.ridge_per_observation · n`. Returns float32
-    (..., d): one user and many users are the same call.
-    """
-    y = np.asarray(items, np.float64)
-    w = np.asarray(weights, np.float64)
-    ridge = np.asarray(regularization, np.float64)[..., None, None] * np.eye(y.shape[-1])
-    left = gram + np.swapaxes(y, -1, -2) @ (alpha * w[..., None] * y) + ridge
-    right = np.swapaxes(y, -1, -2) @ np.where(w > 0, 1 + alpha * w, 0.0)[..., None]
-    return np.linalg.solve(left, right)[..., 0].astype(np.float32)

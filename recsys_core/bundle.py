@@ -12,10 +12,11 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_core.als import AlsReport, Factors, fit_als, gram, iter_factors, read_factors
+from recsys_core.als import AlsReport, Factors, fit_als, iter_factors, read_factors
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, read_catalog
 from recsys_core.evaluation import ALS_FACTORS, EVALUATION
 from recsys_core.events import ITEM_ID
+from recsys_core.fold_in import gram
 from recsys_core.holdout import TWO_TOWER, NoTwoTower, TwoTower, read_two_tower
 from recsys_core.index import GRAPH_ABOVE, ExactIndex, IndexReport, Metric, Searchable, VectorIndex, build_index, similar_items
 from recsys_core.lake import Lake, Partition

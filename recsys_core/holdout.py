@@ -18,8 +18,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from recsys_core.als import AlsReport, Factors, fit_als, gram, read_factors
+from recsys_core.als import AlsReport, Factors, fit_als, read_factors
 from recsys_core.events import COUNTRY, DAY_MS, DEVICE, HOUR_MS, ITEM_ID, USER_ID, day_key, hour_keys, key_start_ms
+from recsys_core.fold_in import gram
 from recsys_core.index import ExactIndex, similar_items
 from recsys_core.lake import Lake
 from recsys_core.popularity import popular_items, trending_items

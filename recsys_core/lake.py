@@ -16,12 +16,14 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
 
 POINTER = "_current.json"
 STAGING = "_staging"
@@ -288,10 +290,12 @@ class Lake:
             raise MissingPartition(f"table {table!r}, partition {key!r} has no file {name!r}, only {', '.join(found.files)}")
         return bytes(self.fs.cat_file(self.path(table, key, found.version, name)))
 
-    def dataset(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> ds.Dataset | None:
+    def dataset(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> Dataset | None:
         """An Arrow dataset over some partitions, None when they hold no file."""
+        from pyarrow.dataset import dataset  # brings pandas, which a serving process does without
+
         paths = self.files(table, keys, missing_ok)
-        return ds.dataset(paths, filesystem=self.fs, format="parquet") if paths else None
+        return dataset(paths, filesystem=self.fs, format="parquet") if paths else None
 
     def read(self, table: str, key: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A whole partition in memory; for tables that are small by their nature."""

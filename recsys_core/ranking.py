@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_core.als import fold_in
+from recsys_core.fold_in import fold_in
 from recsys_core.index import Metric, Searchable, unit_rows
 from recsys_core.settings import RankingSettings
 from recsys_core.tower import UserTower

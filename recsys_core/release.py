@@ -449,7 +449,7 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) ->
         return loaded
 
     try:
-        items = pq.read_table(pa.BufferReader(files[ITEMS_FILE]))
+        items = pq.ParquetFile(pa.BufferReader(files[ITEMS_FILE])).read()
     except pa.ArrowInvalid as error:
         raise ReleaseError(f"{where}: {ITEMS_FILE} is not Parquet: {error}") from error
     lacking = [name for name in ITEM_COLUMNS if name not in items.column_names]

@@ -87,8 +87,12 @@ class _Read:
         if replies is None:
             self.store.note_failure(error or TimeoutError("no answer in time"))
             self.give_nothing()
-            return
-        self.store.breaker.succeeded()
+        else:
+            self.store.breaker.succeeded()
+            self.give(replies)
+        self.store.ended()
+
+    def give(self, replies: list[Any]) -> None:
         at = 0
         for users, future in self.calls:
             if not future.done():
@@ -161,18 +165,29 @@ class Store:
         self._deadline = settings.timeout_ms / 1000
         self._ttl = ttl_seconds
         self._waiting: list[tuple[Sequence[bytes], asyncio.Future[list[Raw]]]] = []
+        self._waiting_since = 0.0
+        self._under_way = 0
 
     def read(self, user_ids: Sequence[bytes]) -> asyncio.Future[list[Raw]]:
         """What Redis holds of some users; NOTHING for each when it does not answer in time.
 
-        Calls of one turn of the event loop share a round trip, so that a busy process makes fewer and larger ones.
+        Calls of one turn of the event loop share a round trip, and so do all that come while another is under way: gRPC
+        hands over one call in a turn, and a busy process makes fewer and larger reads of them.
         """
         loop = asyncio.get_running_loop()
         found: asyncio.Future[list[Raw]] = loop.create_future()
         if not self._waiting:
-            loop.call_soon(self._send_waiting)
+            self._waiting_since = time.perf_counter()
+            if not self._under_way:
+                loop.call_soon(self._send_waiting)
         self._waiting.append((user_ids, found))
         return found
+
+    def ended(self) -> None:
+        """A round trip is over: send what has come meanwhile."""
+        self._under_way -= 1
+        if self._waiting and not self._under_way:
+            self._send_waiting()
 
     def _send_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -193,7 +208,9 @@ class Store:
             self.counts["redis_skipped"] += 1
             read.give_nothing()
             return
-        read.timer = asyncio.get_running_loop().call_later(self._deadline, read.late)
+        left = self._deadline - (read.started - self._waiting_since)
+        read.timer = asyncio.get_running_loop().call_later(max(0.0, left), read.late)
+        self._under_way += 1
         self._redis.read(users, read)
 
     def note_failure(self, error: Exception) -> None:

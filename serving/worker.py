@@ -13,7 +13,7 @@ import signal
 import sys
 
 from recsys_core.settings import Settings
-from serving.server import Server, run, set_up_logging, settle
+from serving.server import Server, run, set_up_logging, settle, without_pandas
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def main() -> int:
     line = sys.stdin.buffer.readline()
     settings = Settings(**json.loads(line))
     set_up_logging(settings.serving)
+    without_pandas()
     return run(work(settings))
 
 

@@ -6,7 +6,8 @@ import pytest
 import scipy.sparse as sp
 
 from recsys_core import progress
-from recsys_core.als import AlsReport, Side, choose_engine, fit_als, fold_in, gram, iter_factors, read_factors, ridges_of
+from recsys_core.als import AlsReport, Side, choose_engine, fit_als, iter_factors, read_factors, ridges_of
+from recsys_core.fold_in import fold_in, gram
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.metrics import evaluate, rank_all
 from recsys_core.settings import AlsSettings

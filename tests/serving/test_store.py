@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import redis
@@ -14,7 +16,7 @@ from worlds import RedisServer, eventually
 
 from recsys_core.online import RECORD_FIELDS
 from recsys_core.settings import RedisSettings
-from serving.resp import Login, Pipelined, RespError, ThroughClient
+from serving.resp import Login, Pipelined, RespError, Sink, ThroughClient
 from serving.store import NOTHING, Store
 
 
@@ -40,7 +42,7 @@ async def test_both_ways_read_and_write_the_same(redis_server: RedisServer, thro
     together = await reading.read([user.encode() for user in [*users, "nobody", "wrong"]])
     for user, [found], (fields, value) in zip(users, await asyncio.gather(*alone), together[: len(users)], strict=True):
         assert value == found[1] == user.encode()
-        assert list(fields) == list(found[0]) == [None, b"5", b'["a"]', None]
+        assert list(fields) == list(found[0]) == [None, b"5", b'["a"]', None, None]
     assert (list(together[-2][0]), together[-2][1]) == (list(NOTHING[0]), None)
     assert reading.state("wrong", together[-1]).values == NOTHING[0]
     assert reading.counts["corrupt_values"] == 1
@@ -104,3 +106,44 @@ async def test_what_is_no_redis_is_given_up() -> None:
     assert reading.breaker.open
     await reading.close()
     server.close()
+
+
+class OneAtATime:
+    """A Redis that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[bytes], Sink]] = []
+
+    def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
+        self.asked.append((list(user_ids), sink))
+
+    def answer(self, at: int) -> None:
+        users, sink = self.asked[at]
+        sink([reply for user in users for reply in ([None] * len(RECORD_FIELDS), user)], None)
+
+
+async def test_reads_that_come_while_one_is_under_way_share_the_next() -> None:
+    redis_ = OneAtATime()
+    reading = Store(RedisSettings(timeout_ms=10_000), 3600, redis=cast(Pipelined, redis_))
+    first = reading.read([b"a"])
+    await asyncio.sleep(0)
+    waiting = []
+    for user in (b"b", b"c", b"d"):
+        waiting.append(reading.read([user]))
+        await asyncio.sleep(0)
+    assert [users for users, _ in redis_.asked] == [[b"a"]]
+    redis_.answer(0)
+    assert [users for users, _ in redis_.asked] == [[b"a"], [b"b", b"c", b"d"]]
+    redis_.answer(1)
+    assert [(await found)[0][1] for found in (first, *waiting)] == [b"a", b"b", b"c", b"d"]
+
+
+async def test_a_read_behind_one_that_hangs_lasts_no_longer_than_its_own_deadline() -> None:
+    reading = Store(RedisSettings(timeout_ms=100), 3600, redis=cast(Pipelined, OneAtATime()))
+    first = reading.read([b"a"])
+    await asyncio.sleep(0.05)
+    began = asyncio.get_running_loop().time()
+    assert await reading.read([b"b"]) == [NOTHING]
+    assert asyncio.get_running_loop().time() - began >= 0.09
+    assert await first == [NOTHING]
+    assert reading.counts["redis_failures"] == 2
