@@ -67,12 +67,13 @@ def ranges_behind(landing: Landing, hours: Iterable[str]) -> list[OffsetRange]:
 
 
 def count_faults(landing: Landing, held: Iterable[OffsetRange]) -> list[str]:
-    """Files that hold fewer or more rows than the messages that were taken for them."""
+    """Files that hold fewer or more rows than the messages that were taken for them, but for users who were forgotten."""
     rows = {OffsetRange.parse(file.path): file.rows for file in landing.files()}
     faults = []
     for one in held:
         facts = landing.archive_facts(one)
-        if facts["events"] != rows[one] or facts["events"] + facts["rejected"] != facts["messages"]:
+        told = facts["events"] + facts.get("forgotten", 0) + facts["rejected"]
+        if facts["events"] != rows[one] or told != facts["messages"]:
             faults.append(
                 f"{one.name}: {facts['messages']} messages were taken, "
                 f"{rows[one]} events and {facts['rejected']} rejected are held"

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from recsys_assets.resources import Platform
-from recsys_core.registry import RegistryRun
+from recsys_core.registry import ASSET_TAG, PARTITION_TAG, RUN_TAG, RegistryRun
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def tracked(
     The Dagster run and asset are its tags, so that a search in MLflow finds them; `link()` of the run goes into the metadata.
     """
     asset, day = context.asset_key.to_user_string(), context.partition_key
-    tags = {"dagster.run_id": context.run_id, "dagster.asset": asset, "dagster.partition": day}
+    tags = {RUN_TAG: context.run_id, ASSET_TAG: asset, PARTITION_TAG: day}
     with platform.registry.run(f"{asset} {day}", tags) as run:
         run.log_params(params)
         found = {table: platform.lake.find(table, day) for table in tables}

@@ -41,25 +41,31 @@ def replay(settings: Settings, day: str, users: Sequence[str], count: int, conso
     ]
     made = f", made for it: {', '.join(found.made)}" if found.made else ""
     console.print(table(f"{day} from the data before it{made}", rows))
+    for model, why in found.notes.items():
+        console.print(f"Without {model}: {why}", highlight=False, soft_wrap=True)
 
 
 def forget(settings: Settings, user: str, console: Console) -> int:
-    """Remove a user and print the proof. Returns 1 when a search still finds something, else 0."""
+    """Remove a user and print the proof. Returns 1 when something is left or a place could not be searched, else 0."""
     from recsys_assets.resources import Platform
-    from recsys_core.forget import forget_user
+    from recsys_core.forget import Places, forget_user
 
     platform = Platform(settings)
     with showing_progress(console), platform.redis() as redis:
-        report = forget_user(platform.lake, redis, platform.releases, user)
+        report = forget_user(Places(platform.lake, redis, platform.releases, platform.registry), user)
     rows: list[dict[str, object]] = [
         {"place": place, "removed": report.removed.get(place, 0), "found afterwards": report.remaining.get(place, 0)}
         for place in sorted({*report.removed, *report.remaining})
     ]
     console.print(table(f"User {report.user_hash} (hash), {report.seconds:.1f} s", rows))
+    searched = ", ".join(f"{count:,} {what}" for what, count in sorted(report.looked_at.items()))
+    console.print(f"The search afterwards went through {searched}.", highlight=False)
+    for place, why in report.unsearched.items():
+        console.print(f"{place} was not searched: {why}. Run the command again.", style="red", highlight=False, soft_wrap=True)
     if report.releases:
         console.print(
             f"{len(report.releases)} releases were fitted with this user among the others; they name no user. "
             "The next night makes one without, and `recsys prune` removes the old ones.",
             highlight=False,
         )
-    return 1 if report.remaining else 0
+    return 1 if report.remaining or report.unsearched else 0

@@ -46,7 +46,9 @@ QUARANTINE_SCHEMA = pa.schema(
 OFFSET = "offset"
 ARCHIVE_SCHEMA = EVENT_SCHEMA.append(pa.field(OFFSET, pa.int64(), nullable=False))
 ARCHIVE_METADATA = b"recsys.archive"
-"""Key of the JSON in an archive file's footer: topic, source, first, last, messages, events, rejected, hours {key: events}."""
+"""Key of the JSON in an archive file's footer: topic, source, first, last, messages, events, rejected, hours {key: events}.
+
+`forgotten`, where it is there, are the events that were taken out with their users; `events` are those that are left."""
 _RANGE_NAME = re.compile(r"^(?P<identity>[0-9a-f]{8})-(?P<partition>\d{5})-(?P<first>\d{20})-(?P<last>\d{20})\.parquet$")
 
 
@@ -137,7 +139,6 @@ class Landing:
         """
         if rejected.num_rows:
             self.write_quarantine(held.topic, held.name, rejected)
-        hours, counts = np.unique(events[TS].to_numpy() // HOUR_MS, return_counts=True)
         facts = {
             "topic": held.topic,
             "source": f"{held.identity}.{held.partition}",
@@ -146,7 +147,7 @@ class Landing:
             "messages": messages,
             "events": events.num_rows,
             "rejected": rejected.num_rows,
-            "hours": {hour_key(int(hour) * HOUR_MS): int(count) for hour, count in zip(hours, counts, strict=True)},
+            "hours": _by_hour(events[TS]),
         }
         metadata = {ARCHIVE_METADATA: json.dumps(facts).encode()}
         table = events.cast(ARCHIVE_SCHEMA).combine_chunks().replace_schema_metadata(metadata)
@@ -165,6 +166,19 @@ class Landing:
             facts: dict[str, Any] = json.loads(pq.read_schema(source).metadata[ARCHIVE_METADATA])
         return facts
 
+    def remove_rows(self, path: str, kept: pa.Table) -> None:
+        """Replace a landing or quarantine file by those of its rows that are `kept`.
+
+        The facts of an archive file follow: its offsets and messages stay what they were, and it counts what was taken out.
+        """
+        held = OffsetRange.parse(path)
+        if held and path.startswith(self.lake.path(LANDING)):
+            facts = self.archive_facts(held)
+            gone = facts["events"] - kept.num_rows
+            facts |= {"events": kept.num_rows, "forgotten": facts.get("forgotten", 0) + gone, "hours": _by_hour(kept[TS])}
+            kept = kept.replace_schema_metadata({ARCHIVE_METADATA: json.dumps(facts).encode()})
+        self._put(path, kept)
+
     def touched_hours(self, since: float) -> dict[str, int]:
         """Events by hour in the files that were written after `since` (seconds since 1970): hours to be made again.
 
@@ -182,9 +196,7 @@ class Landing:
 
     def _hours(self, path: str) -> dict[str, int]:
         with self.lake.fs.open(path, "rb") as source:
-            times = pq.read_table(source, columns=[TS])[TS].drop_null().to_numpy()
-        hours, counts = np.unique(times // HOUR_MS, return_counts=True)
-        return {hour_key(int(hour) * HOUR_MS): int(count) for hour, count in zip(hours, counts, strict=True)}
+            return _by_hour(pq.read_table(source, columns=[TS])[TS].drop_null())
 
     def write_quarantine(self, source: str, name: str, rows: pa.Table) -> str:
         """Write one file of rejected rows. `rows` has QUARANTINE_SCHEMA. Returns its path."""
@@ -192,10 +204,13 @@ class Landing:
 
     def _write(self, area: str, source: str, name: str, table: pa.Table) -> str:
         path = self.lake.path(area, source, f"{name}.parquet")
+        self._put(path, table)
+        return path
+
+    def _put(self, path: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=131_072)
         write_atomically(self.lake.fs, path, sink.getvalue())
-        return path
 
     def files(self) -> list[LandingFile]:
         """All landing files in the order of their paths. A file that is not EVENT_SCHEMA raises ValueError naming it."""
@@ -265,6 +280,12 @@ class Landing:
                 )
             first, last = _extent(file)
         return LandingFile(path, file.metadata.num_rows, size, first, last)
+
+
+def _by_hour(times: pa.ChunkedArray) -> dict[str, int]:
+    """Number of times (ms) by the hour they are in."""
+    hours, counts = np.unique(times.to_numpy() // HOUR_MS, return_counts=True)
+    return {hour_key(int(hour) * HOUR_MS): int(count) for hour, count in zip(hours, counts, strict=True)}
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from recsys_core.release import Manifest
@@ -28,6 +30,9 @@ CHAMPION = "champion"
 
 RELEASE_ID, DAY, RELEASE_URI = "release_id", "day", "release_uri"
 """Tags of a model version."""
+
+RUN_TAG, ASSET_TAG, PARTITION_TAG = "dagster.run_id", "dagster.asset", "dagster.partition"
+"""Tags of a training's run."""
 
 T = TypeVar("T")
 
@@ -248,6 +253,60 @@ class Registry:
     def _set_alias(self, alias: str, version: Version) -> None:
         self.call(lambda client: client.set_registered_model_alias(self._settings.model, alias, version.version))
 
+    # -- all that was recorded ----------------------------------------------------------------------------------
+
+    def exists(self) -> bool:
+        """Whether anything can be recorded here: looking at a database that nobody made does not make it."""
+        return not self.uri.startswith("sqlite:///") or os.path.exists(self.uri.removeprefix("sqlite:///"))
+
+    def runs(self) -> Iterator[Run]:
+        """All runs of all experiments, deleted ones as well. Raises RegistryError."""
+        from mlflow.entities import ViewType
+
+        if not self.exists():
+            return
+        experiments = self.call(lambda client: client.search_experiments(ViewType.ALL))
+        token: str | None = ""
+        while token is not None and experiments:
+            page = self.call(
+                partial(_runs_page, experiments=[e.experiment_id for e in experiments], view=ViewType.ALL, token=token)
+            )
+            yield from page
+            token = page.token or None
+
+    def files(self, run: Run, folder: str = "") -> Iterator[str]:
+        """Paths of a run's files. Raises RegistryError."""
+        for entry in self.call(lambda client: client.list_artifacts(run.info.run_id, folder or None)):
+            if entry.is_dir:
+                yield from self.files(run, entry.path)
+            else:
+                yield entry.path
+
+    def read_file(self, run: Run, path: str) -> bytes:
+        """Raises RegistryError."""
+        with tempfile.TemporaryDirectory() as folder:
+            found = self.call(lambda client: client.download_artifacts(run.info.run_id, path, folder))
+            return Path(found).read_bytes()
+
+    def remove_files(self, run: Run, path: str | None = None) -> None:
+        """Delete one file of a run, or all of them. Raises RegistryError."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        self.call(lambda _: get_artifact_repository(run.info.artifact_uri, tracking_uri=self.uri).delete_artifacts(path))
+
+    def remove_run(self, run: Run) -> None:
+        """Delete a run and its files. Raises RegistryError."""
+        self.remove_files(run)
+        self.call(lambda client: client.delete_run(run.info.run_id))
+
+    def remove_version(self, version: Version) -> None:
+        """Delete a version of the registered model. Raises RegistryError."""
+        self.call(lambda client: client.delete_model_version(self._settings.model, version.version))
+
+    def remove_tag(self, run: Run, name: str) -> None:
+        """Raises RegistryError."""
+        self.call(lambda client: client.delete_tag(run.info.run_id, name))
+
     # -- MLflow -------------------------------------------------------------------------------------------------
 
     def call(self, work: Callable[[MlflowClient], T]) -> T:
@@ -267,6 +326,7 @@ class Registry:
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(self._settings.timeout_seconds),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         }
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
@@ -290,6 +350,10 @@ def _unless_it_exists(create: Callable[[], Any]) -> None:
 
 def _search_page(client: MlflowClient, filter_string: str, token: str) -> Any:
     return client.search_model_versions(filter_string, page_token=token or None)
+
+
+def _runs_page(client: MlflowClient, experiments: list[str], view: int, token: str) -> Any:
+    return client.search_runs(experiments, run_view_type=view, page_token=token or None)
 
 
 def _log_batch(client: MlflowClient, run_id: str, **content: Any) -> None:

@@ -41,11 +41,12 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Replay:
-    """A replayed day: the snapshot, what had to be made for it, and the users."""
+    """A replayed day: the snapshot, what had to be made for it, what it lacks and why (by model), and the users."""
 
     day: str
     snapshot: Snapshot
     made: tuple[str, ...]
+    notes: dict[str, str]
     users: tuple[Replayed, ...]
 
 
@@ -65,7 +66,8 @@ def replay_day(
     """
     before, start = day_key(key_start_ms(day) - DAY_MS), key_start_ms(day)
     made = _make_missing(lake, before, settings, spark, engine)
-    snapshot = assemble(lake, before, f"replay-{day}").snapshot
+    bundle = assemble(lake, before, f"replay-{day}", settings)
+    snapshot = bundle.snapshot
     hours = hour_keys(start - settings.trends.window_hours * HOUR_MS, start)
     recent = lake.dataset(CLICKS_HOURLY, hours, missing_ok=True)
     trend = Trend.of(snapshot, _trend(recent, start, settings))
@@ -84,16 +86,23 @@ def replay_day(
         )
         for user, record, positions in zip(wanted, records, ranked.positions, strict=True)
     ]
-    return Replay(day, snapshot, tuple(made), tuple(rows))
+    return Replay(day, snapshot, tuple(made), bundle.notes, tuple(rows))
 
 
 def _make_missing(lake: Lake, before: str, settings: Settings, spark: Callable[[], SparkSession], engine: str) -> list[str]:
     made = []
+    nothing = MissingPartition(f"no clicks in the window that ends with {before}: there is nothing to replay from")
     if lake.find(INTERACTIONS, before) is None:
+        end = key_start_ms(before) + DAY_MS
+        if (
+            lake.dataset(CLICKS_HOURLY, hour_keys(end - settings.interactions.window_days * DAY_MS, end), missing_ok=True)
+            is None
+        ):
+            raise nothing
         build_interactions(spark(), lake, [before], settings.events, settings.interactions)
         made.append(INTERACTIONS)
     if not lake.get(INTERACTIONS, before).rows:
-        raise MissingPartition(f"no clicks in the window that ends with {before}: there is nothing to replay from")
+        raise nothing
     if lake.find(ALS_FACTORS, before) is None:
         fit_als_factors(lake, before, settings, spark, engine)
         made.append(ALS_FACTORS)

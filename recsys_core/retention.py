@@ -1,4 +1,6 @@
-"""What is older than the policy and may go: landing files, partitions, releases. Never the champion, nor what it was made from.
+"""What is older than the policy and may go: landing files, partitions, releases, runs and versions of MLflow.
+
+Never the champion and those to which a rollback returns, nor what they were made from.
 
 `plan` decides and touches nothing; `remove` does what was decided. Ages are those of the data (event times, partition keys)
 against its newest event, so that a history that ended long ago and a platform that stood still lose nothing. Only files of the
@@ -11,13 +13,17 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from recsys_core.events import DAY_MS, day_key, hour_key
 from recsys_core.lake import POINTER, STAGING, Lake
 from recsys_core.landing import LANDING, QUARANTINE, Landing
+from recsys_core.registry import PARTITION_TAG, Registry, Version
 from recsys_core.release import Manifest, Releases
 from recsys_core.settings import RetentionSettings, Settings
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 Kind = Literal["landing", "quarantine", "partition", "release"]
 HOUR_KEY, DAY_KEY = len("2026-01-31T09"), len("2026-01-31")
@@ -115,14 +121,54 @@ def tables(lake: Lake) -> list[str]:
 
 
 def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manifest], list[Removal]]:
-    """The manifests that stay, and the releases that may go: all but the newest and the champion."""
+    """The manifests that stay, and the releases that may go: all but the newest, the champion and those before it.
+
+    Earlier champions count among those that are still there, so that as many stay for a rollback as the policy says.
+    """
     made = releases.list()
     champion = releases.champion()
-    names = {champion.release_id} if champion else set()
+    whole = {manifest.release_id for manifest in made}
+    earlier = [name for name in champion.previous if name in whole] if champion else []
+    names = {champion.release_id, *earlier[: policy.champions]} if champion else set()
     names |= {manifest.release_id for manifest in made[-policy.releases :]}
     gone = [m for m in made if policy.releases and m.release_id not in names]
     removals = [Removal("release", m.release_id, sum(int(f["bytes"]) for f in m.files.values())) for m in gone]
     return [m for m in made if m not in gone], removals
+
+
+def spent_runs_of_mlflow(registry: Registry, releases: Releases, settings: Settings, end_ms: int) -> list[Run]:
+    """Ended runs of days that the policy doesn't keep and that no kept release was made from. Raises RegistryError."""
+    kept, _ = _releases(releases, settings.retention)
+    needed = {source["partition"] for manifest in kept for source in manifest.sources.values()} | {m.day for m in kept}
+    return [
+        run
+        for run in registry.runs()
+        if run.info.status != "RUNNING"
+        and run.info.lifecycle_stage == "active"
+        and (day := run.data.tags.get(PARTITION_TAG))
+        and day not in needed
+        and not is_kept(day, settings.retention, end_ms)
+    ]
+
+
+def spent_versions(registry: Registry, releases: Releases) -> list[Version]:
+    """Versions of the registered model whose release is gone and that no alias names. Raises RegistryError."""
+    there = set(releases.names())
+    return [v for v in (registry.versions() if registry.exists() else ()) if v.release_id not in there and not v.aliases]
+
+
+def prune_mlflow(registry: Registry, releases: Releases, settings: Settings, end_ms: int) -> dict[str, int]:
+    """Remove spent runs with their files, and spent versions. Returns their numbers. Raises RegistryError.
+
+    MLflow keeps the row of a deleted run until `mlflow gc`; its files, which are what takes place, go at once.
+    """
+    runs = spent_runs_of_mlflow(registry, releases, settings, end_ms)
+    versions = spent_versions(registry, releases)
+    for version in versions:
+        registry.remove_version(version)
+    for run in runs:
+        registry.remove_run(run)
+    return {"runs of MLflow": len(runs), "versions of MLflow": len(versions)}
 
 
 def remove(landing: Landing, releases: Releases, removals: Iterable[Removal]) -> None:

@@ -249,6 +249,7 @@ class RetentionSettings(Section):
     hourly_days: int = Field(180, ge=0, description="days that hourly partitions stay; 0: for ever")
     daily_days: int = Field(120, ge=0, description="days that daily partitions stay; 0: for ever")
     releases: int = Field(14, ge=0, description="newest releases that stay, the champion besides; 0: all")
+    champions: int = Field(5, ge=1, description="earlier champions that stay besides, for `recsys release rollback`")
     run_days: int = Field(30, ge=0, description="days that Dagster's runs stay which made nothing that is kept; 0: for ever")
 
 

@@ -7,7 +7,8 @@ import dagster as dg
 
 from recsys_assets.resources import Platform, PlatformResource
 from recsys_core.events import now_ms
-from recsys_core.retention import data_end, is_kept, plan, remove, totals
+from recsys_core.registry import RegistryError
+from recsys_core.retention import data_end, is_kept, plan, prune_mlflow, remove, totals
 from recsys_core.settings import RetentionSettings
 
 PAGE = 500
@@ -59,12 +60,18 @@ def prune_runs(platform: Platform, instance: dg.DagsterInstance) -> int:
 @dg.op
 def prune_by_policy(context: dg.OpExecutionContext, platform: PlatformResource) -> None:
     """Remove what [retention] lets go, and say how much."""
+    end_ms = data_end(platform.landing, now_ms())
     removals = plan(platform.landing, platform.releases, platform.settings, now_ms())
     remove(platform.landing, platform.releases, removals)
     runs = prune_runs(platform, context.instance)
+    recorded: dict[str, int | str]
+    try:
+        recorded = dict(prune_mlflow(platform.registry, platform.releases, platform.settings, end_ms))
+    except RegistryError as error:
+        recorded = {"MLflow trouble": str(error)}
     removed = {f"{kind}, count": count for kind, (count, _) in totals(removals).items()}
     removed |= {f"{kind}, bytes": size for kind, (_, size) in totals(removals).items()}
-    context.add_output_metadata({**removed, "runs of Dagster": runs})
+    context.add_output_metadata({**removed, "runs of Dagster": runs, **recorded})
 
 
 @dg.job(description="Trim files, partitions, releases and Dagster's runs by [retention].")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import dagster as dg
 import pyarrow as pa
 import pytest
+import redis
 from builders import event, write_clicks
 
 from recsys_assets.resources import Platform
 from recsys_assets.stream_checks import BrokerEnds, broker_faults, offsets_have_no_gap, ranges_behind
+from recsys_cli.stack import redis_server
+from recsys_core.forget import Places, forget_user
 from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, OffsetRange
 from recsys_core.settings import Settings
 
@@ -107,3 +112,20 @@ def test_late_events_touch_the_hour_that_they_belong_to(platform: Platform) -> N
     archive(platform, 10, 12, "2026-03-01T08:00")
     assert platform.landing.touched_hours(0) == {"2026-03-01T08": 3, HOUR: 10}
     assert platform.landing.touched_hours(4_000_000_000) == {}
+
+
+def test_a_user_who_was_forgotten_leaves_no_gap(platform: Platform, tmp_path: Path) -> None:
+    held = OffsetRange("clickstream.events", "0abcdef0", 0, 0, 9)
+    rows = [{**event(f"e{at}", f"u{at % 3}", "i", f"{HOUR}:05"), "offset": at} for at in range(9)]
+    table = pa.Table.from_pylist([{n: row.get(n) for n in ARCHIVE_SCHEMA.names} for row in rows], schema=ARCHIVE_SCHEMA)
+    bad = pa.Table.from_pylist([{"origin": "t-0", "row": 9, "reason": "no item", "content": "u1"}], schema=QUARANTINE_SCHEMA)
+    platform.landing.write_archive(held, 10, table, bad)
+    archive(platform, 10, 14, f"{HOUR}:30")
+    with redis_server(tmp_path) as url, redis.Redis.from_url(url) as client:
+        for user in ("u1", "u2"):
+            forget_user(Places(platform.lake, client, platform.releases, platform.registry), user)
+    assert faults(platform) == []
+    facts = platform.landing.archive_facts(held)
+    assert (facts["messages"], facts["events"], facts["forgotten"], facts["rejected"]) == (10, 3, 6, 1)
+    assert facts["hours"] == {HOUR: 3}
+    assert platform.landing.archived() == [held, OffsetRange("clickstream.events", "0abcdef0", 0, 10, 14)]

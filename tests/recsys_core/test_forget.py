@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -20,11 +21,12 @@ from recsys_core.bundle import (
     fit_als_factors,
     publish_release,
 )
-from recsys_core.forget import FORGOTTEN, forget_user, hash_of, search_user
+from recsys_core.forget import FORGOTTEN, Places, Search, forget_user, hash_of
 from recsys_core.lake import Lake
 from recsys_core.landing import QUARANTINE_SCHEMA, Landing
 from recsys_core.online import UserRecord, recs_key, user_key, write_answers, write_records
 from recsys_core.popularity import popular_items
+from recsys_core.registry import Registry
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
@@ -39,13 +41,22 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield client
 
 
+def search(places: Places, user: str) -> dict[str, int]:
+    return dict(Search(places, user).run().found)
+
+
+@pytest.fixture
+def places(lake: Lake, redis: Any, releases: Releases, mlflow_settings: Settings) -> Places:
+    return Places(lake, redis, releases, Registry(mlflow_settings))
+
+
 @pytest.fixture
 def releases(settings: Settings) -> Releases:
     return Releases(settings.releases_uri)
 
 
 @pytest.fixture
-def filled(lake: Lake, redis: Any, releases: Releases, settings: Settings) -> Lake:
+def filled(places: Places, lake: Lake, redis: Any, releases: Releases, settings: Settings) -> Lake:
     """A lake in which both users are everywhere, tables with an older version, a release, Redis."""
     land(lake, *(event(f"e-{user}-{n}", user, f"i{n}", HOUR) for user in (GONE, STAYS) for n in range(3)))
     rejected = [
@@ -67,56 +78,95 @@ def filled(lake: Lake, redis: Any, releases: Releases, settings: Settings) -> La
     publish_release(lake, releases, DAY, small, {})
     write_records(redis, [(user, UserRecord(last_ts=1, seen=("i1",))) for user in (GONE, STAYS)], 60)
     write_answers(redis, [(user, b"answer") for user in (GONE, STAYS)], 60)
+    with places.registry.run("als_factors", {"seen first": GONE, "seen last": STAYS}) as run:
+        run.log_params({"rank": 4})
+        run.log_text("reports/worst.md", f"| {GONE} | 0.0 |")
+        run.log_text("reports/best.md", f"| {STAYS} | 1.0 |")
     return lake
 
 
-def test_every_trace_is_removed_and_the_report_proves_it(filled: Lake, redis: Any, releases: Releases) -> None:
-    before = search_user(filled, redis, releases, GONE)
-    assert set(before) == {"landing", "quarantine", CLICKS_HOURLY, INTERACTIONS, ALS_USERS, ACTIVE_USERS, "redis"}
+@pytest.mark.usefixtures("filled")
+def test_every_trace_is_removed_and_the_report_proves_it(places: Places, redis: Any) -> None:
+    before = search(places, GONE)
+    in_mlflow = {"MLflow tags", "MLflow files"}
+    assert set(before) == {"landing", "quarantine", CLICKS_HOURLY, INTERACTIONS, ALS_USERS, ACTIVE_USERS, "redis", *in_mlflow}
     assert before[CLICKS_HOURLY] == 6, "two versions of three rows"
-    report = forget_user(filled, redis, releases, GONE)
+    report = forget_user(places, GONE)
     assert report.removed == before
     assert report.remaining == {}
-    assert search_user(filled, redis, releases, GONE) == {}
+    assert report.looked_at == {
+        "landing files": 1,
+        "quarantine files": 1,
+        "versions of partitions": 8,
+        "texts of partitions": 1,
+        "Redis keys": 2,
+        "releases": 1,
+        "MLflow runs": 1,
+        "MLflow files": 1,
+    }
+    assert search(places, GONE) == {}
     assert not redis.exists(user_key(GONE), recs_key(GONE))
 
 
-def test_another_user_whose_id_begins_alike_keeps_everything(filled: Lake, redis: Any, releases: Releases) -> None:
-    before = search_user(filled, redis, releases, STAYS)
+@pytest.mark.usefixtures("filled")
+def test_another_user_whose_id_begins_alike_keeps_everything(places: Places) -> None:
+    before = search(places, STAYS)
     older = {CLICKS_HOURLY: before[CLICKS_HOURLY] // 2}
-    forget_user(filled, redis, releases, GONE)
-    assert search_user(filled, redis, releases, STAYS) == {**before, **older}
+    forget_user(places, GONE)
+    assert search(places, STAYS) == {**before, **older}
 
 
 def test_the_next_release_is_made_from_what_is_left_without_anything_made_again(
-    filled: Lake, redis: Any, releases: Releases, settings: Settings
+    filled: Lake, places: Places, releases: Releases, settings: Settings
 ) -> None:
     versions = {table: filled.get(table, DAY).data_version for table in (INTERACTIONS, ALS_USERS, ALS_FACTORS)}
-    forget_user(filled, redis, releases, GONE)
+    forget_user(places, GONE)
     assert {table: filled.get(table, DAY).data_version for table in versions} == versions
     manifest, _ = publish_release(filled, releases, DAY, settings, {})
+<<<<<<< HEAD
     assert search_user(filled, redis, releases, GONE) == {}
     assert releases.manifest(manifest.release_id).day == DAY
+=======
+    assert search(places, GONE) == {}
+    assert releases.load(manifest.release_id)[0].day == DAY
+>>>>>>> quality
 
 
-def test_landing_files_keep_their_time_of_arrival_so_that_no_hour_counts_as_late(
-    filled: Lake, redis: Any, releases: Releases
-) -> None:
+def test_landing_files_keep_their_time_of_arrival_so_that_no_hour_counts_as_late(filled: Lake, places: Places) -> None:
     path = Landing(filled).files()[0].path
     os.utime(path, (1_000_000, 1_000_000))
-    forget_user(filled, redis, releases, GONE)
+    forget_user(places, GONE)
     assert os.stat(path).st_mtime == 1_000_000
     assert sum(file.rows for file in Landing(filled).files()) == 3
 
 
-def test_the_kept_report_does_not_name_the_user(filled: Lake, redis: Any, releases: Releases) -> None:
-    forget_user(filled, redis, releases, GONE)
+def test_the_kept_report_does_not_name_the_user(filled: Lake, places: Places) -> None:
+    forget_user(places, GONE)
     (key,) = filled.keys(FORGOTTEN)
     kept = filled.get(FORGOTTEN, key).extra
     assert kept["user_hash"] == hash_of(GONE)
     assert GONE not in str(kept)
 
 
-def test_a_user_that_nothing_is_known_of_is_reported_as_such(lake: Lake, redis: Any, releases: Releases) -> None:
-    report = forget_user(lake, redis, releases, "nobody")
-    assert (report.removed, report.remaining) == ({}, {})
+def test_a_user_that_nothing_is_known_of_is_reported_as_such(places: Places) -> None:
+    report = forget_user(places, "nobody")
+    assert (report.removed, report.remaining, report.unsearched) == ({}, {}, {})
+    assert report.looked_at["Redis keys"] == 2
+
+
+def test_a_tracking_server_that_is_away_is_said_and_everything_else_goes(
+    filled: Lake, places: Places, settings: Settings
+) -> None:
+    away = settings.mlflow.model_copy(update={"tracking_uri": "http://127.0.0.1:9", "timeout_seconds": 1})
+    cut_off = replace(places, registry=Registry(settings.model_copy(update={"mlflow": away})))
+    report = forget_user(cut_off, GONE)
+    assert set(report.unsearched) == {"MLflow"}
+    assert report.remaining == {}
+    assert set(search(places, GONE)) == {"MLflow tags", "MLflow files"}
+    assert filled.keys(FORGOTTEN)
+
+
+def test_a_parameter_that_names_the_user_is_reported_with_its_run(places: Places) -> None:
+    with places.registry.run("odd", {}) as run:
+        run.log_params({"user": GONE})
+    assert forget_user(places, GONE).remaining == {f"MLflow parameters of run {run.run_id}": 1}

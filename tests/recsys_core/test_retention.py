@@ -15,8 +15,17 @@ from snapshots import make_manifest, make_snapshot
 from recsys_core.events import DAY_MS, EVENT_SCHEMA
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.landing import QUARANTINE_SCHEMA, Landing
-from recsys_core.release import ReleaseError, Releases
-from recsys_core.retention import Removal, UnsafePolicy, plan, remove, totals
+from recsys_core.registry import PARTITION_TAG, Registry
+from recsys_core.release import Manifest, ReleaseError, Releases
+from recsys_core.retention import (
+    Removal,
+    UnsafePolicy,
+    plan,
+    prune_mlflow,
+    remove,
+    spent_runs_of_mlflow,
+    totals,
+)
 from recsys_core.settings import RetentionSettings, Settings
 
 NOW = "2026-06-01"
@@ -99,6 +108,71 @@ def test_the_champion_is_never_removed_even_when_a_plan_names_it(landing: Landin
     with pytest.raises(ReleaseError, match="is the champion"):
         remove(landing, releases, planned)
     releases.load("one")
+
+
+def test_earlier_champions_stay_so_that_a_rollback_finds_one(landing: Landing, releases: Releases, settings: Settings) -> None:
+    for at in range(5):
+        publish(releases, f"r{at}", f"2026-02-0{at + 1}", float(at))
+        landing.lake.write("als_factors", f"2026-02-0{at + 1}", ROWS)
+        releases.promote(f"r{at}")
+    for at in range(5, 8):
+        publish(releases, f"r{at}", "2026-05-31", float(at))
+    releases.remove("r3")
+    policy = with_policy(settings, daily_days=10, releases=1, champions=2)
+    planned = plan(landing, releases, policy, ms(NOW))
+    assert names(planned, "release") == ["r0", "r5", "r6"], "r4 is served; r2 and r1 are left before it"
+    assert names(planned, "partition") == ["als_factors/2026-02-01", "als_factors/2026-02-04"]
+    remove(landing, releases, planned)
+    pointer, passed_over = releases.roll_back()
+    assert (pointer.release_id, list(passed_over)) == ("r2", ["r3"])
+
+
+@pytest.fixture
+def registry(mlflow_settings: Settings) -> Registry:
+    return Registry(mlflow_settings)
+
+
+def trained(registry: Registry, day: str, release: Manifest | None = None) -> str:
+    with registry.run(f"als_factors {day}", {PARTITION_TAG: day}) as run:
+        run.log_text("evaluation.json", "{}")
+        if release:
+            registry.register(release, "/releases", run)
+    assert run.run_id
+    return run.run_id
+
+
+def test_runs_and_versions_of_mlflow_go_with_what_they_made(releases: Releases, registry: Registry, settings: Settings) -> None:
+    publish(releases, "served", "2026-02-01", 1.0)
+    publish(releases, "spent", "2026-02-02", 2.0)
+    manifests = [replace(releases.manifest(name), day=day) for name, day in (("spent", "2026-02-02"), ("served", "2026-02-01"))]
+    old, of_the_champion = trained(registry, "2026-02-02", manifests[0]), trained(registry, "2026-02-01", manifests[1])
+    recent = trained(registry, "2026-05-30")
+    releases.promote("served")
+    releases.remove("spent")
+    files = {run.info.run_id: registry.files(run) for run in registry.runs()}
+    policy = with_policy(settings, daily_days=10)
+    assert [run.info.run_id for run in spent_runs_of_mlflow(registry, releases, policy, ms(NOW))] == [old]
+    assert prune_mlflow(registry, releases, policy, ms(NOW)) == {"runs of MLflow": 1, "versions of MLflow": 1}
+    assert {run.info.run_id for run in registry.runs() if run.info.lifecycle_stage == "active"} == {of_the_champion, recent}
+    assert [version.release_id for version in registry.versions()] == ["served"]
+    assert {run_id: list(found) for run_id, found in files.items()} == {
+        old: [],
+        of_the_champion: ["evaluation.json"],
+        recent: ["evaluation.json"],
+    }
+    assert prune_mlflow(registry, releases, policy, ms(NOW)) == {"runs of MLflow": 0, "versions of MLflow": 0}
+
+
+def test_a_version_with_an_alias_stays_without_its_release(releases: Releases, registry: Registry, settings: Settings) -> None:
+    publish(releases, "gone", "2026-02-02", 1.0)
+    trained(registry, "2026-05-31", releases.manifest("gone"))
+    releases.remove("gone")
+    assert prune_mlflow(registry, releases, settings, ms(NOW))["versions of MLflow"] == 0
+
+
+def test_a_home_in_which_nothing_was_recorded_gets_no_database(releases: Releases, settings: Settings) -> None:
+    assert prune_mlflow(Registry(settings), releases, settings, ms(NOW)) == {"runs of MLflow": 0, "versions of MLflow": 0}
+    assert not (settings.home / "mlflow.db").exists()
 
 
 def test_a_history_that_ended_long_ago_is_not_old(lake: Lake, releases: Releases, settings: Settings) -> None:

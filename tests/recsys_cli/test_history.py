@@ -1,0 +1,90 @@
+"""`recsys backfill` and `recsys replay` as a person runs them: a command, its output, what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nights import prepare_night, small
+
+from recsys_core.bundle import ALS_FACTORS, POPULAR_ITEMS, TRENDING_ITEMS
+from recsys_core.lake import Lake
+from recsys_core.registry import Registry
+from recsys_core.settings import Settings
+
+DAYS = ("2026-03-01", "2026-03-02")
+TOML = """
+[partitions]
+start = 2026-02-01
+end = 2026-03-05
+[als]
+rank = 4
+regularization = 0.1
+"""
+
+
+@pytest.fixture
+def home(mlflow_settings: Settings) -> Path:
+    """Two nights, each with its clicks at ten o'clock."""
+    lake = Lake(mlflow_settings.lake_uri)
+    for day in DAYS:
+        prepare_night(lake, day, small(mlflow_settings))
+    (mlflow_settings.home / "recsys.toml").write_text(TOML)
+    return mlflow_settings.home
+
+
+def recsys(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("RECSYS_", "DAGSTER_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "recsys_cli.main", *arguments, "--home", str(home)],
+        env={**own, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_a_range_of_days_is_made_again_one_run_a_day_and_dagster_knows(home: Path, mlflow_settings: Settings) -> None:
+    lake = Lake(mlflow_settings.lake_uri)
+    before = {day: lake.get(ALS_FACTORS, day).version for day in DAYS}
+    done = recsys(home, "backfill", "als_factors", *DAYS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for day in DAYS:
+        assert f"als_factors {day}: made" in done.stdout
+        assert lake.get(ALS_FACTORS, day).version != before[day]
+    assert {run.info.run_name for run in Registry(mlflow_settings).runs()} == {f"als_factors {day}" for day in DAYS}
+
+
+def test_hours_are_made_and_a_failed_one_gives_exit_code_1(home: Path, mlflow_settings: Settings) -> None:
+    lake = Lake(mlflow_settings.lake_uri)
+    done = recsys(home, "backfill", "trending_items", f"{DAYS[0]}T10", f"{DAYS[0]}T12")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert lake.keys(TRENDING_ITEMS) == [f"{DAYS[0]}T{hour}" for hour in (10, 11, 12)]
+    assert lake.get(TRENDING_ITEMS, f"{DAYS[0]}T12").rows
+    failed = recsys(home, "backfill", "item_index", "2026-03-02", "2026-03-03")
+    assert failed.returncode == 1, "there are no factors of the third"
+    assert "item_index 2026-03-02: made" in failed.stdout
+    assert "item_index 2026-03-03: FAILED" in failed.stdout
+
+
+def test_an_asset_or_a_partition_that_is_not_there_is_one_line(home: Path) -> None:
+    unknown = recsys(home, "backfill", "nothing", *DAYS)
+    assert unknown.returncode == 2
+    assert "no asset 'nothing' with partitions; there are als_factors, champion" in unknown.stderr
+    outside = recsys(home, "backfill", POPULAR_ITEMS, "2025-01-01", "2025-01-02")
+    assert outside.returncode == 2
+    assert "popular_items has no partition '2025-01-01'" in outside.stderr
+
+
+def test_a_day_is_replayed_beside_what_users_then_did(home: Path) -> None:
+    shown = recsys(home, "replay", "--day", DAYS[1], "--user", "u0", "--count", "3")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert f"{DAYS[1]} from the data before it" in shown.stdout
+    assert "u0" in shown.stdout
+    assert "Without two_tower: answers come from ALS alone" in shown.stdout
+    refused = recsys(home, "replay", "--day", "2026-02-01")
+    assert refused.returncode == 2
+    assert "nothing to replay from" in refused.stderr
