@@ -123,13 +123,8 @@ def test_the_next_release_is_made_from_what_is_left_without_anything_made_again(
     forget_user(places, GONE)
     assert {table: filled.get(table, DAY).data_version for table in versions} == versions
     manifest, _ = publish_release(filled, releases, DAY, settings, {})
-<<<<<<< HEAD
-    assert search_user(filled, redis, releases, GONE) == {}
-    assert releases.manifest(manifest.release_id).day == DAY
-=======
     assert search(places, GONE) == {}
     assert releases.load(manifest.release_id)[0].day == DAY
->>>>>>> quality
 
 
 def test_landing_files_keep_their_time_of_arrival_so_that_no_hour_counts_as_late(filled: Lake, places: Places) -> None:
