@@ -41,7 +41,8 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     keys = list(partitions.get_partition_keys_in_range(dg.PartitionKeyRange(first, last)))  # type: ignore[union-attr]
     policy = graph.get(key).backfill_policy
     single = policy is not None and policy.policy_type.value == "SINGLE_RUN" and len(keys) > 1
-    job = definitions.resolve_implicit_global_asset_job_def()
+    # These have partitions of one kind, which a range of them is resolved by; the job of all assets has both.
+    job = definitions.resolve_job_def("hourly" if isinstance(partitions, dg.HourlyPartitionsDefinition) else "nightly")
     failed = 0
     try:
         with showing_progress(console), dg.DagsterInstance.get() as instance:

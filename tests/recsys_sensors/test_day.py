@@ -37,8 +37,19 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "RECSYS_PARTITIONS__END": "2026-01-05",
             "RECSYS_SPARK__MASTER": "local[1]",
             "RECSYS_SPARK__SHUFFLE_PARTITIONS": "1",
-            # Compiling plans costs more than running them on so few rows.
-            "RECSYS_SPARK__CONF": '{"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}',
+            # Compiling plans, and the JVM its own code, costs more than running them on so few rows.
+            "RECSYS_SPARK__CONF": json.dumps(
+                {
+                    "spark.sql.codegen.wholeStage": "false",
+                    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+                    "spark.driver.extraJavaOptions": "-XX:+UseSerialGC -XX:TieredStopAtLevel=1",
+                }
+            ),
+            "RECSYS_SPARK__DRIVER_MEMORY": "1g",
+            "RECSYS_TWO_TOWER__DIMENSION": "8",
+            "RECSYS_TWO_TOWER__HIDDEN": "[8]",
+            "RECSYS_TWO_TOWER__HISTORY": "5",
+            "RECSYS_TWO_TOWER__EPOCHS": "1",
             "RECSYS_ALS__RANK": "8",
             "RECSYS_ALS__ITERATIONS": "2",
             "DAGSTER_HOME": str(home),
