@@ -150,9 +150,15 @@ class Releases:
         return complete
 
     def promote(self, release_id: str, reason: str = "") -> Pointer:
-        """Make a release the champion after reading and verifying all of it. Raises ReleaseError."""
+        """Make a release the champion after reading and verifying all of it. Raises ReleaseError.
+
+        A pointer that can't be read is replaced all the same, so that a promotion repairs it; the champions before are forgotten.
+        """
         self.load(release_id)
-        replaced = self.champion()
+        try:
+            replaced = self.champion()
+        except ReleaseError:
+            replaced = None
         before = (replaced.release_id, *replaced.previous) if replaced else ()
         return self._point(release_id, reason, tuple(name for name in before if name != release_id)[:KEPT_CHAMPIONS])
 

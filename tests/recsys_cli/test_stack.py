@@ -237,7 +237,8 @@ def test_the_dagster_instance_runs_one_spark_at_a_time_and_reports_to_nobody(
     monkeypatch.setenv("DAGSTER_HOME", str(stack.prepare_dagster_home(tmp_path)))
     with dg.DagsterInstance.get() as instance:
         assert instance.get_concurrency_config().pool_config.default_pool_limit == 1
-        assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 2
+        queue = instance.get_concurrency_config().run_queue_config
+        assert (queue.max_concurrent_runs, queue.tag_concurrency_limits[0]["key"]) == (4, "recsys/work")
         assert instance.run_monitoring_enabled
         assert not instance.telemetry_enabled
         assert not instance.nux_enabled
