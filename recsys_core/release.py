@@ -152,7 +152,7 @@ class Releases:
     def promote(self, release_id: str, reason: str = "") -> Pointer:
         """Make a release the champion after reading and verifying all of it. Raises ReleaseError.
 
-        A pointer that can't be read is replaced all the same, so that a promotion repairs it; the champions before are forgotten.
+        A pointer that can't be read is replaced, so that a promotion repairs it; the champions before are forgotten.
         """
         self.load(release_id)
         try:
