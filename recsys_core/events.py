@@ -40,6 +40,7 @@ EVENT_SCHEMA = pa.schema(
 )
 """Landing files have these columns; `ts` is milliseconds since 1970 (UTC)."""
 
+MISSING_TS = -(2**63)
 EARLIEST_TS = 631_152_000_000
 """1990-01-01: an event before it has a broken clock or a wrong unit."""
 
@@ -103,24 +104,33 @@ def invalid_reasons(
     the moment that the future is judged by, in ms, for all rows or for each (int64 (n,)); without it, the clock.
     """
     latest = (now_ms() if now is None else now) + settings.max_future_minutes * MINUTE_MS
-    if isinstance(latest, np.ndarray):
-        latest = pa.array(latest)
-    rules: list[tuple[str, pa.Array]] = []
+    rules: list[tuple[str, np.ndarray]] = []
     for name in (USER_ID, ITEM_ID, EVENT_ID):
-        column = events[name]
-        rules.append((f"missing {name}", pc.fill_null(pc.equal(pc.binary_length(column), 0), True)))
-        too_long = pc.greater(pc.binary_length(column), settings.max_id_bytes)
-        rules.append((f"{name} longer than {settings.max_id_bytes} bytes", pc.fill_null(too_long, False)))
+        length = _byte_lengths(events[name])
+        rules.append((f"missing {name}", length == 0))
+        rules.append((f"{name} longer than {settings.max_id_bytes} bytes", length > settings.max_id_bytes))
     for name in (SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID):
-        too_long = pc.greater(pc.binary_length(events[name]), settings.max_id_bytes)
-        rules.append((f"{name} longer than {settings.max_id_bytes} bytes", pc.fill_null(too_long, False)))
+        rules.append((f"{name} longer than {settings.max_id_bytes} bytes", _byte_lengths(events[name]) > settings.max_id_bytes))
     known = pc.is_in(events[EVENT_TYPE], value_set=pa.array(sorted(settings.weights), pa.string()))
-    rules.append(("unknown event_type", pc.invert(known)))
-    ts = events[TS]
-    rules.append(("missing or unreadable ts", pc.is_null(ts)))
-    rules.append(("ts before 1990: wrong unit or broken clock", pc.fill_null(pc.less(ts, EARLIEST_TS), False)))
-    rules.append(("ts in the future", pc.fill_null(pc.greater(ts, latest), False)))
-    reason: pa.Array = pa.nulls(len(ts), pa.string())
-    for text, applies in reversed(rules):
-        reason = pc.if_else(applies, pa.scalar(text), reason)
-    return reason.combine_chunks() if isinstance(reason, pa.ChunkedArray) else reason
+    rules.append(("unknown event_type", ~_numpy(known)))
+    # A missing time stands as the smallest integer.
+    ts = _numpy(pc.fill_null(events[TS], MISSING_TS))
+    rules.append(("missing or unreadable ts", ts == MISSING_TS))
+    rules.append(("ts before 1990: wrong unit or broken clock", ts < EARLIEST_TS))
+    rules.append(("ts in the future", ts > latest))
+    first = np.full(len(ts), -1, np.int64)
+    for number in range(len(rules) - 1, -1, -1):
+        first[rules[number][1]] = number
+    if (first < 0).all():
+        return pa.nulls(len(ts), pa.string())
+    return pa.array([text for text, _ in rules], pa.string()).take(pa.array(first, mask=first < 0))
+
+
+def _byte_lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Bytes of each string, 0 for a null."""
+    return _numpy(pc.fill_null(pc.binary_length(column), 0))
+
+
+def _numpy(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    found: np.ndarray = values.to_numpy() if isinstance(values, pa.ChunkedArray) else values.to_numpy(zero_copy_only=False)
+    return found

@@ -1,6 +1,6 @@
 """Messages to events: JSON of schema v1 in columns, and a reason for each message that is no event.
 
-Values are parsed many at a time by Arrow. Whatever Arrow might read otherwise than one by one (a broken value, two
+Many values are parsed together by Arrow. Whatever Arrow might read otherwise than one by one (a broken value, two
 values in one message, a wrong type) is found beforehand or makes its slice be parsed again value by value.
 """
 
@@ -21,6 +21,8 @@ from recsys_core.settings import EventSettings
 VERSION = "v"
 SLICE = 4096
 """Values that are parsed again one by one when one of them is broken."""
+FEW = 128
+"""Up to so many values are faster one by one than by Arrow, whose reader costs as much as 100 values to start."""
 _NULLABLE = pa.schema([pa.field(f.name, f.type) for f in EVENT_SCHEMA])
 _COLUMNS = pa.schema([pa.field(VERSION, pa.int64()), *_NULLABLE])
 _BLOCK = 64 << 20
@@ -69,7 +71,7 @@ def decode(values: Sequence[bytes | None], settings: EventSettings, max_bytes: i
 
 def _parse(values: Sequence[bytes | None], start: int, max_bytes: int, refused: dict[int, str]) -> list[pa.Table]:
     """Tables of `_COLUMNS` with a row for each value, empty rows for those that are refused."""
-    table = _parse_together(values, max_bytes)
+    table = _parse_together(values, max_bytes) if len(values) > FEW else None
     if table is not None:
         return [table]
     if len(values) > SLICE:
