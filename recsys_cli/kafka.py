@@ -42,11 +42,13 @@ def kafka_answers(address: str) -> bool:
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient
 
+    from recsys_core.kafka_config import SILENT
+
     host, _, port = address.split(",")[0].rpartition(":")
     if not accepts_connections(host, int(port)):
         return False
     try:
-        return bool(AdminClient({"bootstrap.servers": address, "log_level": 0}).list_topics(timeout=2).brokers)
+        return bool(AdminClient({"bootstrap.servers": address, "log_level": SILENT}).list_topics(timeout=2).brokers)
     except KafkaException:
         return False
 

@@ -8,6 +8,8 @@ from recsys_core.settings import KafkaSettings
 
 QUIET = 4
 """Syslog level of librdkafka's own messages: warnings and worse."""
+SILENT = 0
+"""For clients whose errors are all raised."""
 
 
 def client_config(settings: KafkaSettings, **more: Any) -> dict[str, Any]:

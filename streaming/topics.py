@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from recsys_core.events import HOUR_MS
-from recsys_core.kafka_config import client_config, topic_identity
+from recsys_core.kafka_config import SILENT, client_config, topic_identity
 from recsys_core.settings import KafkaSettings
 
 ADMIN_SECONDS = 15.0
@@ -61,7 +61,8 @@ def init_topics(settings: KafkaSettings) -> list[Topic]:
     Raises TopicError when a topic has another number of partitions: users would move to other partitions, and the order
     of one user's events would be lost while both are read.
     """
-    admin = AdminClient(client_config(settings))
+    # The client library keeps an admin client to the end of the process, also when the brokers end before it.
+    admin = AdminClient({**client_config(settings), "log_level": SILENT})
     wanted = {
         "retention.ms": str(settings.retention_hours * HOUR_MS),
         "max.message.bytes": str(settings.max_message_bytes),
