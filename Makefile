@@ -7,6 +7,7 @@ endif
 BIN := .venv/bin
 DATA ?=
 MAPPING ?=
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help env tools demo test lint up lock proto clean
@@ -27,7 +28,7 @@ demo: tools ## clickstream to answers, on made-up data or on yours: make demo DA
 	@$(BIN)/recsys demo $(if $(DATA),--data "$(DATA)") $(if $(MAPPING),--mapping "$(MAPPING)")
 
 test: lint tools ## lint, types, room rules and all tests with real parts
-	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest
+	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 lint: env ## lint, types and room rules
 	@$(BIN)/ruff check .
