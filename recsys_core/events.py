@@ -109,8 +109,10 @@ def invalid_reasons(
         length = _byte_lengths(events[name])
         rules.append((f"missing {name}", length == 0))
         rules.append((f"{name} longer than {settings.max_id_bytes} bytes", length > settings.max_id_bytes))
-    for name in (SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID):
-        rules.append((f"{name} longer than {settings.max_id_bytes} bytes", _byte_lengths(events[name]) > settings.max_id_bytes))
+    rules += [
+        (f"{name} longer than {settings.max_id_bytes} bytes", _byte_lengths(events[name]) > settings.max_id_bytes)
+        for name in (SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID)
+    ]
     known = pc.is_in(events[EVENT_TYPE], value_set=pa.array(sorted(settings.weights), pa.string()))
     rules.append(("unknown event_type", ~_numpy(known)))
     # A missing time stands as the smallest integer.

@@ -1,8 +1,8 @@
 """Everything the platform holds of one user, removed: landing, tables with their older versions, Redis, MLflow; with a proof.
 
-Rows are taken out partition by partition, in a stream. A partition keeps its data version, so that what was made from it
-stays valid: factors, index and verdicts are of the others as well. Models that were fitted with the user's events are
-replaced by the next night, whose tables no longer have them.
+Rows are taken out partition by partition, in a stream, and do not come back (`tombstones`). A partition keeps its data
+version, so that what was made from it stays valid: factors, index and verdicts are of the others as well. Models that were
+fitted with the user's events are replaced by the next night, whose tables no longer have them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import os
 import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,14 +20,14 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from recsys_core import progress
-from recsys_core.events import USER_ID
+from recsys_core.events import USER_ID, now_ms
 from recsys_core.lake import Lake, Partition
 from recsys_core.landing import LANDING, QUARANTINE, Landing
 from recsys_core.online import recs_key, user_key
 from recsys_core.registry import Registry, RegistryError
 from recsys_core.release import Releases
+from recsys_core.tombstones import FORGOTTEN, hash_of
 
-FORGOTTEN = "forgotten_users"
 FACTOR_ID = "id"
 USER_SIDE = "_users"
 """Tables of user factors end with it and name the user `id`."""
@@ -40,7 +39,8 @@ class Forgotten:
     """What was found of a user and removed, and what a second search found.
 
     Attributes:
-        user_hash: BLAKE2b of the id; the report is kept and must not hold the id itself.
+        user_hash: SHA-256 of the id; the report is kept and must not hold the id itself.
+        forgotten_at: ms; events up to this moment are not taken in again (`tombstones`).
         removed: rows (or keys, tags, files) by place.
         remaining: what the search after the removal found by place; empty is the proof.
         looked_at: how many files, partitions, keys, runs that search went through.
@@ -50,6 +50,7 @@ class Forgotten:
     """
 
     user_hash: str
+    forgotten_at: int
     removed: dict[str, int]
     remaining: dict[str, int]
     looked_at: dict[str, int] = field(default_factory=dict)
@@ -69,12 +70,19 @@ class Places:
 
 
 def forget_user(places: Places, user_id: str) -> Forgotten:
-    """Remove a user and search again. The report is kept in the lake table `forgotten_users`."""
+    """Remove a user and search again. The report is kept in the lake table `forgotten_users`.
+
+    Its partition is written before anything is removed: what runs meanwhile does not take the user in again.
+    """
     started = time.perf_counter()
+    forgotten_at = now_ms()
+    key = f"{forgotten_at:013d}"
+    report = Forgotten(hash_of(user_id), forgotten_at, {}, {})
+    places.lake.write_blobs(FORGOTTEN, key, {}, 0, asdict(report))
     removed = Search(places, user_id, remove=True).run()
     left = Search(places, user_id).run()
-    report = Forgotten(
-        user_hash=hash_of(user_id),
+    report = replace(
+        report,
         removed=dict(removed.found),
         remaining=dict(left.found),
         looked_at=dict(left.looked_at),
@@ -82,13 +90,8 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
         releases=[manifest.release_id for manifest in places.releases.list()],
         seconds=time.perf_counter() - started,
     )
-    places.lake.write_blobs(FORGOTTEN, f"{time.time_ns():016x}", {}, removed.found.total(), asdict(report))
+    places.lake.write_blobs(FORGOTTEN, key, {}, removed.found.total(), asdict(report))
     return report
-
-
-def hash_of(user_id: str) -> str:
-    """A user's id as reports name it."""
-    return blake2b(user_id.encode(), digest_size=16).hexdigest()
 
 
 class Search:

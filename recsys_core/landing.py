@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from recsys_core.events import DAY_MS, EVENT_SCHEMA, HOUR_MS, TS, day_key, hour_key
 from recsys_core.lake import Lake, write_atomically
+from recsys_core.tombstones import Tombstones
 
 LANDING = "landing"
 QUARANTINE = "quarantine"
@@ -127,18 +128,21 @@ class Landing:
         self._footers: dict[tuple[str, int, str], LandingFile] = {}
 
     def write_events(self, source: str, name: str, events: pa.Table) -> str:
-        """Write one file of events. `events` has EVENT_SCHEMA. Returns its path."""
-        return self._write(LANDING, source, name, events.cast(EVENT_SCHEMA))
+        """Write one file of events, without those of users who were forgotten. `events` has EVENT_SCHEMA. Returns its path."""
+        return self._write(LANDING, source, name, Tombstones.read(self.lake).filtered(events.cast(EVENT_SCHEMA)))
 
     def write_archive(self, held: OffsetRange, messages: int, events: pa.Table, rejected: pa.Table) -> str:
         """Write the archive file of a range, and the quarantine file of the same name when something was rejected.
 
         `messages` were taken from the topic for it; an offset without one is a marker of the broker's own. `events` has
-        ARCHIVE_SCHEMA, `rejected` QUARANTINE_SCHEMA with the offset as its row. The same content gives the same bytes.
+        ARCHIVE_SCHEMA, `rejected` QUARANTINE_SCHEMA with the offset as its row. The same content gives the same bytes, but for
+        users who were forgotten since.
         Returns the path of the events.
         """
         if rejected.num_rows:
             self.write_quarantine(held.topic, held.name, rejected)
+        taken = events.num_rows
+        events = Tombstones.read(self.lake).filtered(events)
         facts = {
             "topic": held.topic,
             "source": f"{held.identity}.{held.partition}",
@@ -149,6 +153,8 @@ class Landing:
             "rejected": rejected.num_rows,
             "hours": _by_hour(events[TS]),
         }
+        if events.num_rows < taken:
+            facts["forgotten"] = taken - events.num_rows
         metadata = {ARCHIVE_METADATA: json.dumps(facts).encode()}
         table = events.cast(ARCHIVE_SCHEMA).combine_chunks().replace_schema_metadata(metadata)
         return self._write(LANDING, held.topic, held.name, table)

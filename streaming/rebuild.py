@@ -32,6 +32,7 @@ from recsys_core.online import user_key
 from recsys_core.recompute import Differences, Recomputation
 from recsys_core.redis_client import Script, client, run_calls
 from recsys_core.settings import Settings
+from recsys_core.tombstones import Tombstones
 from streaming.decode import decode
 from streaming.sink import RedisSink
 from streaming.topics import Topic, TopicError, find_topic
@@ -99,6 +100,7 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
     sources = {number: f"{topic.identity}.{number}" for number in range(topic.partitions)}
     sink = RedisSink(redis, settings, AREA)
     computed = Recomputation(settings)
+    tombstones = Tombstones.read(Lake(settings.lake_uri))
     _remove_leftovers(redis)
     source = LandingSource(settings, topic, since_ms) if from_landing else TopicSource(settings, topic, since_ms)
     moved = dict.fromkeys(KINDS, 0)
@@ -107,7 +109,8 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
     try:
         for turn in range(1, ROUNDS + 1):
             touched: dict[str, set[bytes]] = {kind: set(waiting.get(kind, ())) for kind in KINDS}
-            for batch in source.read():
+            for read in source.read():
+                batch = read.take(~tombstones.covers(read.events)) if tombstones else read
                 events += batch.rows
                 _apply(sink, computed, batch, sources, touched if turn > 1 else None)
             for kind in KINDS:

@@ -34,6 +34,7 @@ from recsys_core.landing import Landing
 from recsys_core.live import Batch
 from recsys_core.live_trends import announce_sources
 from recsys_core.settings import Settings
+from recsys_core.tombstones import Tombstones
 from streaming.archive import Archive
 from streaming.batches import Pipeline, Position, Taken, Work, by_partition
 from streaming.connections import REDIS_SECONDS, consumer_config, redis_for_writes
@@ -131,8 +132,11 @@ class _Session:
         self._sink = RedisSink(self._redis, settings)
         self._dead_letters = DeadLetterQueue(settings.kafka)
         self._admin = AdminClient(client_config(settings.kafka))
-        landing = Landing(Lake(settings.lake_uri, settings.lake.keep_versions))
-        self._archive = Archive(landing, topic.name, topic.identity, settings.stream) if settings.stream.archive else None
+        self._lake = Lake(settings.lake_uri, settings.lake.keep_versions)
+        self._tombstones = Tombstones({})
+        self._archive: Archive | None = None
+        if settings.stream.archive:
+            self._archive = Archive(Landing(self._lake), topic.name, topic.identity, settings.stream)
         self._positions: dict[int, Position] = {}
         self._lock = threading.Lock()
         self._epoch = 0
@@ -258,6 +262,8 @@ class _Session:
         sources = {number: f"{self._topic.identity}.{number}" for number in numbers}
         committed = {p.partition: p for p in consumer.committed(partitions, timeout=30)}
         found = self._patiently(lambda: read_positions(self._redis, list(sources.values())))
+        # Only a replay brings back what a user did before being forgotten, and a replay begins here.
+        self._tombstones = Tombstones.read(self._lake)
         self._epoch += 1
         starts = []
         for number in numbers:
@@ -374,7 +380,7 @@ class _Session:
         redis_from = np.full(max([*positions, int(taken.partition.max())]) + 1, np.iinfo(np.int64).max)
         for number, position in positions.items():
             redis_from[number] = position.redis_from
-        new = batch.offset >= redis_from[batch.partition]
+        new = (batch.offset >= redis_from[batch.partition]) & ~self._tombstones.covers(batch.events)
         sources = {number: position.source for number, position in positions.items()}
         prepared = self._sink.prepare(batch if new.all() else batch.take(new), sources, now_ms())
         letters = [

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import redis as redis_py
-from builders import event, land, write_clicks, write_interactions
+from builders import event, event_table, land, write_clicks, write_interactions
 
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import (
@@ -21,7 +21,8 @@ from recsys_core.bundle import (
     fit_als_factors,
     publish_release,
 )
-from recsys_core.forget import FORGOTTEN, Places, Search, forget_user, hash_of
+from recsys_core.events import EVENT_SCHEMA
+from recsys_core.forget import Places, Search, forget_user
 from recsys_core.lake import Lake
 from recsys_core.landing import QUARANTINE_SCHEMA, Landing
 from recsys_core.online import UserRecord, recs_key, user_key, write_answers, write_records
@@ -30,6 +31,7 @@ from recsys_core.registry import Registry
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
+from recsys_core.tombstones import FORGOTTEN, hash_of
 
 HOUR, DAY = "2026-03-02T10", "2026-03-02"
 GONE, STAYS = "user-7", "user-77"
@@ -133,6 +135,13 @@ def test_landing_files_keep_their_time_of_arrival_so_that_no_hour_counts_as_late
     forget_user(places, GONE)
     assert os.stat(path).st_mtime == 1_000_000
     assert sum(file.rows for file in Landing(filled).files()) == 3
+
+
+def test_the_same_events_do_not_land_again(filled: Lake, places: Places) -> None:
+    again = event_table(*(event(f"e-{GONE}-{n}", GONE, f"i{n}", HOUR) for n in range(3)), schema=EVENT_SCHEMA)
+    forget_user(places, GONE)
+    Landing(filled).write_events("test", "again", again)
+    assert search(places, GONE) == {}
 
 
 def test_the_kept_report_does_not_name_the_user(filled: Lake, places: Places) -> None:

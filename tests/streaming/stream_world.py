@@ -27,7 +27,7 @@ from confluent_kafka.admin import AdminClient
 
 from recsys_cli.kafka import kafka_server
 from recsys_core.events import now_ms
-from recsys_core.kafka_config import client_config
+from recsys_core.kafka_config import SILENT, client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing, offset_faults
 from recsys_core.recompute import Recomputation
@@ -110,8 +110,9 @@ class World:
     @classmethod
     def make(cls, address: str, redis_url: str, home: Path, **sections: dict[str, Any]) -> World:
         name = uuid.uuid4().hex[:8]
-        kafka = {"bootstrap_servers": address, "topic": f"events-{name}", "dead_letter_topic": f"dead-{name}"}
-        kafka["partitions"] = PARTITIONS
+        kafka: dict[str, Any] = {"bootstrap_servers": address, "topic": f"events-{name}", "dead_letter_topic": f"dead-{name}"}
+        # Clients that outlive the broker would fill the screen.
+        kafka |= {"partitions": PARTITIONS, "conf": {"log_level": str(SILENT)}}
         stream = {"group": f"group-{name}", "session_timeout_seconds": 1.5, "archive_rows": 500, "archive_seconds": 1}
         nothing = home / "empty.toml"
         nothing.touch()

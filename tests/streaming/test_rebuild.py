@@ -5,11 +5,16 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 from stream_world import World
 
+from recsys_core.events import now_ms
+from recsys_core.forget import Forgotten
+from recsys_core.lake import Lake
 from recsys_core.online import user_key
+from recsys_core.tombstones import FORGOTTEN, hash_of
 from streaming.rebuild import rebuild
 from streaming.topics import TopicError
 
@@ -46,6 +51,28 @@ def test_a_rebuild_mends_what_was_lost_while_workers_go_on(world: Callable[..., 
     one.prove()
     assert one.redis.hget(broken[11], "als") == b"v\0" + bytes(8)
     assert list(one.redis.scan_iter(match="rebuild-*")) == []
+
+
+@pytest.mark.parametrize("again", ["rebuild", "replay"])
+def test_a_user_who_was_forgotten_does_not_come_back(world: Callable[..., World], again: str) -> None:
+    one = world()
+    chance = random.Random(10)
+    gone, stays = f"{one.prefix}-1", f"{one.prefix}-2"
+    one.send(*(one.event(chance, user_id=user) for user in (gone, stays) for _ in range(20)))
+    lake = Lake(one.settings.lake_uri)
+    report = Forgotten(hash_of(gone), now_ms(), {}, {})
+    lake.write_blobs(FORGOTTEN, "1", {}, 0, asdict(report))
+    if again == "rebuild":
+        assert rebuild(one.settings, 0).users == 1
+    else:
+        one.start()
+        one.settle()
+        held = one.landing.archived(one.settings.kafka.topic)
+        facts = [one.landing.archive_facts(file) for file in held]
+        assert sum(f["messages"] for f in facts) == 40
+        assert (sum(f["events"] for f in facts), sum(f.get("forgotten", 0) for f in facts)) == (20, 20)
+    assert not one.redis.exists(user_key(gone))
+    assert one.redis.exists(user_key(stays))
 
 
 def test_a_difference_is_told(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
