@@ -29,6 +29,8 @@ MARKER = ".demo"
 OWN = ("lake", "releases", "dagster", "mlflow", "redis", "spark", "truth", "kafka")
 LOG = "demo.log"
 USERS = 5
+MAX_EXAMPLES = 1_000_000
+"""The newest ones, of which the two-tower model of a day learns here: three days are trained while somebody waits."""
 STRANGER = "someone-new"
 
 
@@ -139,6 +141,8 @@ def _land(settings: Settings, data: Path | None, mapping: str | None, console: C
     if day is None or extent is None:
         raise StackError("no event landed; the quarantine says why: " + lake.path("quarantine"))
     fix_partitions(settings.home, *extent)
+    with (settings.home / "recsys.toml").open("a") as out:
+        out.write(f"[two_tower]\nmax_examples = {MAX_EXAMPLES}\n")
     return day
 
 
@@ -194,8 +198,8 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         first, last = Landing(platform.lake).extent() or (0, 0)
         end = key_start_ms(day) + DAY_MS
         hours = (hour_key(first), max(hour_key(last), hour_key(end - HOUR_MS)))
-        before = day_key(end - 2 * DAY_MS)
-        days = (before if before >= day_key(first) else day, day)
+        # The day is predicted with the model of the day before; the weights for that are tuned with the one before it.
+        days = [known for ago in (3, 2, 1) if (known := day_key(end - ago * DAY_MS)) >= day_key(first)]
         last_hour = hour_key(end - HOUR_MS)
 
         def materialize(job: str, assets: list[str], span: tuple[str, str]) -> None:
@@ -210,10 +214,9 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
         take_history_as_it_is(platform.lake, settings, hour_keys(first, end))
-        materialize("nightly", ["interactions"], days)
-        materialize("nightly", ["user_features", "item_features", "training_examples"], days)
-        for known in sorted({days[0], day}):
-            # The evaluation predicts the day with the model of the day before.
+        materialize("nightly", ["interactions"], (days[-2:][0], day))
+        materialize("nightly", ["user_features", "item_features", "training_examples"], (days[0], day))
+        for known in days:
             materialize("nightly", ["two_tower"], (known, known))
         for asset in ("als_factors", "item_index", "popular_items", "evaluation", "release", "champion", "online_features"):
             materialize("nightly", [asset], (day, day))

@@ -101,14 +101,15 @@ class Items:
 class Learned:
     """What the first pass found. `counts` (n items,) are the training examples of each item.
 
-    Examples from `cut_ts` (ms) on are the validation part. `center` and `spread` standardise the users' counts,
-    `item_center` and `item_spread` those of items (ITEM_ORDER).
+    Examples from `from_ts` (ms) on are learned from, those from `cut_ts` on are the validation part. `center` and `spread`
+    standardise the users' counts, `item_center` and `item_spread` those of items (ITEM_ORDER).
     """
 
     items: Items
     users: Vocabulary
     values: dict[str, tuple[str, ...]]
     counts: npt.NDArray[np.int64]
+    from_ts: int
     cut_ts: int
     rows: int
     skipped: int
@@ -206,14 +207,15 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
     missing = [name for name in READ_COLUMNS if name not in dataset.schema.names]
     if missing:
         raise TwoTowerError(f"{where}: the columns {', '.join(missing)} are missing")
-    cut_ts = _cut(dataset, settings.validation_share)
+    from_ts, cut_ts, rows = _times(dataset, settings)
+    dataset = dataset.filter(_since(from_ts))
     counts = np.zeros(len(items), np.int64)
     users: list[tuple[Array, Array]] = []
     values: dict[str, Counter[str]] = {name: Counter() for name in CONTEXT_VALUES}
     moments, item_moments = _Moments(len(COUNTS)), _Moments(len(ITEM_NUMBERS))
     skipped = 0
     columns = [name for name in READ_COLUMNS if name not in ("history", "hour", "weekday")]
-    for batch in _stream(dataset, columns, partition.rows, "two-tower: reading examples"):
+    for batch in _stream(dataset, columns, rows, "two-tower: reading examples"):
         _check(batch, where)
         places = _places_of(batch["item_id"], items.vocabulary)
         skipped += int(np.count_nonzero(places < 0))
@@ -227,7 +229,7 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
             values[name].update({v["values"]: v["counts"] for v in found.to_pylist() if v["values"]})
         moments.add(_columns(batch, COUNTS))
         item_moments.add(_columns(batch, ITEM_ORDER))
-    if skipped == partition.rows:
+    if skipped == rows:
         raise TwoTowerError(f"{where}: none of its items is in {ITEM_FEATURES} of the same day; make both anew")
     known, seen = _merged(users)
     frequent = {name: tuple(sorted(v for v, _ in _most_common(found))) for name, found in values.items()}
@@ -236,8 +238,9 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
         Vocabulary(known[seen >= settings.min_user_examples] if settings.user_ids else known[:0]),
         frequent,
         counts,
+        from_ts,
         cut_ts,
-        partition.rows - skipped,
+        rows - skipped,
         skipped,
         *moments.scales(),
         *item_moments.scales(),
@@ -248,14 +251,24 @@ def _most_common(found: Counter[str]) -> list[tuple[str, int]]:
     return sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:MAX_VALUES]
 
 
-def _cut(dataset: ds.Dataset, share: float) -> int:
-    """The moment (ms) from which examples are the newest `share`; after all of them when none would be left to train on."""
-    times = dataset.to_table(columns=["ts"])["ts"].to_numpy()
-    if not share:
-        return int(times.max()) + 1
-    at = min(len(times) - 1, int(len(times) * (1 - share)))
-    cut = int(np.partition(times, at)[at])
-    return cut if cut > times.min() else int(times.max()) + 1
+def _times(dataset: ds.Dataset, settings: TwoTowerSettings) -> tuple[int, int, int]:
+    """From which moment (ms) examples are learned from, from which they are the validation part, and how many are learned from.
+
+    The validation part is the newest share; it begins after all of them when none would be left to train on.
+    """
+    times = np.sort(dataset.to_table(columns=["ts"])["ts"].drop_null().to_numpy())
+    if not len(times):
+        return 0, 0, 0
+    if settings.max_examples:
+        times = times[np.searchsorted(times, times[-min(settings.max_examples, len(times))]) :]
+    first, last = int(times[0]), int(times[-1])
+    cut = int(times[min(len(times) - 1, int(len(times) * (1 - settings.validation_share)))]) if settings.validation_share else 0
+    return first, cut if cut > first else last + 1, len(times)
+
+
+def _since(from_ts: int) -> ds.Expression:
+    """Examples from a moment on, and broken ones without a time, which are an error."""
+    return (ds.field("ts") >= from_ts) | ds.field("ts").is_null()
 
 
 def _check(batch: pa.RecordBatch, where: str) -> None:
@@ -328,6 +341,7 @@ def write_shards(lake: Lake, day: str, learned: Learned, settings: TwoTowerSetti
     dataset = lake.dataset(TRAINING_EXAMPLES, [day])
     if dataset is None:
         raise MissingPartition(f"table {TRAINING_EXAMPLES!r}, partition {day!r}: made, but without any row")
+    dataset = dataset.filter(_since(learned.from_ts))
     random = np.random.default_rng([settings.seed, 0])
     sample_numbers, sample_price = learned.item_numbers.copy(), learned.items.price.copy()
     held_back = int(learned.rows * settings.validation_share)
@@ -339,7 +353,7 @@ def write_shards(lake: Lake, day: str, learned: Learned, settings: TwoTowerSetti
             part: [stack.enter_context(ipc.new_file(str(path), SHARD_SCHEMA)) for path in found]
             for part, found in paths.items()
         }
-        for batch in _stream(dataset, READ_COLUMNS, lake.get(TRAINING_EXAMPLES, day).rows, "two-tower: shuffling examples"):
+        for batch in _stream(dataset, READ_COLUMNS, learned.rows + learned.skipped, "two-tower: shuffling examples"):
             encoded, places, train = _encode(batch, learned, settings)
             sample_numbers[places[train]] = _stacked(encoded, "item_numbers", len(ITEM_NUMBERS) + 1)[train]
             sample_price[places[train]] = np.asarray(encoded["price"])[train]

@@ -23,7 +23,7 @@ from recsys_core.events import key_start_ms
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.tower import TowerInputs, UserTower
 from recsys_core.two_tower import CHECKPOINTS, TWO_TOWER, TwoTowerReport, fit_two_tower
-from recsys_core.two_tower_data import ITEM_FEATURES, TRAINING_EXAMPLES, TwoTowerError
+from recsys_core.two_tower_data import ITEM_FEATURES, TRAINING_EXAMPLES, TwoTowerError, learn
 
 TESTS = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
@@ -212,6 +212,16 @@ def test_one_single_user_gives_a_model(tmp_path):
     model = train(tmp_path, examples, [item(f"i{n}", category_of(n)) for n in range(4)], negatives=2, min_user_examples=1)
     assert np.linalg.norm(model.items, axis=1) == pytest.approx(np.ones(4), abs=1e-5)
     assert len(model.nearest(["i0"], 10, user_id="ann")) == 3
+
+
+def test_only_the_newest_examples_are_learned_from_when_there_is_a_most(tmp_path, shop):
+    examples, items = shop
+    most = len(examples) // 3
+    model = train(tmp_path, examples, items, max_examples=most, epochs=1)
+    learned = learn(model.lake, DAY, default_settings(tmp_path, two_tower={**SMALL, "max_examples": most}).two_tower)
+    newest = sorted(example["ts"] for example in examples)[-most]
+    assert learned.from_ts == newest
+    assert model.report.examples + model.report.validation_examples == sum(example["ts"] >= newest for example in examples)
 
 
 def refused(home: Path, examples: list[dict], items: list[dict], **settings: Any) -> str:
