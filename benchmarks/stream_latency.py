@@ -29,6 +29,9 @@ from recsys_core.events import now_ms
 from recsys_core.online import user_key
 from recsys_core.settings import Settings, load_settings
 
+PROBE_SECONDS = 0.0003
+"""Between two looks of the probe: what it adds to a time at most, instead of a core that it would take from the others."""
+
 
 def message(user: str, number: int) -> bytes:
     event = {"v": 1, "event_id": f"{user}-{number}", "user_id": user, "item_id": f"i{number % 5000}", "event_type": "view"}
@@ -50,16 +53,22 @@ def load(settings: Settings, rate: int, seconds: float) -> None:
     producer.flush()
 
 
-def work(settings: Settings, stop: Any, out: Queue[Any]) -> None:
+def work(settings: Settings, begin: Any, stop: Any, out: Queue[Any]) -> None:
+    """Run a worker; `out` gets what its histogram counted between `begin` and `stop`: (upper edge in s, messages)."""
     from streaming.worker import Worker
 
     worker = Worker(settings)
+
+    def counted() -> dict[str, float]:
+        samples = (s for f in worker.metrics.latency.collect() for s in f.samples if s.name.endswith("_bucket"))
+        return {s.labels["le"]: s.value for s in samples}
+
     thread = threading.Thread(target=worker.run)
     thread.start()
+    begin.wait()
+    before = counted()
     stop.wait()
-    out.put(
-        [(s.labels["le"], s.value) for f in worker.metrics.latency.collect() for s in f.samples if s.name.endswith("_bucket")]
-    )
+    out.put([(edge, n - before[edge]) for edge, n in counted().items()])
     worker.stop()
     thread.join()
 
@@ -78,7 +87,7 @@ def probe(settings: Settings, seconds: float) -> np.ndarray:
         producer.produce(settings.kafka.topic, message(user, number), user)
         producer.poll(0)
         while not client.exists(user_key(user)):
-            pass
+            time.sleep(PROBE_SECONDS)
         found.append(time.perf_counter() - started)
         time.sleep(0.01)
     return np.array(found)
@@ -88,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=int, default=5000)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--warm-up", type=float, default=30.0, help="seconds before it; a new broker compiles its own code")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with ExitStack() as held, tempfile.TemporaryDirectory() as folder:
@@ -96,12 +106,13 @@ def main() -> None:
         settings = load_settings(home, redis={"url": url})
         address = held.enter_context(broker_server(settings, or_embedded=False))
         settings = load_settings(home, redis={"url": url}, kafka={"bootstrap_servers": address})
-        stop, out = context.Event(), context.Queue()
-        worker = context.Process(target=work, args=(settings, stop, out))
+        begin, stop, out = context.Event(), context.Event(), context.Queue()
+        worker = context.Process(target=work, args=(settings, begin, stop, out))
         worker.start()
-        sender = context.Process(target=load, args=(settings, options.rate, options.seconds + 6))
+        sender = context.Process(target=load, args=(settings, options.rate, options.warm_up + options.seconds + 1))
         sender.start()
-        time.sleep(5)
+        time.sleep(options.warm_up)
+        begin.set()
         seen = 1000 * probe(settings, options.seconds)
         stop.set()
         buckets = out.get()

@@ -111,19 +111,19 @@ class TrendWriter:
         weights = self._weights[pc.index_in(batch.events[EVENT_TYPE], self._types).to_numpy()]
         encoded = batch.events[ITEM_ID].combine_chunks().dictionary_encode()
         codes = encoded.indices.to_numpy().astype(np.int64)
-        groups, group = np.unique(np.stack([batch.partition, buckets]), axis=1, return_inverse=True)
-        group = group.reshape(-1)
+        first_bucket, spread = int(buckets.min()), int(buckets.max() - buckets.min()) + 1
+        groups, group = np.unique(batch.partition * spread + buckets - first_bucket, return_inverse=True)
         pairs, pair = np.unique(group * len(encoded.dictionary) + codes, return_inverse=True)
-        sums = np.bincount(pair.reshape(-1), weights, len(pairs)).astype(np.int64)
+        sums = np.bincount(pair, weights, len(pairs)).astype(np.int64)
         names = encoded.dictionary.cast(pa.binary()).take(pa.array(pairs % len(encoded.dictionary))).to_pylist()
-        ends = np.searchsorted(pairs // len(encoded.dictionary), np.arange(groups.shape[1]), side="right")
-        first = np.full(groups.shape[1], np.iinfo(np.int64).max)
-        last = np.full(groups.shape[1], -1)
+        ends = np.searchsorted(pairs // len(encoded.dictionary), np.arange(len(groups)), side="right")
+        first = np.full(len(groups), np.iinfo(np.int64).max)
+        last = np.full(len(groups), -1)
         np.minimum.at(first, group, batch.offset)
         np.maximum.at(last, group, batch.offset)
         found, start = [], 0
         for at, end in enumerate(ends.tolist()):
-            partition, bucket = int(groups[0, at]), int(groups[1, at])
+            partition, bucket = int(groups[at]) // spread, int(groups[at]) % spread + first_bucket
             added = sums[start:end].tolist()
             found.append(BucketCounts(partition, bucket, int(first[at]), int(last[at]), names[start:end], added))
             start = end

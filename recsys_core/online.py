@@ -332,6 +332,10 @@ class UserRecord:
         return fields
 
 
+FEW_ACTIONS = 64
+"""Up to so many actions are faster one by one."""
+
+
 def action_text(item_id: str, event_type: str, ts: int) -> bytes:
     """An action as it stands in `last`: JSON, with brackets escaped inside of strings.
 
@@ -342,6 +346,9 @@ def action_text(item_id: str, event_type: str, ts: int) -> bytes:
 
 def action_texts(items: pa.ChunkedArray, types: pa.ChunkedArray, ts: pa.ChunkedArray) -> pa.Array:
     """`action_text` of many actions: string (n,)."""
+    if len(ts) <= FEW_ACTIONS:
+        rows = zip(items.to_pylist(), types.to_pylist(), ts.to_pylist(), strict=True)
+        return pa.array([action_text(*row).decode() for row in rows], pa.string())
     parts = [_all_quoted(items), _all_quoted(types), ts.combine_chunks().cast(pa.string())]
     joined = pc.binary_join_element_wise(*parts, ",")
     return pc.binary_join_element_wise("[", joined, "]", "")

@@ -69,10 +69,14 @@ class Work:
 
 @dataclass
 class Pipeline:
-    """What goes from thread to thread."""
+    """What goes from thread to thread.
+
+    `hungry` is set while the thread that prepares waits for messages.
+    """
 
     taken: queue.Queue[Taken] = field(default_factory=lambda: queue.Queue(1))
     work: queue.Queue[Work] = field(default_factory=lambda: queue.Queue(1))
+    hungry: threading.Event = field(default_factory=threading.Event)
     offered: int = 0
     finished: int = 0
     events: int = 0

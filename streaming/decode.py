@@ -55,18 +55,18 @@ def decode(values: Sequence[bytes | None], settings: EventSettings, max_bytes: i
         tables += _parse(values[at : at + SLICE * 4], at, max_bytes, refused)
     rows = pa.concat_tables(tables)
     reasons = invalid_reasons(rows, settings, appended)
-    version = rows[VERSION].combine_chunks()
-    wrong = pc.fill_null(pc.not_equal(version, SCHEMA_VERSION), True)
-    bad = pc.or_(wrong, pc.is_valid(reasons))
-    if pc.any(bad).as_py():
+    wrong = pc.fill_null(rows[VERSION], 0).to_numpy() != SCHEMA_VERSION
+    if wrong.any() or reasons.null_count < len(reasons):
+        bad = wrong | reasons.is_valid().to_numpy(zero_copy_only=False)
         wrong_version = f"schema version is not {SCHEMA_VERSION}"
-        for row in np.flatnonzero(bad.to_numpy(zero_copy_only=False)).tolist():
-            refused.setdefault(row, wrong_version if wrong[row].as_py() else reasons[row].as_py())
+        for row in np.flatnonzero(bad).tolist():
+            refused.setdefault(row, wrong_version if wrong[row] else reasons[row].as_py())
     kept = np.arange(len(values), dtype=np.int64)
     if refused:
         kept = np.delete(kept, sorted(refused))
         rows = rows.take(pa.array(kept))
-    return Decoded(rows.select(_NULLABLE.names).cast(EVENT_SCHEMA), kept, sorted(refused.items()))
+    events = pa.Table.from_arrays([rows[name] for name in EVENT_SCHEMA.names], schema=EVENT_SCHEMA)
+    return Decoded(events, kept, sorted(refused.items()))
 
 
 def _parse(values: Sequence[bytes | None], start: int, max_bytes: int, refused: dict[int, str]) -> list[pa.Table]:

@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 HEARTBEATS_TTL_SECONDS = 7 * 24 * 3600
 """Longer than anyone leaves a dead worker unnoticed."""
 POLL_SECONDS = 0.1
+CAUGHT_UP = 1000
+"""A batch of fewer messages was all there was."""
 PAUSE_SECONDS = 5.0
 """How long a batch waits to be handed on before consumption is paused, which gives up what was fetched ahead."""
 COMMIT_SECONDS = 1.0
@@ -154,7 +156,12 @@ class _Session:
     # -- taking messages --------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Take messages and hand them on. Raises what made it impossible."""
+        """Take messages and hand them on. Raises what made it impossible.
+
+        A worker that has caught up takes no batch before somebody waits for it: messages would grow old in it, and those that
+        come meanwhile would have to wait for the next one.
+        """
+        caught_up = True
         for thread in self._threads:
             thread.start()
         self._consumer.subscribe(
@@ -163,7 +170,10 @@ class _Session:
         while not self._stopping.is_set():
             self._check_failure()
             self._keep_house()
+            if caught_up:
+                self._pipe.hungry.wait(POLL_SECONDS)
             messages = self._take()
+            caught_up = len(messages) < CAUGHT_UP
             if messages:
                 self._offer(self._taken(messages))
         self._drain()
@@ -227,6 +237,7 @@ class _Session:
     def _offer(self, taken: Taken) -> None:
         """Hand a batch on. While the threads behind are held up, the group is kept and Kafka is not asked for more."""
         self._pipe.offered += 1
+        self._pipe.hungry.clear()
         while not self._stopping.is_set():
             try:
                 self._pipe.taken.put(taken, timeout=POLL_SECONDS if self._paused else PAUSE_SECONDS)
@@ -359,6 +370,7 @@ class _Session:
 
     def _prepare_all(self) -> None:
         while not self._pipe.stopping.is_set():
+            self._pipe.hungry.set()
             try:
                 taken = self._pipe.taken.get(timeout=POLL_SECONDS)
             except queue.Empty:
