@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import psutil
 from rich.console import Console
 
 from recsys_cli.console import showing_progress
@@ -12,6 +15,12 @@ from recsys_cli.java import ensure_java
 from recsys_cli.processes import StackError
 from recsys_cli.stack import prepare_dagster_home
 from recsys_core.settings import HOME_VARIABLE, load_settings
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
+PROCESS = "recsys/process"
+"""Tag of a run with the machine and number of the process that it is in: `host:pid`."""
 
 
 def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
@@ -43,17 +52,19 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     single = policy is not None and policy.policy_type.value == "SINGLE_RUN" and len(keys) > 1
     # These have partitions of one kind, which a range of them is resolved by; the job of all assets has both.
     job = definitions.resolve_job_def("hourly" if isinstance(partitions, dg.HourlyPartitionsDefinition) else "nightly")
+    pool = definitions.resolve_assets_def(key).op.pool
     failed = 0
     try:
         with showing_progress(console), dg.DagsterInstance.get() as instance:
             spans = [(first, last)] if single else [(one, one) for one in keys]
             for start, end in spans:
+                tell_who_is_before(instance, pool, console)
                 span = {"dagster/asset_partition_range_start": start, "dagster/asset_partition_range_end": end}
                 done = job.execute_in_process(
                     instance=instance,
                     asset_selection=[key],
                     partition_key=None if start != end else start,
-                    tags=span if start != end else {},
+                    tags={PROCESS: f"{socket.gethostname()}:{os.getpid()}", **(span if start != end else {})},
                     raise_on_error=False,
                 )
                 failed += not done.success
@@ -62,3 +73,31 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     finally:
         stop_session()
     return 1 if failed else 0
+
+
+def tell_who_is_before(instance: DagsterInstance, pool: str | None, console: Console) -> None:
+    """Say which runs hold the places of a pool that is full, and free those of runs that are over or whose process is gone."""
+    storage = instance.event_log_storage
+    if pool is None or pool not in storage.get_concurrency_keys():
+        return
+    found = storage.get_concurrency_info(pool)
+    if found.active_slot_count < found.slot_count:
+        return
+    for run_id in sorted(found.active_run_ids):
+        run = instance.get_run_by_id(run_id)
+        if run is not None and not run.is_finished and _is_gone(run.tags.get(PROCESS, "")):
+            instance.report_run_failed(run, "its process is gone")
+            run = None
+        if run is None or run.is_finished:
+            storage.free_concurrency_slots_for_run(run_id)
+            console.print(f"run {run_id} was killed; its place in the pool {pool} is free again")
+        else:
+            console.print(
+                f"waiting: run {run_id} ({run.job_name}) has the place in the pool {pool}; end it in the web UI if it hangs"
+            )
+
+
+def _is_gone(process: str) -> bool:
+    """Whether a process of this machine, `host:pid`, has ended. Of other machines nobody here knows."""
+    host, _, pid = process.rpartition(":")
+    return host == socket.gethostname() and not psutil.pid_exists(int(pid))

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from nights import prepare_night, small
+from rich.console import Console
 
+from recsys_cli.backfill import PROCESS, tell_who_is_before
 from recsys_core.bundle import ALS_FACTORS, POPULAR_ITEMS, TRENDING_ITEMS
 from recsys_core.lake import Lake
 from recsys_core.registry import Registry
 from recsys_core.settings import Settings
+
+
+@dg.job
+def idle() -> None:
+    """A job without any step."""
+
 
 DAYS = ("2026-03-01", "2026-03-02")
 TOML = """
@@ -68,6 +79,28 @@ def test_hours_are_made_and_a_failed_one_gives_exit_code_1(home: Path, mlflow_se
     assert failed.returncode == 1, "there are no factors of the third"
     assert "item_index 2026-03-02: made" in failed.stdout
     assert "item_index 2026-03-03: FAILED" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("process", "told"), [("gone", "was killed"), ("alive", "waiting: run"), ("elsewhere", "waiting: run")]
+)
+def test_a_full_pool_is_told_and_what_a_killed_run_held_is_freed(process: str, told: str, tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    pid = os.getpid() if process == "alive" else ended.pid
+    host = "elsewhere" if process == "elsewhere" else socket.gethostname()
+    shown = Console(file=io.StringIO(), width=200)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        run = instance.create_run_for_job(idle, tags={PROCESS: f"{host}:{pid}"})
+        instance.event_log_storage.set_concurrency_slots("spark", 1)
+        tell_who_is_before(instance, "spark", shown)
+        assert shown.file.getvalue() == "", "nobody is before"
+        instance.event_log_storage.claim_concurrency_slot("spark", run.run_id, "step")
+        tell_who_is_before(instance, "spark", shown)
+        assert told in shown.file.getvalue()
+        assert run.run_id in shown.file.getvalue()
+        held = instance.event_log_storage.get_concurrency_info("spark").active_run_ids
+        assert held == (set() if process == "gone" else {run.run_id})
 
 
 def test_an_asset_or_a_partition_that_is_not_there_is_one_line(home: Path) -> None:
