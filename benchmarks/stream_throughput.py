@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
+import subprocess
 import tempfile
 import threading
 import time
@@ -24,11 +26,15 @@ import psutil
 import redis
 from confluent_kafka import Producer
 
+from recsys_cli.java import ensure_java
 from recsys_cli.kafka import broker_server
 from recsys_cli.stack import redis_server
 from recsys_core.events import now_ms
 from recsys_core.settings import Settings, load_settings
+from streaming.kafka import KAFKA, LOGGER, jars
 
+QUIXSTREAMS_EVENTS = 200_000
+"""Most events of its turn, which would last minutes otherwise."""
 TYPES = ("view", "click", "like", "cart", "purchase")
 
 
@@ -104,6 +110,8 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=40_000)
     parser.add_argument("--rounds", type=int, default=1, help="fill and drain so many times with the same worker process")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--kafka-streams", action="store_true", help="the ratio to StreamsApp.java, with a JDK")
+    parser.add_argument("--quixstreams", default="", help="a Python that has quixstreams: the ratio to quixstreams_app.py")
     options = parser.parse_args()
     with ExitStack() as held, tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -120,6 +128,20 @@ def main() -> None:
         process.start()
         report = out.get()
         process.join()
+        if options.quixstreams:
+            count = min(total, QUIXSTREAMS_EVENTS)
+            app = [options.quixstreams, str(Path(__file__).with_name("quixstreams_app.py")), address, settings.kafka.topic]
+            said = subprocess.run([*app, str(count), str(home / "quixstreams")], check=True, capture_output=True, text=True)
+            rate = float(said.stdout.split()[-1])
+            print(f"quixstreams: {rate:,.0f} events/s over {count:,}; the worker takes {report['rate'] / rate:.1f} × as many")
+        if options.kafka_streams:
+            java = ensure_java().path
+            libraries = jars(java, ("org.apache.kafka", "kafka-streams", KAFKA[2]), LOGGER)
+            app = [java / "bin/java", "-Dorg.slf4j.simpleLogger.defaultLogLevel=error", "-cp", f"{libraries}/*"]
+            app += [Path(__file__).with_name("StreamsApp.java"), address, settings.kafka.topic, total, home / "kafka-streams"]
+            said = subprocess.run([*map(str, app), str(os.cpu_count())], check=True, capture_output=True, text=True)
+            rate = float(said.stdout.split()[-1])
+            print(f"Kafka Streams: {rate:,.0f} events/s over {total:,}; the worker takes {report['rate'] / rate:.1f} × as many")
         client = redis.Redis.from_url(url)
         used = client.info("memory")
         sample = [client.memory_usage(key) for key in list(client.scan_iter("user:*", count=1000))[:1000]]

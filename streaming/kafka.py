@@ -58,13 +58,18 @@ def cache_folder() -> Path:
 
 def broker_jars(java_home: Path) -> Path:
     """The folder of the broker's jar files, fetched at the first use. Raises KafkaUnavailable."""
-    folder = cache_folder() / f"{KAFKA[1]}-{KAFKA[2]}"
+    return jars(java_home, KAFKA, LOGGER)
+
+
+def jars(java_home: Path, *modules: tuple[str, str, str]) -> Path:
+    """The folder of some modules' jar files and all that they need, named by the first. Raises KafkaUnavailable."""
+    folder = cache_folder() / f"{modules[0][1]}-{modules[0][2]}"
     if (folder / DONE).is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     fetched = Path(tempfile.mkdtemp(dir=folder.parent, prefix="fetching-"))
     try:
-        for module in (KAFKA, LOGGER):
+        for module in modules:
             _fetch(java_home, module, fetched)
         (fetched / DONE).touch()
         if not folder.exists():
