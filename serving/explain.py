@@ -54,14 +54,17 @@ def add_items(
     ranked: Ranked,
     row: int,
     record: UserRecord,
-    users: Users,
+    user: Users,
     settings: RankingSettings,
     count: int,
 ) -> None:
-    """Put the first `count` items of a ranked row into the response, each with everything that is known of it."""
+    """Put the first `count` items of a ranked row into the response, each with everything that is known of it.
+
+    `user` is the row's user alone.
+    """
     positions = ranked.positions[row][ranked.positions[row] >= 0][:count]
     scores, parts = ranked.scores[row].tolist(), ranked.parts[row].tolist()
-    sources = candidate_sources(snapshot, trend, users.rows(slice(row, row + 1)), settings, count)
+    sources = candidate_sources(snapshot, trend, user, settings, count)
     influences = moved_by(snapshot, positions, record, settings)
     for at, item in enumerate(described(snapshot, positions)):
         added = response.items.add(**item, score=scores[at], parts=parts_message(dict(zip(PARTS, parts[at], strict=True))))

@@ -21,7 +21,8 @@ from recsys_cli.processes import StackError, free_port, home_lock, pid_file, run
 from recsys_core.settings import load_settings
 
 KEEPS_REDIS = """
-import sys, time, pathlib
+import signal, sys, time, pathlib
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from recsys_cli.stack import redis_server
 with redis_server(pathlib.Path(sys.argv[1])):
     time.sleep(600)

@@ -255,6 +255,16 @@ class TestExplain:
             ("item_catalog", "", "def"),
         ]
 
+    def test_every_user_of_a_batch_is_explained_as_alone(self, world: World) -> None:
+        for taste, user in enumerate(("ann", "bob", "eve")):
+            world.put_known_user(user, taste=taste, seen=[f"item-{taste}"])
+        batch = world.client.recommend_batch(["ann", "bob", "eve"], 5, explain=True)
+        for user, answer in zip(("ann", "bob", "eve"), batch, strict=True):
+            alone = world.client.recommend(user, 5, explain=True)
+            assert answer.tier == alone.tier == "REALTIME_ALS_ONLY"
+            assert [(item.item_id, item.sources) for item in answer] == [(item.item_id, item.sources) for item in alone]
+            assert any("als" in item.sources for item in answer)
+
     def test_an_explained_answer_is_the_computed_one(self, world: World) -> None:
         world.put_known_user("ann")
         assert ids(world.client.recommend("ann", explain=True)) == ids(world.client.recommend("ann"))
