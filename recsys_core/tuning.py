@@ -266,16 +266,28 @@ def _changed(weights: np.ndarray, part: int, value: float) -> np.ndarray | None:
 
 
 def _blend(objective: _Objective) -> dict[str, float]:
-    """The best share of ALS where it and the two-tower model rank alone; of equal ones, that nearest to the seed's."""
+    """The best share of ALS where it and the two-tower model rank alone; of equal ones, that nearest to the seed's.
+
+    They are judged by items that one of them knows, as the evaluation reports them: an item that was published since has no
+    score, and which of the two leaves it above the others would decide.
+    """
+    tables = [_known_to_models(table) for table in objective.tables]
     shares = np.linspace(0, 1, 21)
 
     def ndcg(share: float) -> float:
-        weights = np.zeros(objective.tables[0].parts.shape[2])
+        weights = np.zeros(tables[0].parts.shape[2])
         weights[:2] = share, 1 - share
-        return objective(weights)
+        return float(np.concatenate([table.ndcg(weights) for table in tables]).mean())
 
     best = max(shares, key=lambda share: (round(ndcg(share), 6), -abs(share - SEED_BLEND["als"])))
     return {"als": round(float(best), 4), "two_tower": round(float(1 - best), 4)}
+
+
+def _known_to_models(table: _Table) -> _Table:
+    """Without the candidates that neither ALS nor the two-tower model scores."""
+    usable = table.usable & table.parts[..., :2].any(axis=2)
+    kept = usable[table.rows, table.columns]
+    return replace(table, usable=usable, rows=table.rows[kept], columns=table.columns[kept])
 
 
 def _scaled(weights: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from snapshots import CLUSTERS, make_snapshot
 from recsys_core.metrics import per_user
 from recsys_core.ranking import Trend, Users, rank
 from recsys_core.settings import RankingSettings
-from recsys_core.tuning import LEAST_USERS, Case, tune
+from recsys_core.tuning import LEAST_USERS, MODELS, Case, _blend, _Objective, _Table, tune
 
 SNAPSHOT = make_snapshot(items=400)
 SETTINGS = RankingSettings()
@@ -119,3 +119,16 @@ def test_clicks_on_items_that_no_ranking_can_reach_lower_the_score_and_nothing_e
     one = case("news", 8)
     other = Case(one.snapshot, one.trend, one.users, one.relevant, np.full(len(one.users), 3))
     assert tune([other], SETTINGS).ndcg < tune([one], SETTINGS).ndcg
+
+
+def test_the_blend_is_judged_by_items_that_a_model_knows() -> None:
+    known, new = 12, 12
+    parts = np.zeros((1, known + 1, len(MODELS) + 1), np.float32)
+    parts[0, :known, 0] = -1 - np.arange(known)
+    parts[0, :known, 1] = 0.8
+    parts[0, 2, 1] = 0.9
+    usable, ideal = np.ones((1, known + 1), bool), np.array([1 + 1 / np.log2(3)])
+    table = _Table(parts, usable, np.array([0, 0]), np.array([2, new]), ideal)
+    alone = {name: table.ndcg(np.eye(len(MODELS) + 1)[at])[0] for at, name in enumerate(("als", "two_tower"))}
+    assert alone["als"] > alone["two_tower"], "for the new item, which ALS has above all that it knows"
+    assert _blend(_Objective([table], len(MODELS) + 1))["two_tower"] == 1
