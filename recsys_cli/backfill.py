@@ -12,13 +12,14 @@ from rich.console import Console
 
 from recsys_cli.console import showing_progress
 from recsys_cli.java import ensure_java
-from recsys_cli.processes import StackError
+from recsys_cli.processes import StackError, quiet, run_folder
 from recsys_cli.stack import prepare_dagster_home
 from recsys_core.settings import HOME_VARIABLE, load_settings
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
+LOG = "backfill.log"
 PROCESS = "recsys/process"
 """Tag of a run with the machine and number of the process that it is in: `host:pid`."""
 
@@ -53,9 +54,10 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     # These have partitions of one kind, which a range of them is resolved by; the job of all assets has both.
     job = definitions.resolve_job_def("hourly" if isinstance(partitions, dg.HourlyPartitionsDefinition) else "nightly")
     pool = definitions.resolve_assets_def(key).op.pool
+    log = run_folder(home) / LOG
     failed = 0
     try:
-        with showing_progress(console), dg.DagsterInstance.get() as instance:
+        with quiet(log), showing_progress(console), dg.DagsterInstance.get() as instance:
             spans = [(first, last)] if single else [(one, one) for one in keys]
             for start, end in spans:
                 tell_who_is_before(instance, pool, console)
@@ -68,7 +70,7 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
                     raise_on_error=False,
                 )
                 failed += not done.success
-                told = "made" if done.success else "FAILED"
+                told = "made" if done.success else f"FAILED, {log} says why"
                 console.print(f"{asset} {start if start == end else f'{start} … {end}'}: {told}, run {done.run_id}")
     finally:
         stop_session()

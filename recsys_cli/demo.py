@@ -16,7 +16,7 @@ from rich.console import Console
 from recsys_cli.console import showing_progress, table
 from recsys_cli.java import ensure_java
 from recsys_cli.live_demo import click_live
-from recsys_cli.processes import StackError, home_lock, run_folder
+from recsys_cli.processes import StackError, home_lock, quiet, run_folder
 from recsys_cli.stack import prepare_dagster_home, redis_server, serving_process
 from recsys_core.settings import HOME_VARIABLE, Settings, load_settings
 from recsys_core.spark import stop_session
@@ -187,7 +187,7 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
     from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, hour_keys, key_start_ms
     from recsys_core.landing import Landing
 
-    with _quiet(run_folder(home) / LOG), dg.DagsterInstance.get() as instance:
+    with quiet(run_folder(home) / LOG), dg.DagsterInstance.get() as instance:
         # The partitions are read from the settings when the graph is imported, so that must come after the landing.
         from recsys_assets.definitions import build_definitions
         from recsys_assets.resources import Platform
@@ -237,22 +237,6 @@ def take_history_as_it_is(lake: Lake, settings: Settings, hours: list[str]) -> l
 
 def _range_tags(first: str, last: str) -> dict[str, str]:
     return {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
-
-
-@contextmanager
-def _quiet(log: Path) -> Iterator[None]:
-    """Send what this process and Spark write to standard error into a file while the block runs."""
-    kept = os.dup(2)
-    with log.open("w") as output:
-        os.dup2(output.fileno(), 2)
-        try:
-            yield
-        except BaseException as error:
-            error.add_note(f"what led there is in {log}")
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------

@@ -130,3 +130,19 @@ def home_lock(home: Path) -> Iterator[None]:
         lock.write(f"pid {os.getpid()} (recsys {' '.join(sys.argv[1:])})")
         lock.flush()
         yield
+
+
+@contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Send what this process and Spark write to standard error into a file while the block runs."""
+    kept = os.dup(2)
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"what led there is in {log}")
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
