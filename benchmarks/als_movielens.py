@@ -36,7 +36,7 @@ TARGETS = {"numpy": RENDLE, "implicit": DACREMA, "spark": DACREMA}
 TARGET_SECONDS = {"numpy": 60.0, "implicit": 15.0}
 
 SETTINGS = {
-    "numpy": AlsSettings(engine="numpy", rank=256, iterations=8, alpha=1 / 0.3, regularization=0.235, frequency_scaling=1.0),
+    "numpy": AlsSettings(engine="numpy", rank=320, iterations=8, alpha=1 / 0.3, regularization=0.235, frequency_scaling=1.0),
     "implicit": AlsSettings(engine="implicit", rank=128, iterations=15, alpha=6.0, regularization=0.3),
     "spark": AlsSettings(engine="spark", rank=64, iterations=12, alpha=3.3, regularization=0.05),
 }

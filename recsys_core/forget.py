@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ from recsys_core.landing import LANDING, QUARANTINE, Landing
 from recsys_core.online import recs_key, user_key
 from recsys_core.registry import Registry, RegistryError
 from recsys_core.release import Releases
-from recsys_core.tombstones import FORGOTTEN, hash_of
+from recsys_core.tombstones import FORGOTTEN, FORGOTTEN_AT, USER_HASH, hash_of
 
 FACTOR_ID = "id"
 USER_SIDE = "_users"
@@ -73,16 +73,18 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
     """Remove a user and search again. The report is kept in the lake table `forgotten_users`.
 
     Its partition is written before anything is removed: what runs meanwhile does not take the user in again.
+    Until the second search is done it holds no report, so that a run that was cut off proves nothing.
     """
     started = time.perf_counter()
     forgotten_at = now_ms()
-    key = f"{forgotten_at:013d}"
-    report = Forgotten(hash_of(user_id), forgotten_at, {}, {})
-    places.lake.write_blobs(FORGOTTEN, key, {}, 0, asdict(report))
+    user_hash = hash_of(user_id)
+    key = f"{forgotten_at:013d}-{user_hash[:16]}"
+    places.lake.write_blobs(FORGOTTEN, key, {}, 0, {USER_HASH: user_hash, FORGOTTEN_AT: forgotten_at})
     removed = Search(places, user_id, remove=True).run()
     left = Search(places, user_id).run()
-    report = replace(
-        report,
+    report = Forgotten(
+        user_hash=user_hash,
+        forgotten_at=forgotten_at,
         removed=dict(removed.found),
         remaining=dict(left.found),
         looked_at=dict(left.looked_at),

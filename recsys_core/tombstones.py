@@ -1,7 +1,7 @@
 """Users who were forgotten: what they did before that moment is not taken in again, wherever it comes from.
 
 A topic keeps messages for days and a source file can be ingested twice, so a removal alone does not last. The landing zone and
-the speed layer leave such events out. What a user does later is another user's doing for them.
+the speed layer leave such events out. What a user does after that moment is taken in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recsys_core.events import TS, USER_ID
 from recsys_core.lake import Lake
 
 FORGOTTEN = "forgotten_users"
-"""Lake table with a partition for each removal, named by its moment."""
+"""Lake table with a partition for each removal, named by its moment and the user's hash."""
 USER_HASH, FORGOTTEN_AT = "user_hash", "forgotten_at"
 
 

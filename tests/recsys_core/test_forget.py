@@ -31,7 +31,7 @@ from recsys_core.registry import Registry
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
-from recsys_core.tombstones import FORGOTTEN, hash_of
+from recsys_core.tombstones import FORGOTTEN, Tombstones, hash_of
 
 HOUR, DAY = "2026-03-02T10", "2026-03-02"
 GONE, STAYS = "user-7", "user-77"
@@ -150,6 +150,24 @@ def test_the_kept_report_does_not_name_the_user(filled: Lake, places: Places) ->
     kept = filled.get(FORGOTTEN, key).extra
     assert kept["user_hash"] == hash_of(GONE)
     assert GONE not in str(kept)
+
+
+def test_two_users_of_one_moment_are_both_kept_out(places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys_core.forget.now_ms", lambda: 1_000)
+    for user in (GONE, STAYS):
+        forget_user(places, user)
+    assert set(Tombstones.read(lake).moments) == {hash_of(GONE), hash_of(STAYS)}
+
+
+def test_a_removal_that_was_cut_off_keeps_the_user_out_and_proves_nothing(
+    filled: Lake, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Search, "run", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forget_user(places, GONE)
+    (key,) = filled.keys(FORGOTTEN)
+    assert "remaining" not in filled.get(FORGOTTEN, key).extra
+    assert hash_of(GONE) in Tombstones.read(filled).moments
 
 
 def test_a_user_that_nothing_is_known_of_is_reported_as_such(places: Places) -> None:
