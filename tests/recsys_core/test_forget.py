@@ -29,7 +29,8 @@ from recsys_core.online import UserRecord, recs_key, user_key, write_answers, wr
 from recsys_core.popularity import popular_items
 from recsys_core.registry import Registry
 from recsys_core.release import Releases
-from recsys_core.settings import Settings
+from recsys_core.retention import is_kept
+from recsys_core.settings import RetentionSettings, Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
 from recsys_core.tombstones import FORGOTTEN, Tombstones, hash_of
 
@@ -157,6 +158,16 @@ def test_two_users_of_one_moment_are_both_kept_out(places: Places, lake: Lake, m
     for user in (GONE, STAYS):
         forget_user(places, user)
     assert set(Tombstones.read(lake).moments) == {hash_of(GONE), hash_of(STAYS)}
+
+
+def test_pruning_never_lets_a_forgotten_user_back_in(places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys_core.forget.now_ms", lambda: 1_600_000_000_000)
+    for user in (GONE, STAYS):
+        forget_user(places, user)
+    keys = lake.keys(FORGOTTEN)
+    policy = RetentionSettings(hourly_days=1, daily_days=1)
+    assert [key for key in keys if is_kept(key, policy, 1_900_000_000_000)] == keys
+    assert not is_kept("2020-09-13T12", policy, 1_900_000_000_000), "an hour as old goes"
 
 
 def test_a_removal_that_was_cut_off_keeps_the_user_out_and_proves_nothing(
