@@ -24,6 +24,7 @@ import pyarrow.dataset as ds
 import pyarrow.ipc as ipc
 
 from recsys_core import progress
+from recsys_core.events import DAY_MS
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.settings import TwoTowerSettings
 from recsys_core.tower import COUNTS, Vocabulary, embedding_rows, fingerprints, standardise
@@ -44,6 +45,8 @@ MAX_PRICE_BUCKET = 126
 CATEGORY_LEVELS = 4
 """Levels of a category path that have an embedding; deeper ones are left out."""
 READ_ROWS = 1 << 16
+MAX_PAST = 1 << 22
+"""About how many examples `Past` keeps, 36 bytes each: the first ones, which are a random part of the users."""
 
 READ_COLUMNS = (
     "user_id", "item_id", "ts", "weight", "history", "hour", "weekday", "device", "country", "user_category", "price_bucket",
@@ -98,8 +101,54 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Past:
+    """Numbers of items at their training examples, from which follows what they were at any moment.
+
+    Rows go by item and time: `key` int64 (m,) has both in one number, `starts` int64 (n items + 1,) are the bounds of an item's
+    rows, `ts` int64 (m,) in ms, `numbers` float32 (m, 4), raw, in ITEM_ORDER, as of before the example.
+    """
+
+    starts: npt.NDArray[np.int64]
+    ts: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.float32]
+    key: npt.NDArray[np.int64]
+    until: int
+
+    @classmethod
+    def of(cls, places: Array, ts: Array, numbers: Array, items: int, until: int) -> Past:
+        """From examples in any order; `until` (ms) ends all lives."""
+        order = np.lexsort((ts, places))
+        places, ts = places[order].astype(np.int64), ts[order].astype(np.int64)
+        starts = np.searchsorted(places, np.arange(items + 1))
+        return cls(starts, ts, numbers[order], places * (until + 1) + ts, until)
+
+    def at_random(self, places: Array, unseen: npt.NDArray[np.float32], random: np.random.Generator) -> npt.NDArray[np.float32]:
+        """Raw numbers float32 (k, 4) of items at a moment of their life, drawn for each; those of `unseen` where none is known.
+
+        A life goes from the first example to `until`. After an example the counts of the day and the week before it fall to
+        0 in a line, as those of evenly spread events do. One draw in 1 + examples is the moment before the first one, or else
+        an item without a past would always be a wanted one.
+        """
+        first, last = self.starts[places], self.starts[places + 1]
+        found = unseen.copy()
+        known = np.flatnonzero(first < last)
+        first, born = first[known], self.ts[first[known]]
+        moment = born + (random.random(len(known)) * (self.until - born)).astype(np.int64)
+        latest = np.searchsorted(self.key, places[known] * (self.until + 1) + moment, side="right") - 1
+        days = ((moment - self.ts[latest]) / DAY_MS).astype(np.float32)
+        numbers = self.numbers[latest] + np.float32([0, 0, 1, 0])
+        for column, span in enumerate((1, 7)):
+            left = numbers[:, column] * np.maximum(0, 1 - days / span)
+            numbers[:, column] = np.floor(left + random.random(len(known))) + (days < span)
+        numbers[:, -1] += days
+        before = random.random(len(known)) * (1 + last[known] - first) < 1
+        found[known] = np.where(before[:, None], self.numbers[first], numbers)
+        return found
+
+
+@dataclass(frozen=True)
 class Learned:
-    """What the first pass found. `counts` (n items,) are the training examples of each item.
+    """What the first pass found. `counts` (n items,) are the training examples of each item, `past` some of them.
 
     Examples from `from_ts` (ms) on are learned from, those from `cut_ts` on are the validation part. `center` and `spread`
     standardise the users' counts, `item_center` and `item_spread` those of items (ITEM_ORDER).
@@ -117,6 +166,7 @@ class Learned:
     spread: tuple[float, ...]
     item_center: tuple[float, ...]
     item_spread: tuple[float, ...]
+    past: Past
 
     @cached_property
     def item_numbers(self) -> npt.NDArray[np.float32]:
@@ -127,6 +177,10 @@ class Learned:
     def newborn(self) -> npt.NDArray[np.float32]:
         """Standardised numbers of an item that was published this moment, float32 (5,)."""
         return standardise(np.zeros((1, len(ITEM_NUMBERS))), self.item_center, self.item_spread)[0]
+
+    def numbers_at_random(self, places: Array, random: np.random.Generator) -> npt.NDArray[np.float32]:
+        """Standardised numbers of items at random moments of their lives, float32 (k, 5)."""
+        return standardise(self.past.at_random(places, self.items.numbers[places], random), self.item_center, self.item_spread)
 
 
 def read_items(lake: Lake, day: str) -> Items:
@@ -213,7 +267,8 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
     users: list[tuple[Array, Array]] = []
     values: dict[str, Counter[str]] = {name: Counter() for name in CONTEXT_VALUES}
     moments, item_moments = _Moments(len(COUNTS)), _Moments(len(ITEM_NUMBERS))
-    skipped = 0
+    pasts: list[tuple[Array, Array, Array]] = []
+    kept = skipped = 0
     columns = [name for name in READ_COLUMNS if name not in ("history", "hour", "weekday")]
     for batch in _stream(dataset, columns, rows, "two-tower: reading examples"):
         _check(batch, where)
@@ -228,7 +283,11 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
             found = pc.value_counts(batch[column].cast(pa.string()))
             values[name].update({v["values"]: v["counts"] for v in found.to_pylist() if v["values"]})
         moments.add(_columns(batch, COUNTS))
-        item_moments.add(_columns(batch, ITEM_ORDER))
+        numbers = _columns(batch, ITEM_ORDER)
+        item_moments.add(numbers)
+        if kept < MAX_PAST:
+            pasts.append((places[train], _integers(batch["ts"], 0)[train], numbers[train]))
+            kept += len(places)
     if skipped == rows:
         raise TwoTowerError(f"{where}: none of its items is in {ITEM_FEATURES} of the same day; make both anew")
     known, seen = _merged(users)
@@ -244,6 +303,7 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
         skipped,
         *moments.scales(),
         *item_moments.scales(),
+        Past.of(*map(np.concatenate, zip(*pasts, strict=True)), len(items), cut_ts),
     )
 
 
@@ -319,19 +379,12 @@ def _merged(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Shards:
-    """Files of examples as numbers. `rows` are those of `train`; `samples` (n items,) has an example's numbers for each item.
-
-    `sample_numbers` float32 (n, 5) and `sample_price` int32 (n,) are the features of one random example of each item, and as of
-    the end of the day for items without one: a negative that is drawn from all items looks like the positives, not like
-    tomorrow.
-    """
+    """Files of examples as numbers, and how many examples they have."""
 
     train: tuple[Path, ...]
     validation: tuple[Path, ...]
     rows: int
     validation_rows: int
-    sample_numbers: npt.NDArray[np.float32]
-    sample_price: npt.NDArray[np.int32]
 
 
 def write_shards(lake: Lake, day: str, learned: Learned, settings: TwoTowerSettings, folder: Path) -> Shards:
@@ -343,7 +396,6 @@ def write_shards(lake: Lake, day: str, learned: Learned, settings: TwoTowerSetti
         raise MissingPartition(f"table {TRAINING_EXAMPLES!r}, partition {day!r}: made, but without any row")
     dataset = dataset.filter(_since(learned.from_ts))
     random = np.random.default_rng([settings.seed, 0])
-    sample_numbers, sample_price = learned.item_numbers.copy(), learned.items.price.copy()
     held_back = int(learned.rows * settings.validation_share)
     sizes = {"train": _shards_for(learned.rows, settings), "validation": _shards_for(held_back, settings)}
     rows = {"train": 0, "validation": 0}
@@ -354,15 +406,13 @@ def write_shards(lake: Lake, day: str, learned: Learned, settings: TwoTowerSetti
             for part, found in paths.items()
         }
         for batch in _stream(dataset, READ_COLUMNS, learned.rows + learned.skipped, "two-tower: shuffling examples"):
-            encoded, places, train = _encode(batch, learned, settings)
-            sample_numbers[places[train]] = _stacked(encoded, "item_numbers", len(ITEM_NUMBERS) + 1)[train]
-            sample_price[places[train]] = np.asarray(encoded["price"])[train]
+            encoded, train = _encode(batch, learned, settings)
             for part, chosen in (("train", train), ("validation", ~train)):
                 _scatter(encoded, np.flatnonzero(chosen), writers[part], random)
                 rows[part] += int(np.count_nonzero(chosen))
     if not rows["train"]:
         raise TwoTowerError(f"{TRAINING_EXAMPLES}, partition {day!r}: no example is left to train on")
-    return Shards(paths["train"], paths["validation"], rows["train"], rows["validation"], sample_numbers, sample_price)
+    return Shards(paths["train"], paths["validation"], rows["train"], rows["validation"])
 
 
 def _shards_for(rows: int, settings: TwoTowerSettings) -> int:
@@ -378,8 +428,8 @@ def _scatter(encoded: pa.RecordBatch, rows: Array, writers: Sequence[Any], rando
             writer.write_batch(encoded.take(pa.array(rows[order[bounds[n] : bounds[n + 1]]])))
 
 
-def _encode(batch: pa.RecordBatch, learned: Learned, settings: TwoTowerSettings) -> tuple[pa.RecordBatch, Array, Array]:
-    """Examples as numbers, without those of items that are not known; their items' places; which are for training."""
+def _encode(batch: pa.RecordBatch, learned: Learned, settings: TwoTowerSettings) -> tuple[pa.RecordBatch, Array]:
+    """Examples as numbers, without those of items that are not known; which are for training."""
     places = _places_of(batch["item_id"], learned.items.vocabulary)
     if (places < 0).any():
         batch = batch.filter(pa.array(places >= 0))
@@ -404,7 +454,7 @@ def _encode(batch: pa.RecordBatch, learned: Learned, settings: TwoTowerSettings)
         columns[field.name] if field.name == "history" else pa.array(columns[field.name]).cast(field.type)
         for field in SHARD_SCHEMA
     ]
-    return pa.record_batch(arrays, schema=SHARD_SCHEMA), places, _integers(batch["ts"], 0) < learned.cut_ts
+    return pa.record_batch(arrays, schema=SHARD_SCHEMA), _integers(batch["ts"], 0) < learned.cut_ts
 
 
 def _encode_history(lists: Any, vocabulary: Vocabulary, longest: int) -> pa.Array:
@@ -490,15 +540,16 @@ class Batches:
         newest = rank < self.settings.recent
         users, user_at = self._user_rows(shard["user"][rows], random, hide)
         table_rows = self.item_rows[used]
-        shown = np.concatenate([places, negatives])
-        item_numbers = np.concatenate([shard["item_numbers"][rows], self.shards.sample_numbers[negatives]])
+        candidates = np.concatenate([places, negatives]) if self.settings.in_batch else negatives
+        shown = np.concatenate([places, candidates])
+        # As a candidate an item is what it was at any moment: as it was when someone chose it, all of them would look wanted.
+        item_numbers = np.concatenate([shard["item_numbers"][rows], self.learned.numbers_at_random(candidates, random)])
         if hide:
             hidden_ids = random.random(len(used)) < self.settings.id_dropout
             table_rows = np.where(hidden_ids, 0, table_rows)
             # An item without a known id is one that was just published: it has no age and no past either.
             item_numbers[hidden_ids[where[shown]]] = self.learned.newborn
         distinct_rows, row_at = np.unique(table_rows, return_inverse=True)
-        candidates = np.concatenate([places, negatives]) if self.settings.in_batch else negatives
         hidden = self._hidden(where[places], where[history], segments, where[candidates], len(used))
         batch = {
             "user_rows": users,
@@ -511,7 +562,7 @@ class Batches:
             "recent": where[history[newest]],
             "recent_segments": segments[newest],
             "item": where[shown],
-            "price": np.concatenate([shard["price"][rows], self.shards.sample_price[negatives]]),
+            "price": np.concatenate([shard["price"][rows], self.learned.items.price[candidates]]),
             "item_numbers": item_numbers,
             "log_q": self._log_q(candidates, len(rows)),
             "log_q_label": self._log_q(places, len(rows)),
@@ -540,8 +591,7 @@ class Batches:
     def _hidden(self, places: Array, history: Array, segments: Array, candidates: Array, distinct: int) -> Array:
         """(example, candidate) pairs that are no negatives: the example's own item, and its history with `mask_history`.
 
-        Items are given by their number among the `distinct` ones of the batch. The pairs of the diagonal are left out when the
-        batch's items are the candidates: there stands the label.
+        Items are given by their number among the `distinct` ones of the batch.
         """
         items, rows = places, np.arange(len(places))
         if self.settings.mask_history:
@@ -551,8 +601,7 @@ class Batches:
         order = np.argsort(candidates, kind="stable")
         sizes = counts[items]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        pairs = np.stack([np.repeat(rows, sizes), order[np.repeat(starts[items], sizes) + within]], axis=1)
-        return pairs[pairs[:, 0] != pairs[:, 1]] if self.settings.in_batch else pairs
+        return np.stack([np.repeat(rows, sizes), order[np.repeat(starts[items], sizes) + within]], axis=1)
 
 
 BATCH_TYPES: dict[str, tuple[type[np.generic], tuple[int | None, ...]]] = {
@@ -584,7 +633,7 @@ BATCH_TYPES: dict[str, tuple[type[np.generic], tuple[int | None, ...]]] = {
 
 `user_rows` and `item_rows` are distinct rows of the embedding tables; `user_at` (b,) says which of them an example has,
 `row_at` (u,) which of them one of the u distinct items of the batch has, `path` (u,) its category path. `history`, `recent` and
-`item` are places among those u; the segments say whose history it is. `item` has the b positives, then the negatives.
+`item` are places among those u; the segments say whose history it is. `item` has the b positives, then the candidates.
 `hidden` are pairs of an example and a candidate that is no negative.
 """
 

@@ -95,3 +95,23 @@ def _item_past(times: Sequence[int], now: int) -> dict[str, Any]:
     """Age and counts of an item before `now`."""
     counts = {name: sum(ts >= now - days * DAY_MS for ts in times) for name, days in (("1d", 1), ("7d", 7), ("window", 90))}
     return {"item_age_days": (now - times[0]) / DAY_MS if times else 0.0, **{f"item_events_{k}": v for k, v in counts.items()}}
+
+
+def planted_news(
+    days: int = 8, items_a_day: int = 12, users: int = 400, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Examples and items of news: item `n<day>-<k>` is clicked on its day alone, by anyone; nobody prefers anything."""
+    random = np.random.default_rng(seed)
+    start = key_start_ms(DAY) - (days - 1) * DAY_MS
+    moments = np.sort(random.integers(0, days * DAY_MS, days * users * 3))
+    past: dict[str, list[int]] = {f"n{day}-{k}": [] for day in range(days) for k in range(items_a_day)}
+    histories: dict[int, list[str]] = {user: [] for user in range(users)}
+    rows = []
+    for moment in moments.tolist():
+        user, name = int(random.integers(users)), f"n{moment // DAY_MS}-{random.integers(items_a_day)}"
+        ts = start + moment
+        rows.append(example(f"u{user}", name, ts, histories[user][:50], **_item_past(past[name], ts)))
+        histories[user] = [name, *(h for h in histories[user] if h != name)]
+        past[name].append(ts)
+    end = key_start_ms(DAY) + DAY_MS
+    return rows, [item(name, **_item_past(times, end)) for name, times in past.items()]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from examples import CLUSTERS, DAY, category_of, example, item, planted_shop, write_examples
+from examples import CLUSTERS, DAY, category_of, example, item, planted_news, planted_shop, write_examples
 from recsys_home import default_settings
 from towers import random_inputs
 
@@ -113,6 +113,12 @@ def test_an_item_published_today_is_among_the_nearest_of_those_who_like_its_cate
         others = [found.index(name) for name in new if cluster_of(name) != cluster]
         assert max(places[-2:]) < np.median(others)
     assert np.median(places) < ITEMS / 4
+
+
+def test_a_stranger_gets_what_is_wanted_now_and_not_what_was_wanted_once(tmp_path):
+    news = train(tmp_path, *planted_news(), epochs=2)
+    found = news.nearest(["n6-0", "n6-1"], 10)
+    assert sum(name.startswith("n7-") for name in found) >= 8, found
 
 
 def test_vectors_have_length_one_and_ids_name_every_item(model):
