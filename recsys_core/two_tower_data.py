@@ -136,7 +136,7 @@ class Past:
         moment = born + (random.random(len(known)) * (self.until - born)).astype(np.int64)
         latest = np.searchsorted(self.key, places[known] * (self.until + 1) + moment, side="right") - 1
         days = ((moment - self.ts[latest]) / DAY_MS).astype(np.float32)
-        numbers = self.numbers[latest] + np.float32([0, 0, 1, 0])
+        numbers = self.numbers[latest] + np.array([0, 0, 1, 0], np.float32)
         for column, span in enumerate((1, 7)):
             left = numbers[:, column] * np.maximum(0, 1 - days / span)
             numbers[:, column] = np.floor(left + random.random(len(known))) + (days < span)
@@ -291,6 +291,7 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
     if skipped == rows:
         raise TwoTowerError(f"{where}: none of its items is in {ITEM_FEATURES} of the same day; make both anew")
     known, seen = _merged(users)
+    places_of_past, times_of_past, numbers_of_past = map(np.concatenate, zip(*pasts, strict=True))
     frequent = {name: tuple(sorted(v for v, _ in _most_common(found))) for name, found in values.items()}
     return Learned(
         items,
@@ -303,7 +304,7 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
         skipped,
         *moments.scales(),
         *item_moments.scales(),
-        Past.of(*map(np.concatenate, zip(*pasts, strict=True)), len(items), cut_ts),
+        Past.of(places_of_past, times_of_past, numbers_of_past, len(items), cut_ts),
     )
 
 
