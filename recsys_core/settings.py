@@ -120,6 +120,9 @@ class TwoTowerSettings(Section):
     user_buckets: int = Field(1_000_000, ge=1, description="most rows of the user embedding; more users share rows")
     item_buckets: int = Field(1_000_000, ge=1, description="most rows of the item embedding; more items share rows")
     id_dropout: float = Field(0.1, ge=0, lt=1, description="share of ids that training hides, so that unknown ones are learned")
+    history_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the history's items that training leaves out, others in each step"
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the hidden layers")
     loss: Literal["softmax", "binary", "contrastive"] = Field(
         "softmax",

@@ -538,6 +538,7 @@ class Batches:
         places = shard["item"][rows].astype(np.int64)
         negatives = random.integers(0, len(self.learned.items), self.settings.negatives)
         used, where = _distinct(len(self.learned.items), history, places, negatives)
+        pooled = random.random(len(history)) >= (self.settings.history_dropout if hide else 0)
         newest = rank < self.settings.recent
         users, user_at = self._user_rows(shard["user"][rows], random, hide)
         table_rows = self.item_rows[used]
@@ -558,8 +559,8 @@ class Batches:
             "item_rows": distinct_rows,
             "row_at": row_at,
             "path": self.learned.items.path[used],
-            "history": where[history],
-            "segments": segments,
+            "history": where[history[pooled]],
+            "segments": segments[pooled],
             "recent": where[history[newest]],
             "recent_segments": segments[newest],
             "item": where[shown],

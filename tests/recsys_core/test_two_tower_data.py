@@ -1,12 +1,18 @@
-"""What the two-tower model's candidates look like at moments other than their own examples."""
+"""Batches of the two-tower model: what candidates look like at moments other than their own examples, and histories."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from examples import DAY, planted_shop, write_examples
 
 from recsys_core.events import DAY_MS
-from recsys_core.two_tower_data import Past
+from recsys_core.lake import Lake
+from recsys_core.settings import TwoTowerSettings
+from recsys_core.two_tower_data import Batches, Past, learn, write_shards
 
 START = 1_700_000_000_000
 UNTIL = START + 20 * DAY_MS
@@ -50,3 +56,18 @@ def test_items_side_by_side_do_not_see_each_other_and_one_without_a_past_keeps_i
     assert set(draw(past, 0)[:, 2].tolist()) == {5, 6}
     assert (draw(past, 1, unseen=(1, 2, 3, 4)) == np.float32([1, 2, 3, 4])).all()
     assert set(map(tuple, draw(past, 2).tolist())) == {(7, 7, 7, 3), (8, 8, 8, 3)}
+
+
+def test_training_leaves_out_a_share_of_histories_and_validation_nothing(tmp_path):
+    lake = Lake(str(tmp_path / "lake"))
+    write_examples(lake, *planted_shop(users=40))
+    settings = TwoTowerSettings(history_dropout=0.5, batch_size=64)
+    learned = learn(lake, DAY, settings)
+    batches = Batches(learned, write_shards(lake, DAY, learned, settings, tmp_path / "work"), settings)
+    whole = replace(batches, settings=settings.model_copy(update={"history_dropout": 0.0}))
+
+    def size(passed: Iterator[dict[str, np.ndarray]]) -> int:
+        return sum(len(batch["history"]) for batch in passed)
+
+    assert size(batches.epoch(0)) / size(whole.epoch(0)) == pytest.approx(0.5, abs=0.05)
+    assert size(batches.validation()) == size(whole.validation()) > 0
