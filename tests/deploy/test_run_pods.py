@@ -89,11 +89,11 @@ def test_the_pod_of_every_step_is_valid_and_has_what_isolation_gives_it(
     launcher = instance.run_launcher
     assert isinstance(launcher, K8sRunLauncher)
     seen = {}
-    for key, asset in definitions.get_repository_def().assets_defs_by_key.items():
-        if asset.is_executable:
-            manifest = job(launcher, asset.op)
+    for asset in definitions.get_repository_def().assets_defs_by_key.values():
+        for step in asset.node_def.iterate_op_defs() if asset.is_executable else ():
+            manifest = job(launcher, step)
             assert_valid(manifest)
-            seen[key.to_user_string()] = pod_of(manifest)
+            seen[step.name] = pod_of(manifest)
     for name, (pod, container) in seen.items():
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"], name
         assert pod["automountServiceAccountToken"] == (pod["serviceAccountName"] == "recsys-spark"), name
@@ -101,6 +101,9 @@ def test_the_pod_of_every_step_is_valid_and_has_what_isolation_gives_it(
     assert seen["als_factors"][1]["resources"]["limits"] == {"memory": "16Gi"}
     assert seen["interactions"][0]["serviceAccountName"] == "recsys-spark"
     assert seen["popular_items"][0]["serviceAccountName"] == "recsys-step"
+    assert seen["rec_cache_plan"][0]["serviceAccountName"] == "recsys-spark"
+    shards, container = seen["rec_cache_shards"]
+    assert (shards["serviceAccountName"], container["resources"]["limits"]) == ("recsys-step", {"memory": "8Gi"})
 
 
 @pytest.mark.parametrize("name", ["nightly", "hourly"])
