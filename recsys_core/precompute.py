@@ -219,7 +219,8 @@ def _write_shard(
     users = empty = 0
     for ids in _users_of_shard(lake, plan, shard, settings.cache.batch_users):
         computed_at = now_ms()
-        state = users_of(snapshot, read_records(redis, ids), snapshot.ranking, user_ids=ids, now=computed_at)
+        records = read_records(redis, ids, features=snapshot.tower is not None)
+        state = users_of(snapshot, records, snapshot.ranking, user_ids=ids, now=computed_at)
         ranked = rank(snapshot, trend, state, settings.cache.items, snapshot.ranking)
         answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
         users += write_answers(redis, zip(ids, answers, strict=True), settings.cache.ttl_seconds)

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import redis as redis_py
 from builders import ms
-from snapshots import make_snapshot
+from snapshots import make_snapshot, with_two_tower
 
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import TRENDING_ITEMS
@@ -190,6 +190,27 @@ def test_the_cached_answers_are_what_the_scoring_path_gives_for_the_records(redi
         assert before <= answer.computed_at <= now_ms()
     assert not {item for item, _ in answer_of(redis, "ann").items()} & {"item-3", "item-13", "item-23", "item-0", "item-7"}
     assert len({tuple(item for item, _ in answer_of(redis, user).items()) for user in names}) == 4
+
+
+def test_a_release_with_a_user_tower_is_ranked_with_the_features_of_the_records(redis, lake, settings):
+    towers, now = with_two_tower(SNAPSHOT), now_ms()
+    recent = OnlineFeatures(now, 90, now - 1000, hours=((1, 5),), days=((1, 5),)).encode().decode()
+    write_features(lake, [{**USERS[0], "features": recent}])
+    write_active(lake, "ann")
+    write_online_features(redis, lake, DAY, VERSION, settings)
+    write_rec_cache(redis, lake, towers, Trend.of(towers, {}), settings)
+    answer = answer_of(redis, "ann")
+
+    def expected(features: bool) -> list[tuple[str, float]]:
+        records = read_records(redis, ["ann"], features)
+        state = users_of(towers, records, towers.ranking, user_ids=["ann"], now=answer.computed_at)
+        ranked = rank(towers, Trend.of(towers, {}), state, settings.cache.items, towers.ranking)
+        return [(towers.item_ids[p], float(s)) for p, s in zip(ranked.positions[0], ranked.scores[0], strict=True)]
+
+    (whole,), (short,) = read_records(redis, ["ann"]), read_records(redis, ["ann"], features=False)
+    assert (short.features, short.last, short.seen, short.als.tolist()) == (None, whole.last, whole.seen, whole.als.tolist())
+    assert answer.items() == [(item, pytest.approx(score, abs=1e-6)) for item, score in expected(features=True)]
+    assert answer.items() != [(item, pytest.approx(score, abs=1e-6)) for item, score in expected(features=False)]
 
 
 def test_samples_show_the_last_items_beside_the_first_recommended(redis, lake, settings):
