@@ -25,8 +25,9 @@ BY_POOL: Mapping[str, PodResources] = {
 }
 BY_STEP: Mapping[str, PodResources] = {
     "two_tower": PodResources(cpu="4", memory="16Gi", gpu=1),
-    # These hold a whole release.
-    "rec_cache_shards": PodResources(cpu="2", memory="8Gi"),
+    # Maps a release into memory and holds some thousand users.
+    "rec_cache_shards": PodResources(cpu="2", memory="4Gi"),
+    # Both hold a whole release.
     "release": PodResources(cpu="1", memory="8Gi"),
     "champion": PodResources(cpu="1", memory="8Gi"),
 }

@@ -103,7 +103,7 @@ def test_the_pod_of_every_step_is_valid_and_has_what_isolation_gives_it(
     assert seen["popular_items"][0]["serviceAccountName"] == "recsys-step"
     assert seen["rec_cache_plan"][0]["serviceAccountName"] == "recsys-spark"
     shards, container = seen["rec_cache_shards"]
-    assert (shards["serviceAccountName"], container["resources"]["limits"]) == ("recsys-step", {"memory": "8Gi"})
+    assert (shards["serviceAccountName"], container["resources"]["limits"]) == ("recsys-step", {"memory": "4Gi"})
 
 
 @pytest.mark.parametrize("name", ["nightly", "hourly"])

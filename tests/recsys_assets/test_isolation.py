@@ -82,7 +82,7 @@ def test_every_step_asks_for_cpu_and_memory_and_training_for_more(settings: Sett
         return int(pods[name]["container_config"]["resources"]["limits"]["memory"].removesuffix("Gi"))
 
     assert memory("popular_items") < memory("interactions") < memory("als_factors")
-    assert memory("rec_cache_report") < memory("rec_cache_plan") < memory("rec_cache_shards")
+    assert memory("rec_cache_report") < memory("rec_cache_shards") < memory("rec_cache_plan")
 
 
 def test_the_settings_give_one_asset_a_gpu_and_leave_its_memory(settings: Settings) -> None:
