@@ -244,7 +244,7 @@ def rec_cache_report(context: dg.OpExecutionContext, platform: PlatformResource)
     """What all steps have written, in numbers and by some users."""
     plan = read_plan(platform.lake)
     if plan is None or plan.hour != context.partition_key:
-        newest = plan.hour if plan else "no hour"
+        newest = platform.lake.latest(ACTIVE_USERS)
         return dg.Output(None, metadata={"nothing written": f"the caches are those of {newest} already"})
     report = finish_caches(platform.lake, plan)
     platform.releases.forget(platform.release_copies, {plan.release_id})
