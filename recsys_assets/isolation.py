@@ -1,7 +1,7 @@
 """Where each asset runs and what it may use: its pool, the executor, and the CPU, memory and GPU of its pod.
 
-Assets declare the pool they wait for. The rest is mapped over all of them here, so that a new asset is placed by its pool
-and its partitions without being named.
+Assets declare the pool they wait for; one that is made in several steps does so for each. The rest is mapped over all of them
+here, so that a new asset is placed by its pool and its partitions without being named.
 """
 
 from __future__ import annotations
@@ -23,74 +23,86 @@ BY_POOL: Mapping[str, PodResources] = {
     SPARK: PodResources(cpu="2", memory="6Gi"),
     TRAINING: PodResources(cpu="4", memory="16Gi"),
 }
-BY_ASSET: Mapping[str, PodResources] = {
+BY_STEP: Mapping[str, PodResources] = {
     "two_tower": PodResources(cpu="4", memory="16Gi", gpu=1),
-    "rec_cache": PodResources(cpu="4", memory="8Gi"),
+    # Maps a release into memory and holds some thousand users.
+    "rec_cache_shards": PodResources(cpu="2", memory="4Gi"),
     # Both hold a whole release.
     "release": PodResources(cpu="1", memory="8Gi"),
     "champion": PodResources(cpu="1", memory="8Gi"),
 }
-"""What is not as its pool says."""
+"""What is not as its pool says, by the name of the step: that of its asset, where it is the only one."""
 
 A = TypeVar("A")
 
 
 def executor(settings: Settings) -> dg.ExecutorDefinition:
     """The executor of every job: [dagster] executor."""
-    if settings.dagster.executor == "k8s":
+    chosen = settings.dagster.executor
+    if chosen == "k8s":
         from dagster_k8s import k8s_job_executor
 
         return k8s_job_executor
+    if chosen == "multiprocess":
+        return dg.multiprocess_executor.configured({"max_concurrent": settings.dagster.max_processes})
     return dg.in_process_executor
 
 
 def isolated(assets: Sequence[A], settings: Settings) -> list[A | dg.AssetsDefinition]:
-    """The assets, each in its pool and with the pod that it gets under the Kubernetes executor.
+    """The assets, each step of them in its pool and with the pod that it gets under the Kubernetes executor.
 
-    Raises ValueError when [kubernetes] resources names an asset that there is not.
+    Raises ValueError when [kubernetes] resources names an asset or a step that there is not.
     """
-    own = settings.kubernetes.resources
-    names = {key.to_user_string() for asset in assets if isinstance(asset, dg.AssetsDefinition) for key in asset.keys}
-    if unknown := sorted(set(own) - names):
-        raise ValueError(f"kubernetes.resources: there is no asset {', '.join(unknown)}")
+    made = [a for a in assets if isinstance(a, dg.AssetsDefinition)]
+    names = {key.to_user_string() for asset in made for key in asset.keys}
+    names |= {step.name for asset in made if asset.is_executable for step in asset.node_def.iterate_op_defs()}
+    if unknown := sorted(set(settings.kubernetes.resources) - names):
+        raise ValueError(f"kubernetes.resources: there is no asset and no step {', '.join(unknown)}")
     return [_placed(a, settings) if isinstance(a, dg.AssetsDefinition) and a.is_executable else a for a in assets]
 
 
 def _placed(asset: dg.AssetsDefinition, settings: Settings) -> dg.AssetsDefinition:
-    """The same asset with another operation: op tags and pool can't be changed on one that exists."""
-    old = asset.op
-    pool = _pool(asset, settings.dagster.hourly_pool)
-    tags = {**old.tags, K8S_CONFIG: _pod(asset, settings)}
-    new = dg.OpDefinition(
-        compute_fn=old.compute_fn,
-        name=old.name,
-        ins=dict(old.ins),
-        outs=dict(old.outs),
-        description=old.description,
-        config_schema=old.config_schema,
-        required_resource_keys=set(old.required_resource_keys),
-        tags=tags,
-        code_version=old.version,
-        retry_policy=old.retry_policy,
-        pool=pool,
-    )
-    return dg.AssetsDefinition(**{**asset.get_attributes_dict(), "node_def": new})
+    """The same asset with other operations: op tags and pool can't be changed on one that exists."""
+    placed = _placed_node(asset.node_def, asset, settings)
+    return dg.AssetsDefinition(**{**asset.get_attributes_dict(), "node_def": placed})
 
 
-def _pool(asset: dg.AssetsDefinition, hourly_pool: str) -> str | None:
-    """The pool that the asset declares; of hourly Spark assets the one of the settings."""
-    declared = asset.op.pool
+def _placed_node(node: object, asset: dg.AssetsDefinition, settings: Settings) -> dg.GraphDefinition | dg.OpDefinition:
+    if isinstance(node, dg.GraphDefinition):
+        return dg.GraphDefinition(
+            name=node.name,
+            description=node.description,
+            node_defs=[_placed_node(inner, asset, settings) for inner in node.node_defs],
+            dependencies=node.dependencies,
+            input_mappings=node.input_mappings,
+            output_mappings=node.output_mappings,
+            config=node.config_mapping,
+            tags=node.tags,
+        )
+    assert isinstance(node, dg.OpDefinition)
     hourly = isinstance(asset.partitions_def, dg.HourlyPartitionsDefinition)
-    return hourly_pool if hourly and declared == SPARK else declared
+    return dg.OpDefinition(
+        compute_fn=node.compute_fn,
+        name=node.name,
+        ins=dict(node.ins),
+        outs=dict(node.outs),
+        description=node.description,
+        config_schema=node.config_schema,
+        required_resource_keys=set(node.required_resource_keys),
+        tags={**node.tags, K8S_CONFIG: _pod(node, asset, settings)},
+        code_version=node.version,
+        retry_policy=node.retry_policy,
+        # Of hourly Spark steps the pool of the settings.
+        pool=settings.dagster.hourly_pool if hourly and node.pool == SPARK else node.pool,
+    )
 
 
-def _pod(asset: dg.AssetsDefinition, settings: Settings) -> dict[str, Any]:
+def _pod(step: dg.OpDefinition, asset: dg.AssetsDefinition, settings: Settings) -> dict[str, Any]:
     """What dagster-k8s merges into the job of the step."""
-    declared = asset.op.pool
-    wanted = BY_POOL.get(declared, LIGHT) if declared else LIGHT
+    declared = step.pool
     kubernetes = settings.kubernetes
-    for name in sorted(key.to_user_string() for key in asset.keys):
-        wanted = BY_ASSET.get(name, wanted)
+    wanted = BY_STEP.get(step.name, BY_POOL.get(declared, LIGHT) if declared else LIGHT)
+    for name in dict.fromkeys([*sorted(key.to_user_string() for key in asset.keys), step.name]):
         if name in kubernetes.resources:
             wanted = wanted.model_copy(update=kubernetes.resources[name].model_dump(exclude_unset=True))
     drives_spark = declared in BY_POOL and not is_local(settings.spark.master)

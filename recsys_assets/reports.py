@@ -15,7 +15,7 @@ from recsys_core.evaluation import Evaluation
 from recsys_core.gate import Verdict
 from recsys_core.index import IndexReport
 from recsys_core.precompute import Sample
-from recsys_core.ranking import PARTS, Snapshot
+from recsys_core.ranking import PARTS
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> dg.MarkdownMetadataValue:
@@ -87,18 +87,13 @@ def verdict_table(verdict: Verdict) -> dg.MarkdownMetadataValue:
     return table(["score", "challenger", "95 %", "champion", "bound", "held"], rows)
 
 
-def title_of(snapshot: Snapshot, position: int) -> str:
-    """The item's title, its id where it has none."""
-    return snapshot.items["title"][position].as_py() or snapshot.item_ids[position]
+def recommendations_table(titles: Mapping[str, str], samples: Sequence[Sample]) -> dg.MarkdownMetadataValue:
+    """Some users: what they did last, and what they get; items by their title, by their id where they have none."""
 
+    def named(items: Sequence[str]) -> str:
+        return ", ".join(titles.get(item) or item for item in items)
 
-def recommendations_table(snapshot: Snapshot, samples: Sequence[Sample]) -> dg.MarkdownMetadataValue:
-    """Some users: what they did last, and what they get."""
-
-    def titles(positions: Sequence[int]) -> str:
-        return ", ".join(title_of(snapshot, position) for position in positions)
-
-    return table(["user", "last items", "recommended"], [[s.user_id, titles(s.last), titles(s.recommended)] for s in samples])
+    return table(["user", "last items", "recommended"], [[s.user_id, named(s.last), named(s.recommended)] for s in samples])
 
 
 def top_items_per_factor(

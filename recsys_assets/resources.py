@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -13,6 +14,7 @@ from recsys_core.als import choose_engine
 from recsys_core.events import now_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
+from recsys_core.ranking import Snapshot
 from recsys_core.redis_client import client
 from recsys_core.registry import Registry
 from recsys_core.release import Releases
@@ -38,6 +40,7 @@ class Platform:
         self.landing = Landing(self.lake)
         self.releases = Releases(settings.releases_uri)
         self.registry = Registry(settings)
+        self._snapshot: Snapshot | None = None
 
     @cached_property
     def _lazy_spark(self) -> LazyPySparkResource:
@@ -56,6 +59,21 @@ class Platform:
 
     def release_uri(self, release_id: str) -> str:
         return f"{self.settings.releases_uri}/{release_id}"
+
+    @property
+    def release_copies(self) -> Path:
+        """Folder of this machine with the releases' files as they are mapped into memory."""
+        return self.settings.home.absolute() / "precompute" / "releases"
+
+    def snapshot(self, release_id: str, manifest_sha256: str) -> Snapshot:
+        """A verified release, mapped into memory so that processes share its pages; the process keeps the last one.
+
+        Raises ReleaseError.
+        """
+        if self._snapshot is None or self._snapshot.release_id != release_id:
+            self._snapshot = None
+            _, self._snapshot = self.releases.load(release_id, manifest_sha256, self.release_copies)
+        return self._snapshot
 
     @contextmanager
     def redis(self) -> Iterator[Any]:

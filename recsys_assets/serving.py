@@ -1,5 +1,8 @@
 """Serving: fallbacks and boosts, the release and its promotion, the online features and the hourly recommendation caches."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import dagster as dg
 
 from recsys_assets.features import interactions, user_features
@@ -18,7 +21,16 @@ from recsys_core.gate import read_verdict
 from recsys_core.popularity import POPULAR_SCHEMA, TRENDS_SCHEMA
 from recsys_core.popularity import popular_items as popularity_of
 from recsys_core.popularity import trending_items as trends_of
-from recsys_core.precompute import read_trend, write_online_features, write_rec_cache, write_trend
+from recsys_core.precompute import (
+    finish_caches,
+    plan_caches,
+    read_plan,
+    read_samples,
+    read_trend,
+    write_online_features,
+    write_shards,
+    write_trend,
+)
 from recsys_core.ranking import Trend
 from recsys_core.registry import CHALLENGER, RegistryError, RegistryRun
 from recsys_core.release import MANIFEST, Manifest, ReleaseError
@@ -185,52 +197,98 @@ def online_features(context: dg.AssetExecutionContext, platform: PlatformResourc
     )
 
 
-@dg.asset(
-    deps=[
-        dg.AssetDep(clicks_hourly, partition_mapping=window_of_hours(_settings.cache.active_hours)),
-        dg.AssetDep(champion, partition_mapping=dg.LastPartitionMapping()),
-        dg.AssetDep(online_features, partition_mapping=dg.LastPartitionMapping()),
-        trending_items,
-    ],
-    partitions_def=hourly,
-    group_name=GROUP,
-    owners=OWNERS,
-    kinds={"redis", "spark"},
-    pool="spark",
-)
-def rec_cache(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
-    """The top items of every user active in the last hours, ranked with the champion release, in Redis.
+CACHES_FROM = {
+    "clicks_hourly": dg.AssetIn(partition_mapping=window_of_hours(_settings.cache.active_hours), dagster_type=dg.Nothing),
+    "champion": dg.AssetIn(partition_mapping=dg.LastPartitionMapping(), dagster_type=dg.Nothing),
+    "online_features": dg.AssetIn(partition_mapping=dg.LastPartitionMapping(), dagster_type=dg.Nothing),
+    "trending_items": dg.AssetIn(dagster_type=dg.Nothing),
+}
 
-    An hour that is made up for later writes nothing over the caches of a newer one.
-    """
+
+@dg.op(ins={name: dg.In(dg.Nothing) for name in CACHES_FROM}, out=dg.DynamicOut(dg.Nothing), pool="spark")
+def rec_cache_plan(context: dg.OpExecutionContext, platform: PlatformResource) -> Iterator[dg.DynamicOutput[None]]:
+    """The active users, the trend in Redis, and the plan by which each of the next steps finds its shards."""
     hour, settings = context.partition_key, platform.settings
     pointer = platform.releases.champion()
     if pointer is None:
         raise dg.Failure("no release has been promoted yet: materialize `release` and `champion` first")
     newest = platform.lake.latest(ACTIVE_USERS) or hour
     if hour < newest:
-        return dg.MaterializeResult(metadata={"nothing written": f"the caches are those of {newest} already"})
-    active = build_active_users(platform.spark(), platform.lake, hour, settings.cache.active_hours)
-    _, snapshot = platform.releases.load(pointer.release_id, pointer.manifest_sha256)
-    trending = read_trend(platform.lake, hour)
+        context.log.info(f"the caches are those of {newest} already")
+        return
+    build_active_users(platform.spark(), platform.lake, hour, settings.cache.active_hours)
     with platform.redis() as redis:
-        write_trend(redis, trending, settings.cache.ttl_seconds)
-        trend = Trend.of(snapshot, trending.scores)
-        report = write_rec_cache(redis, platform.lake, hour, snapshot, trend, settings)
-    return dg.MaterializeResult(
+        write_trend(redis, read_trend(platform.lake, hour), settings.cache.ttl_seconds)
+    plan = plan_caches(platform.lake, hour, pointer, settings)
+    for step in range(plan.steps):
+        yield dg.DynamicOutput(None, mapping_key=str(step))
+
+
+@dg.op(ins={"plan": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), retry_policy=dg.RetryPolicy(max_retries=2, delay=2))
+def rec_cache_shards(context: dg.OpExecutionContext, platform: PlatformResource) -> None:
+    """The answers for some shards of the users. What another attempt has done of them is left as it is."""
+    plan = read_plan(platform.lake)
+    if plan is None or plan.hour != context.partition_key:
+        context.log.info(f"the caches of {context.partition_key} are no longer wanted")
+        return
+    step = int(context.get_mapping_key() or 0)
+    snapshot = platform.snapshot(plan.release_id, plan.manifest_sha256)
+    trend = Trend.of(snapshot, read_trend(platform.lake, plan.hour).scores)
+    with platform.redis() as redis:
+        for shard, done in write_shards(redis, platform.lake, plan, step, snapshot, trend, platform.settings):
+            context.log.info(f"shard {shard} of {plan.shards}: {done.users} users in {done.ended - done.started:.1f} s")
+
+
+@dg.op(ins={"shards": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing))
+def rec_cache_report(context: dg.OpExecutionContext, platform: PlatformResource) -> dg.Output[None]:
+    """What all steps have written, in numbers and by some users."""
+    plan = read_plan(platform.lake)
+    if plan is None or plan.hour != context.partition_key:
+        newest = platform.lake.latest(ACTIVE_USERS)
+        return dg.Output(None, metadata={"nothing written": f"the caches are those of {newest} already"})
+    report = finish_caches(platform.lake, plan)
+    platform.releases.forget(platform.release_copies, {plan.release_id})
+    with platform.redis() as redis:
+        samples = read_samples(redis, platform.lake, plan.hour)
+    return dg.Output(
+        None,
         metadata={
-            "active users": active.rows,
+            "active users": plan.active,
             "users written": report.users,
             "users without any item": report.empty,
             "users a second": round(report.users_per_second),
-            "release_id": snapshot.release_id,
-            "samples": recommendations_table(snapshot, report.samples),
-        }
+            "release_id": plan.release_id,
+            "samples": recommendations_table(titles_of(platform), samples),
+        },
     )
 
 
-def with_titles(platform: PlatformResource, rows: list[dict]) -> list[list[object]]:
+@dg.graph_asset(
+    ins=CACHES_FROM,
+    partitions_def=hourly,
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"redis", "spark"},
+)
+def rec_cache(clicks_hourly: Any, champion: Any, online_features: Any, trending_items: Any) -> Any:
+    """The top items of every user active in the last hours, ranked with the champion release, in Redis.
+
+    The users are taken in shards, over which [cache] parallel_steps work. An hour that is made up for later writes nothing
+    over the caches of a newer one.
+    """
+    steps = rec_cache_plan(
+        clicks_hourly=clicks_hourly, champion=champion, online_features=online_features, trending_items=trending_items
+    )
+    return rec_cache_report(steps.map(rec_cache_shards).collect())
+
+
+def with_titles(platform: Platform, rows: list[dict]) -> list[list[object]]:
     """Rows of a ranked table with the item's title in place of its id where the catalogue has one."""
-    catalog = read_catalog(platform.lake)
-    titles = dict(zip(catalog["item_id"].to_pylist(), catalog["title"].to_pylist(), strict=True))
+    titles = titles_of(platform)
     return [[titles.get(row["item_id"]) or row["item_id"], *list(row.values())[1:]] for row in rows]
+
+
+def titles_of(platform: Platform) -> dict[str, str]:
+    """Titles by item id, as the catalogue has them now."""
+    catalog = read_catalog(platform.lake)
+    return dict(zip(catalog["item_id"].to_pylist(), catalog["title"].to_pylist(), strict=True))

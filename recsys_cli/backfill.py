@@ -53,14 +53,15 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     single = policy is not None and policy.policy_type.value == "SINGLE_RUN" and len(keys) > 1
     # These have partitions of one kind, which a range of them is resolved by; the job of all assets has both.
     job = definitions.resolve_job_def("hourly" if isinstance(partitions, dg.HourlyPartitionsDefinition) else "nightly")
-    pool = definitions.resolve_assets_def(key).op.pool
+    pools = sorted(definitions.resolve_assets_def(key).node_def.pools)
     log = run_folder(home) / LOG
     failed = 0
     try:
         with quiet(log), showing_progress(console), dg.DagsterInstance.get() as instance:
             spans = [(first, last)] if single else [(one, one) for one in keys]
             for start, end in spans:
-                tell_who_is_before(instance, pool, console)
+                for pool in pools:
+                    tell_who_is_before(instance, pool, console)
                 span = {"dagster/asset_partition_range_start": start, "dagster/asset_partition_range_end": end}
                 done = job.execute_in_process(
                     instance=instance,
@@ -77,10 +78,10 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     return 1 if failed else 0
 
 
-def tell_who_is_before(instance: DagsterInstance, pool: str | None, console: Console) -> None:
+def tell_who_is_before(instance: DagsterInstance, pool: str, console: Console) -> None:
     """Say which runs hold the places of a pool that is full, and free those of runs that are over or whose process is gone."""
     storage = instance.event_log_storage
-    if pool is None or pool not in storage.get_concurrency_keys():
+    if pool not in storage.get_concurrency_keys():
         return
     found = storage.get_concurrency_info(pool)
     if found.active_slot_count < found.slot_count:

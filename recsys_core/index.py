@@ -27,6 +27,8 @@ GRAPH_ABOVE = 50_000
 """With fewer items the vectors are scanned: as fast as the graph for one query, several times faster for many, and exact."""
 SCAN_FIRST = 4096
 """Rows that a scan looks at before it asks whether further ones can be better."""
+BLAS_FROM = 1024
+"""Queries of so many values together are scanned by a matrix product, faster than one by one; FAISS asks for 128,000."""
 SIMILAR_BY_SCAN = 100_000
 """Up to so many items, the similar ones of all are found by comparing all with all."""
 EXACT_BELOW = 4096
@@ -190,6 +192,16 @@ class VectorIndex:
         return made
 
 
+def one_faiss_thread() -> None:
+    """From now on searches of the calling thread use no other thread, so that one of a pool doesn't take all cores.
+
+    OpenMP keeps its thread count for each thread.
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+
+
 def lengths_from(vectors: np.ndarray) -> np.ndarray:
     """float32 (n,): the length of the longest vector from each row on, a little more for rounding."""
     lengths = np.linalg.norm(vectors, axis=1).astype(np.float32)
@@ -205,6 +217,7 @@ def scan(queries: np.ndarray, vectors: np.ndarray, lengths: np.ndarray, k: int) 
     """
     import faiss
 
+    faiss.cvar.distance_compute_blas_threshold = BLAS_FROM
     at = min(len(vectors), max(SCAN_FIRST, 4 * k))
     scores, found = faiss.knn(queries, vectors[:at], k, faiss.METRIC_INNER_PRODUCT)
     reach = np.linalg.norm(queries, axis=1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -386,22 +387,19 @@ def users_of(
     now, in place of what their records say.
     """
     als = np.zeros((len(records), snapshot.als_items.shape[1]), np.float32)
-    last = np.full((len(records), settings.last_items), -1, np.int64)
-    left_out: list[np.ndarray] = []
+    lasts: list[list[str]] = []
+    left_out: list[list[str]] = []
     for row, record in enumerate(records):
         if record.als is not None and record.als_version == snapshot.als_version and len(record.als) == als.shape[1]:
             als[row] = record.als
-        positions = snapshot.positions_of(item for item, _, _ in record.last)[: settings.last_items]
-        last[row, : len(positions)] = positions
+        lasts.append([item for item, _, _ in record.last])
         out: list[str] = list(excluded[row]) if excluded else []
         if settings.exclude_consumed:
-            out += [item for item, _, _ in record.last]
+            out += lasts[row]
             out += record.seen[: settings.max_consumed]
-        left_out.append(snapshot.positions_of(out))
-    width = max((len(positions) for positions in left_out), default=0)
-    exclusions = np.full((len(records), width), -1, np.int64)
-    for row, positions in enumerate(left_out):
-        exclusions[row, : len(positions)] = positions
+        left_out.append(out)
+    last = _padded(snapshot, lasts, settings.last_items, settings.last_items)
+    exclusions = _padded(snapshot, left_out)
     if snapshot.tower is None:
         return Users(als, last, exclusions)
     moments = [record.last_ts + 1 if now is None else now for record in records]
@@ -419,6 +417,19 @@ def users_of(
         counts=np.array([user.counts for user in known], np.float32).reshape(len(known), 4),
     )
     return Users(als, last, exclusions, snapshot.tower.vectors(inputs))
+
+
+def _padded(snapshot: Snapshot, lists: Sequence[Sequence[str]], most: int | None = None, width: int = 0) -> np.ndarray:
+    """int64 (b, w): positions of the first `most` items of each list that the release knows, in order, padded by -1.
+
+    `w` is `width`, or as many as the longest row needs.
+    """
+    position = snapshot.positions.get
+    rows = [[found for found in map(position, items) if found is not None][:most] for items in lists]
+    counts = np.fromiter(map(len, rows), np.int64, len(rows))
+    padded = np.full((len(rows), width or int(counts.max(initial=0))), -1, np.int64)
+    padded[np.arange(padded.shape[1]) < counts[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64, int(counts.sum()))
+    return padded
 
 
 @dataclass(frozen=True)
@@ -447,12 +458,17 @@ class TrendingValue:
             raise CorruptValue(f"trending: {error}") from error
 
 
-def read_records(redis: Any, user_ids: Sequence[str]) -> list[UserRecord]:
-    """The records of users in one pipeline; an empty record for a user that has none. Raises CorruptValue."""
+def read_records(redis: Any, user_ids: Sequence[str], features: bool = True) -> list[UserRecord]:
+    """The records of users in one pipeline; an empty record for a user that has none. Raises CorruptValue.
+
+    Without `features`, which only the user tower needs, there is half as much to read.
+    """
+    fields = RECORD_FIELDS if features else RECORD_FIELDS[:-1]
+    missing = [None] * (len(RECORD_FIELDS) - len(fields))
     pipeline = redis.pipeline(transaction=False)
     for user_id in user_ids:
-        pipeline.hmget(user_key(user_id), RECORD_FIELDS)
-    return [UserRecord.decode(values) for values in pipeline.execute()]
+        pipeline.execute_command("HMGET", user_key(user_id), *fields)
+    return [UserRecord.decode([*values, *missing]) for values in pipeline.execute()]
 
 
 def write_answers(redis: Any, answers: Iterable[tuple[str, bytes]], ttl_seconds: int) -> int:
@@ -460,7 +476,7 @@ def write_answers(redis: Any, answers: Iterable[tuple[str, bytes]], ttl_seconds:
     pipeline = redis.pipeline(transaction=False)
     count = 0
     for user_id, value in answers:
-        pipeline.set(recs_key(user_id), value, ex=ttl_seconds)
+        pipeline.execute_command("SET", recs_key(user_id), value, "EX", ttl_seconds)
         count += 1
     pipeline.execute()
     return count

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,39 +20,84 @@ from recsys_core.lake import Lake
 from recsys_core.online import (
     TRENDING_KEY,
     AnswerEncoder,
+    CachedAnswer,
     TrendingValue,
     UserRecord,
     read_records,
+    recs_key,
     users_of,
     write_answers,
     write_records,
 )
 from recsys_core.ranking import Snapshot, Trend, rank
+from recsys_core.release import Pointer
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
 
 CACHE_SHARDS = "rec_cache_shards"
-"""Lake table of what a run of `rec_cache` has done of its hour, while it runs."""
-SAMPLES = 10
+"""Lake table of the caches' newest plan and of what was done of each of its shards."""
+PLAN = "plan"
+SAMPLES, SHOWN = 10, 5
+"""Users that are shown, and items of each."""
+
+
+class UnfinishedCaches(RuntimeError):
+    """Some shards of a plan were not written."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What the caches of an hour are made from and in which parts; every step finds it in the lake.
+
+    Attributes:
+        hour: partition of `active_users` and `trending_items`.
+        release_id, manifest_sha256: the release that is ranked with.
+        users: data version of `active_users`.
+        active: how many users that are.
+        shards: parts of the users, by a hash of their id.
+        steps: over which so many steps are spread.
+        attempt: names what was done for this plan; one that broke off is gone on with under the same name.
+        finished: all shards were written and summed up.
+    """
+
+    hour: str
+    release_id: str
+    manifest_sha256: str
+    users: str
+    active: int
+    shards: int
+    steps: int
+    attempt: str
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What was done of a shard: users written, those of them without an item, and when (seconds since 1970)."""
+
+    attempt: str
+    users: int
+    empty: int
+    started: float
+    ended: float
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A user's last items beside what was computed for them, as positions of the release."""
+    """A user's last items beside the first of what was computed for them, as item ids."""
 
     user_id: str
-    last: tuple[int, ...]
-    recommended: tuple[int, ...]
+    last: tuple[str, ...]
+    recommended: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class WriteReport:
-    """Users written to Redis, how many of them got no item, how long it took, and some of them to look at."""
+    """Users written to Redis, how many of them got no item, and the seconds in which at least one step wrote."""
 
     users: int
     empty: int
     seconds: float
-    samples: tuple[Sample, ...] = ()
 
     @property
     def users_per_second(self) -> float:
@@ -68,74 +114,149 @@ def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, se
     return WriteReport(users, 0, time.perf_counter() - started)
 
 
-def write_rec_cache(redis: Any, lake: Lake, hour: str, snapshot: Snapshot, trend: Trend, settings: Settings) -> WriteReport:
-    """Rank for the partition `hour` of `active_users` from their records in Redis and write their answers.
+def plan_caches(lake: Lake, hour: str, champion: Pointer, settings: Settings) -> CachePlan:
+    """Write down how the answers of the partition `hour` of `active_users` are to be made.
 
-    Users are taken in shards by a hash of their id. What a run that broke off had done of the same hour, users and release
-    is not done again.
+    What a run that broke off had done of the same hour, users and release is not done again.
     """
-    started = time.perf_counter()
+    active = lake.get(ACTIVE_USERS, hour)
+    shards = settings.cache.shards
+    plan = CachePlan(
+        hour=hour,
+        release_id=champion.release_id,
+        manifest_sha256=champion.manifest_sha256,
+        users=active.data_version,
+        active=active.rows,
+        shards=shards,
+        steps=min(settings.cache.parallel_steps, shards),
+        attempt=uuid.uuid4().hex,
+    )
+    before = read_plan(lake)
+    if before and replace(plan, attempt=before.attempt, steps=before.steps) == before:
+        plan = replace(plan, attempt=before.attempt)
+    _write_plan(lake, plan)
+    return plan
+
+
+def read_plan(lake: Lake) -> CachePlan | None:
+    """The newest plan, None before the first."""
+    found = lake.find(CACHE_SHARDS, PLAN)
+    return CachePlan(**found.extra) if found else None
+
+
+def _write_plan(lake: Lake, plan: CachePlan) -> None:
+    lake.write_blobs(CACHE_SHARDS, PLAN, {}, plan.active, asdict(plan))
+
+
+def write_shards(
+    redis: Any, lake: Lake, plan: CachePlan, step: int, snapshot: Snapshot, trend: Trend, settings: Settings
+) -> Iterator[tuple[int, Shard]]:
+    """Rank for the users of a step's shards from their records in Redis and write their answers.
+
+    Yields each shard that was written. Those that the attempt has done already are left out, and the step ends where
+    another plan has taken the place of this one.
+    """
     encoder = AnswerEncoder(snapshot.release_id, snapshot.item_ids)
-    work = {"release": snapshot.release_id, "users": lake.get(ACTIVE_USERS, hour).data_version, "shards": settings.cache.shards}
-    done = _shards_done(lake, hour, work)
-    samples: list[Sample] = []
-    with progress.task("shards of users", settings.cache.shards) as bar:
-        for shard in range(settings.cache.shards):
-            if str(shard) not in done:
-                users, empty, seen = _write_shard(redis, lake, hour, shard, snapshot, trend, encoder, settings)
-                samples += seen[: SAMPLES - len(samples)]
-                done[str(shard)] = [users, empty]
-                lake.write_blobs(CACHE_SHARDS, hour, {}, users, {**work, "done": done})
-            bar.update(len(done), settings.cache.shards)
-    lake.write_blobs(CACHE_SHARDS, hour, {}, 0, {**work, "done": {}, "written": sum(n for n, _ in done.values())})
-    users, empty = (sum(column) for column in zip(*done.values(), strict=True))
-    return WriteReport(users, empty, time.perf_counter() - started, tuple(samples))
+    mine = range(step, plan.shards, plan.steps)
+    done = {} if plan.finished else shards_done(lake, plan)
+    for shard in progress.track(mine, "shards of users"):
+        if shard in done:
+            continue
+        newest = read_plan(lake)
+        if newest is None or newest.attempt != plan.attempt:
+            return
+        started = time.time()
+        users, empty = _write_shard(redis, lake, plan, shard, snapshot, trend, encoder, settings)
+        written = Shard(plan.attempt, users, empty, started, time.time())
+        lake.write_blobs(CACHE_SHARDS, _shard_key(shard), {}, users, asdict(written))
+        yield shard, written
 
 
-def _shards_done(lake: Lake, hour: str, work: dict[str, Any]) -> dict[str, list[int]]:
-    """Users written, and those of them without an item, by finished shard of the same work that was broken off."""
-    kept = lake.find(CACHE_SHARDS, hour)
-    return dict(kept.extra["done"]) if kept and all(kept.extra[name] == value for name, value in work.items()) else {}
+def shards_done(lake: Lake, plan: CachePlan) -> dict[int, Shard]:
+    """The shards that the plan's attempt has written."""
+    keys = {_shard_key(shard): shard for shard in range(plan.shards)}
+    found = {keys[key]: Shard(**part.extra) for key, part in lake.find_all(CACHE_SHARDS, keys).items()}
+    return {shard: written for shard, written in found.items() if written.attempt == plan.attempt}
+
+
+def _shard_key(shard: int) -> str:
+    return f"shard-{shard:05}"
+
+
+def finish_caches(lake: Lake, plan: CachePlan) -> WriteReport:
+    """Sum up the shards of a plan and mark it finished. Raises UnfinishedCaches."""
+    done = shards_done(lake, plan)
+    missing = sorted(set(range(plan.shards)) - set(done))
+    if missing:
+        raise UnfinishedCaches(
+            f"caches of {plan.hour}: shards {', '.join(map(str, missing))} of {plan.shards} were not written"
+        )
+    _write_plan(lake, replace(plan, finished=True))
+    seconds = _covered((shard.started, shard.ended) for shard in done.values())
+    return WriteReport(sum(s.users for s in done.values()), sum(s.empty for s in done.values()), seconds)
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one of the spans."""
+    total, reached = 0.0, float("-inf")
+    for started, ended in sorted(spans):
+        total += max(0.0, ended - max(started, reached))
+        reached = max(reached, ended)
+    return total
 
 
 def _write_shard(
     redis: Any,
     lake: Lake,
-    hour: str,
+    plan: CachePlan,
     shard: int,
     snapshot: Snapshot,
     trend: Trend,
     encoder: AnswerEncoder,
     settings: Settings,
-) -> tuple[int, int, list[Sample]]:
-    """Users written, those of them without an item, and samples. Memory holds a batch of users."""
+) -> tuple[int, int]:
+    """Users written, and those of them without an item. Memory holds a batch of users."""
     users = empty = 0
-    samples: list[Sample] = []
-    for ids in _users_of_shard(lake, hour, shard, settings):
+    for ids in _users_of_shard(lake, plan, shard, settings.cache.batch_users):
         computed_at = now_ms()
-        state = users_of(snapshot, read_records(redis, ids), snapshot.ranking, user_ids=ids, now=computed_at)
+        records = read_records(redis, ids, features=snapshot.tower is not None)
+        state = users_of(snapshot, records, snapshot.ranking, user_ids=ids, now=computed_at)
         ranked = rank(snapshot, trend, state, settings.cache.items, snapshot.ranking)
         answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
         users += write_answers(redis, zip(ids, answers, strict=True), settings.cache.ttl_seconds)
         empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
-        samples += [
-            Sample(ids[row], _held(state.last_items[row]), _held(ranked.positions[row, :5]))
-            for row in range(min(len(ids), SAMPLES - len(samples)))
-        ]
-    return users, empty, samples
+    return users, empty
 
 
-def _users_of_shard(lake: Lake, hour: str, shard: int, settings: Settings) -> Iterator[list[str]]:
-    """The active users of an hour whose hash falls into the shard, `batch_users` at a time."""
+def _users_of_shard(lake: Lake, plan: CachePlan, shard: int, size: int) -> Iterator[list[str]]:
+    """The active users whose hash falls into the shard, `size` at a time."""
     waiting: list[str] = []
-    for batch in _batches(lake, ACTIVE_USERS, hour, settings.cache.batch_users, f"recommendations, shard {shard}"):
+    for batch in _batches(lake, ACTIVE_USERS, plan.hour, size, f"recommendations, shard {shard}"):
         ids = batch[USER_ID].to_numpy(zero_copy_only=False)
-        waiting += ids[pd.util.hash_array(ids, categorize=False) % np.uint64(settings.cache.shards) == shard].tolist()
-        while len(waiting) >= settings.cache.batch_users:
-            yield waiting[: settings.cache.batch_users]
-            waiting = waiting[settings.cache.batch_users :]
+        waiting += ids[pd.util.hash_array(ids, categorize=False) % np.uint64(plan.shards) == shard].tolist()
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting = waiting[size:]
     if waiting:
         yield waiting
+
+
+def read_samples(redis: Any, lake: Lake, hour: str) -> list[Sample]:
+    """Some active users of an hour: what they did last, and what the caches have for them. Raises CorruptValue."""
+    active = lake.dataset(ACTIVE_USERS, [hour])
+    ids = active.head(SAMPLES, columns=[USER_ID])[USER_ID].to_pylist() if active else []
+    pipeline = redis.pipeline(transaction=False)
+    for user_id in ids:
+        pipeline.get(recs_key(user_id))
+    answers = pipeline.execute() if ids else []
+    return [
+        Sample(
+            user_id,
+            tuple(item for item, _, _ in record.last),
+            tuple(item for item, _ in CachedAnswer.decode(answer).items()[:SHOWN]) if answer else (),
+        )
+        for user_id, record, answer in zip(ids, read_records(redis, ids) if ids else [], answers, strict=True)
+    ]
 
 
 def read_trend(lake: Lake, hour: str) -> TrendingValue:
@@ -162,10 +283,6 @@ def _batches(lake: Lake, table: str, key: str, rows: int, description: str) -> I
                 yield batch
                 done += batch.num_rows
                 bar.update(done, total)
-
-
-def _held(positions: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(p) for p in positions if p >= 0)
 
 
 def _records(batch: pa.RecordBatch, als_version: str) -> Iterator[tuple[str, UserRecord]]:

@@ -232,6 +232,9 @@ class CacheSettings(Section):
     active_hours: int = Field(24, ge=1, description="users active in so many hours get a cached answer")
     batch_users: int = Field(2048, ge=1, description="users ranked and written at a time")
     shards: int = Field(8, ge=1, description="parts of the active users; a run that broke off goes on with those not done")
+    parallel_steps: int = Field(
+        1, ge=1, description="steps that share the shards; in parallel under the executors multiprocess and k8s"
+    )
 
 
 class QualitySettings(Section):
@@ -364,9 +367,11 @@ class DagsterSettings(Section):
     host: str = Field("127.0.0.1", description="address of the web UI")
     port: int = Field(3000, ge=0, le=65535, description="its port; the next free one when it is taken")
     automation: bool = Field(False, description="start schedules and sensors by themselves after a deploy")
-    executor: Literal["in_process", "k8s"] = Field(
-        "in_process", description="where the steps of a run work: in its own process, or k8s: each in a pod of its own"
+    executor: Literal["in_process", "multiprocess", "k8s"] = Field(
+        "in_process",
+        description="where the steps of a run work: in its own process; multiprocess: each in another; k8s: each in a pod",
     )
+    max_processes: int = Field(0, ge=0, description="processes of a run at a time under multiprocess; 0: one a core")
     hourly_pool: str = Field(
         "spark", description="pool of the hourly Spark assets; any other name gives them a session beside the nightly one's"
     )
@@ -386,7 +391,7 @@ class PodResources(Section):
 class KubernetesSettings(Section):
     resources: dict[str, PodResources] = Field(
         default_factory=dict,
-        description='pods of single assets, in place of those in recsys_assets/isolation.py: { als_factors = { cpu = "8" } }',
+        description='pods of assets or steps, in place of those in recsys_assets/isolation.py: { als_factors = { cpu = "8" } }',
     )
     gpu_resource: str = Field("nvidia.com/gpu", description="name of the GPU resource of the cluster's device plugin")
     step_account: str = Field("recsys-step", description="service account of steps; it may do nothing")

@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from recsys_core.index import one_faiss_thread
 from recsys_core.online import AnswerEncoder, CachedAnswer, TrendingValue, UserRecord, users_of
 from recsys_core.ranking import Ranked, Snapshot, Trend, rank
 from recsys_core.release import CHAMPION, Manifest, Pointer, ReleaseError, Releases
@@ -250,10 +251,3 @@ def _as_background() -> None:
     one_faiss_thread()
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def one_faiss_thread() -> None:
-    """OpenMP keeps its thread count for each thread: one of a pool must not take all cores for one query."""
-    import faiss
-
-    faiss.omp_set_num_threads(1)

@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from recsys_core.index import one_faiss_thread
 from recsys_core.online import UserRecord
 from serving.breaker import Breaker
-from serving.champion import Loaded, one_faiss_thread
+from serving.champion import Loaded
 from serving.metrics import Metrics
 from serving.validation import Options
 

@@ -26,11 +26,18 @@ def make_snapshot(
     seed: int = 0,
     unavailable: tuple[int, ...] = (),
     als_version: str = "factors-1",
+    length_spread: float = 0.0,
 ) -> Snapshot:
-    """A release in memory. Item `item-<i>` is of cluster `i % CLUSTERS` and category `CATEGORIES[i % len(CATEGORIES)]`."""
+    """A release in memory. Item `item-<i>` is of cluster `i % CLUSTERS` and category `CATEGORIES[i % len(CATEGORIES)]`.
+
+    With `length_spread` the vectors' lengths are log-normal with that deviation, falling, as in a release of ALS.
+    """
     random = np.random.default_rng(seed)
     centers = random.normal(size=(CLUSTERS, rank))
     vectors = (centers[np.arange(items) % CLUSTERS] + 0.4 * random.normal(size=(items, rank))).astype(np.float32)
+    if length_spread:
+        lengths = np.sort(np.exp(length_spread * random.normal(size=items)))[::-1]
+        vectors = np.ascontiguousarray(unit_rows(vectors) * lengths[:, None].astype(np.float32))
     available = np.ones(items, bool)
     available[list(unavailable)] = False
     table = pa.table(

@@ -135,7 +135,8 @@ def test_every_pool_of_the_assets_is_made_before_runs_use_it(services: dict[str,
     from recsys_assets.definitions import build_definitions
 
     definitions = build_definitions(settings_of(DEPLOY / "compose" / "recsys.toml", monkeypatch))
-    pools = {a.op.pool for a in definitions.get_repository_def().assets_defs_by_key.values() if a.is_executable and a.op.pool}
+    assets = definitions.get_repository_def().assets_defs_by_key.values()
+    pools = {pool for asset in assets if asset.is_executable for pool in asset.node_def.pools}
     made = re.search(r"for pool in ([a-z ]+);", services["storage"]["command"][-1])
     assert made is not None
     assert pools == set(made.group(1).split())

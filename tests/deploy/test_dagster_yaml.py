@@ -61,8 +61,9 @@ def test_nothing_of_the_night_keeps_the_hourly_pool_from_working(instance: dg.Da
         update={"dagster": settings.dagster.model_copy(update={"executor": "k8s", "hourly_pool": "hourly"})}
     )
     assets = build_definitions(production).get_repository_def().assets_defs_by_key
-    pools = {key.to_user_string(): asset.op.pool for key, asset in assets.items() if asset.is_executable}
-    assert {pools["clicks_hourly"], pools["rec_cache"]} == {"hourly"}
+    steps = [step for asset in assets.values() if asset.is_executable for step in asset.node_def.iterate_op_defs()]
+    pools = {step.name: step.pool for step in steps}
+    assert {pools["clicks_hourly"], pools["rec_cache_plan"]} == {"hourly"}
     assert {pools["interactions"], pools["als_factors"]} == {"spark", "training"}
     storage = instance.event_log_storage
     for pool in ("hourly", "spark", "training"):
@@ -71,7 +72,7 @@ def test_nothing_of_the_night_keeps_the_hourly_pool_from_working(instance: dg.Da
         storage.claim_concurrency_slot(pools[asset], "the-night", asset)
     try:
         assert not storage.claim_concurrency_slot("spark", "a-backfill", "interactions").is_claimed
-        assert storage.claim_concurrency_slot("hourly", "the-hour", "rec_cache").is_claimed
+        assert storage.claim_concurrency_slot("hourly", "the-hour", "rec_cache_plan").is_claimed
     finally:
         for run in ("the-night", "a-backfill", "the-hour"):
             storage.free_concurrency_slots_for_run(run)

@@ -9,6 +9,8 @@ from typing import Any
 import dagster as dg
 import kubernetes
 import pytest
+from dagster._core.execution.api import create_execution_plan
+from dagster._core.execution.plan.step import IExecutionStep
 from dagster._core.executor.init import InitExecutorContext
 from dagster._core.executor.step_delegating import StepDelegatingExecutor
 from dagster._core.storage.dagster_run import DagsterRun
@@ -41,13 +43,14 @@ def definitions(monkeypatch: pytest.MonkeyPatch) -> dg.Definitions:
     return build_definitions(settings.model_copy(update=stores))
 
 
-def job(launcher: K8sRunLauncher, step: dg.OpDefinition | None) -> dict[str, Any]:
+def job(launcher: K8sRunLauncher, step: dg.OpDefinition | IExecutionStep | None) -> dict[str, Any]:
     """The Kubernetes job of a run, or of one of its steps."""
     context = K8sContainerContext.create_for_run(
         DagsterRun(job_name="nightly", run_id=make_new_run_id()), launcher, include_run_tags=step is None
     )
     if step is not None:
-        context = context.merge(K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(step.tags)))
+        config = get_user_defined_k8s_config(step.tags or {})
+        context = context.merge(K8sContainerContext(run_k8s_config=config))
     made = construct_dagster_k8s_job(
         context.get_k8s_job_config(IMAGE, launcher),
         args=["dagster", "api", "execute_step" if step else "execute_run"],
@@ -89,11 +92,11 @@ def test_the_pod_of_every_step_is_valid_and_has_what_isolation_gives_it(
     launcher = instance.run_launcher
     assert isinstance(launcher, K8sRunLauncher)
     seen = {}
-    for key, asset in definitions.get_repository_def().assets_defs_by_key.items():
-        if asset.is_executable:
-            manifest = job(launcher, asset.op)
+    for asset in definitions.get_repository_def().assets_defs_by_key.values():
+        for step in asset.node_def.iterate_op_defs() if asset.is_executable else ():
+            manifest = job(launcher, step)
             assert_valid(manifest)
-            seen[key.to_user_string()] = pod_of(manifest)
+            seen[step.name] = pod_of(manifest)
     for name, (pod, container) in seen.items():
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"], name
         assert pod["automountServiceAccountToken"] == (pod["serviceAccountName"] == "recsys-spark"), name
@@ -101,6 +104,26 @@ def test_the_pod_of_every_step_is_valid_and_has_what_isolation_gives_it(
     assert seen["als_factors"][1]["resources"]["limits"] == {"memory": "16Gi"}
     assert seen["interactions"][0]["serviceAccountName"] == "recsys-spark"
     assert seen["popular_items"][0]["serviceAccountName"] == "recsys-step"
+    assert seen["rec_cache_plan"][0]["serviceAccountName"] == "recsys-spark"
+    shards, container = seen["rec_cache_shards"]
+    assert (shards["serviceAccountName"], container["resources"]["limits"]) == ("recsys-step", {"memory": "4Gi"})
+
+
+def test_steps_that_share_the_shards_of_the_caches_are_pods_of_their_own_and_in_no_pool(
+    instance: dg.DagsterInstance, definitions: dg.Definitions
+) -> None:
+    launcher = instance.run_launcher
+    assert isinstance(launcher, K8sRunLauncher)
+    plan = create_execution_plan(definitions.resolve_job_def("caches"))
+    plan.resolve({"rec_cache.rec_cache_plan": {"result": ["0", "1"]}})
+    shards = [plan.get_step_by_key(f"rec_cache.rec_cache_shards[{step}]") for step in (0, 1)]
+    for step in shards:
+        assert step.pool is None
+        manifest = job(launcher, step)
+        assert_valid(manifest)
+        pod, container = pod_of(manifest)
+        assert (pod["serviceAccountName"], container["resources"]["limits"]) == ("recsys-step", {"memory": "4Gi"})
+    assert plan.get_step_by_key("rec_cache.rec_cache_plan").pool == "hourly"
 
 
 @pytest.mark.parametrize("name", ["nightly", "hourly"])

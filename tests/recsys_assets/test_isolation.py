@@ -24,9 +24,12 @@ def changed(settings: Settings, sections: dict[str, dict[str, Any]]) -> Settings
 
 
 def operations(settings: Settings) -> dict[str, dg.OpDefinition]:
-    """The operation behind each asset that can be materialized or observed."""
+    """The steps of all assets that can be materialized or observed, by name: their own where an asset has several."""
     assets = build_definitions(settings).get_repository_def().assets_defs_by_key
-    return {key.to_user_string(): asset.op for key, asset in assets.items() if asset.is_executable}
+    made = {step.name: step for a in assets.values() if a.is_executable for step in a.node_def.iterate_op_defs()}
+    assert {"popular_items", "rec_cache_plan", "rec_cache_shards", "rec_cache_report"} <= set(made)
+    assert "rec_cache" not in made
+    return made
 
 
 def pod(operation: dg.OpDefinition) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def pod(operation: dg.OpDefinition) -> dict[str, Any]:
 
 def test_on_one_machine_all_spark_assets_share_a_pool_and_steps_run_in_the_run(settings: Settings) -> None:
     pools = {name: operation.pool for name, operation in operations(settings).items()}
-    assert pools["clicks_hourly"] == pools["interactions"] == pools["rec_cache"] == "spark"
+    assert pools["clicks_hourly"] == pools["interactions"] == pools["rec_cache_plan"] == "spark"
     assert pools["als_factors"] == pools["item_index"] == "training"
     assert build_definitions(settings).executor is dg.in_process_executor
 
@@ -44,10 +47,27 @@ def test_on_one_machine_all_spark_assets_share_a_pool_and_steps_run_in_the_run(s
 def test_on_a_cluster_the_hour_has_a_pool_of_its_own_and_steps_are_pods(settings: Settings) -> None:
     cluster = changed(settings, CLUSTER)
     pools = {name: operation.pool for name, operation in operations(cluster).items()}
-    assert {name for name, pool in pools.items() if pool == "hourly"} >= {"clicks_hourly", "rec_cache"}
+    assert {name for name, pool in pools.items() if pool == "hourly"} >= {"clicks_hourly", "rec_cache_plan"}
     assert pools["interactions"] == "spark"
     assert pools["als_factors"] == "training"
     assert build_definitions(cluster).executor is k8s_job_executor
+
+
+@pytest.mark.parametrize("sections", [{}, CLUSTER])
+def test_only_the_step_of_the_caches_that_runs_spark_holds_its_pool(settings: Settings, sections: dict[str, Any]) -> None:
+    steps = operations(changed(settings, sections))
+    assert steps["rec_cache_plan"].pool == settings.dagster.hourly_pool if not sections else "hourly"
+    assert steps["rec_cache_shards"].pool is steps["rec_cache_report"].pool is None
+
+
+def test_steps_are_processes_where_the_settings_say_so_and_as_many_at_a_time(settings: Settings) -> None:
+    own = changed(settings, {"dagster": {"executor": "multiprocess", "max_processes": 3}})
+    chosen = build_definitions(own).executor
+    assert isinstance(chosen, dg.ExecutorDefinition)
+    assert chosen.name == dg.multiprocess_executor.name
+    job = build_definitions(own).resolve_job_def("caches")
+    config = chosen.apply_config_mapping({"config": {}}).value["config"]
+    assert (job.executor_def.name, config["max_concurrent"]) == ("multiprocess", 3)
 
 
 def test_every_step_asks_for_cpu_and_memory_and_training_for_more(settings: Settings) -> None:
@@ -62,6 +82,7 @@ def test_every_step_asks_for_cpu_and_memory_and_training_for_more(settings: Sett
         return int(pods[name]["container_config"]["resources"]["limits"]["memory"].removesuffix("Gi"))
 
     assert memory("popular_items") < memory("interactions") < memory("als_factors")
+    assert memory("rec_cache_report") < memory("rec_cache_shards") < memory("rec_cache_plan")
 
 
 def test_the_settings_give_one_asset_a_gpu_and_leave_its_memory(settings: Settings) -> None:
@@ -75,9 +96,18 @@ def test_the_settings_give_one_asset_a_gpu_and_leave_its_memory(settings: Settin
     assert "amd.com/gpu" not in pod(operations(own)["item_index"])["container_config"]["resources"]["requests"]
 
 
+def test_the_settings_of_an_asset_are_those_of_all_its_steps_and_a_steps_own_come_first(settings: Settings) -> None:
+    resources = {"rec_cache": {"cpu": "3"}, "rec_cache_shards": {"cpu": "7", "memory": "12Gi"}}
+    steps = operations(changed(settings, {"kubernetes": {"resources": resources}}))
+    asked = {name: pod(step)["container_config"]["resources"]["requests"] for name, step in steps.items()}
+    assert asked["rec_cache_plan"] == {"cpu": "3", "memory": "6Gi"}
+    assert asked["rec_cache_shards"] == {"cpu": "7", "memory": "12Gi"}
+    assert asked["rec_cache_report"]["cpu"] == "3"
+
+
 def test_resources_of_an_asset_that_there_is_not_are_refused_by_name(settings: Settings) -> None:
     wrong = changed(settings, {"kubernetes": {"resources": {"als_factor": {"cpu": "8"}}}})
-    with pytest.raises(ValueError, match="there is no asset als_factor"):
+    with pytest.raises(ValueError, match="there is no asset and no step als_factor"):
         build_definitions(wrong)
 
 
@@ -90,18 +120,22 @@ def test_only_spark_drivers_of_a_cluster_may_talk_to_kubernetes(settings: Settin
     on_cluster = accounts(changed(settings, CLUSTER))
     assert on_cluster["interactions"] == on_cluster["als_factors"] == ("recsys-spark", True)
     assert on_cluster["popular_items"] == on_cluster["release"] == ("recsys-step", False)
+    assert on_cluster["rec_cache_plan"] == ("recsys-spark", True)
+    assert on_cluster["rec_cache_shards"] == on_cluster["rec_cache_report"] == ("recsys-step", False)
 
 
 def test_placing_an_asset_leaves_everything_else_of_it_as_it_was(settings: Settings) -> None:
-    from recsys_assets import ingestion, models
+    from recsys_assets import ingestion, models, serving
 
     graph = build_definitions(settings).get_repository_def().assets_defs_by_key
-    for declared in (ingestion.clicks_hourly, models.als_factors):
+    for declared in (ingestion.clicks_hourly, models.als_factors, serving.rec_cache):
         placed = graph[declared.key]
         assert placed.specs_by_key[declared.key].description == declared.specs_by_key[declared.key].description
         assert placed.partitions_def == declared.partitions_def
         assert placed.backfill_policy == declared.backfill_policy
-        assert placed.op.retry_policy == declared.op.retry_policy
-        assert placed.op.compute_fn is declared.op.compute_fn
+        for step, before in zip(placed.node_def.iterate_op_defs(), declared.node_def.iterate_op_defs(), strict=True):
+            assert step.retry_policy == before.retry_policy
+            assert step.compute_fn is before.compute_fn
+            assert step.output_dict.keys() == before.output_dict.keys()
         for upstream in declared.dependency_keys:
             assert placed.get_partition_mapping(upstream) == declared.get_partition_mapping(upstream)

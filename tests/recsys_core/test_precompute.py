@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import redis as redis_py
 from builders import ms
-from snapshots import make_snapshot
+from snapshots import make_snapshot, with_two_tower
 
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import TRENDING_ITEMS
@@ -22,8 +24,24 @@ from recsys_core.online import (
     write_answers,
 )
 from recsys_core.popularity import TRENDS_SCHEMA
-from recsys_core.precompute import read_trend, write_online_features, write_rec_cache, write_trend
-from recsys_core.ranking import Trend, rank
+from recsys_core.precompute import (
+    CachePlan,
+    UnfinishedCaches,
+    WriteReport,
+    _covered,
+    finish_caches,
+    plan_caches,
+    read_plan,
+    read_samples,
+    read_trend,
+    shards_done,
+    write_online_features,
+    write_shards,
+    write_trend,
+)
+from recsys_core.ranking import Snapshot, Trend, rank
+from recsys_core.release import Pointer
+from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
 
 DAY, HOUR = "2026-03-02", "2026-03-02T10"
@@ -88,6 +106,28 @@ def settings(settings):
     return settings.model_copy(update={"cache": settings.cache.model_copy(update={"batch_users": 2, "items": 10})})
 
 
+def plan_of(lake: Lake, settings: Settings, snapshot: Snapshot = SNAPSHOT) -> CachePlan:
+    return plan_caches(lake, HOUR, Pointer(snapshot.release_id, "", 0.0), settings)
+
+
+def write_step(redis, lake: Lake, plan: CachePlan, step: int, settings: Settings) -> list[int]:
+    """The shards that a step writes."""
+    return [shard for shard, _ in write_shards(redis, lake, plan, step, SNAPSHOT, no_trend(), settings)]
+
+
+def write_rec_cache(redis, lake: Lake, snapshot: Snapshot, trend: Trend, settings: Settings) -> WriteReport:
+    """All steps, one after another."""
+    plan = plan_of(lake, settings, snapshot)
+    for step in range(plan.steps):
+        for _ in write_shards(redis, lake, plan, step, snapshot, trend, settings):
+            pass
+    return finish_caches(lake, plan)
+
+
+def in_steps(settings: Settings, steps: int) -> Settings:
+    return settings.model_copy(update={"cache": settings.cache.model_copy(update={"parallel_steps": steps})})
+
+
 def answer_of(redis, user: str) -> CachedAnswer:
     return CachedAnswer.decode(redis.get(recs_key(user)))
 
@@ -123,7 +163,7 @@ def test_what_is_written_expires(redis, lake, settings):
     write_features(lake)
     write_active(lake, "ann")
     write_online_features(redis, lake, DAY, VERSION, settings)
-    write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings)
+    write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
     write_trend(redis, TrendingValue(1, HOUR, {}), 60)
     week, day = settings.cache.feature_ttl_seconds, settings.cache.ttl_seconds
     assert (week, day) == (7 * 86_400, 86_400)
@@ -139,7 +179,7 @@ def test_the_cached_answers_are_what_the_scoring_path_gives_for_the_records(redi
     write_online_features(redis, lake, DAY, VERSION, settings)
     trend = Trend.of(SNAPSHOT, {"item-40": 5.0})
     before = now_ms()
-    report = write_rec_cache(redis, lake, HOUR, SNAPSHOT, trend, settings)
+    report = write_rec_cache(redis, lake, SNAPSHOT, trend, settings)
     assert (report.users, report.empty) == (5, 0)
     expected = ranked_for(read_records(redis, names), settings, trend)
     for user, items in zip(names, expected, strict=True):
@@ -152,53 +192,153 @@ def test_the_cached_answers_are_what_the_scoring_path_gives_for_the_records(redi
     assert len({tuple(item for item, _ in answer_of(redis, user).items()) for user in names}) == 4
 
 
-def test_samples_show_the_last_items_beside_the_first_recommended(redis, lake, settings):
-    write_features(lake)
+def test_a_release_with_a_user_tower_is_ranked_with_the_features_of_the_records(redis, lake, settings):
+    towers, now = with_two_tower(SNAPSHOT), now_ms()
+    recent = OnlineFeatures(now, 90, now - 1000, hours=((1, 5),), days=((1, 5),)).encode().decode()
+    write_features(lake, [{**USERS[0], "features": recent}])
     write_active(lake, "ann")
     write_online_features(redis, lake, DAY, VERSION, settings)
-    (sample,) = write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings).samples
-    assert (sample.user_id, sample.last) == ("ann", (3, 13))
-    assert [SNAPSHOT.item_ids[p] for p in sample.recommended] == [i for i, _ in answer_of(redis, "ann").items()[:5]]
+    write_rec_cache(redis, lake, towers, Trend.of(towers, {}), settings)
+    answer = answer_of(redis, "ann")
+
+    def expected(features: bool) -> list[tuple[str, float]]:
+        records = read_records(redis, ["ann"], features)
+        state = users_of(towers, records, towers.ranking, user_ids=["ann"], now=answer.computed_at)
+        ranked = rank(towers, Trend.of(towers, {}), state, settings.cache.items, towers.ranking)
+        return [(towers.item_ids[p], float(s)) for p, s in zip(ranked.positions[0], ranked.scores[0], strict=True)]
+
+    (whole,), (short,) = read_records(redis, ["ann"]), read_records(redis, ["ann"], features=False)
+    assert (short.features, short.last, short.seen, short.als.tolist()) == (None, whole.last, whole.seen, whole.als.tolist())
+    assert answer.items() == [(item, pytest.approx(score, abs=1e-6)) for item, score in expected(features=True)]
+    assert answer.items() != [(item, pytest.approx(score, abs=1e-6)) for item, score in expected(features=False)]
+
+
+def test_samples_show_the_last_items_beside_the_first_recommended(redis, lake, settings):
+    write_features(lake)
+    write_active(lake, "ann", "nobody")
+    write_online_features(redis, lake, DAY, VERSION, settings)
+    write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
+    ann, nobody = read_samples(redis, lake, HOUR)
+    assert (ann.user_id, ann.last) == ("ann", ("item-3", "item-13"))
+    assert list(ann.recommended) == [item for item, _ in answer_of(redis, "ann").items()[:5]]
+    assert (nobody.last, len(nobody.recommended)) == ((), 5)
     write_active(lake, *(f"guest-{n}" for n in range(20)))
-    assert len(write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings).samples) == 10
+    assert [(s.user_id, s.recommended) for s in read_samples(redis, lake, HOUR)] == [(f"guest-{n}", ()) for n in range(10)]
 
 
-def test_a_run_that_broke_off_goes_on_with_the_shards_that_were_not_done(redis, lake, settings, monkeypatch):
-    names = [f"guest-{n}" for n in range(60)]
-    write_active(lake, *names)
-    written: list[str] = []
+GUESTS = [f"guest-{n}" for n in range(60)]
 
-    def breaks(redis, answers, ttl_seconds):
+
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """Users in the order in which their answers are written. Once `limit` is set the writer dies beyond it."""
+    found = Written()
+
+    def write(redis, answers, ttl_seconds):
         answers = list(answers)
-        if len(written) > 20 and not written_again:
+        if len(found) >= found.limit:
             raise ConnectionError("the pod was killed")
-        written.extend(user for user, _ in answers)
+        found.extend(user for user, _ in answers)
         return write_answers(redis, answers, ttl_seconds)
 
-    written_again: list[bool] = []
-    monkeypatch.setattr("recsys_core.precompute.write_answers", breaks)
+    monkeypatch.setattr("recsys_core.precompute.write_answers", write)
+    return found
+
+
+class Written(list):
+    limit = 1_000_000
+
+
+def test_a_run_that_broke_off_goes_on_with_the_shards_that_were_not_done(redis, lake, settings, written):
+    write_active(lake, *GUESTS)
+    written.limit = 20
     with pytest.raises(ConnectionError):
-        write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings)
+        write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
     before = len(written)
-    assert 0 < before < 60
-    written_again.append(True)
-    report = write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings)
+    assert 20 <= before < 60
+    done = shards_done(lake, read_plan(lake))
+    assert 0 < len(done) < settings.cache.shards
+    written.limit = 1_000_000
+    report = write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
     assert report.users == 60
-    assert set(written) == set(names)
-    assert len(written) < before + 60
+    assert set(written) == set(GUESTS)
+    assert len(written) == before + 60 - sum(shard.users for shard in done.values())
     written.clear()
-    assert write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings).users == 60
-    assert len(written) == 60
+    assert write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings).users == 60
+    assert len(written) == 60, "a run after a finished one does it all again"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 100])
+def test_steps_share_the_shards_and_write_every_user_once(redis, lake, settings, written, steps):
+    write_active(lake, *GUESTS)
+    plan = plan_of(lake, in_steps(settings, steps))
+    assert plan.steps == min(steps, settings.cache.shards)
+    of_steps = [write_step(redis, lake, plan, step, settings) for step in range(plan.steps)]
+    assert sorted(shard for shards in of_steps for shard in shards) == list(range(settings.cache.shards))
+    assert max(map(len, of_steps)) - min(map(len, of_steps)) <= 1
+    assert sorted(written) == sorted(GUESTS)
+    assert finish_caches(lake, plan).users == 60
+
+
+def test_a_retried_step_does_the_rest_of_its_own_shards_and_no_other(redis, lake, settings, written):
+    write_active(lake, *GUESTS)
+    plan = plan_of(lake, in_steps(settings, 2))
+    write_step(redis, lake, plan, 1, settings)
+    of_other = len(written)
+    written.limit = of_other + 10
+    with pytest.raises(ConnectionError):
+        write_step(redis, lake, plan, 0, settings)
+    done = shards_done(lake, plan)
+    assert {1, 3, 5, 7} < set(done) < set(range(8))
+    with pytest.raises(UnfinishedCaches, match=f"caches of {HOUR}: shards .* of 8 were not written"):
+        finish_caches(lake, plan)
+    written.limit = 1_000_000
+    assert write_step(redis, lake, plan, 0, settings) == sorted(set(range(8)) - set(done))
+    assert shards_done(lake, plan).items() >= done.items()
+    assert finish_caches(lake, plan).users == 60
+
+
+@pytest.mark.parametrize("changed", ["users", "release"])
+def test_nothing_of_a_broken_off_run_counts_for_other_users_or_another_release(redis, lake, settings, written, changed):
+    write_active(lake, *GUESTS)
+    plan = plan_of(lake, in_steps(settings, 2))
+    write_step(redis, lake, plan, 0, settings)
+    written.clear()
+    if changed == "users":
+        write_active(lake, *GUESTS[:-1])
+    other = SNAPSHOT if changed == "users" else replace(SNAPSHOT, release_id="another")
+    report = write_rec_cache(redis, lake, other, no_trend(), in_steps(settings, 2))
+    assert report.users == len(written) == (59 if changed == "users" else 60)
+    assert answer_of(redis, GUESTS[0]).release_id == other.release_id
+
+
+def test_a_step_ends_where_another_plan_has_taken_the_place_of_its_own(redis, lake, settings, written):
+    write_active(lake, *GUESTS)
+    old = plan_of(lake, settings)
+    shards = write_shards(redis, lake, old, 0, SNAPSHOT, no_trend(), settings)
+    next(shards)
+    plan_of(lake, settings, replace(SNAPSHOT, release_id="another"))
+    before = len(written)
+    assert list(shards) == []
+    assert len(written) == before
+    with pytest.raises(UnfinishedCaches):
+        finish_caches(lake, old)
+
+
+def test_the_rate_counts_the_time_in_which_any_step_wrote():
+    assert _covered([(10, 12), (11, 13), (20, 21)]) == 4
+    assert _covered([(11, 12), (10, 15)]) == 5
+    assert _covered([]) == 0
 
 
 def test_factors_of_another_fit_than_the_releases_are_not_used_with_it(redis, lake, settings):
     write_features(lake)
     write_active(lake, "bob")
     write_online_features(redis, lake, DAY, VERSION, settings)
-    write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings)
+    write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
     right = answer_of(redis, "bob").items()
     write_online_features(redis, lake, DAY, "factors-2", settings)
-    write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings)
+    write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
     (record,) = read_records(redis, ["bob"])
     assert record.als_version == "factors-2"
     without = UserRecord(record.last, record.last_ts, record.seen)
@@ -217,7 +357,7 @@ def test_a_factor_that_was_not_renewed_keeps_the_version_it_was_made_with(redis,
 
 def test_an_active_user_without_a_record_gets_what_is_popular(redis, lake, settings):
     write_active(lake, "nobody")
-    write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings)
+    write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
     popular = [SNAPSHOT.item_ids[p] for p in SNAPSHOT.by_popularity[:10]]
     assert [item for item, _ in answer_of(redis, "nobody").items()] == popular
     assert "item-0" not in popular
@@ -226,16 +366,16 @@ def test_an_active_user_without_a_record_gets_what_is_popular(redis, lake, setti
 def test_users_for_whom_nothing_is_left_get_an_empty_answer_and_are_counted(redis, lake, settings):
     everything = make_snapshot(items=12, rank=4, unavailable=tuple(range(12)))
     write_active(lake, "ann", "bob", "eve")
-    report = write_rec_cache(redis, lake, HOUR, everything, Trend.of(everything, {}), settings)
+    report = write_rec_cache(redis, lake, everything, Trend.of(everything, {}), settings)
     assert (report.users, report.empty) == (3, 3)
     assert answer_of(redis, "eve").items() == []
 
 
 def test_no_active_user_writes_nothing_and_a_missing_table_is_named(redis, lake, settings):
     with pytest.raises(MissingPartition, match=f"'active_users' .* {HOUR}"):
-        write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings)
+        write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
     lake.publish_staged(ACTIVE_USERS, lake.stage(ACTIVE_USERS), "none", {HOUR: (0, "empty")})
-    assert write_rec_cache(redis, lake, HOUR, SNAPSHOT, no_trend(), settings).users == 0
+    assert write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings).users == 0
     assert redis.dbsize() == 0
 
 

@@ -10,7 +10,20 @@ import pytest
 from snapshots import make_snapshot, with_two_tower
 
 from recsys_core.index import exact_neighbours, unit_rows
-from recsys_core.ranking import BLOCK, PARTS, Ranked, Snapshot, Trend, Users, rank, relative_log, session_vectors, with_fold_in
+from recsys_core.ranking import (
+    BLOCK,
+    PARTS,
+    SPAN,
+    SPANS_FOR_THREADS,
+    Ranked,
+    Snapshot,
+    Trend,
+    Users,
+    rank,
+    relative_log,
+    session_vectors,
+    with_fold_in,
+)
 from recsys_core.settings import RankingSettings
 
 SETTINGS = RankingSettings()
@@ -46,11 +59,12 @@ def nobody(snapshot: Snapshot, count: int = 1) -> Users:
     return Users(np.zeros((count, snapshot.als_items.shape[1]), np.float32), none, none)
 
 
-def test_one_user_and_many_users_are_the_same_call(snapshot: Snapshot, trend: Trend) -> None:
-    everyone = users(snapshot, 2 * BLOCK + 9)
+@pytest.mark.parametrize("count", [2 * BLOCK + 9, SPANS_FOR_THREADS * SPAN + 9])
+def test_one_user_and_many_users_are_the_same_call(snapshot: Snapshot, trend: Trend, count: int) -> None:
+    everyone = users(snapshot, count)
     together = rank(snapshot, trend, everyone, 50, SETTINGS)
     assert together.positions.shape == (len(everyone), 50)
-    for row in range(len(everyone)):
+    for row in range(0, len(everyone), 5):
         alone = rank(snapshot, trend, everyone.rows(slice(row, row + 1)), 50, SETTINGS)
         np.testing.assert_array_equal(alone.positions[0], together.positions[row])
         np.testing.assert_allclose(alone.scores[0], together.scores[row], atol=1e-5)

@@ -143,7 +143,7 @@ class Day:
             raise_on_error=False,
         )
         self.runs.append([clock(self.now), job, where, "done" if done.success else "failed"])
-        if done.success and "rec_cache" in {e.step_key for e in done.all_events if e.is_step_materialization}:
+        if done.success and dg.AssetKey("rec_cache") in {e.asset_key for e in done.get_asset_materialization_events()}:
             self.caches.append([clock(self.now), where])
         return bool(done.success)
 
