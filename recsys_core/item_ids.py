@@ -1,0 +1,145 @@
+"""The id map of a release: item ids by position and positions by item id, without an object for each id.
+
+A position is found by a hash of the id and then by comparing the ids themselves, so that a collision misleads nobody. The
+hash is the number that the id's UTF-8 bytes are (little-endian) modulo a prime, one operation in Python and a few in NumPy,
+multiplied so that ids that differ in few bytes spread over the buckets (Knuth, "The Art of Computer Programming" vol. 3,
+section 6.4: division and multiplication).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+PRIME = 2_654_435_761
+SPREAD = 0x85EB_CA77
+HASH_BITS = 32
+BLOCK = 1 << 16
+"""Ids hashed at a time: what is computed of them stays in the processor's cache."""
+FEW = 64
+"""Up to so many ids are found faster one by one."""
+
+
+class ItemIds:
+    """Distinct item ids in the order of their positions.
+
+    Attributes:
+        array: large_string (n,).
+    """
+
+    def __init__(self, ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> None:
+        """Raises ValueError when an id is null, is not UTF-8 or occurs more than once."""
+        self.array = _large_strings(ids)
+        if self.array.null_count:
+            raise ValueError(f"{self.array.null_count} item ids are null")
+        self.array.validate(full=True)
+        hashes = _hashes(self.array)
+        order = _sorted_order(hashes)
+        self._refuse_repetitions(hashes, order)
+        bits = len(hashes).bit_length()
+        self._shift = HASH_BITS - bits
+        ends = np.cumsum(np.bincount(hashes >> np.uint32(self._shift), minlength=1 << bits))
+        self._starts = np.append(0, ends).astype(np.int32)
+        self._order = order.astype(np.int32)
+        offsets, content = parts_of_strings(self.array)
+        self._views = self._starts.data, self._order.data, offsets.data, content.data
+
+    def _refuse_repetitions(self, hashes: npt.NDArray[np.uint32], order: npt.NDArray[np.intp]) -> None:
+        """Only ids of one hash can be equal."""
+        inorder = hashes[order]
+        alike = np.flatnonzero(inorder[1:] == inorder[:-1])
+        suspects = self.array.take(order[np.union1d(alike, alike + 1)])
+        if repeated := len(suspects) - len(suspects.unique()):
+            raise ValueError(f"{repeated} item ids occur more than once")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, position: int) -> str:
+        item: str = self.array[int(position)].as_py()
+        return item
+
+    def __iter__(self) -> Iterator[str]:
+        for at in range(0, len(self), BLOCK):
+            yield from self.array[at : at + BLOCK].to_pylist()
+
+    def __contains__(self, item_id: str) -> bool:
+        return self.position(item_id) >= 0
+
+    def position(self, item_id: str) -> int:
+        """Position of an item, -1 when it is not known."""
+        starts, order, offsets, content = self._views
+        key = item_id.encode()
+        bucket = (int.from_bytes(key, "little") % PRIME * SPREAD & 0xFFFF_FFFF) >> self._shift
+        for at in range(starts[bucket], starts[bucket + 1]):
+            position: int = order[at]
+            if content[offsets[position] : offsets[position + 1]] == key:
+                return position
+        return -1
+
+    def positions(self, item_ids: Sequence[str] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Position of each item, int64 (k,), -1 for those that are not known."""
+        if len(item_ids) <= FEW:
+            return np.array([self.position(item) for item in item_ids], np.int64)
+        wanted = pa.array(item_ids, pa.large_string())
+        bucket = _hashes(wanted) >> np.uint32(self._shift)
+        at, end = self._starts[bucket], self._starts[bucket + 1]
+        found = np.full(len(wanted), -1, np.int64)
+        open_ones = np.flatnonzero(at < end)
+        while len(open_ones):
+            candidates = self._order[at[open_ones]]
+            same = np.asarray(pc.equal(self.array.take(candidates), wanted.take(open_ones)))
+            found[open_ones[same]] = candidates[same]
+            open_ones = open_ones[~same]
+            at[open_ones] += 1
+            open_ones = open_ones[at[open_ones] < end[open_ones]]
+        return found
+
+
+def _large_strings(ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> pa.LargeStringArray:
+    if isinstance(ids, pa.ChunkedArray):
+        return ids.cast(pa.large_string()).combine_chunks()
+    return ids.cast(pa.large_string()) if isinstance(ids, pa.Array) else pa.array(ids, pa.large_string())
+
+
+def parts_of_strings(strings: pa.LargeStringArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """The n strings joined, uint8, and where each starts in it, int64 (n + 1,), its last value the end of all."""
+    if not len(strings):
+        return np.zeros(1, np.int64), np.empty(0, np.uint8)
+    _, offsets, content = strings.buffers()
+    starts = np.frombuffer(offsets, np.int64)[strings.offset : strings.offset + len(strings) + 1]
+    return starts - starts[0], np.frombuffer(content or b"", np.uint8)[starts[0] : starts[-1]]
+
+
+def _hashes(ids: pa.LargeStringArray) -> npt.NDArray[np.uint32]:
+    """The hash of each id, uint32 (n,)."""
+    blocks = [_hashes_of_block(ids[at : at + BLOCK]) for at in range(0, len(ids), BLOCK)]
+    return np.concatenate(blocks) if blocks else np.empty(0, np.uint32)
+
+
+def _hashes_of_block(ids: pa.LargeStringArray) -> npt.NDArray[np.uint32]:
+    """Four bytes of all ids at a time, their last ones first: the remainder of the number so far is carried on."""
+    starts, content = parts_of_strings(ids)
+    padded = np.append(content, np.zeros(4, np.uint8))
+    words = np.ndarray((len(content) + 1,), "<u4", padded, 0, (1,))
+    sizes = np.diff(starts)
+    remainder = np.zeros(len(ids), np.uint64)
+    prime, word_bits = np.uint64(PRIME), np.uint64(32)
+    for at in range((int(sizes.max()) - 1) // 4 * 4, -1, -4):
+        some = np.flatnonzero(sizes > at)
+        kept = np.minimum(sizes[some] - at, 4).astype(np.uint64) * np.uint64(8)
+        word = words[starts[some] + at] & ((np.uint64(1) << kept) - np.uint64(1))
+        number = remainder[some] << word_bits | word
+        remainder[some] = number - number // prime * prime
+    return (remainder * np.uint64(SPREAD)).astype(np.uint32)
+
+
+def _sorted_order(hashes: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
+    """What sorts the hashes; NumPy sorts 16-bit numbers by their digits, in linear time."""
+    order = np.argsort(hashes.astype(np.uint16), kind="stable")
+    return order[np.argsort((hashes >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
