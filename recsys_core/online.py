@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.features import OnlineFeatures, user_inputs
-from recsys_core.item_ids import ItemIds, parts_of_strings
+from recsys_core.item_ids import ItemIds
 from recsys_core.ranking import Scores, Snapshot, Users
 from recsys_core.redis_client import Script, run_calls
 from recsys_core.settings import RankingSettings
@@ -110,6 +110,7 @@ _FORMAT = 1
 _ITEM_TAG = 0x0A
 _ID_TAG = 0x0A
 _SCORE_TAG = 0x15
+_BEFORE_ID = (_ITEM_TAG, 0, _ID_TAG, 0)
 _MAX_SHORT_ID = 119
 """Bytes of an id up to which the lengths in the wire format of its item are single bytes."""
 
@@ -193,14 +194,14 @@ class AnswerEncoder:
     """
 
     def __init__(self, release_id: str, item_ids: ItemIds) -> None:
-        self._ids = item_ids.array
+        self._ids = item_ids
         self._release = release_id.encode()
 
     def encode(self, positions: np.ndarray, scores: np.ndarray, computed_at: int) -> list[bytes]:
         """The values of `b` users from positions int64 (b, n), padded by -1, and scores float32 (b, n)."""
         held = positions >= 0
         counts = held.sum(axis=1)
-        data, ends = _wire(self._ids.take(positions[held]), np.ascontiguousarray(scores[held], "<f4"))
+        data, ends = _wire(self._ids, positions[held], np.ascontiguousarray(scores[held], "<f4"))
         values = []
         item = 0
         offset = 0
@@ -214,29 +215,29 @@ class AnswerEncoder:
         return values
 
 
-def _wire(ids: pa.LargeStringArray, scores: np.ndarray) -> tuple[bytes, np.ndarray]:
-    """Items with scores (n,) in wire format, joined, and where each ends, int64 (n,).
-
-    Short ids are done together.
-    """
-    offsets, content = parts_of_strings(ids)
-    sizes = np.diff(offsets)
+def _wire(ids: ItemIds, positions: np.ndarray, scores: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """Items at positions (k,) with scores (k,) in wire format, joined, and where each ends, int64 (k,)."""
+    begins = ids.offsets[positions]
+    sizes = ids.offsets[positions + 1] - begins
     if sizes.max(initial=0) > _MAX_SHORT_ID:
-        items = [_item(item.encode(), score) for item, score in zip(ids.to_pylist(), scores, strict=True)]
+        items = [_item(ids[p].encode(), score) for p, score in zip(positions.tolist(), scores, strict=True)]
         return b"".join(items), np.cumsum([len(item) for item in items])
-    ends = np.cumsum(sizes + 9)
-    starts = ends - (sizes + 9)
-    wire = np.empty(9 * len(ids) + len(content), np.uint8)
-    for places, value in (
-        (starts, _ITEM_TAG),
-        (starts + 1, sizes + 7),
-        (starts + 2, _ID_TAG),
-        (starts + 3, sizes),
-        (ends - 5, _SCORE_TAG),
-    ):
-        wire[places] = value
-    wire[np.arange(len(content)) + np.repeat(9 * np.arange(len(ids)) + 4, sizes)] = content
-    wire[(ends - 4)[:, None] + np.arange(4)] = scores.view(np.uint8).reshape(-1, 4)
+    before, count = len(_BEFORE_ID), len(positions)
+    around = np.empty((count, before + 5), np.uint8)
+    around[:, :before] = _BEFORE_ID
+    around[:, 1], around[:, 3] = sizes + 7, sizes
+    around[:, before] = _SCORE_TAG
+    around[:, before + 1 :] = scores.view(np.uint8).reshape(-1, 4)
+    ends = np.cumsum(sizes + around.shape[1])
+    wire = np.empty(sizes.sum() + around.size, np.uint8)
+    places = np.empty(around.shape, np.int64)
+    places[:, :before] = (ends - sizes)[:, None] + np.arange(-around.shape[1], -5)
+    places[:, before:] = ends[:, None] + np.arange(-5, 0)
+    wire[places] = around
+    within = np.arange(len(wire) - around.size)
+    gaps = np.arange(count) * around.shape[1] + before
+    joined = ends - sizes - gaps - 5
+    wire[within + np.repeat(gaps, sizes)] = ids.content[within + np.repeat(begins - joined, sizes)]
     return wire.tobytes(), ends
 
 
