@@ -2,8 +2,8 @@
 
 A position is found by a hash of the id and then by comparing the ids themselves, so that a collision misleads nobody. The
 hash is the number that the id's UTF-8 bytes are (little-endian) modulo a prime, one operation in Python and a few in NumPy,
-multiplied so that ids that differ in few bytes spread over the buckets (Knuth, "The Art of Computer Programming" vol. 3,
-section 6.4: division and multiplication).
+multiplied so that ids that differ in few bytes spread. It is looked up in an open table, one slot after the other from the
+hash's own on (Knuth, "The Art of Computer Programming" vol. 3, section 6.4: division, multiplication, linear probing).
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ import pyarrow.compute as pc
 
 PRIME = 2_654_435_761
 SPREAD = 0x85EB_CA77
-HASH_BITS = 32
+HASH_BITS = 31
+HASH_MASK = (1 << HASH_BITS) - 1
+POSITION_BITS = 32
+POSITION_MASK = (1 << POSITION_BITS) - 1
+EMPTY = -1
 BLOCK = 1 << 16
 """Ids hashed at a time: what is computed of them stays in the processor's cache."""
-FEW = 200
+FEW = 300
 """Up to so many ids are found faster one by one."""
 
 
@@ -47,12 +51,9 @@ class ItemIds:
         hashes = _hashes(self.array)
         order = _sorted_order(hashes)
         self._refuse_repetitions(hashes, order)
-        bits = len(hashes).bit_length()
-        self._shift = HASH_BITS - bits
-        ends = np.cumsum(np.bincount(hashes >> np.uint32(self._shift), minlength=1 << bits))
-        self._starts = np.append(0, ends).astype(np.int32)
-        self._order = order.astype(np.int32)
-        self._table = self._starts.data, self._order.data, self.offsets.data, joined, self._shift
+        self._shift = HASH_BITS - (2 * len(hashes)).bit_length()
+        self._table = _table(hashes[order].astype(np.int64), order, self._shift)
+        self._views = self._table.data, self.offsets.data, joined, self._shift
 
     def _refuse_repetitions(self, hashes: npt.NDArray[np.uint32], order: npt.NDArray[np.intp]) -> None:
         """Only ids of one hash can be equal."""
@@ -85,31 +86,36 @@ class ItemIds:
         if len(item_ids) <= FEW:
             return np.array(self._one_by_one(item_ids), np.int64)
         wanted = pa.array(item_ids, pa.large_string())
-        bucket = _hashes(wanted) >> np.uint32(self._shift)
-        at, end = self._starts[bucket], self._starts[bucket + 1]
+        hashes = _hashes(wanted).astype(np.int64)
+        slots = hashes >> self._shift
         found = np.full(len(wanted), -1, np.int64)
-        open_ones = np.flatnonzero(at < end)
+        open_ones = np.arange(len(wanted))
         while len(open_ones):
-            candidates = self._order[at[open_ones]]
-            same = np.asarray(pc.equal(self.array.take(candidates), wanted.take(open_ones)))
-            found[open_ones[same]] = candidates[same]
-            open_ones = open_ones[~same]
-            at[open_ones] += 1
-            open_ones = open_ones[at[open_ones] < end[open_ones]]
+            entries = self._table[slots[open_ones]]
+            open_ones, entries = open_ones[entries != EMPTY], entries[entries != EMPTY]
+            alike = entries >> POSITION_BITS == hashes[open_ones]
+            asked, candidates = open_ones[alike], entries[alike] & POSITION_MASK
+            same = np.asarray(pc.equal(self.array.take(candidates), wanted.take(asked)))
+            found[asked[same]] = candidates[same]
+            open_ones = open_ones[found[open_ones] < 0]
+            slots[open_ones] += 1
         return found
 
     def _one_by_one(self, item_ids: Iterable[str]) -> list[int]:
-        starts, order, offsets, content, shift = self._table
+        table, offsets, content, shift = self._views
         number = int.from_bytes
         found = []
         for item_id in item_ids:
             key = item_id.encode()
-            bucket = (number(key, "little") % PRIME * SPREAD & 0xFFFF_FFFF) >> shift
-            for at in range(starts[bucket], starts[bucket + 1]):
-                position = order[at]
-                if content[offsets[position] : offsets[position + 1]] == key:
-                    found.append(position)
-                    break
+            hashed = number(key, "little") % PRIME * SPREAD & HASH_MASK
+            slot = hashed >> shift
+            while (entry := table[slot]) != EMPTY:
+                if entry >> POSITION_BITS == hashed:
+                    position = entry & POSITION_MASK
+                    if content[offsets[position] : offsets[position + 1]] == key:
+                        found.append(position)
+                        break
+                slot += 1
             else:
                 found.append(-1)
         return found
@@ -150,7 +156,20 @@ def _hashes_of_block(ids: pa.LargeStringArray) -> npt.NDArray[np.uint32]:
         word = words[starts[some] + at] & ((np.uint64(1) << kept) - np.uint64(1))
         number = remainder[some] << word_bits | word
         remainder[some] = number - number // prime * prime
-    return (remainder * np.uint64(SPREAD)).astype(np.uint32)
+    return (remainder * np.uint64(SPREAD) & np.uint64(HASH_MASK)).astype(np.uint32)
+
+
+def _table(hashes: npt.NDArray[np.int64], order: npt.NDArray[np.intp], shift: int) -> npt.NDArray[np.int64]:
+    """Hash and position in each slot, or EMPTY, int64, from ascending hashes: each takes the first free slot from its own on.
+
+    There are two to four times as many slots as ids, and an empty one behind the last.
+    """
+    own = hashes >> shift
+    place = np.arange(len(hashes))
+    slots = place + np.maximum.accumulate(own - place)
+    table = np.full(max(1 << (HASH_BITS - shift), slots.max(initial=0) + 1) + 1, EMPTY, np.int64)
+    table[slots] = hashes << POSITION_BITS | order
+    return table
 
 
 def _sorted_order(hashes: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
