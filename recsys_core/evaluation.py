@@ -149,8 +149,8 @@ def evaluate_snapshot(
     """
     before = day_key(key_start_ms(day) - DAY_MS)
     split = split or time_split(lake, before, day, settings.evaluation.max_users, HISTORY)
-    at = codes(pa.array(split.items, pa.string()), pa.array(snapshot.item_ids, pa.string()))
-    there = codes(pa.array(snapshot.item_ids, pa.string()), split.items)
+    at = snapshot.item_ids.positions(split.items)
+    there = codes(snapshot.item_ids.array.cast(pa.string()), split.items)
     beyond = np.flatnonzero(there < 0)
     place = there.copy()
     place[beyond] = len(split.items) + np.arange(len(beyond))

@@ -242,7 +242,7 @@ def users_then(
     excluded = most_recent(np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.indices, seen.shape[0], width)
     two_tower = None
     if snapshot.tower is not None:
-        names = np.asarray(snapshot.item_ids, dtype=object)
+        names = snapshot.item_ids.array.to_numpy(zero_copy_only=False)
         inputs = tower_inputs(lake, user_ids, [names[row[row >= 0]].tolist() for row in recent], moment)
         two_tower = snapshot.tower.vectors(inputs)
     return Users(factors, recent[:, :last_items], excluded, two_tower)

@@ -149,7 +149,7 @@ class VectorIndex:
     def _search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None, through_graph: bool) -> np.ndarray:
         import faiss
 
-        selector = None if allowed is None else faiss.IDSelectorBatch(np.ascontiguousarray(allowed, dtype=np.int64))
+        selector = None if allowed is None else self._only(allowed)
         if through_graph:
             parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef_search, k), sel=selector)  # type: ignore[attr-defined]
             _, positions = self.index.search(queries, min(k, self.items), params=parameters)
@@ -161,6 +161,14 @@ class VectorIndex:
         if positions.shape[1] < k:
             positions = np.pad(positions, ((0, 0), (0, k - positions.shape[1])), constant_values=-1)
         return positions
+
+    def _only(self, allowed: np.ndarray) -> faiss.IDSelectorBitmap:
+        """Lets some positions through; a bit for each item, where a set of them would take most of the search's time."""
+        import faiss
+
+        mask = np.zeros(self.items, bool)
+        mask[allowed] = True
+        return faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))  # type: ignore[call-arg, arg-type]
 
     def _search_exactly(self, queries: np.ndarray, k: int, allowed: np.ndarray) -> np.ndarray:
         positions = np.full((len(queries), k), -1, np.int64)

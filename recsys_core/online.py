@@ -14,7 +14,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.features import OnlineFeatures, user_inputs
+from recsys_core.item_ids import ItemIds
 from recsys_core.ranking import Scores, Snapshot, Users
 from recsys_core.redis_client import Script, run_calls
 from recsys_core.settings import RankingSettings
@@ -110,6 +110,9 @@ _FORMAT = 1
 _ITEM_TAG = 0x0A
 _ID_TAG = 0x0A
 _SCORE_TAG = 0x15
+_BEFORE_ID = (_ITEM_TAG, 0, _ID_TAG, 0)
+_MAX_SHORT_ID = 119
+"""Bytes of an id up to which the lengths in the wire format of its item are single bytes."""
 
 
 def user_key(user_id: str, area: str = "user") -> str:
@@ -190,26 +193,15 @@ class AnswerEncoder:
     offsets i32, then the items in protobuf's wire format (little-endian throughout).
     """
 
-    def __init__(self, release_id: str, item_ids: Sequence[str]) -> None:
-        self._blob, self._lengths = _item_heads(item_ids)
-        self._starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]]).astype(np.int64)
+    def __init__(self, release_id: str, item_ids: ItemIds) -> None:
+        self._ids = item_ids
         self._release = release_id.encode()
 
     def encode(self, positions: np.ndarray, scores: np.ndarray, computed_at: int) -> list[bytes]:
         """The values of `b` users from positions int64 (b, n), padded by -1, and scores float32 (b, n)."""
         held = positions >= 0
         counts = held.sum(axis=1)
-        flat = positions[held]
-        sizes = self._lengths[flat] + 4
-        ends = np.cumsum(sizes)
-        wire = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-        starts = ends - sizes
-        head_lengths = self._lengths[flat]
-        within = np.arange(int(head_lengths.sum())) - np.repeat(np.cumsum(head_lengths) - head_lengths, head_lengths)
-        wire[np.repeat(starts, head_lengths) + within] = self._blob[np.repeat(self._starts[flat], head_lengths) + within]
-        raw_scores = np.ascontiguousarray(scores[held], "<f4").view(np.uint8).reshape(-1, 4)
-        wire[(ends - 4)[:, None] + np.arange(4)] = raw_scores
-        data = wire.tobytes()
+        data, ends = _wire(self._ids, positions[held], np.ascontiguousarray(scores[held], "<f4"))
         values = []
         item = 0
         offset = 0
@@ -223,34 +215,36 @@ class AnswerEncoder:
         return values
 
 
-def _item_heads(item_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`_item_head` of every id, joined, uint8; and the length of each, int64.
+def _wire(ids: ItemIds, positions: np.ndarray, scores: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """Items at positions (k,) with scores (k,) in wire format, joined, and where each ends, int64 (k,)."""
+    begins = ids.offsets[positions]
+    sizes = ids.offsets[positions + 1] - begins
+    if sizes.max(initial=0) > _MAX_SHORT_ID:
+        items = [_item(ids[p].encode(), score) for p, score in zip(positions.tolist(), scores, strict=True)]
+        return b"".join(items), np.cumsum([len(item) for item in items])
+    before, count = len(_BEFORE_ID), len(positions)
+    around = np.empty((count, before + 5), np.uint8)
+    around[:, :before] = _BEFORE_ID
+    around[:, 1], around[:, 3] = sizes + 7, sizes
+    around[:, before] = _SCORE_TAG
+    around[:, before + 1 :] = scores.view(np.uint8).reshape(-1, 4)
+    ends = np.cumsum(sizes + around.shape[1])
+    wire = np.empty(sizes.sum() + around.size, np.uint8)
+    places = np.empty(around.shape, np.int64)
+    places[:, :before] = (ends - sizes)[:, None] + np.arange(-around.shape[1], -5)
+    places[:, before:] = ends[:, None] + np.arange(-5, 0)
+    wire[places] = around
+    within = np.arange(len(wire) - around.size)
+    gaps = np.arange(count) * around.shape[1] + before
+    joined = ends - sizes - gaps - 5
+    wire[within + np.repeat(gaps, sizes)] = ids.content[within + np.repeat(begins - joined, sizes)]
+    return wire.tobytes(), ends
 
-    Ids of up to 119 bytes, whose lengths are single bytes, are done together: a million in a few hundredths of a second.
-    """
-    ids = pa.array(item_ids, pa.large_binary())
-    offsets = np.frombuffer(ids.buffers()[1], np.int64, len(ids) + 1)
-    sizes = np.diff(offsets)
-    if sizes.max(initial=0) > 119:
-        heads = [_item_head(item.encode()) for item in item_ids]
-        return np.frombuffer(b"".join(heads), np.uint8), np.array([len(head) for head in heads], np.int64)
-    lengths = sizes + 5
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    blob = np.empty(int(lengths.sum()), np.uint8)
-    inside = np.ones(len(blob), bool)
-    fixed = ((starts, _ITEM_TAG), (starts + 1, sizes + 7), (starts + 2, _ID_TAG), (starts + 3, sizes), (ends - 1, _SCORE_TAG))
-    for places, value in fixed:
-        blob[places] = value
-        inside[places] = False
-    blob[inside] = np.frombuffer(ids.buffers()[2] or b"", np.uint8, int(offsets[-1]))
-    return blob, lengths
 
-
-def _item_head(item_id: bytes) -> bytes:
-    """Wire format of a ScoredItem as a field of the response, up to the four bytes of its score."""
-    inner = bytes([_ID_TAG]) + _to_varint(len(item_id)) + item_id + bytes([_SCORE_TAG])
-    return bytes([_ITEM_TAG]) + _to_varint(len(inner) + 4) + inner
+def _item(item_id: bytes, score: np.ndarray) -> bytes:
+    """Wire format of a ScoredItem as a field of the response. `score` is a little-endian float32."""
+    inner = bytes([_ID_TAG]) + _to_varint(len(item_id)) + item_id + bytes([_SCORE_TAG]) + score.tobytes()
+    return bytes([_ITEM_TAG]) + _to_varint(len(inner)) + inner
 
 
 def _to_varint(value: int) -> bytes:
@@ -387,19 +381,10 @@ def users_of(
     now, in place of what their records say.
     """
     als = np.zeros((len(records), snapshot.als_items.shape[1]), np.float32)
-    lasts: list[list[str]] = []
-    left_out: list[list[str]] = []
     for row, record in enumerate(records):
         if record.als is not None and record.als_version == snapshot.als_version and len(record.als) == als.shape[1]:
             als[row] = record.als
-        lasts.append([item for item, _, _ in record.last])
-        out: list[str] = list(excluded[row]) if excluded else []
-        if settings.exclude_consumed:
-            out += lasts[row]
-            out += record.seen[: settings.max_consumed]
-        left_out.append(out)
-    last = _padded(snapshot, lasts, settings.last_items, settings.last_items)
-    exclusions = _padded(snapshot, left_out)
+    last, exclusions = _last_and_excluded(snapshot, records, settings, excluded)
     if snapshot.tower is None:
         return Users(als, last, exclusions)
     moments = [record.last_ts + 1 if now is None else now for record in records]
@@ -419,16 +404,31 @@ def users_of(
     return Users(als, last, exclusions, snapshot.tower.vectors(inputs))
 
 
-def _padded(snapshot: Snapshot, lists: Sequence[Sequence[str]], most: int | None = None, width: int = 0) -> np.ndarray:
-    """int64 (b, w): positions of the first `most` items of each list that the release knows, in order, padded by -1.
+def _last_and_excluded(
+    snapshot: Snapshot, records: Sequence[UserRecord], settings: RankingSettings, excluded: Sequence[Sequence[str]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Users.last_items` and `Users.excluded`, all their ids looked up together."""
+    consumed = settings.exclude_consumed
+    seen = settings.max_consumed if consumed else 0
+    others = [[*(excluded[row] if excluded else ()), *record.seen[:seen]] for row, record in enumerate(records)]
+    wanted = [item for r, more in zip(records, others, strict=True) for item in (*(action[0] for action in r.last), *more)]
+    sizes = [size for r, more in zip(records, others, strict=True) for size in (len(r.last), len(more))]
+    positions = snapshot.item_ids.positions(wanted)
+    # Parts of the rows by turns: what the user did last, then what else is left out.
+    parts = np.repeat(np.arange(len(sizes)), sizes)
+    acted, known = parts % 2 == 0, positions >= 0
+    last = _padded(parts // 2, positions, known & acted, len(records), settings.last_items)
+    return last, _padded(parts // 2, positions, known & (~acted | consumed), len(records))
 
-    `w` is `width`, or as many as the longest row needs.
-    """
-    position = snapshot.positions.get
-    rows = [[found for found in map(position, items) if found is not None][:most] for items in lists]
-    counts = np.fromiter(map(len, rows), np.int64, len(rows))
-    padded = np.full((len(rows), width or int(counts.max(initial=0))), -1, np.int64)
-    padded[np.arange(padded.shape[1]) < counts[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64, int(counts.sum()))
+
+def _padded(rows: np.ndarray, positions: np.ndarray, chosen: np.ndarray, count: int, width: int | None = None) -> np.ndarray:
+    """int64 (count, w): the chosen positions of each row in their order, padded by -1; as many as `width`, else all."""
+    rows, positions = rows[chosen], positions[chosen]
+    counts = np.bincount(rows, minlength=count)
+    at = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    padded = np.full((count, int(counts.max(initial=0)) if width is None else width), -1, np.int64)
+    within = at < padded.shape[1]
+    padded[rows[within], at[within]] = positions[within]
     return padded
 
 

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 
 from recsys_core.fold_in import fold_in
 from recsys_core.index import Metric, Searchable, one_faiss_thread, unit_rows
+from recsys_core.item_ids import ItemIds
 from recsys_core.settings import RankingSettings
 from recsys_core.tower import UserTower
 
@@ -80,19 +81,12 @@ class Snapshot:
         held = {value is not None for value in (self.two_tower_items, self.two_tower_index, self.tower)}
         if len(held) > 1:
             raise ValueError("a two-tower model is item vectors, their index and the user tower; one of them is missing")
-        if len(self.positions) != self.items.num_rows:
-            raise ValueError(f"{self.items.num_rows - len(self.positions)} item ids occur more than once")
+        _ = self.item_ids  # raises ValueError
 
     @cached_property
-    def item_ids(self) -> list[str]:
-        """Item id of each position."""
-        # In small steps: a conversion of a million ids in one would hold the interpreter for a third of a second.
-        return [item for batch in self.items.select(["item_id"]).to_batches(4096) for item in batch.column(0).to_pylist()]
-
-    @cached_property
-    def positions(self) -> dict[str, int]:
-        """Position of each item id."""
-        return {item: position for position, item in enumerate(self.item_ids)}
+    def item_ids(self) -> ItemIds:
+        """Item id of each position, and position of each id."""
+        return ItemIds(self.items["item_id"])
 
     @cached_property
     def available(self) -> np.ndarray:
@@ -102,7 +96,7 @@ class Snapshot:
     @cached_property
     def norms(self) -> np.ndarray:
         """float32 (n,): lengths of the item factors; 1 for a factor of zeros."""
-        norms = np.linalg.norm(self.als_items, axis=1)
+        norms = np.sqrt(np.einsum("nd,nd->n", self.als_items, self.als_items))
         return np.where(norms > 0, norms, 1).astype(np.float32)
 
     @cached_property
@@ -137,8 +131,8 @@ class Snapshot:
 
     def positions_of(self, item_ids: Iterable[str]) -> np.ndarray:
         """int64: positions of those item ids that the release knows, in order."""
-        found = (self.positions.get(item) for item in item_ids)
-        return np.fromiter((p for p in found if p is not None), dtype=np.int64)
+        positions = self.item_ids.positions(list(item_ids))
+        return positions[positions >= 0]
 
 
 @dataclass(frozen=True)
@@ -162,10 +156,10 @@ class Trend:
         `mix` are the shares of the half-lives, None: those of the release. Where there are not as many scores, the first
         one is the trend.
         """
-        known = [(position, score) for item, score in scores.items() if (position := snapshot.positions.get(item)) is not None]
-        places = np.array([position for position, _ in known], np.int64)
-        values = np.array([score for _, score in known], np.float32).reshape(len(known), -1 if known else 1)
-        return cls.at(snapshot, places, values, snapshot.ranking.trend_mix if mix is None else mix)
+        places = snapshot.item_ids.positions(list(scores))
+        values = np.array(list(scores.values()), np.float32).reshape(len(scores), -1 if scores else 1)
+        known = places >= 0
+        return cls.at(snapshot, places[known], values[known], snapshot.ranking.trend_mix if mix is None else mix)
 
     @classmethod
     def at(cls, snapshot: Snapshot, places: np.ndarray, values: np.ndarray, mix: Sequence[float]) -> Trend:

@@ -30,6 +30,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,6 +52,8 @@ CHAMPION = "champion.json"
 SCHEMA_VERSION = 1
 KEPT_CHAMPIONS = 20
 NPY_HEADER_BYTES = 4096
+CHECKED_TOGETHER = 1 << 18
+"""Values of an array that are checked in one step."""
 
 Buffer = bytes | memoryview
 """The content of a file, in memory or mapped."""
@@ -312,19 +315,24 @@ class LocalFiles:
             ) from error
 
     def _bring_all(self) -> dict[str, memoryview]:
-        known = self._verified_before()
-        verified: dict[str, list[Any]] = {}
-        mapped: dict[str, memoryview] = {}
-        for name, expected in self._manifest.files.items():
-            path = self._folder / name
-            if not path.is_file() or known.get(name) != _stamp(path, expected):
-                self._bring(name, path)
-                self._verify(name, path, expected)
-            verified[name] = _stamp(path, expected)
-            mapped[name] = _mapped(path)
-        if verified != known:
+        known, files = self._verified_before(), self._manifest.files
+        missing = [
+            name
+            for name, expected in files.items()
+            if not (self._folder / name).is_file() or known.get(name) != _stamp(self._folder / name, expected)
+        ]
+        if missing:
+            # The interpreter is free while a thread hashes; the largest files first, so that the threads end together.
+            with ThreadPoolExecutor(os.cpu_count(), "verify") as threads:
+                list(threads.map(self._bring_verified, sorted(missing, key=lambda name: -int(files[name]["bytes"]))))
+            verified = {name: _stamp(self._folder / name, expected) for name, expected in files.items()}
             write_atomically(LocalFileSystem(), str(self._mark), json.dumps(verified).encode())
-        return mapped
+        return {name: _mapped(self._folder / name) for name in files}
+
+    def _bring_verified(self, name: str) -> None:
+        path = self._folder / name
+        self._bring(name, path)
+        self._verify(name, path, self._manifest.files[name])
 
     def _verified_before(self) -> dict[str, list[Any]]:
         try:
@@ -444,6 +452,13 @@ def npy_array(data: Buffer) -> np.ndarray:
     return np.frombuffer(data, dtype, count, head.tell()).reshape(shape)
 
 
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The values of an array, as many at a time as stay in the processor's cache."""
+    values = array.reshape(-1)
+    for at in range(0, len(values), CHECKED_TOGETHER):
+        yield values[at : at + CHECKED_TOGETHER]
+
+
 def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) -> Snapshot:
     absent = [
         n
@@ -460,34 +475,29 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) ->
             raise ReleaseError(f"{where}: {name} is not an array: {error}") from error
         if len(shape) != loaded.ndim or any(want not in (None, got) for want, got in zip(shape, loaded.shape, strict=True)):
             raise ReleaseError(f"{where}: {name} has shape {loaded.shape}, expected {shape}")
-        if not np.isfinite(loaded).all():
+        if loaded.dtype.kind not in "iu" and not all(np.isfinite(block).all() for block in _blocks(loaded)):
             raise ReleaseError(f"{where}: {name} holds values that are not finite")
         return loaded
 
-    try:
-        items = pq.ParquetFile(pa.BufferReader(files[ITEMS_FILE])).read()
-    except pa.ArrowInvalid as error:
-        raise ReleaseError(f"{where}: {ITEMS_FILE} is not Parquet: {error}") from error
-    lacking = [name for name in ITEM_COLUMNS if name not in items.column_names]
-    if lacking:
-        raise ReleaseError(f"{where}: {ITEMS_FILE} lacks {', '.join(lacking)}")
     als = manifest.models.get("als") or {}
-    als_items = array(ALS_ITEMS_FILE, (items.num_rows, als.get("rank")))
-    indexes: dict[Metric, VectorIndex] = {}
-    for metric, name in INDEX_FILES.items():
-        try:
-            index = VectorIndex.deserialize(files[name], metric, int(manifest.index[metric]["ef_search"]))
-        except (ValueError, KeyError) as error:
-            raise ReleaseError(f"{where}: {name}: {error}") from error
+    with ThreadPoolExecutor(len(INDEX_FILES), "read-index") as threads:
+        # FAISS looks at every edge of a graph and leaves the interpreter to the rest.
+        reading: dict[Metric, Future[VectorIndex]] = {
+            metric: threads.submit(_index_of, manifest, metric, metric, files[name], f"{where}: {name}")
+            for metric, name in INDEX_FILES.items()
+        }
+        items = _items_of(files[ITEMS_FILE], where)
+        als_items = array(ALS_ITEMS_FILE, (items.num_rows, als.get("rank")))
+        similar = array(SIMILAR_FILE, (items.num_rows, None))
+        if similar.dtype.kind != "i" or any(b.min() < -1 or b.max() >= items.num_rows for b in _blocks(similar)):
+            raise ReleaseError(f"{where}: {SIMILAR_FILE} holds what is no position of {items.num_rows} items")
+    indexes = {metric: future.result() for metric, future in reading.items()}
+    for metric, index in indexes.items():
         if (index.items, index.dimension) != als_items.shape:
             raise ReleaseError(
-                f"{where}: {name} holds {index.items} vectors of dimension {index.dimension}, "
+                f"{where}: {INDEX_FILES[metric]} holds {index.items} vectors of dimension {index.dimension}, "
                 f"{ALS_ITEMS_FILE} {als_items.shape}"
             )
-        indexes[metric] = index
-    similar = array(SIMILAR_FILE, (items.num_rows, None))
-    if similar.dtype.kind != "i" or similar.min(initial=-1) < -1 or similar.max(initial=-1) >= items.num_rows:
-        raise ReleaseError(f"{where}: {SIMILAR_FILE} holds what is no position of {items.num_rows} items")
     try:
         ranking = RankingSettings.model_validate(manifest.ranking)
     except ValueError as error:
@@ -513,6 +523,25 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) ->
         )
     except ValueError as error:
         raise ReleaseError(f"{where}: {ITEMS_FILE}: {error}") from error
+
+
+def _items_of(data: Buffer, where: str) -> pa.Table:
+    try:
+        items = pq.ParquetFile(pa.BufferReader(data)).read()
+    except pa.ArrowInvalid as error:
+        raise ReleaseError(f"{where}: {ITEMS_FILE} is not Parquet: {error}") from error
+    lacking = [name for name in ITEM_COLUMNS if name not in items.column_names]
+    if lacking:
+        raise ReleaseError(f"{where}: {ITEMS_FILE} lacks {', '.join(lacking)}")
+    return items
+
+
+def _index_of(manifest: Manifest, entry: str, metric: Metric, data: Buffer, where: str) -> VectorIndex:
+    """An index with the efSearch that `entry` of the manifest's `index` says."""
+    try:
+        return VectorIndex.deserialize(data, metric, int(manifest.index[entry]["ef_search"]))
+    except (ValueError, KeyError) as error:
+        raise ReleaseError(f"{where}: {error}") from error
 
 
 def _two_tower_of(
@@ -543,12 +572,7 @@ def _two_tower_of(
     vectors = array(TWO_TOWER_ITEMS_FILE, (items, tower.dimension))
     if TWO_TOWER_INDEX_FILE not in files:
         return vectors, ExactIndex(vectors, "inner_product"), tower
-    try:
-        index = VectorIndex.deserialize(
-            files[TWO_TOWER_INDEX_FILE], "inner_product", int(manifest.index[TWO_TOWER]["ef_search"])
-        )
-    except (ValueError, KeyError) as error:
-        raise ReleaseError(f"{where}: {TWO_TOWER_INDEX_FILE}: {error}") from error
+    index = _index_of(manifest, TWO_TOWER, "inner_product", files[TWO_TOWER_INDEX_FILE], f"{where}: {TWO_TOWER_INDEX_FILE}")
     if (index.items, index.dimension) != vectors.shape:
         raise ReleaseError(
             f"{where}: {TWO_TOWER_INDEX_FILE} holds {index.items} vectors, {TWO_TOWER_ITEMS_FILE} {vectors.shape}"

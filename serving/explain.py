@@ -93,8 +93,8 @@ def moved_by(
     snapshot: Snapshot, positions: np.ndarray, record: UserRecord, settings: RankingSettings
 ) -> list[list[pb.Influence]]:
     """For each item the user's last actions whose items are like it, strongest first."""
-    acted = [(at, snapshot.positions[action[0]]) for at, action in enumerate(record.last) if action[0] in snapshot.positions]
-    acted = acted[: settings.last_items]
+    positions_acted = snapshot.item_ids.positions([item for item, _, _ in record.last])
+    acted = [(at, position) for at, position in enumerate(positions_acted.tolist()) if position >= 0][: settings.last_items]
     if not acted or not len(positions):
         return [[] for _ in positions]
     vectors = unit_rows(snapshot.als_items[[position for _, position in acted]])

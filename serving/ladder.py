@@ -300,11 +300,11 @@ class Ladder:
         except CorruptValue as error:
             self._store.note_corrupt(recs_key(user_id), error)
             return b"", 0
+        positions = snapshot.item_ids.positions([item for item, _ in items]).tolist()
         kept = []
         start = 0
-        for (item, _), end in zip(items, answer.ends.tolist(), strict=True):
-            position = snapshot.positions.get(item)
-            if position is not None and snapshot.available[position] and item not in unwanted:
+        for (item, _), position, end in zip(items, positions, answer.ends.tolist(), strict=True):
+            if position >= 0 and snapshot.available[position] and item not in unwanted:
                 kept.append(answer.wire[start:end])
             start = end
         return b"".join(kept[:count]), len(kept[:count])
@@ -371,7 +371,7 @@ def is_known(snapshot: Snapshot, record: UserRecord) -> bool:
     """Whether there is anything personal to rank by: a factor of the snapshot's model, or last items that it knows."""
     if record.als is not None and record.als_version == snapshot.als_version:
         return True
-    return any(item in snapshot.positions for item, _, _ in record.last)
+    return any(item in snapshot.item_ids for item, _, _ in record.last)
 
 
 def consumed(record: UserRecord, settings: RankingSettings, options: Options) -> list[str]:
@@ -384,8 +384,8 @@ def consumed(record: UserRecord, settings: RankingSettings, options: Options) ->
 def similar_items(loaded: Loaded, item_id: str, options: Options, same_category: bool) -> bytes:
     """A SimilarItemsResponse: the items of highest cosine similarity. Raises UnknownItem."""
     snapshot, filters = loaded.snapshot, loaded.filters
-    position = snapshot.positions.get(item_id)
-    if position is None:
+    position = snapshot.item_ids.position(item_id)
+    if position < 0:
         raise UnknownItem(f"item_id {item_id!r} is not in release {snapshot.release_id}")
     response = pb.SimilarItemsResponse(release_id=snapshot.release_id)
     vector = snapshot.als_items[[position]]

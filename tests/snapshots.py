@@ -70,7 +70,7 @@ def make_snapshot(
 def with_two_tower(snapshot: Snapshot, users: Sequence[str] = (), seed: int = 1) -> Snapshot:
     """The release with item vectors and a user tower that are made up; the tower knows `users` and all items."""
     random = np.random.default_rng(seed)
-    tower = make_tower(["someone", *users], snapshot.item_ids, seed=seed)
+    tower = make_tower(["someone", *users], list(snapshot.item_ids), seed=seed)
     vectors = unit_rows(random.normal(size=(snapshot.items.num_rows, tower.dimension)))
     return replace(snapshot, two_tower_items=vectors, two_tower_index=ExactIndex(vectors, "inner_product"), tower=tower)
 

@@ -65,7 +65,7 @@ def test_positions_are_the_items_from_the_longest_vector_on_in_every_part(made):
     factors = read_factors(made, ALS_FACTORS, DAY, "items")
     popular = {row["item_id"]: row["score"] for row in made.read(POPULAR_ITEMS, DAY).to_pylist()}
     for item, vector in zip(factors.ids, factors.vectors, strict=True):
-        position = snapshot.positions[item]
+        position = snapshot.item_ids.position(item)
         assert (snapshot.als_items[position] == vector).all()
         assert snapshot.popular[position] == popular[item]
         assert snapshot.indexes["cosine"].search(vector[None], 1).tolist() == [[position]]
@@ -78,7 +78,7 @@ def test_items_carry_their_catalogue_row_and_unavailable_ones_are_not_recommende
     assert snapshot.items.schema.equals(CATALOG_SCHEMA)
     assert (rows["i2"]["title"], rows["i2"]["category"], rows["i2"]["price"]) == ("Title i2", "a/b", 1.0)
     assert (rows["i9"]["title"], rows["i9"]["available"]) == (None, True)
-    assert {item for item in snapshot.item_ids if not snapshot.available[snapshot.positions[item]]} == {"i3", "i5"}
+    assert {item for item in snapshot.item_ids if not snapshot.available[snapshot.item_ids.position(item)]} == {"i3", "i5"}
     users = Users(snapshot.als_items[:1], np.full((1, 1), -1, np.int64), np.full((1, 1), -1, np.int64))
     positions = rank(snapshot, Trend.of(snapshot, {"i5": 9.0}), users, 12, settings.ranking).positions[0]
     assert {snapshot.item_ids[p] for p in positions if p >= 0} == set(ITEMS) - {"i3", "i5"}
@@ -206,8 +206,8 @@ def test_a_two_tower_model_of_the_day_goes_into_the_release_in_the_order_of_posi
     assert "two_tower" not in manifest.notes
     assert not any(name.startswith("two_tower/saved_model") for name in manifest.files)
     for row, item in enumerate(ITEMS[1:]):
-        assert (loaded.two_tower_items[loaded.positions[item]] == vectors[row]).all()
-    assert not loaded.two_tower_items[loaded.positions["i0"]].any()
+        assert (loaded.two_tower_items[loaded.item_ids.position(item)] == vectors[row]).all()
+    assert not loaded.two_tower_items[loaded.item_ids.position("i0")].any()
     assert loaded.tower.version == "made-up"
 
 

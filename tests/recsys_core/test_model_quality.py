@@ -14,6 +14,7 @@ from snapshots import make_snapshot
 
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import ITEM_INDEX, build_item_index, fit_als_factors
+from recsys_core.item_ids import ItemIds
 from recsys_core.lake import Lake
 from recsys_core.model_quality import (
     cache_measures,
@@ -120,9 +121,9 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def test_missing_empty_and_foreign_answers_are_found(redis: Any) -> None:
-    encoder = AnswerEncoder("now", ["a", "b"])
+    encoder = AnswerEncoder("now", ItemIds(["a", "b"]))
     full, empty = encoder.encode(np.array([[0, 1], [-1, -1]]), np.ones((2, 2), np.float32), 1)
-    (foreign,) = AnswerEncoder("before", ["a"]).encode(np.array([[0]]), np.ones((1, 1), np.float32), 1)
+    (foreign,) = AnswerEncoder("before", ItemIds(["a"])).encode(np.array([[0]]), np.ones((1, 1), np.float32), 1)
     users = [f"u{n}" for n in range(100)]
     write_answers(redis, [(user, full) for user in users], 60)
     assert failed(cache_measures(redis, "h", users, 5000, "now")) == set()

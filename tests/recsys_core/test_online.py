@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from snapshots import make_snapshot, with_two_tower
 
 from recsys_core.features import OnlineFeatures
+from recsys_core.item_ids import ItemIds
 from recsys_core.online import (
     RECORD_FIELDS,
     AnswerEncoder,
@@ -36,7 +37,7 @@ def values_of(record: UserRecord) -> list[bytes | None]:
 
 def encode_one(positions: list[int], scores: list[float], release: str = "r1", at: int = 123) -> bytes:
     rows = np.array([positions]), np.array([scores], np.float32)
-    return AnswerEncoder(release, IDS).encode(*rows, at)[0]
+    return AnswerEncoder(release, ItemIds(IDS)).encode(*rows, at)[0]
 
 
 def test_both_keys_of_a_user_share_their_hash_tag() -> None:
@@ -52,7 +53,7 @@ def test_both_keys_of_a_user_share_their_hash_tag() -> None:
 def test_an_encoded_answer_is_a_protobuf_response_of_the_same_items(ids: list[str], rows: list[list[int]], at: int) -> None:
     positions = np.array([[p if p < len(ids) else -1 for p in row] for row in rows])
     scores = np.linspace(-2, 2, positions.size, dtype=np.float32).reshape(positions.shape)
-    values = AnswerEncoder("release-1", ids).encode(positions, scores, at)
+    values = AnswerEncoder("release-1", ItemIds(ids)).encode(positions, scores, at)
     assert len(values) == len(rows)
     for value, row, row_scores in zip(values, positions, scores, strict=True):
         answer = CachedAnswer.decode(value)
@@ -154,7 +155,7 @@ def test_users_are_put_together_from_what_the_release_knows() -> None:
     ]
     users = users_of(snapshot, records, RankingSettings(last_items=3), [["item-1"], [], ["gone", "item-2"]])
     assert users.last_items.tolist() == [[5, 6, -1], [-1, -1, -1], [-1, -1, -1]]
-    assert users.excluded.tolist() == [[1, 5, 6, 7], [-1, -1, -1, -1], [2, -1, -1, -1]]
+    assert users.excluded.tolist() == [[5, 6, 1, 7], [-1, -1, -1, -1], [2, -1, -1, -1]]
     np.testing.assert_array_equal(users.als.any(axis=1), [True, False, False])
 
 

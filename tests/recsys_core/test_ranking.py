@@ -193,7 +193,7 @@ def test_relative_log_is_zero_to_one() -> None:
 
 
 def test_an_item_id_that_occurs_twice_is_an_error(snapshot: Snapshot) -> None:
-    doubled = pa.array(["item-0", *snapshot.item_ids[:-1]])
+    doubled = pa.array(["item-0", *list(snapshot.item_ids)[:-1]])
     with pytest.raises(ValueError, match="1 item ids occur more than once"):
         replace(snapshot, items=snapshot.items.set_column(0, "item_id", doubled))
 

@@ -209,7 +209,7 @@ def test_a_two_tower_model_is_read_as_it_was_written(tmp_path: Path, snapshot: S
     assert {"two_tower/items.npy", "two_tower/tower.json", "two_tower/users.npy"} <= set(manifest.files)
     assert "two_tower/index.faiss" not in manifest.files, "so few items are scanned"
     assert read.ranking == tuned.ranking
-    inputs = random_inputs(["someone"], snapshot.item_ids, 20)
+    inputs = random_inputs(["someone"], list(snapshot.item_ids), 20)
     queries = made.tower.vectors(inputs)
     np.testing.assert_array_equal(read.tower.vectors(inputs), queries)
     np.testing.assert_array_equal(read.two_tower_index.search(queries, 9), made.two_tower_index.search(queries, 9))
