@@ -68,8 +68,8 @@ def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> N
     os.replace(temporary, path)
 
 
-def _new_version() -> str:
-    """A fresh folder name; names sort by the time they were made, which every kind of store can list."""
+def timed_name() -> str:
+    """A fresh name; names sort by the time they were made, which every kind of store can list."""
     return f"{time.time_ns():016x}-{uuid.uuid4().hex[:8]}"
 
 
@@ -118,7 +118,7 @@ class Lake:
             raise ValueError(f"{table}: a stream of batches needs its schema")
         else:
             batches = iter(data)
-        version = _new_version()
+        version = timed_name()
         name = "part-00000.parquet"
         path = self.path(table, key, version, name)
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)
@@ -135,7 +135,7 @@ class Lake:
         self, table: str, key: str, blobs: dict[str, bytes], rows: int, extra: dict[str, Any] | None = None
     ) -> Partition:
         """Replace partition `key` of `table` by files that are not Parquet; `read_blob` reads them."""
-        version = _new_version()
+        version = timed_name()
         paths = {name: self.path(table, key, version, name) for name in sorted(blobs)}
         for name, path in paths.items():
             write_atomically(self.fs, path, blobs[name])
@@ -145,7 +145,7 @@ class Lake:
 
     def stage(self, table: str) -> str:
         """A fresh folder of the lake into which an engine writes many partitions; `publish_staged` takes them over."""
-        path = self.path(table, STAGING, _new_version())
+        path = self.path(table, STAGING, timed_name())
         self.fs.makedirs(path, exist_ok=True)
         return path
 
@@ -214,7 +214,7 @@ class Lake:
 
         For rows that must go although nothing new was made: what was derived from the partition stays valid.
         """
-        version = _new_version()
+        version = timed_name()
         name = "part-00000.parquet"
         path = self.path(part.table, part.key, version, name)
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)
