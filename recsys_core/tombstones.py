@@ -94,21 +94,22 @@ class TombstoneLog:
         return self._read().tombstones
 
     def merge(self, least: int = MERGE_AT) -> None:
-        """Write all that is known into a file once `least` removals are new, and remove their names.
+        """Write all that is known into a file once `least` removals are new, remove their names, and files that are contained.
 
         The first removal of a lake is merged at once: while there is no file, readers go through the reports.
         """
         known = self._read()
-        if not known.tombstones or (known.files and len(known.new) < least):
-            return
-        moments = known.tombstones.moments
+        if known.tombstones and (not known.files or len(known.new) >= least):
+            self._write(known.tombstones.moments)
+            for name in known.new:
+                self._remove(NEW, name)
+        self._drop_contained()
+
+    def _write(self, moments: Mapping[str, int]) -> None:
         table = pa.table([[bytes.fromhex(user) for user in moments], list(moments.values())], schema=MERGED_SCHEMA)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         write_atomically(self.lake.fs, self._path(MERGED, f"{timed_name()}.parquet"), sink.getvalue().to_pybytes())
-        for name in known.new:
-            self._remove(NEW, name)
-        self._drop_contained()
 
     def _drop_contained(self) -> None:
         """Remove files whose rows are all in a later one that has been there for KEEP_SECONDS; the last stays in any case."""
