@@ -15,6 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 POINTER = "_current.json"
 STAGING = "_staging"
+PUBLISHED_AT_ONCE = 16
+"""Partitions of a staged folder that are taken over at once: each waits for the disk or the store."""
 
 
 class MissingPartition(LookupError):
@@ -155,26 +158,29 @@ class Lake:
         A key with no staged folder becomes an empty partition: it is known to have no rows, which is not the same as
         never having been made.
         """
-        published = []
-        for key, (rows, data_version) in contents.items():
-            source = f"{staged}/{column}={key}"
-            version = os.path.basename(staged)
-            target = self.path(table, key, version)
-            files: tuple[str, ...] = ()
-            size = 0
-            if self.fs.exists(source):
-                self.fs.makedirs(self.path(table, key), exist_ok=True)
-                self.fs.mv(source, target, recursive=True)
-                found = {os.path.basename(p): d for p, d in self.fs.find(target, detail=True).items() if p.endswith(".parquet")}
-                files = tuple(sorted(found))
-                size = sum(int(d["size"]) for d in found.values())
-            if rows and not files:
-                raise OSError(f"{table}/{key}: {rows} rows expected in {source}, no Parquet file found")
-            published.append(self._point(table, key, version, files, rows, size, data_version, {}))
+        with ThreadPoolExecutor(PUBLISHED_AT_ONCE) as pool:
+            published = list(pool.map(lambda one: self._publish_folder(table, staged, column, *one), contents.items()))
         self.fs.invalidate_cache()
         if self.fs.exists(staged):
             self.fs.rm(staged, recursive=True)
         return published
+
+    def _publish_folder(self, table: str, staged: str, column: str, key: str, content: tuple[int, str]) -> Partition:
+        rows, data_version = content
+        source = f"{staged}/{column}={key}"
+        version = os.path.basename(staged)
+        target = self.path(table, key, version)
+        files: tuple[str, ...] = ()
+        size = 0
+        if self.fs.exists(source):
+            self.fs.makedirs(self.path(table, key), exist_ok=True)
+            self.fs.mv(source, target, recursive=True)
+            found = {os.path.basename(p): d for p, d in self.fs.find(target, detail=True).items() if p.endswith(".parquet")}
+            files = tuple(sorted(found))
+            size = sum(int(d["size"]) for d in found.values())
+        if rows and not files:
+            raise OSError(f"{table}/{key}: {rows} rows expected in {source}, no Parquet file found")
+        return self._point(table, key, version, files, rows, size, data_version, {})
 
     def _point(
         self,
