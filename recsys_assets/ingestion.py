@@ -1,6 +1,7 @@
 """Ingestion: the topic, what landed, the catalogue, and the clickstream table by hour."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
@@ -9,10 +10,13 @@ from recsys_assets.reports import schema, table
 from recsys_assets.resources import PlatformResource
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE
 from recsys_core.events import EVENT_SCHEMA, hour_key
+from recsys_core.lake import Partition
 from recsys_core.tables import CLICKS_QUARANTINE, build_clicks_hourly
 
 GROUP = "ingestion"
 OWNERS = ["team:data-engineering"]
+MONTH, DAY = len("2026-01"), len("2026-01-31")
+DAYS_SHOWN = 31
 
 clickstream_topic = dg.AssetSpec(
     "clickstream_topic",
@@ -88,10 +92,6 @@ def clicks_hourly(context: dg.AssetExecutionContext, platform: PlatformResource)
     hours = list(context.partition_keys)
     made = build_clicks_hourly(platform.spark(), platform.lake, platform.landing, hours, platform.settings.events)
     rejected = platform.lake.find_all(CLICKS_QUARANTINE, hours)
-    by_day: dict[str, int] = {}
-    for part in made:
-        day = part.key[:10]
-        by_day[day] = by_day.get(day, 0) + part.rows
     return dg.MaterializeResult(
         metadata={
             "dagster/row_count": sum(p.rows for p in made),
@@ -99,7 +99,17 @@ def clicks_hourly(context: dg.AssetExecutionContext, platform: PlatformResource)
             "hours without events": sum(not p.rows for p in made),
             "quarantined rows": sum(p.rows for p in rejected.values()),
             "bytes": sum(p.bytes for p in made),
-            "events by day": table(["day", "events"], sorted(by_day.items())),
+            **_events_by_span(made),
         },
         data_version=dg.DataVersion(made[0].data_version) if len(made) == 1 else None,
     )
+
+
+def _events_by_span(made: Sequence[Partition]) -> dict[str, dg.MarkdownMetadataValue]:
+    """Events by day, and by month where there are many days: Dagster keeps a copy with each partition of a run."""
+    days = {part.key[:DAY] for part in made}
+    span, length = ("day", DAY) if len(days) <= DAYS_SHOWN else ("month", MONTH)
+    events: Counter[str] = Counter()
+    for part in made:
+        events[part.key[:length]] += part.rows
+    return {f"events by {span}": table([span, "events"], sorted(events.items()))}

@@ -13,7 +13,7 @@ from rich.console import Console
 from recsys_cli.console import showing_progress
 from recsys_cli.java import ensure_java
 from recsys_cli.processes import StackError, quiet, run_folder
-from recsys_cli.stack import prepare_dagster_home
+from recsys_cli.stack import dagster_environment
 from recsys_core.settings import HOME_VARIABLE, load_settings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     import dagster as dg
 
     home = home.absolute()
-    os.environ["DAGSTER_HOME"] = str(prepare_dagster_home(home))
+    os.environ |= dagster_environment(home)
     os.environ[HOME_VARIABLE] = str(home)
     os.environ["JAVA_HOME"] = str(ensure_java().path)
     from recsys_assets.definitions import build_definitions

@@ -17,7 +17,7 @@ from recsys_cli.console import showing_progress, table
 from recsys_cli.java import ensure_java
 from recsys_cli.live_demo import click_live
 from recsys_cli.processes import StackError, home_lock, quiet, run_folder
-from recsys_cli.stack import prepare_dagster_home, redis_server, serving_process
+from recsys_cli.stack import dagster_environment, redis_server, serving_process
 from recsys_core.settings import HOME_VARIABLE, Settings, load_settings
 from recsys_core.spark import stop_session
 
@@ -61,7 +61,7 @@ def run(data: Path | None, mapping: str | None, home: Path) -> None:
     with _own_home(home.absolute()) as home:
         _empty(home)
         os.environ["JAVA_HOME"] = str(ensure_java().path)
-        os.environ["DAGSTER_HOME"] = str(prepare_dagster_home(home))
+        os.environ |= dagster_environment(home)
         os.environ[HOME_VARIABLE] = str(home)
         with redis_server(home) as redis_url, showing_progress(console):
             os.environ["RECSYS_REDIS__URL"] = redis_url

@@ -50,6 +50,7 @@ OLDEST_REDIS = (6, 2)
 REDIS_MEMORY = "1gb"
 COMPACT_BYTES = "4096"
 """Records with values up to this size are kept in one block: half the memory of a hash table of their few fields."""
+EVENT_BATCH, EVENTS_AT_ONCE = "DAGSTER_EVENT_BATCH_SIZE", "1000"
 CHECK_SECONDS = 2.0
 RESTARTS = 3
 """Starts of a part that keeps ending, before the whole stack is stopped."""
@@ -106,7 +107,7 @@ def plan(settings: Settings, console: Console) -> tuple[list[Service], dict[str,
     environment = {
         **os.environ,
         HOME_VARIABLE: str(home),
-        "DAGSTER_HOME": str(prepare_dagster_home(home)),
+        **dagster_environment(home),
         "RECSYS_REDIS__URL": f"redis://{LOOPBACK}:{redis_port}/0",
         "RECSYS_SERVING__HOST": LOOPBACK,
         "RECSYS_SERVING__PORT": str(serving_port),
@@ -257,6 +258,14 @@ def prepare_dagster_home(home: Path) -> Path:
         link.unlink(missing_ok=True)
         link.symlink_to(_project_file("dagster.yaml"))
     return folder
+
+
+def dagster_environment(home: Path) -> dict[str, str]:
+    """What Dagster's processes of a home get: its instance, and how many events of a run are stored at once."""
+    return {
+        "DAGSTER_HOME": str(prepare_dagster_home(home)),
+        EVENT_BATCH: os.environ.get(EVENT_BATCH, EVENTS_AT_ONCE),
+    }
 
 
 def create_dagster_storage(environment: Mapping[str, str]) -> None:

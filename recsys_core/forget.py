@@ -26,7 +26,7 @@ from recsys_core.landing import LANDING, QUARANTINE, Landing
 from recsys_core.online import recs_key, user_key
 from recsys_core.registry import Registry, RegistryError
 from recsys_core.release import Releases
-from recsys_core.tombstones import FORGOTTEN, FORGOTTEN_AT, USER_HASH, hash_of
+from recsys_core.tombstones import FORGOTTEN, FORGOTTEN_AT, TOMBSTONES, USER_HASH, TombstoneLog, hash_of
 
 FACTOR_ID = "id"
 USER_SIDE = "_users"
@@ -72,13 +72,15 @@ class Places:
 def forget_user(places: Places, user_id: str) -> Forgotten:
     """Remove a user and search again. The report is kept in the lake table `forgotten_users`.
 
-    Its partition is written before anything is removed: what runs meanwhile does not take the user in again.
-    Until the second search is done it holds no report, so that a run that was cut off proves nothing.
+    The tombstone is there before anything is removed: what runs meanwhile does not take the user in again.
+    Until the second search is done the partition holds no report, so that a run that was cut off proves nothing.
     """
     started = time.perf_counter()
     forgotten_at = now_ms()
     user_hash = hash_of(user_id)
     key = f"{forgotten_at:013d}-{user_hash[:16]}"
+    tombstones = TombstoneLog(places.lake)
+    tombstones.add(user_hash, forgotten_at)
     places.lake.write_blobs(FORGOTTEN, key, {}, 0, {USER_HASH: user_hash, FORGOTTEN_AT: forgotten_at})
     removed = Search(places, user_id, remove=True).run()
     left = Search(places, user_id).run()
@@ -93,6 +95,7 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
         seconds=time.perf_counter() - started,
     )
     places.lake.write_blobs(FORGOTTEN, key, {}, removed.found.total(), asdict(report))
+    tombstones.merge()
     return report
 
 
@@ -159,7 +162,8 @@ class Search:
         lake = self.places.lake
         lake.fs.invalidate_cache()
         names = sorted(e.rstrip("/").rsplit("/", 1)[-1] for e in lake.fs.ls(lake.root, detail=False)) if _exists(lake) else []
-        tables = [name for name in names if name not in (LANDING, QUARANTINE)]
+        # Tombstones and reports hold hashes, and there is one for each removal.
+        tables = [name for name in names if name not in (LANDING, QUARANTINE, TOMBSTONES, FORGOTTEN)]
         for table in progress.track(tables, "tables", len(tables)):
             for part in lake.find_all(table, lake.keys(table)).values():
                 self.found[table] += self._partition(part)

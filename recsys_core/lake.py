@@ -15,6 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 POINTER = "_current.json"
 STAGING = "_staging"
+PUBLISHED_AT_ONCE = 16
+"""Partitions of a staged folder that are taken over at once: each waits for the disk or the store."""
 
 
 class MissingPartition(LookupError):
@@ -68,8 +71,8 @@ def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> N
     os.replace(temporary, path)
 
 
-def _new_version() -> str:
-    """A fresh folder name; names sort by the time they were made, which every kind of store can list."""
+def timed_name() -> str:
+    """A fresh name; names sort by the time they were made, which every kind of store can list."""
     return f"{time.time_ns():016x}-{uuid.uuid4().hex[:8]}"
 
 
@@ -118,7 +121,7 @@ class Lake:
             raise ValueError(f"{table}: a stream of batches needs its schema")
         else:
             batches = iter(data)
-        version = _new_version()
+        version = timed_name()
         name = "part-00000.parquet"
         path = self.path(table, key, version, name)
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)
@@ -135,7 +138,7 @@ class Lake:
         self, table: str, key: str, blobs: dict[str, bytes], rows: int, extra: dict[str, Any] | None = None
     ) -> Partition:
         """Replace partition `key` of `table` by files that are not Parquet; `read_blob` reads them."""
-        version = _new_version()
+        version = timed_name()
         paths = {name: self.path(table, key, version, name) for name in sorted(blobs)}
         for name, path in paths.items():
             write_atomically(self.fs, path, blobs[name])
@@ -145,7 +148,7 @@ class Lake:
 
     def stage(self, table: str) -> str:
         """A fresh folder of the lake into which an engine writes many partitions; `publish_staged` takes them over."""
-        path = self.path(table, STAGING, _new_version())
+        path = self.path(table, STAGING, timed_name())
         self.fs.makedirs(path, exist_ok=True)
         return path
 
@@ -155,26 +158,29 @@ class Lake:
         A key with no staged folder becomes an empty partition: it is known to have no rows, which is not the same as
         never having been made.
         """
-        published = []
-        for key, (rows, data_version) in contents.items():
-            source = f"{staged}/{column}={key}"
-            version = os.path.basename(staged)
-            target = self.path(table, key, version)
-            files: tuple[str, ...] = ()
-            size = 0
-            if self.fs.exists(source):
-                self.fs.makedirs(self.path(table, key), exist_ok=True)
-                self.fs.mv(source, target, recursive=True)
-                found = {os.path.basename(p): d for p, d in self.fs.find(target, detail=True).items() if p.endswith(".parquet")}
-                files = tuple(sorted(found))
-                size = sum(int(d["size"]) for d in found.values())
-            if rows and not files:
-                raise OSError(f"{table}/{key}: {rows} rows expected in {source}, no Parquet file found")
-            published.append(self._point(table, key, version, files, rows, size, data_version, {}))
+        with ThreadPoolExecutor(PUBLISHED_AT_ONCE) as pool:
+            published = list(pool.map(lambda one: self._publish_folder(table, staged, column, *one), contents.items()))
         self.fs.invalidate_cache()
         if self.fs.exists(staged):
             self.fs.rm(staged, recursive=True)
         return published
+
+    def _publish_folder(self, table: str, staged: str, column: str, key: str, content: tuple[int, str]) -> Partition:
+        rows, data_version = content
+        source = f"{staged}/{column}={key}"
+        version = os.path.basename(staged)
+        target = self.path(table, key, version)
+        files: tuple[str, ...] = ()
+        size = 0
+        if self.fs.exists(source):
+            self.fs.makedirs(self.path(table, key), exist_ok=True)
+            self.fs.mv(source, target, recursive=True)
+            found = {os.path.basename(p): d for p, d in self.fs.find(target, detail=True).items() if p.endswith(".parquet")}
+            files = tuple(sorted(found))
+            size = sum(int(d["size"]) for d in found.values())
+        if rows and not files:
+            raise OSError(f"{table}/{key}: {rows} rows expected in {source}, no Parquet file found")
+        return self._point(table, key, version, files, rows, size, data_version, {})
 
     def _point(
         self,
@@ -214,7 +220,7 @@ class Lake:
 
         For rows that must go although nothing new was made: what was derived from the partition stays valid.
         """
-        version = _new_version()
+        version = timed_name()
         name = "part-00000.parquet"
         path = self.path(part.table, part.key, version, name)
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)

@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from recsys_core.events import DAY_MS, EVENT_SCHEMA, HOUR_MS, TS, day_key, hour_key
 from recsys_core.lake import Lake, write_atomically
-from recsys_core.tombstones import Tombstones
+from recsys_core.tombstones import TombstoneLog
 
 LANDING = "landing"
 QUARANTINE = "quarantine"
@@ -126,10 +126,11 @@ class Landing:
     def __init__(self, lake: Lake) -> None:
         self.lake = lake
         self._footers: dict[tuple[str, int, str], LandingFile] = {}
+        self._forgotten = TombstoneLog(lake)
 
     def write_events(self, source: str, name: str, events: pa.Table) -> str:
         """Write one file of events, without those of users who were forgotten. `events` has EVENT_SCHEMA. Returns its path."""
-        return self._write(LANDING, source, name, Tombstones.read(self.lake).filtered(events.cast(EVENT_SCHEMA)))
+        return self._without_forgotten(events.cast(EVENT_SCHEMA), lambda left: self._write(LANDING, source, name, left))
 
     def write_archive(self, held: OffsetRange, messages: int, events: pa.Table, rejected: pa.Table) -> str:
         """Write the archive file of a range, and the quarantine file of the same name when something was rejected.
@@ -141,23 +142,39 @@ class Landing:
         """
         if rejected.num_rows:
             self.write_quarantine(held.topic, held.name, rejected)
-        taken = events.num_rows
-        events = Tombstones.read(self.lake).filtered(events)
+        return self._without_forgotten(events, lambda left: self._write_range(held, messages, events.num_rows, left, rejected))
+
+    def _write_range(self, held: OffsetRange, messages: int, taken: int, left: pa.Table, rejected: pa.Table) -> str:
         facts = {
             "topic": held.topic,
             "source": f"{held.identity}.{held.partition}",
             "first": held.first,
             "last": held.last,
             "messages": messages,
-            "events": events.num_rows,
+            "events": left.num_rows,
             "rejected": rejected.num_rows,
-            "hours": _by_hour(events[TS]),
+            "hours": _by_hour(left[TS]),
         }
-        if events.num_rows < taken:
-            facts["forgotten"] = taken - events.num_rows
+        if left.num_rows < taken:
+            facts["forgotten"] = taken - left.num_rows
         metadata = {ARCHIVE_METADATA: json.dumps(facts).encode()}
-        table = events.cast(ARCHIVE_SCHEMA).combine_chunks().replace_schema_metadata(metadata)
+        table = left.cast(ARCHIVE_SCHEMA).combine_chunks().replace_schema_metadata(metadata)
         return self._write(LANDING, held.topic, held.name, table)
+
+    def _without_forgotten(self, events: pa.Table, write: Callable[[pa.Table], str]) -> str:
+        """Write the events of those who are not forgotten, and again without those whose removal began meanwhile.
+
+        The search of such a removal may have been past the place before the file was there.
+        """
+        known = self._forgotten.read()
+        left = known.filtered(events)
+        path = write(left)
+        while (now := self._forgotten.read()) != known:
+            known, before = now, left
+            left = known.filtered(left)
+            if left is not before:
+                path = write(left)
+        return path
 
     def archived(self, topic: str | None = None) -> list[OffsetRange]:
         """The ranges of all archive files, or of those of one topic, in order."""

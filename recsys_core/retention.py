@@ -21,6 +21,7 @@ from recsys_core.landing import LANDING, QUARANTINE, Landing
 from recsys_core.registry import PARTITION_TAG, Registry, Version
 from recsys_core.release import Manifest, Releases
 from recsys_core.settings import RetentionSettings, Settings
+from recsys_core.tombstones import TOMBSTONES
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -117,7 +118,7 @@ def tables(lake: Lake) -> list[str]:
     if not lake.fs.exists(lake.root):
         return []
     names = (os.path.basename(e["name"].rstrip("/")) for e in lake.fs.ls(lake.root, detail=True) if e["type"] == "directory")
-    return sorted(name for name in names if name not in (LANDING, QUARANTINE, STAGING))
+    return sorted(name for name in names if name not in (LANDING, QUARANTINE, TOMBSTONES, STAGING))
 
 
 def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manifest], list[Removal]]:

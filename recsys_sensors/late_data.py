@@ -15,6 +15,8 @@ from recsys_sensors.jobs import late_job
 from recsys_sensors.runs import RANGE_END, RANGE_START, contiguous, is_active
 
 CLICKS = dg.AssetKey("clicks_hourly")
+MATERIALIZED = dg.DagsterEventType.ASSET_MATERIALIZATION
+HOURS_AT_ONCE = 1000
 
 
 def late_hours(context: dg.SensorEvaluationContext, platform: Platform) -> dg.SensorResult:
@@ -54,16 +56,20 @@ def late_hours(context: dg.SensorEvaluationContext, platform: Platform) -> dg.Se
 
 def _run_starts(instance: dg.DagsterInstance, hours: Iterable[str]) -> dict[str, float]:
     """When the run that made an hour last had begun (seconds since 1970); hours that were never made are left out."""
+    wanted = sorted(hours)
     starts: dict[str, float] = {}
     begun: dict[str, float] = {}
-    for hour in hours:
-        filter_ = dg.AssetRecordsFilter(asset_key=CLICKS, asset_partitions=[hour])
-        for record in instance.fetch_materializations(filter_, limit=1).records:
+    for at in range(0, len(wanted), HOURS_AT_ONCE):
+        some = set(wanted[at : at + HOURS_AT_ONCE])
+        ids = list(instance.get_latest_storage_id_by_partition(CLICKS, MATERIALIZED, some).values())
+        filter_ = dg.AssetRecordsFilter(asset_key=CLICKS, storage_ids=ids)
+        for record in instance.fetch_materializations(filter_, limit=HOURS_AT_ONCE).records if ids else ():
             run_id = record.run_id
             if run_id not in begun:
                 run = instance.get_run_record_by_id(run_id)
                 begun[run_id] = run.start_time if run and run.start_time else record.timestamp
-            starts[hour] = begun[run_id]
+            if record.partition_key is not None:
+                starts[record.partition_key] = begun[run_id]
     return starts
 
 

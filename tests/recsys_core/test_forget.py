@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +31,10 @@ from recsys_core.online import UserRecord, recs_key, user_key, write_answers, wr
 from recsys_core.popularity import popular_items
 from recsys_core.registry import Registry
 from recsys_core.release import Releases
-from recsys_core.retention import is_kept
+from recsys_core.retention import is_kept, tables
 from recsys_core.settings import RetentionSettings, Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
-from recsys_core.tombstones import FORGOTTEN, Tombstones, hash_of
+from recsys_core.tombstones import FORGOTTEN, TOMBSTONES, Tombstones, hash_of
 
 HOUR, DAY = "2026-03-02T10", "2026-03-02"
 GONE, STAYS = "user-7", "user-77"
@@ -160,6 +162,29 @@ def test_two_users_of_one_moment_are_both_kept_out(places: Places, lake: Lake, m
     assert set(Tombstones.read(lake).moments) == {hash_of(GONE), hash_of(STAYS)}
 
 
+def test_two_removals_at_the_same_time_both_last(places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    def found_nothing(search: Search) -> Search:
+        together.wait()
+        assert {hash_of(GONE), hash_of(STAYS)} == set(Tombstones.read(lake).moments), "both began"
+        together.wait()
+        return search
+
+    monkeypatch.setattr(Search, "run", found_nothing)
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda user: forget_user(places, user), (GONE, STAYS)))
+    assert {report.user_hash for report in reports} == set(Tombstones.read(lake).moments) == {hash_of(GONE), hash_of(STAYS)}
+    assert len(lake.keys(FORGOTTEN)) == 2
+
+
+def test_a_removal_of_before_there_were_tombstones_is_read_from_its_report(places: Places, lake: Lake) -> None:
+    lake.write_blobs(FORGOTTEN, "0000000001000-a", {}, 0, {"user_hash": hash_of(STAYS), "forgotten_at": 1_000})
+    assert set(Tombstones.read(lake).moments) == {hash_of(STAYS)}
+    forget_user(places, GONE)
+    assert set(Tombstones.read(lake).moments) == {hash_of(GONE), hash_of(STAYS)}
+
+
 def test_pruning_never_lets_a_forgotten_user_back_in(places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys_core.forget.now_ms", lambda: 1_600_000_000_000)
     for user in (GONE, STAYS):
@@ -167,6 +192,7 @@ def test_pruning_never_lets_a_forgotten_user_back_in(places: Places, lake: Lake,
     keys = lake.keys(FORGOTTEN)
     policy = RetentionSettings(hourly_days=1, daily_days=1)
     assert [key for key in keys if is_kept(key, policy, 1_900_000_000_000)] == keys
+    assert TOMBSTONES not in tables(lake), "no policy looks at them"
     assert not is_kept("2020-09-13T12", policy, 1_900_000_000_000), "an hour as old goes"
 
 

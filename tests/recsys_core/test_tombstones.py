@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pytest
 from builders import event, event_table, ms
 
+from recsys_core import tombstones
 from recsys_core.events import EVENT_SCHEMA
 from recsys_core.forget import Forgotten
 from recsys_core.lake import Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, Landing, OffsetRange
-from recsys_core.tombstones import FORGOTTEN, Tombstones, hash_of
+from recsys_core.tombstones import FORGOTTEN, MERGED, NEW, TOMBSTONES, TombstoneLog, Tombstones, hash_of
 
 MOMENT = "2026-03-02T10:30"
 EVENTS = (
@@ -30,18 +38,18 @@ def forget(lake: Lake, user: str, moment: str = MOMENT, key: str = "1") -> None:
 def test_events_up_to_the_moment_are_covered_and_later_ones_are_not(lake: Lake) -> None:
     forget(lake, "gone", "2026-03-01T00:00")
     forget(lake, "gone", key="2")
-    tombstones = Tombstones.read(lake)
+    known = Tombstones.read(lake)
     odd = [{**event("e5", None, "i", MOMENT)}, {**event("e6", "gone", "i", MOMENT), "ts": None}]
-    assert tombstones.covers(event_table(*EVENTS, *odd)).tolist() == [True, False, True, False, False, False]
-    assert tombstones.filtered(event_table(*EVENTS))["event_id"].to_pylist() == LEFT
-    assert tombstones.covers(event_table()).tolist() == []
+    assert known.covers(event_table(*EVENTS, *odd)).tolist() == [True, False, True, False, False, False]
+    assert known.filtered(event_table(*EVENTS))["event_id"].to_pylist() == LEFT
+    assert known.covers(event_table()).tolist() == []
 
 
 def test_without_a_forgotten_user_everything_stays(lake: Lake) -> None:
-    tombstones = Tombstones.read(lake)
+    known = Tombstones.read(lake)
     table = event_table(*EVENTS)
-    assert not tombstones
-    assert tombstones.filtered(table) is table
+    assert not known
+    assert known.filtered(table) is table
 
 
 def test_a_file_that_is_ingested_again_lands_without_the_user(lake: Lake) -> None:
@@ -59,3 +67,225 @@ def test_an_archive_file_that_is_written_again_counts_what_was_left_out(lake: La
     facts = Landing(lake).archive_facts(held)
     assert (facts["messages"], facts["events"], facts["forgotten"]) == (4, 2, 2)
     assert facts["hours"] == {"2026-03-02T09": 1, "2026-03-02T10": 1}
+
+
+# -- the log: what is new, what is merged ------------------------------------------------------------------------
+
+
+USERS = [hash_of(f"user-{n}") for n in range(9)]
+
+
+def removed(log: TombstoneLog, users: Sequence[str], moment: int = 1_000) -> None:
+    for user in users:
+        log.add(user, moment)
+
+
+def names(lake: Lake, folder: str) -> list[str]:
+    root = lake.path(TOMBSTONES, folder)
+    return sorted(lake.fs.ls(root, detail=False)) if lake.fs.exists(root) else []
+
+
+@pytest.fixture(params=["local", "object store"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Lake:
+    return Lake(str(tmp_path / "lake") if request.param == "local" else f"memory://{uuid.uuid4().hex}/lake")
+
+
+def test_a_removal_is_known_to_those_that_read_before_and_after_it_is_merged(store: Lake) -> None:
+    reader, log = TombstoneLog(store), TombstoneLog(store)
+    assert not reader.read()
+    log.add(USERS[0], 1_000)
+    assert reader.read().moments == {USERS[0]: 1_000}
+    log.merge()
+    assert names(store, NEW) == []
+    assert reader.read().moments == {USERS[0]: 1_000}
+    log.add(USERS[1], 2_000)
+    log.add(USERS[0], 3_000)
+    assert reader.read().moments == TombstoneLog(store).read().moments == {USERS[0]: 3_000, USERS[1]: 2_000}
+
+
+def test_many_removals_are_two_listings_for_a_reader_that_knows_them(store: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = TombstoneLog(store)
+    removed(log, USERS)
+    log.merge()
+    reader = TombstoneLog(store)
+    known = reader.read()
+    assert len(known.moments) == len(USERS)
+    monkeypatch.setattr(store.fs, "cat_file", lambda *_: pytest.fail("a file was read again"))
+    monkeypatch.setattr(store.fs, "cat", lambda *_, **__: pytest.fail("reports were read"))
+    assert reader.read() is known
+
+
+def test_names_are_merged_once_there_are_enough_of_them(store: Lake) -> None:
+    log = TombstoneLog(store)
+    removed(log, USERS[:1])
+    log.merge(least=3)
+    assert len(names(store, MERGED)) == 1, "the first at once: readers would go through the reports"
+    removed(log, USERS[1:3])
+    log.merge(least=3)
+    assert (len(names(store, NEW)), len(names(store, MERGED))) == (2, 1)
+    removed(log, USERS[3:4])
+    log.merge(least=3)
+    assert (len(names(store, NEW)), len(names(store, MERGED))) == (0, 2)
+    assert set(TombstoneLog(store).read().moments) == set(USERS[:4])
+
+
+def test_a_file_that_a_later_one_contains_goes_once_no_listing_can_need_it(
+    store: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = TombstoneLog(store)
+    for user in USERS[:3]:
+        log.add(user, 1_000)
+        log.merge(least=1)
+    log.add(USERS[0], 2_000)
+    log.merge(least=1)
+    assert len(names(store, MERGED)) == 4
+    monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
+    reader = TombstoneLog(store)
+    reader.read()
+    log.add(USERS[3], 1_000)
+    log.merge(least=1)
+    assert len(names(store, MERGED)) == 1
+    expected = {USERS[0]: 2_000, **dict.fromkeys(USERS[1:4], 1_000)}
+    assert reader.read().moments == TombstoneLog(store).read().moments == expected
+
+
+@pytest.mark.parametrize("step", ["before the file", "after the file", "between the names", "before old files go"])
+def test_a_merge_that_was_cut_off_loses_nothing_and_the_next_one_tidies_up(
+    store: Lake, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    log = TombstoneLog(store)
+    removed(log, USERS[:1])
+    log.merge()
+    removed(log, USERS[1:4])
+
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
+        if step == "before the file":
+            patch.setattr("recsys_core.tombstones.write_atomically", cut_off)
+        elif step == "before old files go":
+            patch.setattr(TombstoneLog, "_drop_contained", cut_off)
+        else:
+            gone = iter([False, True] if step == "between the names" else [True])
+            remove = TombstoneLog._remove
+            patch.setattr(TombstoneLog, "_remove", lambda *args: cut_off() if next(gone) else remove(*args))
+        with pytest.raises(KeyboardInterrupt):
+            log.merge(least=1)
+    left = {"before the file": 3, "after the file": 3, "between the names": 2, "before old files go": 0}
+    assert len(names(store, NEW)) == left[step]
+    assert set(TombstoneLog(store).read().moments) == set(USERS[:4])
+    monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
+    log.merge(least=0)
+    assert (len(names(store, NEW)), len(names(store, MERGED))) == (0, 1)
+    assert set(TombstoneLog(store).read().moments) == set(USERS[:4])
+
+
+def test_two_merges_at_once_lose_nothing_whichever_ends_first(store: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
+    one, other = TombstoneLog(store), TombstoneLog(store)
+    removed(one, USERS[:1])
+    one.merge()
+    removed(one, USERS[1:3])
+    write = tombstones.write_atomically
+
+    def another_comes_between(*args: Any) -> None:
+        monkeypatch.setattr(tombstones, "write_atomically", write)
+        removed(other, USERS[3:5])
+        other.merge(least=1)
+        assert names(store, NEW) == [], "the other one took the names of both away"
+        write(*args)
+
+    monkeypatch.setattr(tombstones, "write_atomically", another_comes_between)
+    one.merge(least=1)
+    assert set(TombstoneLog(store).read().moments) == set(USERS[:5])
+    one.merge(least=0)
+    assert set(TombstoneLog(store).read().moments) == set(USERS[:5])
+    assert len(names(store, MERGED)) == 1
+
+
+def test_a_reader_between_whose_listings_a_merge_falls_misses_nobody(store: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
+    log, reader = TombstoneLog(store), TombstoneLog(store)
+    removed(log, USERS[:1])
+    log.merge()
+    reader.read()
+    listed = TombstoneLog._names
+
+    def merged_after_the_first(self: TombstoneLog, folder: str, pattern: re.Pattern[str]) -> frozenset[str]:
+        found = listed(self, folder, pattern)
+        if self is reader and folder == NEW:
+            removed(log, USERS[1:2])
+            log.merge(least=1)
+        return found
+
+    monkeypatch.setattr(TombstoneLog, "_names", merged_after_the_first)
+    assert set(reader.read().moments) == set(USERS[:2])
+
+
+def test_a_file_that_goes_while_it_is_about_to_be_read_is_looked_for_again(
+    store: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
+    log, reader = TombstoneLog(store), TombstoneLog(store)
+    removed(log, USERS[:1])
+    log.merge()
+    rows = TombstoneLog._rows
+
+    def gone_first(self: TombstoneLog, name: str) -> list[tuple[str, int]]:
+        monkeypatch.setattr(TombstoneLog, "_rows", rows)
+        removed(log, USERS[1:2])
+        log.merge(least=1)
+        log.merge(least=0)
+        return rows(self, name)
+
+    monkeypatch.setattr(TombstoneLog, "_rows", gone_first)
+    assert set(reader.read().moments) == set(USERS[:2])
+
+
+def test_removals_at_the_same_time_are_all_there_in_the_end(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = [hash_of(f"one of many {n}") for n in range(40)]
+    missed: list[str] = []
+
+    def remove(user: str) -> None:
+        log, reader = TombstoneLog(lake), TombstoneLog(lake)
+        reader.read()
+        log.add(user, 1_000)
+        log.merge(least=2)
+        if any(user not in found.read().moments for found in (reader, TombstoneLog(lake))):
+            missed.append(user)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(remove, users))
+    assert missed == []
+    monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
+    TombstoneLog(lake).merge(least=0)
+    assert (len(names(lake, NEW)), len(names(lake, MERGED))) == (0, 1)
+    assert set(TombstoneLog(lake).read().moments) == set(users)
+
+
+@pytest.mark.parametrize("kind", ["events", "archive"])
+def test_a_removal_that_begins_while_a_file_lands_is_not_undone_by_it(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    landing, log = Landing(lake), TombstoneLog(lake)
+    put = Landing._put
+
+    def removed_meanwhile(self: Landing, path: str, table: pa.Table) -> None:
+        monkeypatch.setattr(Landing, "_put", put)
+        log.add(hash_of("gone"), ms(MOMENT))
+        log.merge()
+        put(self, path, table)
+
+    monkeypatch.setattr(Landing, "_put", removed_meanwhile)
+    if kind == "events":
+        landing.write_events("shop", "a", event_table(*EVENTS, schema=EVENT_SCHEMA))
+    else:
+        held = OffsetRange("clickstream.events", "0abcdef0", 0, 0, 3)
+        rows = [{name: {**row, "offset": at}.get(name) for name in ARCHIVE_SCHEMA.names} for at, row in enumerate(EVENTS)]
+        events = pa.Table.from_pylist(rows, schema=ARCHIVE_SCHEMA)
+        landing.write_archive(held, 4, events, QUARANTINE_SCHEMA.empty_table())
+        assert landing.archive_facts(held)["forgotten"] == 2
+    (file,) = landing.files()
+    assert file.rows == len(LEFT)
