@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +56,16 @@ class Taken:
     appended: np.ndarray
 
 
+Row = tuple[int, int, int, bytes | None]
+"""Partition, offset, the broker's time and the value of a message that went the short way."""
+
+
+def taken_rows(rows: Sequence[Row]) -> Taken:
+    """The same as messages that came together, for the archive alone."""
+    partition, offset, appended, values = zip(*rows, strict=True)
+    return Taken(0, [], list(values), *(np.array(column, np.int64) for column in (partition, offset, appended)))
+
+
 @dataclass(frozen=True)
 class Work:
     """A batch ready to be written."""
@@ -69,19 +80,32 @@ class Work:
 
 @dataclass
 class Pipeline:
-    """What goes from thread to thread.
-
-    `hungry` is set while the thread that prepares waits for messages.
-    """
+    """What goes from thread to thread. `idle` is set while nothing is on its way."""
 
     taken: queue.Queue[Taken] = field(default_factory=lambda: queue.Queue(1))
     work: queue.Queue[Work] = field(default_factory=lambda: queue.Queue(1))
-    hungry: threading.Event = field(default_factory=threading.Event)
+    idle: threading.Event = field(default_factory=threading.Event)
     offered: int = 0
     finished: int = 0
     events: int = 0
     failure: BaseException | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
+
+    def begin(self) -> None:
+        """A batch is on its way."""
+        self.offered += 1
+        self.idle.clear()
+
+    def end(self) -> None:
+        """A batch is done."""
+        self.finished += 1
+        if self.finished == self.offered:
+            self.idle.set()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is on its way."""
+        return self.finished == self.offered
 
 
 def by_partition(taken: Taken, decoded: Decoded, batch: Batch) -> dict[int, Messages]:
