@@ -110,7 +110,7 @@ def secure_kafka(home: Path, folder: Path) -> Iterator[str]:
         "ssl.keystore.location": store,
         "ssl.truststore.type": "PEM",
         "ssl.truststore.location": folder / "ca.pem",
-        "ssl.client.auth": "required",
+        "listener.name.secure.ssl.client.auth": "required",
     }
     kept = [line for line in properties.read_text().splitlines() if line.partition("=")[0] not in more]
     properties.write_text("\n".join([*kept, *(f"{name}={value}" for name, value in more.items()), ""]))
@@ -125,7 +125,8 @@ def secure_kafka(home: Path, folder: Path) -> Iterator[str]:
 
 def refused(address: str, **login: Any) -> bool:
     """Whether a client that logs in like this gets no answer."""
-    admin = AdminClient(client_config(KafkaSettings(bootstrap_servers=address, **login), log_level=SILENT))
+    settings = KafkaSettings(bootstrap_servers=address, conf={"log_level": str(SILENT)}, **login)
+    admin = AdminClient(client_config(settings))
     try:
         admin.list_topics(timeout=3)
     except KafkaException:
