@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hiredis import pack_command
+from redis.exceptions import NoScriptError, ResponseError
+
 from recsys_core.kafka_config import client_config
 from recsys_core.redis_client import Script, client
 from recsys_core.settings import Settings
@@ -36,12 +39,10 @@ class Line:
 
     def run(self, calls: Sequence[tuple[object, ...]], scripts: Sequence[Script]) -> list[Any]:
         """The answers of the calls. Raises redis.RedisError; calls are then to be made again."""
-        from redis.exceptions import NoScriptError
-
         try:
             answers = self._ask(calls)
             if any(isinstance(answer, NoScriptError) for answer in answers):
-                self._ask([("SCRIPT LOAD", script.text) for script in scripts])
+                self._ask([("SCRIPT", "LOAD", script.text) for script in scripts])
                 answers = self._ask(calls)
         except BaseException:
             self.close()
@@ -58,13 +59,11 @@ class Line:
             self._pool.release(self._connection)
             self._connection = None
 
-    def _ask(self, calls: Sequence[tuple[object, ...]]) -> list[Any]:
-        from redis.exceptions import ResponseError
-
+    def _ask(self, calls: Sequence[Any]) -> list[Any]:
         if self._connection is None:
             self._connection = self._pool.get_connection()
         connection = self._connection
-        connection.send_packed_command(connection.pack_commands(calls))
+        connection.send_packed_command([b"".join([pack_command(call) for call in calls])])
         answers: list[Any] = []
         for _ in calls:
             try:
