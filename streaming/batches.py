@@ -80,21 +80,34 @@ class Work:
 
 @dataclass
 class Pipeline:
-    """What goes from thread to thread. `idle` is set while nothing is on its way."""
+    """What goes from thread to thread.
+
+    `hungry` is set while the thread that prepares waits for messages, `idle` while nothing is on its way. `large` is the number
+    of the last large batch, counted from 1.
+    """
 
     taken: queue.Queue[Taken] = field(default_factory=lambda: queue.Queue(1))
     work: queue.Queue[Work] = field(default_factory=lambda: queue.Queue(1))
+    hungry: threading.Event = field(default_factory=threading.Event)
     idle: threading.Event = field(default_factory=threading.Event)
+    large: int = 0
     offered: int = 0
     finished: int = 0
     events: int = 0
     failure: BaseException | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
 
-    def begin(self) -> None:
+    def begin(self, large: bool) -> None:
         """A batch is on its way."""
         self.offered += 1
+        if large:
+            self.large = self.offered
+        self.hungry.clear()
         self.idle.clear()
+
+    def wait_for_room(self, seconds: float) -> None:
+        """Wait until a batch that is taken now is not held up: behind a large one it is prepared while that is written."""
+        (self.hungry if self.finished < self.large else self.idle).wait(seconds)
 
     def end(self) -> None:
         """A batch is done."""

@@ -172,8 +172,8 @@ class _Session:
     def run(self) -> None:
         """Take messages and hand them on. Raises what made it impossible.
 
-        A worker that has caught up takes no batch before the one before is done: messages would grow old in it, and those that
-        come meanwhile would have to wait for the next one.
+        A worker that has caught up takes no batch that would be held up: messages would grow old in it, and those that come
+        meanwhile would have to wait for the next one.
         """
         caught_up = True
         for thread in self._threads:
@@ -185,7 +185,7 @@ class _Session:
             self._check_failure()
             self._keep_house()
             if caught_up:
-                self._pipe.idle.wait(POLL_SECONDS)
+                self._pipe.wait_for_room(POLL_SECONDS)
             messages = self._take()
             caught_up = len(messages) < CAUGHT_UP
             if messages and not self._take_the_short_way(messages):
@@ -252,7 +252,7 @@ class _Session:
 
     def _offer(self, taken: Taken) -> None:
         """Hand a batch on. While the threads behind are held up, the group is kept and Kafka is not asked for more."""
-        self._pipe.begin()
+        self._pipe.begin(len(taken.values) >= CAUGHT_UP)
         while not self._stopping.is_set():
             try:
                 self._pipe.taken.put(taken, timeout=POLL_SECONDS if self._paused else PAUSE_SECONDS)
@@ -452,6 +452,7 @@ class _Session:
 
     def _prepare_all(self) -> None:
         while not self._pipe.stopping.is_set():
+            self._pipe.hungry.set()
             try:
                 taken = self._pipe.taken.get(timeout=POLL_SECONDS)
             except queue.Empty:
