@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -126,6 +128,32 @@ def invalid_reasons(
     if (first < 0).all():
         return pa.nulls(len(ts), pa.string())
     return pa.array([text for text, _ in rules], pa.string()).take(pa.array(first, mask=first < 0))
+
+
+def invalid_reason(event: Mapping[str, Any], settings: EventSettings, now: int) -> str | None:
+    """What `invalid_reasons` says of one event, by its rules and in their order; `event` has every name of EVENT_SCHEMA."""
+    longest = settings.max_id_bytes
+    for name in (USER_ID, ITEM_ID, EVENT_ID):
+        if not event[name]:
+            return f"missing {name}"
+        if _is_longer(event[name], longest):
+            return f"{name} longer than {longest} bytes"
+    for name in (SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID):
+        if event[name] and _is_longer(event[name], longest):
+            return f"{name} longer than {longest} bytes"
+    if event[EVENT_TYPE] not in settings.weights:
+        return "unknown event_type"
+    ts = event[TS]
+    if ts is None or ts == MISSING_TS:
+        return "missing or unreadable ts"
+    if ts < EARLIEST_TS:
+        return "ts before 1990: wrong unit or broken clock"
+    return "ts in the future" if ts > now + settings.max_future_minutes * MINUTE_MS else None
+
+
+def _is_longer(text: str, size: int) -> bool:
+    """Whether a text has more bytes; a character has four at most."""
+    return 4 * len(text) > size and len(text.encode()) > size
 
 
 def _byte_lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

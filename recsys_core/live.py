@@ -12,30 +12,45 @@ text. This order does not depend on when an event arrived, so that late events, 
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.events import EVENT_TYPE, ITEM_ID, MINUTE_MS, TS, USER_ID
-from recsys_core.online import MERGE_LUA, STREAM_STATE, action_texts, user_key
+from recsys_core.online import MERGE_LUA, STREAM_STATE, action_text, action_texts, user_key
 from recsys_core.redis_client import Script, is_cluster
 from recsys_core.settings import Settings
 
 USERS_A_CALL = 32
 """Users of one call on a Redis that is no cluster: the server does nothing else for about 0.2 ms."""
 HEADER = np.dtype([(name, "<f8") for name in ("first", "last", "oldest", "newest", "session", "since", "events", "kept")])
+ONE_HEADER = struct.Struct("<8d")
+"""HEADER of one update."""
+
+GUARD_LUA = """
+local known = tonumber(ARGV[1])
+local n = #KEYS
+if known >= 0 then
+  if (tonumber(redis.call('GET', KEYS[n]) or 0) or 0) < known then return {-1} end
+  n = n - 1
+end
+"""
+"""ARGV[1]: the position that the last of KEYS must have reached; below 0 there is no such key. Otherwise nothing is changed and
+the answer is {-1}: this is not the Redis that it was. `n` is the number of the other keys."""
 
 UPDATE_LUA = (
     MERGE_LUA
+    + GUARD_LUA
     + """
-local fence, keep, gap, ttl, now = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local fence, keep, gap, ttl, now = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local out = {0}
-for i = 1, #KEYS do
-  local key, update = KEYS[i], ARGV[5 + i]
+for i = 1, n do
+  local key, update = KEYS[i], ARGV[6 + i]
   local first, last, oldest, newest, session, since, count, kept = struct.unpack('<dddddddd', update)
   local old = redis.pcall('HMGET', key, 'last', 'last_ts', 'stream', fence)
   if old.err then
@@ -56,22 +71,22 @@ for i = 1, #KEYS do
     elseif before ~= '' and kept < keep then
       actions = actions .. ',' .. head(before, keep - kept)
     end
-    local total, start, n, refreshed = 0, 0, 0, 0
-    if old[3] and #old[3] == 32 then total, start, n, refreshed = struct.unpack('<dddd', old[3]) end
-    if n == 0 or session > last_ts + gap then start, n = session, since else n = n + count end
+    local total, start, within, refreshed = 0, 0, 0, 0
+    if old[3] and #old[3] == 32 then total, start, within, refreshed = struct.unpack('<dddd', old[3]) end
+    if within == 0 or session > last_ts + gap then start, within = session, since else within = within + count end
     local expires = now - refreshed > ttl / 100
     if expires then refreshed = now end
     redis.call('HSET', key, 'last', '[' .. actions .. ']', 'last_ts', math.max(last_ts, newest),
-      'stream', struct.pack('<dddd', total + count, start, n, refreshed), fence, last)
+      'stream', struct.pack('<dddd', total + count, start, within, refreshed), fence, last)
     if expires then redis.call('EXPIRE', key, ttl) end
   end
 end
 return out
 """
 )
-"""KEYS: users' records. ARGV: fence field, actions kept, session gap (ms), TTL (s), now (s), then for each key HEADER and
-the new actions. Returns the number of updates that were known already, then (index, applied offset) of those of which
-only the end is new; these are left as they are, for the caller to send what is new.
+"""KEYS: users' records. ARGV: see GUARD_LUA, fence field, actions kept, session gap (ms), TTL (s), now (s), then for each
+record HEADER and the new actions. Returns the number of updates that were known already, then (index, applied offset) of
+those of which only the end is new; these are left as they are, for the caller to send what is new.
 """
 
 UPDATE = Script(UPDATE_LUA)
@@ -101,19 +116,45 @@ class Batch:
         return Batch(self.events.take(pa.array(at)), self.partition[at], self.offset[at])
 
 
+class LiveEvent(NamedTuple):
+    """A valid event with where it came from: what a `Batch` has of it, for a handful of them."""
+
+    partition: int
+    offset: int
+    user_id: str
+    item_id: str
+    event_type: str
+    ts: int
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What must still be there when a batch is applied: `key` with a position of `known` or more, see GUARD_LUA."""
+
+    key: str
+    known: int
+
+
 @dataclass(frozen=True)
 class UserUpdates:
     """What the users of a batch did, a row for each partition and user.
 
     Attributes:
-        partition: int64 (u,), ascending.
-        keys: of the records.
+        partition: ascending.
+        users: whose records they are.
         payloads: HEADER and the actions.
     """
 
-    partition: np.ndarray
+    partition: list[int]
     users: list[str]
     payloads: list[bytes]
+
+
+def guarded(keys: list[str], partition: int, guards: Mapping[int, Guard] | None) -> tuple[list[str], int]:
+    """KEYS and the first of ARGV of a call for what came from a partition, see GUARD_LUA."""
+    if guards is None:
+        return keys, -1
+    return [*keys, guards[partition].key], guards[partition].known
 
 
 def fence_field(source: str) -> str:
@@ -154,7 +195,42 @@ def user_updates(batch: Batch, keep: int, gap_ms: int) -> UserUpdates:
     payloads = pc.binary_join_element_wise(heads.cast(pa.binary()), joined, b"")
     groups = sorted_group[starts]
     users = encoded.dictionary.take(pa.array(groups % len(encoded.dictionary))).to_pylist()
-    return UserUpdates(groups // len(encoded.dictionary), users, payloads.to_pylist())
+    return UserUpdates((groups // len(encoded.dictionary)).tolist(), users, payloads.to_pylist())
+
+
+def few_user_updates(events: Sequence[LiveEvent], keep: int, gap_ms: int) -> UserUpdates:
+    """`user_updates` of a handful of events, whose columns would cost more than all that is done with them."""
+    groups: dict[tuple[int, str], list[LiveEvent]] = {}
+    for event in events:
+        groups.setdefault((event.partition, event.user_id), []).append(event)
+    names = sorted(groups, key=lambda group: group[0])
+    payloads = [_payload(groups[name], keep, gap_ms) for name in names]
+    return UserUpdates([partition for partition, _ in names], [user for _, user in names], payloads)
+
+
+def _payload(events: Sequence[LiveEvent], keep: int, gap_ms: int) -> bytes:
+    """HEADER and actions of the events of one user and partition, in the order of their offsets."""
+    if len(events) == 1:
+        [only] = events
+        head = ONE_HEADER.pack(only.offset, only.offset, only.ts, only.ts, only.ts, 1, 1, 1)
+        return head + action_text(only.item_id, only.event_type, only.ts)
+    latest, begin = events[0].ts, 0
+    for at, event in enumerate(events):
+        if event.ts > latest + gap_ms:
+            begin = at
+        latest = max(latest, event.ts)
+    actions = sorted({(-event.ts, action_text(event.item_id, event.event_type, event.ts)) for event in events})[:keep]
+    head = ONE_HEADER.pack(
+        events[0].offset,
+        events[-1].offset,
+        -actions[-1][0],
+        -actions[0][0],
+        events[begin].ts,
+        len(events) - begin,
+        len(events),
+        len(actions),
+    )
+    return head + b",".join([text for _, text in actions])
 
 
 def _dictionary(column: pa.ChunkedArray) -> pa.DictionaryArray:
@@ -209,24 +285,28 @@ class UserWriter:
         self._area = area
         self._users_a_call = 1 if is_cluster(redis) else USERS_A_CALL
 
-    def calls(self, updates: UserUpdates, sources: Mapping[int, str], now_ms: int) -> list[tuple[object, ...]]:
-        """The calls of `updates`, in their order; `sources` names the source of each partition."""
+    def calls(
+        self, updates: UserUpdates, sources: Mapping[int, str], now_ms: int, guards: Mapping[int, Guard] | None = None
+    ) -> list[tuple[object, ...]]:
+        """The calls of `updates`, in their order; `sources` names the source of each partition, `guards` its guard."""
         keep = self._settings.ranking.last_items
         gap = self._settings.events.session_gap_minutes * MINUTE_MS
         rest = (keep, gap, self._settings.cache.feature_ttl_seconds, now_ms // 1000)
         calls = []
         for start, end in self._spans(updates.partition):
-            keys = [user_key(user, self._area) for user in updates.users[start:end]]
-            fence = fence_field(sources[int(updates.partition[start])])
-            calls.append(UPDATE.call(keys, fence, *rest, *updates.payloads[start:end]))
+            number = updates.partition[start]
+            keys, known = guarded([user_key(user, self._area) for user in updates.users[start:end]], number, guards)
+            calls.append(UPDATE.call(keys, known, fence_field(sources[number]), *rest, *updates.payloads[start:end]))
         return calls
 
-    def _spans(self, partition: np.ndarray) -> Iterable[tuple[int, int]]:
+    def _spans(self, partition: list[int]) -> Iterable[tuple[int, int]]:
         """Rows of one call: of one partition, and not more than the server should do at once."""
-        starts = _starts(partition) if len(partition) else np.empty(0, np.int64)
-        for start, end in zip(starts, [*starts[1:], len(partition)], strict=True):
-            for at in range(int(start), int(end), self._users_a_call):
-                yield at, min(at + self._users_a_call, int(end))
+        start = 0
+        while start < len(partition):
+            end = bisect_right(partition, partition[start], start)
+            for at in range(start, end, self._users_a_call):
+                yield at, min(at + self._users_a_call, end)
+            start = end
 
     def behind(self, updates: UserUpdates, answers: Sequence[list[int]]) -> tuple[int, dict[tuple[int, str], int]]:
         """From the answers of `calls`: updates that were known already, and the offset of those half known."""
@@ -235,7 +315,7 @@ class UserWriter:
             ignored += answer[0]
             for index, applied in zip(answer[1::2], answer[2::2], strict=True):
                 at = start + index - 1
-                found[int(updates.partition[at]), updates.users[at]] = applied
+                found[updates.partition[at], updates.users[at]] = applied
         return ignored, found
 
 

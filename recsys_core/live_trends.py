@@ -11,6 +11,7 @@ readers know the categories of the release they serve, so none is stored here.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.events import EVENT_TYPE, HOUR_MS, ITEM_ID, MINUTE_MS, TS
-from recsys_core.live import Batch
+from recsys_core.live import GUARD_LUA, Batch, Guard, LiveEvent, guarded
 from recsys_core.redis_client import Script
 from recsys_core.settings import Settings
 
@@ -32,11 +33,13 @@ KEPT_HALF_LIVES = 10.0
 """An event older than so many half-lives counts less than a thousandth and is not read."""
 BUCKETS_A_CALL = 8
 
-COUNT_LUA = """
-local out, at = {0}, 1
-for i = 1, #KEYS do
+COUNT_LUA = (
+    GUARD_LUA
+    + """
+local out, at = {0}, 2
+for i = 1, n do
   local key = KEYS[i]
-  local first, last, expires, n = struct.unpack('<dddd', ARGV[at])
+  local first, last, expires, size = struct.unpack('<dddd', ARGV[at])
   local fence = redis.pcall('HGET', key, '')
   if type(fence) == 'table' and fence.err then
     redis.call('DEL', key)
@@ -49,27 +52,30 @@ for i = 1, #KEYS do
     out[#out + 1] = i
     out[#out + 1] = applied
   else
-    for from = 1, n, 2000 do
-      local upto = math.min(from + 1999, n)
+    for from = 1, size, 2000 do
+      local upto = math.min(from + 1999, size)
       local old, new = redis.call('HMGET', key, unpack(ARGV, at + from, at + upto)), {}
       for j = 1, upto - from + 1 do
         new[2 * j - 1] = ARGV[at + from + j - 1]
-        new[2 * j] = (tonumber(old[j] or 0) or 0) + tonumber(ARGV[at + n + from + j - 1])
+        new[2 * j] = (tonumber(old[j] or 0) or 0) + tonumber(ARGV[at + size + from + j - 1])
       end
       redis.call('HSET', key, unpack(new))
     end
     redis.call('HSET', key, '', last)
     redis.call('PEXPIREAT', key, expires)
   end
-  at = at + 2 * n + 1
+  at = at + 2 * size + 1
 end
 return out
 """
-"""KEYS: buckets of one source. ARGV for each: (first and last offset, expiry in ms, n) as doubles, n items, n counts.
+)
+"""KEYS: buckets of one source. ARGV: see GUARD_LUA, then for each bucket first and last offset, expiry in ms and n as doubles,
+n items, n counts.
 Returns what `live.UPDATE_LUA` returns.
 """
 
 COUNT = Script(COUNT_LUA)
+_HEAD = struct.Struct("<4d")
 
 
 def bucket_key(source: str, bucket: int, area: str = "trend") -> str:
@@ -96,14 +102,14 @@ class TrendWriter:
         self._area = area
         self._bucket_ms = settings.stream.bucket_minutes * MINUTE_MS
         self._keep_ms = settings.stream.trend_hours * HOUR_MS
-        names = list(settings.events.weights)
-        self._types = pa.array(names, pa.string())
-        self._weights = np.array([round(SCALE * settings.events.weights[name]) for name in names], np.int64)
+        self._weight = {name: round(SCALE * weight) for name, weight in settings.events.weights.items()}
+        self._types = pa.array(list(self._weight), pa.string())
+        self._weights = np.array(list(self._weight.values()), np.int64)
 
     def counts(self, batch: Batch, now_ms: int) -> list[BucketCounts]:
         """A batch by partition and bucket; what would expire at once is left out."""
         buckets = batch.events[TS].to_numpy() // self._bucket_ms
-        fresh = (buckets + 1) * self._bucket_ms + self._keep_ms > now_ms
+        fresh = self._expires(buckets) > now_ms
         if not fresh.all():
             batch, buckets = batch.take(fresh), buckets[fresh]
         if not batch.rows:
@@ -129,17 +135,42 @@ class TrendWriter:
             start = end
         return found
 
-    def calls(self, counts: Sequence[BucketCounts], sources: Mapping[int, str]) -> list[tuple[object, ...]]:
+    def few_counts(self, events: Sequence[LiveEvent], now_ms: int) -> list[BucketCounts]:
+        """`counts` of a handful of events."""
+        groups: dict[tuple[int, int], list[LiveEvent]] = {}
+        for event in events:
+            bucket = event.ts // self._bucket_ms
+            if self._expires(bucket) > now_ms:
+                groups.setdefault((event.partition, bucket), []).append(event)
+        found = []
+        for partition, bucket in sorted(groups):
+            group = groups[partition, bucket]
+            added: dict[bytes, int] = {}
+            for event in group:
+                item = event.item_id.encode()
+                added[item] = added.get(item, 0) + self._weight[event.event_type]
+            sums = list(added), list(added.values())
+            found.append(BucketCounts(partition, bucket, group[0].offset, group[-1].offset, *sums))
+        return found
+
+    def _expires(self, bucket: Any) -> Any:
+        """When a bucket, or each of an array, is let go, ms."""
+        return (bucket + 1) * self._bucket_ms + self._keep_ms
+
+    def calls(
+        self, counts: Sequence[BucketCounts], sources: Mapping[int, str], guards: Mapping[int, Guard] | None = None
+    ) -> list[tuple[object, ...]]:
         """The calls of `counts`, in their order. Buckets of one source lie in one slot."""
         calls = []
         for together in self._together(counts):
-            keys, words = [], []
+            buckets: list[str] = []
+            words: list[object] = []
             for part in together:
-                expires = (part.bucket + 1) * self._bucket_ms + self._keep_ms
-                keys.append(bucket_key(sources[part.partition], part.bucket, self._area))
-                head = np.array([part.first, part.last, expires, len(part.items)], "<f8").tobytes()
+                buckets.append(bucket_key(sources[part.partition], part.bucket, self._area))
+                head = _HEAD.pack(part.first, part.last, self._expires(part.bucket), len(part.items))
                 words += [head, *part.items, *part.counts]
-            calls.append(COUNT.call(keys, *words))
+            keys, known = guarded(buckets, together[0].partition, guards)
+            calls.append(COUNT.call(keys, known, *words))
         return calls
 
     def _together(self, counts: Sequence[BucketCounts]) -> Iterator[list[BucketCounts]]:

@@ -72,6 +72,10 @@ class Tombstones:
         found: np.ndarray = pc.fill_null(events[TS], np.iinfo(np.int64).max).to_numpy() <= limits
         return found
 
+    def covers_one(self, user_id: str, ts: int) -> bool:
+        """Whether one event is left out."""
+        return bool(self.moments) and ts <= self.moments.get(hash_of(user_id), -1)
+
     def filtered(self, events: pa.Table) -> pa.Table:
         """The events that are not left out."""
         left_out = self.covers(events)

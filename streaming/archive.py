@@ -65,6 +65,7 @@ class _Open:
 
     held: OffsetRange
     next: int
+    epoch: int
     interval: int | None = None
     offsets: list[np.ndarray] = field(default_factory=list)
     events: list[pa.Table] = field(default_factory=list)
@@ -102,11 +103,11 @@ class Archive:
             end = max(end or 0, held.last + 1)
         return end, []
 
-    def start(self, partition: int, offset: int, known: list[OffsetRange]) -> None:
-        """Archive a partition from `offset` on, leaving out the ranges that are there already."""
+    def start(self, partition: int, offset: int, known: list[OffsetRange], epoch: int = 0) -> None:
+        """Archive a partition from `offset` on, leaving out the ranges that are there already. `epoch` is of its assignment."""
         held = OffsetRange(self._topic, self._identity, partition, offset, offset)
         with self._lock:
-            self._open[partition] = _Open(held, offset, known=[r for r in known if r.first >= offset])
+            self._open[partition] = _Open(held, offset, epoch, known=[r for r in known if r.first >= offset])
 
     def drop(self, partitions: Sequence[int]) -> None:
         """Forget partitions that another worker has now; it starts at the last border."""
@@ -124,10 +125,13 @@ class Archive:
                 found.writing.popleft()[1].result()
             return found.writing[0][0] if found.writing else found.held.first
 
-    def add(self, partition: int, messages: Messages) -> None:
-        """Add the messages of a partition; those before its position were added before. Waits while many files do."""
+    def add(self, partition: int, messages: Messages, epoch: int = 0) -> None:
+        """Add the messages of a partition; those before its position were added before. Waits while many files do.
+
+        Those of another assignment are left out: another worker has them, and the file would have a gap before them.
+        """
         found = self._open.get(partition)
-        if found is None:
+        if found is None or found.epoch != epoch:
             return
         offset, appended = messages.offset, messages.appended
         at = int(np.searchsorted(offset, found.next))

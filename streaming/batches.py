@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +56,16 @@ class Taken:
     appended: np.ndarray
 
 
+Row = tuple[int, int, int, bytes | None]
+"""Partition, offset, the broker's time and the value of a message that went the short way."""
+
+
+def taken_rows(rows: Sequence[Row]) -> Taken:
+    """The same as messages that came together, for the archive alone."""
+    partition, offset, appended, values = zip(*rows, strict=True)
+    return Taken(0, [], list(values), *(np.array(column, np.int64) for column in (partition, offset, appended)))
+
+
 @dataclass(frozen=True)
 class Work:
     """A batch ready to be written."""
@@ -71,17 +82,43 @@ class Work:
 class Pipeline:
     """What goes from thread to thread.
 
-    `hungry` is set while the thread that prepares waits for messages.
+    `hungry` is set while the thread that prepares waits for messages, `idle` while nothing is on its way. `large` is the number
+    of the last large batch, counted from 1.
     """
 
     taken: queue.Queue[Taken] = field(default_factory=lambda: queue.Queue(1))
     work: queue.Queue[Work] = field(default_factory=lambda: queue.Queue(1))
     hungry: threading.Event = field(default_factory=threading.Event)
+    idle: threading.Event = field(default_factory=threading.Event)
+    large: int = 0
     offered: int = 0
     finished: int = 0
     events: int = 0
     failure: BaseException | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
+
+    def begin(self, large: bool) -> None:
+        """A batch is on its way."""
+        self.offered += 1
+        if large:
+            self.large = self.offered
+        self.hungry.clear()
+        self.idle.clear()
+
+    def wait_for_room(self, seconds: float) -> None:
+        """Wait until a batch that is taken now is not held up: behind a large one it is prepared while that is written."""
+        (self.hungry if self.finished < self.large else self.idle).wait(seconds)
+
+    def end(self) -> None:
+        """A batch is done."""
+        self.finished += 1
+        if self.finished == self.offered:
+            self.idle.set()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is on its way."""
+        return self.finished == self.offered
 
 
 def by_partition(taken: Taken, decoded: Decoded, batch: Batch) -> dict[int, Messages]:

@@ -2,21 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from hiredis import pack_command
+from redis.exceptions import NoScriptError, ResponseError
+
 from recsys_core.kafka_config import client_config
-from recsys_core.redis_client import client
+from recsys_core.redis_client import Script, client
 from recsys_core.settings import Settings
 
 REDIS_SECONDS = 30.0
 
 
-def redis_for_writes(settings: Settings) -> Any:
-    """A client that shows every lost connection, since what is behind the next one may be another Redis."""
+def redis_for_writes(settings: Settings, seconds: float = REDIS_SECONDS) -> Any:
+    """A client that shows every lost connection, since what is behind the next one may be another Redis.
+
+    It waits `seconds` for an answer.
+    """
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    return client(settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=REDIS_SECONDS)
+    return client(settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=seconds)
+
+
+class Line:
+    """A connection of a client that is no cluster's, kept by one thread for `redis_client.run_calls` of a handful of calls.
+
+    A pipeline of redis-py borrows and examines a connection, and keeps a record of what it did, each time: as much work as
+    the calls themselves.
+    """
+
+    def __init__(self, redis: Any) -> None:
+        self._pool = redis.connection_pool
+        self._connection: Any = None
+
+    def run(self, calls: Sequence[tuple[object, ...]], scripts: Sequence[Script]) -> list[Any]:
+        """The answers of the calls. Raises redis.RedisError; calls are then to be made again."""
+        try:
+            answers = self._ask(calls)
+            if any(isinstance(answer, NoScriptError) for answer in answers):
+                self._ask([("SCRIPT", "LOAD", script.text) for script in scripts])
+                answers = self._ask(calls)
+        except BaseException:
+            self.close()
+            raise
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def close(self) -> None:
+        """Give the connection up; the next call takes another one."""
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._pool.release(self._connection)
+            self._connection = None
+
+    def _ask(self, calls: Sequence[Any]) -> list[Any]:
+        if self._connection is None:
+            self._connection = self._pool.get_connection()
+        connection = self._connection
+        connection.send_packed_command([b"".join([pack_command(call) for call in calls])])
+        answers: list[Any] = []
+        for _ in calls:
+            try:
+                answers.append(connection.read_response())
+            except ResponseError as error:
+                answers.append(error)
+        return answers
 
 
 def consumer_config(settings: Settings, embedded: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import orjson
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from recsys_core.events import EVENT_SCHEMA, SCHEMA_VERSION, TS, VALUE, invalid_reasons
+from recsys_core.events import EVENT_SCHEMA, SCHEMA_VERSION, TS, VALUE, invalid_reason, invalid_reasons
 from recsys_core.settings import EventSettings
 
 VERSION = "v"
@@ -27,6 +28,14 @@ _NULLABLE = pa.schema([pa.field(f.name, f.type) for f in EVENT_SCHEMA])
 _COLUMNS = pa.schema([pa.field(VERSION, pa.int64()), *_NULLABLE])
 _BLOCK = 64 << 20
 _MAX_INT = 2**63
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(_COLUMNS.names, ((str,), "a string")),
+    **dict.fromkeys((VERSION, TS), ((int,), "an integer")),
+    VALUE: ((int, float), "a number"),
+}
+"""What each known field may be, and how that is called."""
+_FIELDS = tuple((name, *_KINDS[name]) for name in _COLUMNS.names)
+_WRONG_VERSION = f"schema version is not {SCHEMA_VERSION}"
 
 
 @dataclass(frozen=True)
@@ -58,15 +67,24 @@ def decode(values: Sequence[bytes | None], settings: EventSettings, max_bytes: i
     wrong = pc.fill_null(rows[VERSION], 0).to_numpy() != SCHEMA_VERSION
     if wrong.any() or reasons.null_count < len(reasons):
         bad = wrong | reasons.is_valid().to_numpy(zero_copy_only=False)
-        wrong_version = f"schema version is not {SCHEMA_VERSION}"
         for row in np.flatnonzero(bad).tolist():
-            refused.setdefault(row, wrong_version if wrong[row] else reasons[row].as_py())
+            refused.setdefault(row, _WRONG_VERSION if wrong[row] else reasons[row].as_py())
     kept = np.arange(len(values), dtype=np.int64)
     if refused:
         kept = np.delete(kept, sorted(refused))
         rows = rows.take(pa.array(kept))
     events = pa.Table.from_arrays([rows[name] for name in EVENT_SCHEMA.names], schema=EVENT_SCHEMA)
     return Decoded(events, kept, sorted(refused.items()))
+
+
+def decode_one(value: bytes | None, settings: EventSettings, max_bytes: int, appended: int) -> dict[str, Any]:
+    """`decode` for one message: the fields of its event by their names. Raises ValueError with the reason when it is none."""
+    row = _row(value, max_bytes)
+    if row[VERSION] != SCHEMA_VERSION:
+        raise ValueError(_WRONG_VERSION)
+    if reason := invalid_reason(row, settings, appended):
+        raise ValueError(reason)
+    return row
 
 
 def _parse(values: Sequence[bytes | None], start: int, max_bytes: int, refused: dict[int, str]) -> list[pa.Table]:
@@ -114,9 +132,9 @@ def _is_text(data: bytes) -> bool:
 
 
 def _parse_each(values: Sequence[bytes | None], start: int, max_bytes: int, refused: dict[int, str]) -> pa.Table:
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for at, value in enumerate(values):
-        row: dict[str, object] = {}
+        row: dict[str, Any] = {}
         try:
             row = _row(value, max_bytes)
         except ValueError as error:
@@ -125,7 +143,7 @@ def _parse_each(values: Sequence[bytes | None], start: int, max_bytes: int, refu
     return pa.Table.from_pylist(rows, schema=_COLUMNS)
 
 
-def _row(value: bytes | None, max_bytes: int) -> dict[str, object]:
+def _row(value: bytes | None, max_bytes: int) -> dict[str, Any]:
     """The known fields of one value. Raises ValueError with the reason for what is no event."""
     if not value:
         raise ValueError("no value")
@@ -137,19 +155,19 @@ def _row(value: bytes | None, max_bytes: int) -> dict[str, object]:
         raise ValueError("not JSON") from None
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
-    row = {name: found.get(name) for name in _COLUMNS.names}
-    for name, field in row.items():
-        wanted: tuple[type, ...] = (str,)
-        if name in (TS, VERSION):
-            wanted = (int,)
+    row: dict[str, Any] = {}
+    for name, kinds, what in _FIELDS:
+        field = row[name] = found.get(name)
+        if field is None:
+            continue
+        kind = type(field)
+        if kind not in kinds:
+            raise ValueError(f"{name} is not {what}")
+        if kind is str:
+            if "\0" in field:
+                raise ValueError(f"{name} holds a NUL character")
         elif name == VALUE:
-            wanted = (int, float)
-        if field is not None and (isinstance(field, bool) or not isinstance(field, wanted)):
-            raise ValueError(
-                f"{name} is not {'a number' if name == VALUE else 'an integer' if wanted == (int,) else 'a string'}"
-            )
-        if isinstance(field, int) and not -_MAX_INT <= field < _MAX_INT:
+            row[name] = float(field)
+        elif not -_MAX_INT <= field < _MAX_INT:
             raise ValueError(f"{name} out of range")
-        if isinstance(field, str) and "\0" in field:
-            raise ValueError(f"{name} holds a NUL character")
     return row

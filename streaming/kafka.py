@@ -125,7 +125,8 @@ def plan_broker(folder: Path, java_home: Path, port: int, controller_port: int, 
     properties.write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
     java = [str(java_home / "bin" / "java"), "-cp", f"{jars}/*", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
     if not (folder / "data" / "meta.properties").is_file():
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        # Its tool takes what begins with a dash for an option.
+        cluster = "C" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")[1:]
         format_command = [*java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)]
         done = subprocess.run(format_command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:

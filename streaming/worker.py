@@ -2,7 +2,8 @@
 
 Three threads hand batches on: one takes messages from Kafka, one parses and sums them up, one writes. Each batch is as
 large as what arrived while the one before it was on its way: a single event when the worker has caught up, tens of
-thousands when it is behind. Nothing is kept between batches but positions, so a worker that starts serves at once.
+thousands when it is behind. A handful goes the short way: the thread that takes them writes them to Redis itself, and
+the archive has them a moment later. Nothing is kept between batches but positions, so a worker that starts serves at once.
 
 A worker is given its partitions by the consumer group, but starts where Redis and the archive are (`progress`, names of
 archive files). The group's committed offset follows behind both and is for those who watch.
@@ -10,6 +11,7 @@ archive files). The group's committed offset follows behind both and is for thos
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -26,20 +28,20 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from confluent_kafka.admin import AdminClient
 from redis.exceptions import RedisError
 
-from recsys_core.events import now_ms
+from recsys_core.events import EVENT_TYPE, ITEM_ID, TS, USER_ID, now_ms
 from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, forget_heartbeat, write_heartbeat
 from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
-from recsys_core.live import Batch
+from recsys_core.live import Batch, LiveEvent
 from recsys_core.live_trends import announce_sources
 from recsys_core.settings import Settings
 from recsys_core.tombstones import Tombstones
 from streaming.archive import Archive
-from streaming.batches import Pipeline, Position, Taken, Work, by_partition
+from streaming.batches import Pipeline, Position, Row, Taken, Work, by_partition, taken_rows
 from streaming.connections import REDIS_SECONDS, consumer_config, redis_for_writes
 from streaming.dead_letters import DeadLetter, DeadLetterQueue
-from streaming.decode import decode
+from streaming.decode import FEW, decode, decode_one
 from streaming.metrics import StreamMetrics
 from streaming.progress import StateLost, advance, check_kept, read_positions
 from streaming.sink import RedisSink
@@ -52,6 +54,12 @@ HEARTBEATS_TTL_SECONDS = 7 * 24 * 3600
 POLL_SECONDS = 0.1
 CAUGHT_UP = 1000
 """A batch of fewer messages was all there was."""
+QUICK_SECONDS = 0.25
+"""How long the thread that takes messages waits for Redis; then the other threads do, and are waited for."""
+LATER_SECONDS = 0.25
+"""How long messages that went the short way are gathered for the archive."""
+MAX_LATER = 20_000
+"""Messages that the archive has not taken; no more go the short way until it has."""
 PAUSE_SECONDS = 5.0
 """How long a batch waits to be handed on before consumption is paused, which gives up what was fetched ahead."""
 COMMIT_SECONDS = 1.0
@@ -87,6 +95,8 @@ class Worker:
     def run(self) -> None:
         """Work until `stop`."""
         sys.setswitchinterval(SWITCH_SECONDS)
+        # What was imported stays: looking through all of it for garbage would hold up messages for a tenth of a second.
+        gc.freeze()
         self.metrics.serve(self.settings.stream.metrics_port)
         while not self._stopping.is_set():
             topic = self._wait_for_topic()
@@ -132,6 +142,8 @@ class _Session:
         self._name = name
         self._redis = redis_for_writes(settings)
         self._sink = RedisSink(self._redis, settings)
+        self._quick_redis = redis_for_writes(settings, QUICK_SECONDS)
+        self._quick_sink = RedisSink(self._quick_redis, settings)
         self._dead_letters = DeadLetterQueue(settings.kafka)
         self._admin = AdminClient(client_config(settings.kafka))
         self._lake = Lake(settings.lake_uri, settings.lake.keep_versions)
@@ -143,10 +155,12 @@ class _Session:
         self._lock = threading.Lock()
         self._epoch = 0
         self._pipe = Pipeline()
+        self._pipe.idle.set()
+        self._later: list[Row] = []
         self._held: list[Message] = []
         self._paused = False
         self._asked: Any = None
-        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "archive": 0.0}
+        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "archive": 0.0, "later": 0.0}
         self._consumer = Consumer(consumer_config(settings, is_embedded(self._admin)), logger=log)
         self._threads = [
             threading.Thread(target=self._guarded, args=(step,), name=step.__name__, daemon=True)
@@ -158,8 +172,8 @@ class _Session:
     def run(self) -> None:
         """Take messages and hand them on. Raises what made it impossible.
 
-        A worker that has caught up takes no batch before somebody waits for it: messages would grow old in it, and those that
-        come meanwhile would have to wait for the next one.
+        A worker that has caught up takes no batch that would be held up: messages would grow old in it, and those that come
+        meanwhile would have to wait for the next one.
         """
         caught_up = True
         for thread in self._threads:
@@ -171,10 +185,10 @@ class _Session:
             self._check_failure()
             self._keep_house()
             if caught_up:
-                self._pipe.hungry.wait(POLL_SECONDS)
+                self._pipe.wait_for_room(POLL_SECONDS)
             messages = self._take()
             caught_up = len(messages) < CAUGHT_UP
-            if messages:
+            if messages and not self._take_the_short_way(messages):
                 self._offer(self._taken(messages))
         self._drain()
         self._check_failure()
@@ -190,13 +204,15 @@ class _Session:
                 self._write_progress()
                 self._commit(asynchronous=False)
                 forget_heartbeat(self._redis, self._name)
-        except (RedisError, KafkaException) as error:
+        except (RedisError, KafkaException, StateLost) as error:
             log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
         with self._lock:
             self._positions.clear()
         self._consumer.close()
         if self._archive is not None:
             self._archive.close()
+        self._quick_sink.close()
+        self._quick_redis.close()
         self._redis.close()
 
     def _take(self) -> list[Message]:
@@ -236,8 +252,7 @@ class _Session:
 
     def _offer(self, taken: Taken) -> None:
         """Hand a batch on. While the threads behind are held up, the group is kept and Kafka is not asked for more."""
-        self._pipe.offered += 1
-        self._pipe.hungry.clear()
+        self._pipe.begin(len(taken.values) >= CAUGHT_UP)
         while not self._stopping.is_set():
             try:
                 self._pipe.taken.put(taken, timeout=POLL_SECONDS if self._paused else PAUSE_SECONDS)
@@ -265,6 +280,72 @@ class _Session:
             self._consumer.resume(self._consumer.assignment())
             self._paused = False
             self._metrics.paused.set(0)
+
+    # -- the short way ----------------------------------------------------------------------------------------------
+
+    def _take_the_short_way(self, messages: list[Message]) -> bool:
+        """Apply a handful of messages in this thread when nothing is on its way. False: they have to go the long way.
+
+        That is where every trouble is dealt with. What of them is in Redis already changes nothing there.
+        """
+        if len(messages) > FEW or not self._pipe.empty or len(self._later) >= MAX_LATER or self._settings.redis.wait_replicas:
+            return False
+        read = self._read_few(messages)
+        if read is None:
+            return False
+        rows, events = read
+        of = {event.partition: self._positions[event.partition] for event in events}
+        sources = {number: position.source for number, position in of.items()}
+        known = {number: position.persisted for number, position in of.items()}
+        try:
+            hits = self._quick_sink.apply_few(events, sources, known, now_ms()) if events else 0
+        except RedisError as error:
+            log.info("Redis did not take a handful at once: %s", error)
+            return False
+        if hits is None:
+            return False
+        self._metrics.fence_hits.inc(hits)
+        self._finish_few(rows, sum(message.key() is None for message in messages))
+        return True
+
+    def _read_few(self, messages: list[Message]) -> tuple[list[Row], list[LiveEvent]] | None:
+        """The messages, and the events among them that are to be applied. None when one of them is no event, or not ours."""
+        rows: list[Row] = []
+        events = []
+        settings, max_bytes = self._settings.events, self._settings.kafka.max_message_bytes
+        for message in messages:
+            number, offset, appended, value = message.partition(), message.offset(), message.timestamp()[1], message.value()
+            position = None if number is None else self._positions.get(number)
+            if number is None or offset is None or position is None or offset < position.seen:
+                return None
+            try:
+                event = decode_one(value, settings, max_bytes, appended)
+            except ValueError:
+                return None
+            rows.append((number, offset, appended, value))
+            user, ts = event[USER_ID], event[TS]
+            if offset >= position.redis_from and not self._tombstones.covers_one(user, ts):
+                events.append(LiveEvent(number, offset, user, event[ITEM_ID], event[EVENT_TYPE], ts))
+        return rows, events
+
+    def _finish_few(self, rows: list[Row], unkeyed: int) -> None:
+        """What was applied, into positions and metrics, and to where the archive takes it."""
+        visible = now_ms()
+        with self._lock:
+            for number, offset, _, _ in rows:
+                position = self._positions[number]
+                position.seen = offset + 1
+                position.applied = max(position.applied, offset + 1)
+            if self._archive is not None:
+                self._later += rows
+        self._metrics.latency.observe_few([max(visible - appended, 0) for _, _, appended, _ in rows])
+        self._metrics.messages.inc(len(rows))
+        self._metrics.quick.inc(len(rows))
+        self._metrics.events.inc(len(rows))
+        self._pipe.events += len(rows)
+        self._metrics.batch.set(len(rows))
+        if unkeyed:
+            self._metrics.unkeyed.inc(unkeyed)
 
     # -- partitions -------------------------------------------------------------------------------------------------
 
@@ -306,7 +387,7 @@ class _Session:
         if self._archive is not None:
             landed, known = self._archive.landed(number)
             archive_from = max(low, landed if landed is not None else max(committed, low))
-            self._archive.start(number, archive_from, known)
+            self._archive.start(number, archive_from, known, self._epoch)
             start = min(start, archive_from)
         if start > high:
             log.error("%s ends at offset %d and was read up to %d: the brokers lost messages", source, high, start)
@@ -334,6 +415,7 @@ class _Session:
             for number in numbers:
                 self._positions.pop(number, None)
                 self._metrics.lag.labels(str(number)).set(0)
+            self._later = [row for row in self._later if row[0] not in numbers]
         if self._archive is not None:
             self._archive.drop(numbers)
 
@@ -416,7 +498,7 @@ class _Session:
                 pass
             else:
                 self._write(work)
-                self._pipe.finished += 1
+                self._pipe.end()
             self._write_now_and_then()
 
     def _write(self, work: Work) -> None:
@@ -424,9 +506,10 @@ class _Session:
         self._to_redis(work)
         self._to_dead_letters(work.letters)
         if self._archive is not None:
+            self._archive_later(self._archive)
             for number, messages in work.archive.items():
                 if number in work.positions:
-                    self._archive.add(number, messages)
+                    self._archive.add(number, messages, work.positions[number].epoch)
         taken = work.taken
         visible = now_ms()
         with self._lock:
@@ -441,6 +524,19 @@ class _Session:
         self._metrics.batch.set(len(taken.values))
         if unkeyed := sum(message.key() is None for message in taken.messages):
             self._metrics.unkeyed.inc(unkeyed)
+
+    def _archive_later(self, archive: Archive) -> None:
+        """What went the short way since the last time, many messages together: a column costs as much for one."""
+        with self._lock:
+            rows, self._later = self._later, []
+            epochs = {number: position.epoch for number, position in self._positions.items()}
+        if not rows:
+            return
+        taken = taken_rows(rows)
+        decoded = decode(taken.values, self._settings.events, self._settings.kafka.max_message_bytes, taken.appended)
+        batch = Batch(decoded.events, taken.partition[decoded.rows], taken.offset[decoded.rows])
+        for number, messages in by_partition(taken, decoded, batch).items():
+            archive.add(number, messages, epochs[number])
 
     def _to_redis(self, work: Work) -> None:
         if work.prepared is None:
@@ -483,6 +579,9 @@ class _Session:
     def _write_now_and_then(self) -> None:
         """Positions, files whose time is over, and the heartbeat."""
         now = time.monotonic()
+        if self._archive is not None and now >= self._due["later"]:
+            self._due["later"] = now + LATER_SECONDS
+            self._archive_later(self._archive)
         if self._archive is not None and now >= self._due["archive"]:
             self._due["archive"] = now + TICK_SECONDS
             self._archive.tick(now_ms(), self._end_of)

@@ -9,6 +9,7 @@ from recsys_core.events import (
     day_keys,
     hour_key,
     hour_keys,
+    invalid_reason,
     invalid_reasons,
     key_start_ms,
     now_ms,
@@ -110,6 +111,7 @@ def test_every_rule_names_what_is_wrong_with_a_row_and_a_good_row_has_no_reason(
     assert invalid_reasons(table, EventSettings(), NOW).to_pylist() == expected
     assert invalid_reasons(table.to_batches()[0], EventSettings(), NOW).to_pylist() == expected
     assert invalid_reasons(pa.concat_tables([table, table]), EventSettings(), NOW).to_pylist() == expected * 2
+    assert [invalid_reason(row, EventSettings(), NOW) for row in table.to_pylist()] == expected
 
 
 def test_limits_and_types_come_from_the_settings_and_the_clock_is_that_of_now():
@@ -118,4 +120,5 @@ def test_limits_and_types_come_from_the_settings_and_the_clock_is_that_of_now():
     rows += [{**rows[0], "user_id": "123456789"}, {**rows[0], "ts": now_ms() + 60_000}]
     expected = [None, "unknown event_type", "user_id longer than 8 bytes", "ts in the future"]
     assert invalid_reasons(event_table(*rows), settings).to_pylist() == expected
+    assert [invalid_reason(row, settings, now_ms()) for row in event_table(*rows).to_pylist()] == expected
     assert invalid_reasons(event_table(), settings).to_pylist() == []

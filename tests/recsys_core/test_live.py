@@ -18,8 +18,18 @@ from redis.cluster import RedisCluster
 
 from recsys_cli.processes import wait_until
 from recsys_cli.stack import redis_binary, redis_server
-from recsys_core.events import EVENT_SCHEMA, MINUTE_MS, now_ms
-from recsys_core.live import UPDATE, Batch, StreamState, UserWriter, not_yet_applied, user_updates
+from recsys_core.events import EVENT_SCHEMA, HOUR_MS, MINUTE_MS, now_ms
+from recsys_core.live import (
+    UPDATE,
+    Batch,
+    Guard,
+    LiveEvent,
+    StreamState,
+    UserWriter,
+    few_user_updates,
+    not_yet_applied,
+    user_updates,
+)
 from recsys_core.live_trends import COUNT, LiveTrendReader, TrendWriter, announce_sources, live_trend
 from recsys_core.online import STREAM, UserRecord, read_records, user_key, write_records
 from recsys_core.recompute import Recomputation
@@ -102,6 +112,47 @@ def test_any_split_with_repeats_equals_one_event_after_the_other(
     computed.add(batch(rows).events, "0abcdef0.0", range(len(rows)))
     found = computed.differences(store)
     assert (found.different, found.ahead) == ([], 0)
+
+
+@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=events_of_users, partitions=st.lists(st.integers(0, 2), min_size=30, max_size=30), keep=st.integers(1, 5))
+def test_a_handful_of_events_comes_to_the_same_as_columns_of_them(
+    settings: Settings, rows: list[tuple[str, str, str, int]], partitions: list[int], keep: int
+) -> None:
+    of = np.array(partitions[: len(rows)], np.int64)
+    columns = Batch(batch(rows).events, of, np.arange(len(rows)) * 3)
+    events = [LiveEvent(p, 3 * at, *row) for at, (p, row) in enumerate(zip(of.tolist(), rows, strict=True))]
+    one, other = user_updates(columns, keep, GAP_MS), few_user_updates(events, keep, GAP_MS)
+    assert sorted(zip(one.partition, one.users, one.payloads, strict=True)) == sorted(
+        zip(other.partition, other.users, other.payloads, strict=True)
+    )
+    assert other.partition == sorted(other.partition)
+    trends = TrendWriter(settings)
+    for now in (NOW, NOW + settings.stream.trend_hours * HOUR_MS):
+        counts = trends.few_counts(events, now)
+        assert [
+            (c.partition, c.bucket, c.first, c.last, dict(zip(c.items, c.counts, strict=True)))
+            for c in trends.counts(columns, now)
+        ] == [(c.partition, c.bucket, c.first, c.last, dict(zip(c.items, c.counts, strict=True))) for c in counts]
+
+
+def test_nothing_is_applied_to_a_redis_that_is_behind_of_what_it_had(store: Any, settings: Settings) -> None:
+    events = batch([("u", "a", "view", NOW), ("v", "b", "view", NOW)])
+    users, trends = UserWriter(store, settings), TrendWriter(settings)
+    updates, counts = user_updates(events, 5, GAP_MS), trends.counts(events, NOW)
+    guards = {0: Guard("position", 7)}
+    sources = {0: "0abcdef0.0"}
+    calls = users.calls(updates, sources, NOW, guards) + trends.calls(counts, sources, guards)
+    assert run_calls(store, calls, [UPDATE, COUNT]) == [[-1], [-1]]
+    store.set("position", 6)
+    assert run_calls(store, calls, [UPDATE, COUNT]) == [[-1], [-1]]
+    assert list(store.scan_iter()) == [b"position"]
+    store.set("position", 7)
+    assert run_calls(store, calls, [UPDATE, COUNT]) == [[0], [0]]
+    assert len(list(store.scan_iter())) == 4
+    computed = Recomputation(settings)
+    computed.add(events.events, sources[0], range(2))
+    assert computed.differences(store).different == []
 
 
 def test_every_key_expires(store: Any, settings: Settings) -> None:

@@ -41,6 +41,7 @@ def test_events_up_to_the_moment_are_covered_and_later_ones_are_not(lake: Lake) 
     known = Tombstones.read(lake)
     odd = [{**event("e5", None, "i", MOMENT)}, {**event("e6", "gone", "i", MOMENT), "ts": None}]
     assert known.covers(event_table(*EVENTS, *odd)).tolist() == [True, False, True, False, False, False]
+    assert [known.covers_one(e["user_id"], e["ts"]) for e in EVENTS] == [True, False, True, False]
     assert known.filtered(event_table(*EVENTS))["event_id"].to_pylist() == LEFT
     assert known.covers(event_table()).tolist() == []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from certificates import make_certificates
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from snapshots import make_snapshot
 from worlds import RedisServer, World, eventually
@@ -78,25 +78,9 @@ class TestTokens:
         assert SECRET not in repr(ClientOptions(token=SECRET))
 
 
-def openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CA, and of it a server for localhost and a client; and a client of another CA."""
-    folder = tmp_path_factory.mktemp("tls")
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
-    for ca, names in (("ca", ("server", "client")), ("other", ("stranger",))):
-        new_ca = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={ca}"]
-        openssl(folder, *new_ca, "-keyout", f"{ca}.key", "-out", f"{ca}.pem")
-        for name in names:
-            openssl(
-                folder, "req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", "csr"
-            )
-            sign = ["x509", "-req", "-in", "csr", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2"]
-            openssl(folder, *sign, "-extfile", "names", "-out", f"{name}.pem")
-    return folder
+    return make_certificates(tmp_path_factory.mktemp("tls"))
 
 
 def tls_client(world: World, folder: Path, name: str = "") -> RecsysClient:

@@ -93,6 +93,19 @@ def test_what_a_zombie_archived_in_part_is_completed_and_not_doubled(tmp_path: P
     assert offset_faults(held) == []
 
 
+def test_messages_of_an_assignment_that_is_over_are_left_out(tmp_path: Path) -> None:
+    landing = Landing(Lake(str(tmp_path)))
+    archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
+    archive.start(3, 0, [], epoch=1)
+    archive.add(3, messages(0, 10), epoch=1)
+    archive.drop([3])
+    archive.start(3, 0, [], epoch=2)
+    archive.add(3, messages(10, 70), epoch=1)
+    archive.add(3, messages(0, 70), epoch=2)
+    archive._writer.shutdown(wait=True)
+    assert [(r.first, r.last) for r in landing.archived(TOPIC)] == [(0, 59)]
+
+
 def test_a_file_ends_when_its_interval_is_over_and_nothing_came(tmp_path: Path) -> None:
     landing = Landing(Lake(str(tmp_path)))
     archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)

@@ -59,6 +59,27 @@ def test_consumption_pauses_while_redis_is_slow_and_goes_on_after_it(
             one.prove()
 
 
+def test_a_handful_goes_the_short_way_and_comes_to_the_same(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive_module, "GRACE_MS", 100)
+    one = world(stream={"archive_rows": 50, "archive_seconds": 1})
+    chance = random.Random(7)
+    with in_this_process(one.settings) as worker:
+        one.send(one.event(chance))
+        one.settle(landing=False)
+        for turn in range(60):
+            one.send(*(one.event(chance) for _ in range(chance.randrange(1, 12))))
+            if turn == 30:
+                one.send(*(one.event(chance) for _ in range(2000)))
+            if turn % 20 == 10:
+                one.send_raw(b"junk", b"k")
+        one.settle()
+        quick = worker.metrics.quick._value.get()
+        assert 0 < quick <= worker.metrics.messages._value.get() == one.sent + 3
+        one.prove()
+
+
 def test_metrics_heartbeat_and_committed_offsets_follow(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive_module, "GRACE_MS", 100)
     port = free_port()
@@ -83,6 +104,7 @@ def test_metrics_heartbeat_and_committed_offsets_follow(world: Callable[..., Wor
         text = opener.open(f"http://127.0.0.1:{port}/metrics", timeout=9).read().decode()
     assert "recsys_stream_messages_total 901.0" in text
     assert "recsys_stream_events_total 900.0" in text
+    assert "recsys_stream_quick_total" in text
     assert 'recsys_stream_dead_letters_total{reason="not JSON"} 1.0' in text
     assert 'recsys_stream_visible_seconds_bucket{le="+Inf"} 901.0' in text
     assert not any(beat.worker == "here" for beat in read_heartbeats(one.redis))

@@ -1,0 +1,85 @@
+"""A handful of events in one round trip, whatever happens to the connection and to Redis in between."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import redis
+
+from recsys_core.events import EVENT_SCHEMA, now_ms
+from recsys_core.live import LiveEvent
+from recsys_core.recompute import Recomputation
+from recsys_core.settings import Settings
+from streaming.connections import redis_for_writes
+from streaming.progress import StateLost, advance, applied_key
+from streaming.sink import RedisSink
+
+NOW = now_ms()
+
+
+def some_events(count: int, partition: int = 0) -> list[LiveEvent]:
+    chance = random.Random(count)
+    prefix = uuid.uuid4().hex
+    return [
+        LiveEvent(
+            partition, at, f"{prefix}-{chance.randrange(5)}", f"i{chance.randrange(9)}", "view", NOW - chance.randrange(9)
+        )
+        for at in range(count)
+    ]
+
+
+def expected(settings: Settings, source: str, events: list[LiveEvent]) -> Recomputation:
+    rows = [{**event._asdict(), "event_id": "e"} for event in events]
+    table = pa.Table.from_pylist([{n: r.get(n) for n in EVENT_SCHEMA.names} for r in rows], schema=EVENT_SCHEMA)
+    computed = Recomputation(settings)
+    computed.add(table, source, [event.offset for event in events])
+    return computed
+
+
+@pytest.fixture
+def connected(redis_url: str, settings: Settings) -> Callable[[], tuple[Settings, Any, RedisSink, dict[int, str]]]:
+    def connect() -> tuple[Settings, Any, RedisSink, dict[int, str]]:
+        own = settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": redis_url})})
+        store = redis.Redis.from_url(redis_url)
+        sources = {0: f"{uuid.uuid4().hex[:8]}.0", 1: f"{uuid.uuid4().hex[:8]}.1"}
+        advance(store, dict.fromkeys(sources.values(), 0), 60)
+        return own, store, RedisSink(redis_for_writes(own, 5.0), own), sources
+
+    return connect
+
+
+def test_scripts_and_connections_that_are_gone_come_back(connected: Callable[[], Any]) -> None:
+    settings, store, sink, sources = connected()
+    events = some_events(60)
+    known = {0: 0}
+    store.script_flush()
+    assert sink.apply_few(events[:20], sources, known, NOW) == 0
+    assert sink.apply_few(events[20:40], sources, known, NOW) == 0
+    store.client_kill_filter(_type="normal", skipme=True)
+    with pytest.raises(redis.RedisError):
+        sink.apply_few(events[40:50], sources, known, NOW)
+    assert sink.apply_few(events[40:50], sources, known, NOW) == 0
+    assert sink.apply_few(events[40:50], sources, known, NOW) > 0
+    assert sink.apply_few(events[45:], sources, known, NOW) is None
+    assert sink.apply_few(events[50:], sources, known, NOW) is not None
+    assert expected(settings, sources[0], events).differences(store).different == []
+    sink.close()
+
+
+def test_a_redis_that_is_behind_is_left_as_it_is(connected: Callable[[], Any]) -> None:
+    settings, store, sink, sources = connected()
+    first, second = some_events(7, 0), some_events(9, 1)
+    advance(store, {sources[0]: 100, sources[1]: 100}, 60)
+    assert sink.apply_few([*first, *second], sources, {0: 100, 1: 100}, NOW) == 0
+    store.delete(applied_key(sources[0]))
+    later = [event._replace(offset=event.offset + 200) for event in first]
+    with pytest.raises(StateLost, match="behind"):
+        sink.apply_few(later, sources, {0: 100}, NOW)
+    assert expected(settings, sources[0], first).differences(store).different == []
+    assert expected(settings, sources[1], second).differences(store).different == []
+    sink.close()
