@@ -14,7 +14,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -135,16 +135,27 @@ class Lake:
         return self._point(table, key, version, (name,), rows, size, digest, extra or {})
 
     def write_blobs(
-        self, table: str, key: str, blobs: dict[str, bytes], rows: int, extra: dict[str, Any] | None = None
+        self,
+        table: str,
+        key: str,
+        blobs: Mapping[str, bytes] | Iterable[tuple[str, bytes]],
+        rows: int,
+        extra: dict[str, Any] | None = None,
     ) -> Partition:
-        """Replace partition `key` of `table` by files that are not Parquet; `read_blob` reads them."""
+        """Replace partition `key` of `table` by files that are not Parquet; `read_blob` reads them.
+
+        Pairs of a name and its content are taken one at a time and let go when they are written: files that are made on the way
+        need memory for the largest alone.
+        """
         version = timed_name()
-        paths = {name: self.path(table, key, version, name) for name in sorted(blobs)}
-        for name, path in paths.items():
-            write_atomically(self.fs, path, blobs[name])
-        size = sum(map(len, blobs.values()))
-        digest = self._digest(list(paths.values()))
-        return self._point(table, key, version, tuple(paths), rows, size, digest, extra or {})
+        sizes: dict[str, int] = {}
+        for name, content in blobs.items() if isinstance(blobs, Mapping) else blobs:
+            write_atomically(self.fs, self.path(table, key, version, name), content)
+            sizes[name] = len(content)
+            del content
+        names = tuple(sorted(sizes))
+        digest = self._digest([self.path(table, key, version, name) for name in names])
+        return self._point(table, key, version, names, rows, sum(sizes.values()), digest, extra or {})
 
     def stage(self, table: str) -> str:
         """A fresh folder of the lake into which an engine writes many partitions; `publish_staged` takes them over."""

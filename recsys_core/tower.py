@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import chain, filterfalse
 from typing import Any
 
 import numpy as np
@@ -32,9 +35,12 @@ NUMBERS = len(COUNTS) + 1
 """Columns of the encoded counts: each on a logarithmic scale and standardised, then whether there is no recency."""
 
 EPSILON = 1e-12
+MASK = (1 << 64) - 1
 POOL_VALUES = 1 << 21
 """Most history values (users × items) × 64 gathered at a time."""
 MEMO_ENTRIES = 1 << 17
+ONE_BY_ONE = 64
+"""Up to so many ids are looked up each by itself: most are remembered, and for the others arrays would have a fixed cost."""
 FIRST_WEEKDAY = 3
 """1970-01-01 was a Thursday; Monday is 0."""
 
@@ -83,6 +89,21 @@ def _mix(x: UInt64) -> UInt64:
     return x ^ (x >> np.uint64(33))
 
 
+def fingerprint(text: str) -> int:
+    """What `fingerprints` gives for one string, in whole numbers of Python."""
+    data = text.encode()
+    result = _mix_one(len(data) + 0x9E3779B97F4A7C15)
+    for at in range(0, len(data), 8):
+        result = (_mix_one(result ^ int.from_bytes(data[at : at + 8], "little")) + at) & MASK
+    return result
+
+
+def _mix_one(x: int) -> int:
+    x = ((x ^ (x >> 33)) * 0xFF51AFD7ED558CCD) & MASK
+    x = ((x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53) & MASK
+    return x ^ (x >> 33)
+
+
 class Vocabulary:
     """Known ids as sorted fingerprints. The place of an id is where its fingerprint stands, -1 when it is unknown."""
 
@@ -91,7 +112,7 @@ class Vocabulary:
         if known.ndim != 1 or known.dtype != np.uint64 or (known[1:] <= known[:-1]).any():
             raise ValueError("fingerprints of a vocabulary must be uint64, ascending and distinct")
         self.known = known
-        self._memo: dict[str, int] = {}
+        self._memo = _Memo(known)
 
     def __len__(self) -> int:
         return len(self.known)
@@ -104,18 +125,30 @@ class Vocabulary:
         at = np.minimum(np.searchsorted(self.known, wanted), len(self.known) - 1)
         return np.where(self.known[at] == wanted, at, -1).astype(np.int32)
 
-    def places_of_few(self, ids: Sequence[str]) -> list[int]:
-        """What `places` gives, for some dozens of ids that are asked for again and again."""
+    def rows(self, ids: Sequence[str]) -> list[int]:
+        """1 + the place of each id, 0 for unknown ones; fast for ids that are asked for again and again."""
         memo = self._memo
-        found = list(map(memo.get, ids))
-        if None not in found:
-            return found  # type: ignore[return-value]
-        unseen = list({name for name, place in zip(ids, found, strict=True) if place is None})
-        places = dict(zip(unseen, self.places(unseen).tolist(), strict=True))
-        if len(memo) + len(places) > MEMO_ENTRIES:
-            memo.clear()
-        memo.update(places)
-        return [places[name] if place is None else place for name, place in zip(ids, found, strict=True)]
+        if len(memo) > MEMO_ENTRIES:
+            # A new one: another thread may be reading the old one.
+            memo = self._memo = _Memo(self.known)
+        if len(ids) > ONE_BY_ONE:
+            unseen = list(dict.fromkeys(filterfalse(memo.__contains__, ids)))
+            memo.update(zip(unseen, (self.places(unseen) + 1).tolist(), strict=True))
+        return list(map(memo.__getitem__, ids))
+
+
+class _Memo(dict[str, int]):
+    """1 + the places of ids that were asked for, 0 for unknown ones. It looks up by itself what it does not have."""
+
+    def __init__(self, known: UInt64) -> None:
+        super().__init__()
+        self._known = known.data
+
+    def __missing__(self, name: str) -> int:
+        known, wanted = self._known, fingerprint(name)
+        at = bisect_left(known, wanted)
+        row = self[name] = at + 1 if at < len(known) and known[at] == wanted else 0
+        return row
 
 
 # -- the tower ----------------------------------------------------------------------------------------------------------
@@ -162,11 +195,17 @@ class TowerSpec:
 
     def numbers(self, counts: npt.NDArray[np.floating]) -> Float32:
         """Counts (b, 4) as the network reads them, float32 (b, NUMBERS). Anything not finite counts as not known."""
-        return standardise(counts, self.center, self.spread)
+        return standardise(counts, *self._scale)
+
+    @cached_property
+    def _scale(self) -> tuple[Float32, Float32]:
+        return np.array(self.center, np.float32), np.array(self.spread, np.float32)
 
 
 TABLES = ("user_ids", "item_ids", "users", "history", "hours", "weekdays", "devices", "countries", "categories")
 CONTEXT = ("hours", "weekdays", "devices", "countries", "categories")
+CODES = ("user", "hour", "weekday", "device", "country", "category")
+"""Inputs that are numbers of rows: of the users' table, and of each table of CONTEXT."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +223,20 @@ class UserTower:
     _users: Vocabulary = field(init=False, repr=False)
     _items: Vocabulary = field(init=False, repr=False)
     _codes: dict[str, dict[str | None, int]] = field(init=False, repr=False)
+    _context: Float32 = field(init=False, repr=False)
+    _starts: npt.NDArray[np.intp] = field(init=False, repr=False)
+    _factors: Float32 = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check(self)
+        # The tables of the context as one, and where each of them starts.
+        context = [self.tables[name] for name in CONTEXT]
+        object.__setattr__(self, "_context", np.concatenate(context))
+        object.__setattr__(self, "_starts", np.cumsum([0, *map(len, context[:-1])])[:, None])
+        # By the length of a history: what makes scaled means of sums.
+        lengths = np.maximum(np.arange(self.spec.history + 1), 1)
+        counts = (np.ones_like(lengths), lengths, np.minimum(lengths, max(1, self.spec.recent)))
+        object.__setattr__(self, "_factors", (np.array(self.spec.scales) / np.stack(counts, axis=1)).astype(np.float32))
         object.__setattr__(self, "_users", Vocabulary(self.tables["user_ids"]))
         object.__setattr__(self, "_items", Vocabulary(self.tables["item_ids"]))
         named = {"device": self.spec.devices, "country": self.spec.countries, "category": self.spec.categories}
@@ -205,7 +255,7 @@ class UserTower:
 
     def vectors(self, inputs: TowerInputs) -> Float32:
         """Unit vectors float32 (b, d); zeros for a user of whom nothing is known: an unknown id and no known item."""
-        return self.forward(self.encode(inputs))
+        return self._vectors(*self._encode(inputs))
 
     def encode(self, inputs: TowerInputs) -> dict[str, npt.NDArray[Any]]:
         """The inputs as numbers, named as the inputs of the SavedModel's signature.
@@ -213,74 +263,94 @@ class UserTower:
         user int32 (b,), a row of the table; history int32 (b, h), 1 + the place of an item, 0 where padded, known items only;
         hour, weekday, device, country, category int32 (b,); numbers float32 (b, NUMBERS).
         """
-        moments = np.asarray(inputs.ts_ms, np.int64)
-        rows = {name: self._rows(name, getattr(inputs, name)) for name in ("device", "country", "category")}
-        return {
-            "user": embedding_rows(np.array(self._users.places_of_few(inputs.user_ids), np.int32), len(self.tables["users"])),
-            "history": self._history(inputs.history),
-            "hour": (moments // HOUR_MS % 24).astype(np.int32),
-            "weekday": ((moments // DAY_MS + FIRST_WEEKDAY) % 7).astype(np.int32),
-            **rows,
-            "numbers": self.spec.numbers(inputs.counts),
-        }
+        codes, history, numbers = self._encode(inputs)
+        return {**dict(zip(CODES, codes, strict=True)), "history": history, "numbers": numbers}
 
     def forward(self, encoded: Mapping[str, npt.NDArray[Any]]) -> Float32:
         """`vectors` of inputs that `encode` made."""
-        history = encoded["history"]
+        return self._vectors(np.stack([encoded[name] for name in CODES]), encoded["history"], encoded["numbers"])
+
+    def _encode(self, inputs: TowerInputs) -> tuple[Int32, Int32, Float32]:
+        """CODES (6, b), history (b, h) and numbers (b, NUMBERS)."""
+        # For one user, lists are faster than arrays; for many, the histories take longest, whichever is used here.
+        moments = np.asarray(inputs.ts_ms, np.int64).tolist()
+        buckets = max(1, len(self.tables["users"]) - 1)
+        codes = [
+            [row and 1 + (row - 1) % buckets for row in self._users.rows(inputs.user_ids)],
+            [moment // HOUR_MS % 24 for moment in moments],
+            [(moment // DAY_MS + FIRST_WEEKDAY) % 7 for moment in moments],
+            self._rows("device", inputs.device),
+            self._rows("country", inputs.country),
+            self._rows("category", inputs.category),
+        ]
+        return np.array(codes, np.int32), self._history(inputs.history), self.spec.numbers(inputs.counts)
+
+    def _vectors(self, codes: Int32, history: Int32, numbers: Float32) -> Float32:
         step = max(1, POOL_VALUES // 64 // max(1, history.shape[1]))
         if len(history) <= step:
-            return self._forward(encoded)
-        parts = [self._forward({k: v[at : at + step] for k, v in encoded.items()}) for at in range(0, len(history), step)]
-        return np.concatenate(parts)
+            return self._forward(codes, history, numbers)
+        parts = [slice(at, at + step) for at in range(0, len(history), step)]
+        return np.concatenate([self._forward(codes[:, part], history[part], numbers[part]) for part in parts])
 
-    def _rows(self, name: str, values: Sequence[str | None]) -> Int32:
+    def _rows(self, name: str, values: Sequence[str | None]) -> list[int]:
         codes = self._codes[name]
-        return np.array([codes.get(value, 0) for value in values], np.int32)
+        return [codes.get(value, 0) for value in values]
 
     def _history(self, histories: Sequence[Sequence[str]]) -> Int32:
         longest = self.spec.history
-        flat = [name for items in histories for name in items]
-        places = self._items.places_of_few(flat)
+        rows = self._items.rows(list(chain.from_iterable(histories)))
         kept, at = [], 0
         for items in histories:
-            known = [place + 1 for place in places[at : at + len(items)] if place >= 0]
+            known = list(filter(None, rows[at : at + len(items)]))
             kept.append(known[:longest])
             at += len(items)
         width = max(map(len, kept), default=0)
         return np.array([known + [0] * (width - len(known)) for known in kept], np.int32).reshape(len(kept), width)
 
-    def _forward(self, encoded: Mapping[str, npt.NDArray[Any]]) -> Float32:
-        tables, (of_user, of_history, of_recent) = self.tables, self.spec.scales
-        history = encoded["history"]
-        users = of_user * tables["users"][encoded["user"]]
-        gathered = tables["history"][history]
-        present = history > 0
-        newest = min(self.spec.recent, history.shape[1])
-        pooled = of_history * _mean(gathered, present)
-        recent = of_recent * _mean(gathered[:, :newest], present[:, :newest])
-        result = users + pooled + recent
+    def _forward(self, codes: Int32, history: Int32, numbers: Float32) -> Float32:
+        (b, _), d, tables = history.shape, self.dimension, self.tables
+        lengths: npt.NDArray[np.intp] = np.add.reduce(history > 0, axis=1)
+        gathered = tables["history"].take(history, axis=0)
+        context = self._context.take((codes[1:] + self._starts).T, axis=0)
+        x = np.empty((b, 3 * d + context.shape[1] * context.shape[2] + NUMBERS), np.float32)
+        # The user's own embedding, the mean of the history and that of its newest items; padding is zeros.
+        embedded = x[:, : 3 * d].reshape(b, 3, d)
+        embedded[:, 0] = tables["users"].take(codes[0], axis=0)
+        np.add.reduce(gathered, axis=1, out=embedded[:, 1])
+        np.add.reduce(gathered[:, : self.spec.recent], axis=1, out=embedded[:, 2])
+        embedded *= self._factors.take(lengths, axis=0)[:, :, None]
+        result = np.add.reduce(embedded, axis=1)
         if self.dense:
-            names = ("hour", "weekday", "device", "country", "category")
-            context = [tables[table][encoded[name]] for table, name in zip(CONTEXT, names, strict=True)]
-            x = np.concatenate([users, pooled, recent, *context, encoded["numbers"]], axis=1)
+            x[:, 3 * d : -NUMBERS].reshape(context.shape)[...] = context
+            x[:, -NUMBERS:] = numbers
             for kernel, bias in self.dense[:-1]:
-                x = np.maximum(x @ kernel + bias, 0)
+                x = x @ kernel
+                x += bias
+                np.maximum(x, 0, out=x)
             kernel, bias = self.dense[-1]
-            result = result + x @ kernel + bias
-        known = (encoded["user"] > 0) | present.any(axis=1)
-        squares = np.maximum(np.einsum("bd,bd->b", result, result), np.float32(EPSILON))
-        return result * (known / np.sqrt(squares))[:, None].astype(np.float32)
+            result += x @ kernel
+            result += bias
+        known = (codes[0] > 0) | (lengths > 0)
+        squares = np.maximum(np.vecdot(result, result), EPSILON)
+        result *= (known / np.sqrt(squares))[:, None]
+        return result
 
     # -- files ----------------------------------------------------------------------------------------------------------
 
     def to_files(self) -> dict[str, bytes]:
         """`tower.json` and one `.npy` for each array, by name; `from_files` reads them."""
-        arrays = {name: self.tables[name] for name in TABLES}
+        return dict(self.files())
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """`to_files`, by name and one at a time, for a tower that is too large to be in memory twice."""
+        arrays = {f"{name}.npy": self.tables[name] for name in TABLES}
         for layer, (kernel, bias) in enumerate(self.dense):
-            arrays |= {f"dense_{layer}_kernel": kernel, f"dense_{layer}_bias": bias}
-        files = {f"{name}.npy": npy_bytes(array) for name, array in arrays.items()}
-        files[TOWER_FILE] = json.dumps(asdict(self.spec), indent=2, ensure_ascii=False).encode()
-        return files
+            arrays |= {f"dense_{layer}_kernel.npy": kernel, f"dense_{layer}_bias.npy": bias}
+        for name in sorted((*arrays, TOWER_FILE)):
+            if name == TOWER_FILE:
+                yield name, json.dumps(asdict(self.spec), indent=2, ensure_ascii=False).encode()
+            else:
+                yield name, npy_bytes(arrays[name])
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> UserTower:
@@ -292,16 +362,19 @@ class UserTower:
         return cls(spec, {name: arrays[name] for name in TABLES}, dense)
 
 
-def standardise(values: npt.NDArray[np.floating], center: Sequence[float], spread: Sequence[float]) -> Float32:
+def standardise(values: npt.NDArray[np.floating], center: npt.ArrayLike, spread: npt.ArrayLike) -> Float32:
     """(log(1 + values) - center) / spread, and whether the last column is unknown: float32 (b, k + 1) of (b, k).
 
     What is not finite is unknown and becomes 0; what is negative counts as 0.
     """
-    known = np.isfinite(values)
-    scaled = np.log1p(np.maximum(np.where(known, values, 0), 0, dtype=np.float32)) - np.array(center, np.float32)
+    unknown = ~np.isfinite(values)
     result = np.empty((len(values), values.shape[1] + 1), np.float32)
-    result[:, :-1] = np.where(known, scaled / np.array(spread, np.float32), 0)
-    result[:, -1] = ~known[:, -1]
+    scaled = result[:, :-1]
+    np.log1p(np.maximum(values, 0, dtype=np.float32), out=scaled)
+    scaled -= np.asarray(center, np.float32)
+    scaled /= np.asarray(spread, np.float32)
+    scaled[unknown] = 0
+    result[:, -1] = unknown[:, -1]
     return result
 
 
@@ -309,12 +382,6 @@ def embedding_rows(places: Int32, table_rows: int) -> Int32:
     """Rows of an embedding table for places of a vocabulary: 1 + place mod (rows - 1), and row 0 for place -1."""
     buckets = max(1, table_rows - 1)
     return np.where(places < 0, 0, 1 + places % buckets).astype(np.int32)
-
-
-def _mean(gathered: Float32, present: npt.NDArray[np.bool_]) -> Float32:
-    """The mean over each user's items, (b, d), of (b, h, d) whose padding is zeros; zeros without any item."""
-    count = np.maximum(present.sum(axis=1, keepdims=True, dtype=np.float32), 1)
-    return gathered.sum(axis=1) / count
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:
@@ -366,6 +433,9 @@ def _check(tower: UserTower) -> None:
     for name in ("users", "history"):
         if tables[name].ndim != 2 or tables[name].shape[1] != d:
             raise TowerError(f"{name}.npy has the shape {tables[name].shape}, {TOWER_FILE} says {d} columns")
+    widths = {tables[name].shape[1:] for name in CONTEXT}
+    if len(widths) > 1 or any(len(shape) != 1 for shape in widths):
+        raise TowerError(f"{', '.join(f'{name}.npy' for name in CONTEXT)} must be tables with equally many columns")
     width = 3 * d + sum(tables[name].shape[1] for name in CONTEXT) + NUMBERS
     for layer, (kernel, bias) in enumerate(tower.dense):
         if kernel.ndim != 2 or len(kernel) != width or bias.shape != kernel.shape[1:]:

@@ -10,6 +10,7 @@ Corpus Item Recommendations). The user as the mean of the history in the table o
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,17 +30,22 @@ import pyarrow.parquet as pq
 from recsys_core import progress
 from recsys_core.lake import Lake
 from recsys_core.settings import Settings, TwoTowerSettings
-from recsys_core.tower import npy_bytes
+from recsys_core.tower import UserTower, npy_bytes
 from recsys_core.two_tower_data import ITEM_FEATURES, TRAINING_EXAMPLES, Batches, TwoTowerError, learn, write_shards
 
 if TYPE_CHECKING:
-    from recsys_core.two_tower_network import Sizes, Trainer
+    from recsys_core.two_tower_network import Sizes, Towers, Trainer
 
 TWO_TOWER = "two_tower"
 CHECKPOINTS = "two_tower_checkpoint"
 ITEMS_PARQUET = "items.parquet"
 ITEMS_NPY = "items.npy"
 STATE_FILE = "state.json"
+NOW, BEST = "now/", "best/"
+"""Folders of a checkpoint: what training changes, as it is now; the weights of the best epoch."""
+
+Files = Iterator[tuple[str, bytes]]
+"""Names and contents, each made when it is asked for."""
 
 Log = Callable[[dict[str, float], int], None]
 """Called after each epoch with its metrics and its number, from 1."""
@@ -99,27 +106,27 @@ def fit_two_tower(lake: Lake, day: str, settings: Settings, log: Log | None = No
         shards = write_shards(lake, day, learned, settings.two_tower, folder)
         batches = Batches(learned, shards, settings.two_tower)
         training = _Training(lake, day, settings.two_tower, batches, log)
-        training.run()
-        files, version = training.export()
+        towers = training.run()
+        files, version = _export(towers, training.sizes, batches, day, folder / "saved_model")
+        state = training.state
+        report = TwoTowerReport(
+            version=version,
+            examples=shards.rows,
+            validation_examples=shards.validation_rows,
+            skipped=learned.skipped,
+            users=len(learned.users),
+            items=len(learned.items),
+            parameters=sum(int(np.prod(v.shape)) for v in towers.trainable_variables),
+            epochs=state.epochs,
+            best_epoch=state.best_epoch,
+            steps=state.steps,
+            seconds=time.perf_counter() - started,
+            examples_per_second=training.examples / max(training.seconds, 1e-9),
+            resumed_at=training.resumed_at,
+        )
+        lake.write_blobs(TWO_TOWER, day, files, len(learned.items), {"report": asdict(report)})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    state = training.state
-    report = TwoTowerReport(
-        version=version,
-        examples=shards.rows,
-        validation_examples=shards.validation_rows,
-        skipped=learned.skipped,
-        users=len(learned.users),
-        items=len(learned.items),
-        parameters=training.parameters,
-        epochs=state.epochs,
-        best_epoch=state.best_epoch,
-        steps=state.steps,
-        seconds=time.perf_counter() - started,
-        examples_per_second=training.examples / max(training.seconds, 1e-9),
-        resumed_at=training.resumed_at,
-    )
-    lake.write_blobs(TWO_TOWER, day, files, len(learned.items), {"report": asdict(report)})
     training.drop_checkpoint()
     return report
 
@@ -131,29 +138,31 @@ class _Training:
         self.lake, self.day, self.settings, self.batches, self.log = lake, day, settings, batches, log
         self.sizes, self.trainer = _start(batches, settings)
         self.devices = self.trainer.strategy.num_replicas_in_sync
-        self.best: list[npt.NDArray[Any]] | None = None
         self.state = _State()
         self.seconds = 0.0
         self.examples = 0.0
         self.inputs = self._inputs()
         self.resumed_at = self._resume()
 
-    @property
-    def parameters(self) -> int:
-        return sum(int(np.prod(v.shape)) for v in self.trainer.towers.trainable_variables)
-
     # -- the epochs -------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Epochs until the validation loss has not fallen `patience` times, then one pass over the validation part."""
+    def run(self) -> Towers:
+        """Epochs until the validation loss has not fallen `patience` times, then one pass over the validation part.
+
+        Gives the trained towers. The trainer goes, and with it the optimizer's moments: twice the memory of the weights.
+        """
         while self.state.phase == "train":
             self._epoch()
             self._checkpoint()
-        if self.best is not None:
-            _assign(self.trainer.towers.trainable_variables, self.best)
+        towers = self.trainer.towers
+        if self.state.best_epoch < self.state.epoch:
+            _assign(towers.trainable_variables, self._saved(BEST))
         if self.batches.shards.validation_rows and self.settings.learn_validation:
             self._pass(self.batches.validation(hide=True), "newest examples", self.batches.shards.validation_rows, 0)
             self._check_finite()
+        del self.trainer
+        gc.collect()
+        return towers
 
     def _epoch(self) -> None:
         state = self.state
@@ -172,13 +181,12 @@ class _Training:
         self._judge(metrics.get("validation_loss"))
 
     def _judge(self, validation_loss: float | None) -> None:
-        """Keep the weights of the best epoch, and say whether there is a next one."""
+        """Whether this epoch is the best one so far, and whether there is a next one."""
         state = self.state
         if validation_loss is None or validation_loss < state.best_loss:
             state.best_epoch, state.worse = state.epoch, 0
             if validation_loss is not None:
                 state.best_loss = validation_loss
-                self.best = [v.numpy() for v in self.trainer.towers.trainable_variables]
         else:
             state.worse += 1
         if state.epoch >= self.settings.epochs or state.worse >= self.settings.patience:
@@ -190,14 +198,15 @@ class _Training:
         total = max(1, round(rows / self.settings.batch_size / self.devices))
         started = time.perf_counter()
         with progress.task(name, total) as bar:
-            for batch in self._dataset(batches):
-                sums.append(self.trainer.train_step(batch))
+            for sum_of_batch in self._steps(self.trainer.train_step, batches):
+                sums.append(sum_of_batch)
                 state.steps += 1
                 state.step += self.devices
                 done = state.step // self.devices
                 bar.update(min(done, total), total)
+                # The last pass begins anew when it was cut off: it starts from the weights of the best epoch.
                 every = self.settings.checkpoint_steps
-                if every and done % every == 0:
+                if every and done % every == 0 and state.phase == "train":
                     self._sum_up(sums)
                     self._checkpoint()
         self._sum_up(sums)
@@ -211,18 +220,28 @@ class _Training:
         sums.clear()
 
     def _validate(self) -> float:
-        sums = [self.trainer.loss_step(batch) for batch in self._dataset(self.batches.validation())]
+        sums = list(self._steps(self.trainer.loss_step, self.batches.validation()))
         return sum(float(loss) for loss, _ in sums) / max(sum(float(weight) for _, weight in sums), 1e-9)
 
-    def _dataset(self, batches: Iterator[dict[str, Any]]) -> Any:
+    def _steps(self, step: Any, batches: Iterator[dict[str, Any]]) -> Iterator[Any]:
+        """What a step gives for each batch.
+
+        It is compiled once, for batches of any size. Compiled for the sizes of the first batches that come, it would round
+        otherwise after a resumption, which begins with other batches.
+        """
         from recsys_core.two_tower_network import dataset_of
 
-        return dataset_of(batches, self.trainer.strategy)
+        dataset = dataset_of(batches, self.trainer.strategy)
+        compiled = step.get_concrete_function(dataset.element_spec)
+        for batch in dataset:
+            yield compiled(batch)
 
     def _check_finite(self) -> None:
+        from recsys_core.two_tower_export import array_of
+
         metrics = self.state.epochs[-1]
-        weights = (v.numpy() for v in self.trainer.towers.trainable_variables)
-        if not all(np.isfinite(value) for value in metrics.values()) or not all(np.isfinite(w).all() for w in weights):
+        weights = self.trainer.towers.trainable_variables
+        if not all(np.isfinite(v) for v in metrics.values()) or not all(np.isfinite(array_of(w)).all() for w in weights):
             raise TwoTowerError(
                 f"{TWO_TOWER}, partition {self.day!r}: the training diverged in epoch {len(self.state.epochs)} "
                 f"(loss {metrics['loss']:g}); lower two_tower.learning_rate or use precision float32"
@@ -240,45 +259,44 @@ class _Training:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _checkpoint(self) -> None:
-        blobs = {STATE_FILE: json.dumps(asdict(self.state)).encode()}
-        blobs |= {f"now/{n:04d}.npy": npy_bytes(v.numpy()) for n, v in enumerate(self.trainer.variables())}
-        blobs |= {f"best/{n:04d}.npy": npy_bytes(v) for n, v in enumerate(self.best or ())}
-        self.lake.write_blobs(CHECKPOINTS, self.day, blobs, self.state.steps, {"inputs": self.inputs})
+        self.lake.write_blobs(CHECKPOINTS, self.day, self._blobs(), self.state.steps, {"inputs": self.inputs})
+
+    def _blobs(self) -> Files:
+        """The files of a checkpoint. The weights of the best epoch are on disk alone, and only while a worse one may follow."""
+        from recsys_core.two_tower_export import array_of
+
+        state = self.state
+        yield STATE_FILE, json.dumps(asdict(state)).encode()
+        for n, variable in enumerate(self.trainer.variables()):
+            yield f"{NOW}{n:04d}.npy", npy_bytes(array_of(variable))
+        if state.best_epoch == state.epoch and not state.step:
+            if state.phase == "train" and self.batches.shards.validation_rows:
+                for n, variable in enumerate(self.trainer.towers.trainable_variables):
+                    yield f"{BEST}{n:04d}.npy", npy_bytes(array_of(variable))
+        elif state.best_epoch:
+            for name in self._names(BEST):
+                yield name, self.lake.read_blob(CHECKPOINTS, self.day, name)
 
     def _resume(self) -> tuple[int, int] | None:
         found = self.lake.find(CHECKPOINTS, self.day)
         if found is None or found.extra.get("inputs") != self.inputs:
             return None
         self.state = _State(**json.loads(self.lake.read_blob(CHECKPOINTS, self.day, STATE_FILE)))
-        _assign(self.trainer.variables(), [self._array(name) for name in sorted(found.files) if name.startswith("now/")])
-        best = [self._array(name) for name in sorted(found.files) if name.startswith("best/")]
-        self.best = best or None
+        _assign(self.trainer.variables(), self._saved(NOW))
         return self.state.epoch, self.state.step
 
-    def _array(self, name: str) -> npt.NDArray[Any]:
-        return np.asarray(np.load(io.BytesIO(self.lake.read_blob(CHECKPOINTS, self.day, name)), allow_pickle=False))
+    def _names(self, folder: str) -> list[str]:
+        """Files of the last checkpoint in one of its folders, in order."""
+        return [name for name in sorted(self.lake.get(CHECKPOINTS, self.day).files) if name.startswith(folder)]
+
+    def _saved(self, folder: str) -> Iterator[npt.NDArray[Any]]:
+        for name in self._names(folder):
+            yield np.load(io.BytesIO(self.lake.read_blob(CHECKPOINTS, self.day, name)), allow_pickle=False)
 
     def drop_checkpoint(self) -> None:
         """Remove what a finished training no longer needs."""
         if self.lake.find(CHECKPOINTS, self.day) is not None:
             self.lake.fs.rm(self.lake.path(CHECKPOINTS, self.day), recursive=True)
-
-    # -- files ------------------------------------------------------------------------------------------------------------
-
-    def export(self) -> tuple[dict[str, bytes], str]:
-        """The files of the partition, and the version of the tower."""
-        from recsys_core.two_tower_export import item_vectors, saved_model_files, user_tower
-
-        tower = user_tower(self.trainer.towers, self.batches)
-        ids = io.BytesIO()
-        pq.write_table(pa.table({"item_id": self.batches.learned.items.ids}), ids)
-        files = {
-            ITEMS_PARQUET: ids.getvalue(),
-            ITEMS_NPY: npy_bytes(item_vectors(self.trainer.towers, self.batches)),
-            **tower.to_files(),
-            **saved_model_files(self.trainer.towers, self.sizes, tower, self.day),
-        }
-        return files, tower.version
 
 
 def _start(batches: Batches, settings: TwoTowerSettings) -> tuple[Sizes, Trainer]:
@@ -302,6 +320,30 @@ def _start(batches: Batches, settings: TwoTowerSettings) -> tuple[Sizes, Trainer
     return sizes, make_trainer(sizes, settings, steps)
 
 
-def _assign(variables: list[Any], values: list[npt.NDArray[Any]]) -> None:
+def _assign(variables: list[Any], values: Iterator[npt.NDArray[Any]]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+# -- files ----------------------------------------------------------------------------------------------------------------
+
+
+def _export(towers: Towers, sizes: Sizes, batches: Batches, day: str, folder: Path) -> tuple[Files, str]:
+    """The files of the partition, and the version of the tower. `folder` takes the SavedModel until its files are read."""
+    from recsys_core.two_tower_export import item_vectors, save_model, user_tower
+
+    vectors = item_vectors(towers, batches)
+    tower = user_tower(towers, batches)
+    save_model(towers, sizes, tower, folder / day.replace("-", ""))
+    return _files(batches.learned.items.ids, vectors, tower, folder), tower.version
+
+
+def _files(item_ids: pa.Array, vectors: npt.NDArray[np.float32], tower: UserTower, saved_model: Path) -> Files:
+    ids = io.BytesIO()
+    pq.write_table(pa.table({"item_id": item_ids}), ids)
+    yield ITEMS_PARQUET, ids.getvalue()
+    yield ITEMS_NPY, npy_bytes(vectors)
+    yield from tower.files()
+    for path in sorted(saved_model.rglob("*")):
+        if path.is_file():
+            yield f"saved_model/{path.relative_to(saved_model).as_posix()}", path.read_bytes()

@@ -6,8 +6,7 @@ Imports TensorFlow: import it where it is used.
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,11 @@ WARM_UP_FILE = "assets.extra/tf_serving_warmup_requests"
 WARM_UP_BATCHES = (1, 2, 8, 64)
 
 TABLE_OF_CONTEXT = dict(zip(CONTEXT, ("hours", "weekdays", "devices", "countries", "categories"), strict=True))
+
+
+def array_of(variable: Any) -> npt.NDArray[Any]:
+    """The values of a variable, read-only. On a CPU they lie in TensorFlow's own memory: `numpy()` would copy them twice."""
+    return np.asarray(memoryview(tf.convert_to_tensor(variable.value)))
 
 
 def item_vectors(towers: Towers, batches: Batches) -> npt.NDArray[np.float32]:
@@ -55,7 +59,7 @@ def user_tower(towers: Towers, batches: Batches) -> UserTower:
     arrays: dict[str, Any] = {
         "user_ids": learned.users.known,
         "item_ids": learned.items.vocabulary.known,
-        "users": towers.user_table.numpy() if settings.user_ids else np.zeros((1, settings.dimension), np.float32),
+        "users": array_of(towers.user_table) if settings.user_ids else np.zeros((1, settings.dimension), np.float32),
         "history": history,
         **{TABLE_OF_CONTEXT[name]: table.numpy() for name, table in towers.context.items()},
     }
@@ -74,32 +78,37 @@ def user_tower(towers: Towers, batches: Batches) -> UserTower:
     )
     dense = [(layer.kernel.numpy(), layer.bias.numpy()) for layer in towers.user_layers]
     tower = UserTower(spec, {name: arrays[name] for name in TABLES}, dense)
-    return UserTower(replace(spec, version=_digest(tower.to_files())), tower.tables, dense)
+    return UserTower(replace(spec, version=_digest(tower.files())), tower.tables, dense)
 
 
-def _digest(files: Mapping[str, bytes]) -> str:
+def _digest(files: Iterable[tuple[str, bytes]]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(name.encode() + b"\0" + len(files[name]).to_bytes(8, "little") + files[name])
+    for name, content in files:
+        digest.update(name.encode() + b"\0" + len(content).to_bytes(8, "little"))
+        digest.update(content)
+        del content
     return digest.hexdigest()[:16]
 
 
 class _Served(tf.Module):
-    """The user tower behind the signature of a SavedModel. Holds the variables of the user's side alone."""
+    """The user tower behind the signature of a SavedModel. Holds the variables of the user's side alone.
 
-    def __init__(self, towers: Towers, history: npt.NDArray[np.float32]) -> None:
+    The tables of users and history are those of `tower`; of `towers`, only the layers, scales and context are used.
+    """
+
+    def __init__(self, towers: Towers, tower: UserTower) -> None:
         super().__init__(name=MODEL_NAME)
         layers = [v for layer in towers.user_layers for v in layer.variables]
-        used = [towers.user_table, *towers.context.values(), *towers.scales.values(), *layers]
-        self.used = [v.value for v in used]
-        self.history = tf.Variable(history, trainable=False, name="history")
+        self.used = [v.value for v in (*towers.context.values(), *towers.scales.values(), *layers)]
+        self.users = tf.Variable(tower.tables["users"], trainable=False, name="users")
+        self.history = tf.Variable(tower.tables["history"], trainable=False, name="history")
         newest = towers.settings.recent
 
         @tf.function(input_signature=[_signature()], autograph=False)
         def vectors(inputs: dict[str, Any]) -> dict[str, Any]:
             present = inputs["history"] > 0
             gathered = tf.gather(self.history, inputs["history"])
-            own = tf.gather(towers.user_table, inputs["user"])
+            own = tf.gather(self.users, inputs["user"])
             pooled = _mean(gathered, present)
             recent = _mean(gathered[:, :newest], present[:, :newest])
             known = (inputs["user"] > 0) | tf.reduce_any(present, axis=1)
@@ -121,23 +130,21 @@ def _signature() -> dict[str, Any]:
     return inputs
 
 
-def saved_model_files(trained: Towers, sizes: Sizes, tower: UserTower, day: str) -> dict[str, bytes]:
-    """`saved_model/<version>/…` in the layout of TensorFlow Serving; the version is the day as a number.
+def save_model(trained: Towers, sizes: Sizes, tower: UserTower, folder: Path) -> None:
+    """A SavedModel in `folder`, with warm-up requests where TensorFlow Serving looks for them.
 
     The layers compute in float32, whatever the precision of the training.
     """
-    towers = Towers(sizes, trained.settings.model_copy(update={"precision": "float32"}))
+    towers = Towers(replace(sizes, users=1, items=1), trained.settings.model_copy(update={"precision": "float32"}))
+    tables = (trained.user_table, trained.item_table)
     for to, value in zip(towers.trainable_variables, trained.trainable_variables, strict=True):
-        to.assign(value)
-    served = _Served(towers, np.asarray(tower.tables["history"]))
-    version = day.replace("-", "")
-    with tempfile.TemporaryDirectory() as folder:
-        tf.saved_model.save(served, folder, signatures={SIGNATURE: served.vectors})
-        warm_up = Path(folder) / WARM_UP_FILE
-        warm_up.parent.mkdir(exist_ok=True)
-        _write_warm_up(warm_up, tower)
-        found = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-        return {f"saved_model/{version}/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in found}
+        if not any(value is table for table in tables):
+            to.assign(value)
+    served = _Served(towers, tower)
+    tf.saved_model.save(served, str(folder), signatures={SIGNATURE: served.vectors})
+    warm_up = folder / WARM_UP_FILE
+    warm_up.parent.mkdir(exist_ok=True)
+    _write_warm_up(warm_up, tower)
 
 
 def _write_warm_up(path: Path, tower: UserTower) -> None:

@@ -1,8 +1,8 @@
 """A training in a process of its own, for tests that kill it or need other devices.
 
-    python two_tower_process.py HOME '{"epochs": 3}' [kill=EPOCH:STEP] [cpus=2]
+    python two_tower_process.py HOME '{"epochs": 3}' ['kill=epoch 2 of:STEP'] [cpus=2]
 
-Prints `trained` at the end. `kill` ends the process by SIGKILL at that step.
+Prints `trained` at the end. `kill` ends the process by SIGKILL at that step of the pass whose name has these words.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def main() -> None:
 
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * int(options["cpus"]))
-    epoch, step = map(int, options.get("kill", "0:0").split(":"))
+    words, step = options.get("kill", "never:0").split(":")
     settings = default_settings(home, two_tower=json.loads(sys.argv[2]))
-    with progress.reporting_to(lambda name, _: KillingBar(step if f"epoch {epoch} of" in name else -1)):
+    with progress.reporting_to(lambda name, _: KillingBar(int(step) if words in name else -1)):
         fit_two_tower(Lake(str(home / "lake")), DAY, settings)
     print("trained")
 

@@ -207,6 +207,39 @@ def test_blobs_are_read_back_and_a_wrong_name_lists_those_there_are(anywhere):
         anywhere.read_blob("index", KEY, "c")
 
 
+def test_blobs_that_are_made_on_the_way_are_in_memory_one_at_a_time(tmp_path):
+    lake, alive = Lake(str(tmp_path)), []
+
+    class Content(bytes):
+        def __del__(self):
+            alive.remove(bytes(self))
+
+    def made():
+        for name in "cab":
+            assert alive == []
+            content = Content(name.encode())
+            alive.append(bytes(content))
+            yield name, content
+            del content
+
+    written = lake.write_blobs("t", KEY, made(), 3)
+    assert written == lake.get("t", KEY)
+    assert (written.files, written.bytes) == (("a", "b", "c"), 3)
+    assert written.data_version == lake.write_blobs("t", KEY, {name: name.encode() for name in "abc"}, 3).data_version
+
+
+def test_blobs_whose_source_breaks_off_leave_the_old_partition(anywhere):
+    anywhere.write_blobs("t", KEY, {"a": b"old"}, 1)
+
+    def breaks_off():
+        yield "a", b"new"
+        raise RuntimeError("the source is gone")
+
+    with pytest.raises(RuntimeError, match="the source is gone"):
+        anywhere.write_blobs("t", KEY, breaks_off(), 1)
+    assert anywhere.read_blob("t", KEY, "a") == b"old"
+
+
 def test_the_latest_partition_can_be_bounded(anywhere):
     assert anywhere.latest("t") is None
     assert anywhere.keys("t") == []

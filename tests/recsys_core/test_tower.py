@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from towers import make_tower, random_inputs
 
 from recsys_core import tower as tower_module
-from recsys_core.tower import TOWER_FILE, TowerError, TowerInputs, UserTower, Vocabulary, fingerprints
+from recsys_core.tower import TOWER_FILE, TowerError, TowerInputs, UserTower, Vocabulary, fingerprint, fingerprints
 
 USERS = [f"u{n}" for n in range(20)]
 ITEMS = [f"i{n}" for n in range(30)]
@@ -35,9 +35,12 @@ def fingerprint_by_definition(text: str) -> int:
     return result
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=40), max_size=20))
 def test_fingerprints_of_many_are_those_of_each_by_definition(texts):
-    assert fingerprints(texts).tolist() == [fingerprint_by_definition(text) for text in texts]
+    by_definition = [fingerprint_by_definition(text) for text in texts]
+    assert fingerprints(texts).tolist() == by_definition
+    assert list(map(fingerprint, texts)) == by_definition
 
 
 def test_fingerprints_are_the_same_in_every_release():
@@ -62,13 +65,16 @@ def test_a_vocabulary_says_where_an_id_stands_and_minus_one_for_others():
     assert Vocabulary(np.empty(0, np.uint64)).places(["a"]).tolist() == [-1]
 
 
-def test_asking_for_few_ids_again_and_again_gives_what_asking_for_many_gives(monkeypatch):
+@pytest.mark.parametrize("one_by_one", [0, 100])
+@pytest.mark.parametrize("known", [ITEMS, []])
+def test_asking_for_ids_again_and_again_gives_one_more_than_their_places(known, one_by_one, monkeypatch):
     monkeypatch.setattr(tower_module, "MEMO_ENTRIES", 8)
-    vocabulary = Vocabulary(np.sort(fingerprints(ITEMS)))
+    monkeypatch.setattr(tower_module, "ONE_BY_ONE", one_by_one)
+    vocabulary = Vocabulary(np.sort(fingerprints(known)))
     random = np.random.default_rng(1)
     for _ in range(50):
         some = [[*ITEMS, "x", "y"][k] for k in random.integers(0, 32, 6)]
-        assert vocabulary.places_of_few(some) == vocabulary.places(some).tolist()
+        assert vocabulary.rows(some) == (vocabulary.places(some) + 1).tolist()
 
 
 @pytest.mark.parametrize("hidden", [(16, 8), ()])
@@ -105,6 +111,32 @@ def test_a_user_of_whom_nothing_is_known_has_zeros():
     assert not tower.vectors(user(["never-seen"], device="mobile")).any()
     assert tower.vectors(user(["i3"])).any()
     assert tower.vectors(user([], user_id="u3")).any()
+
+
+@pytest.mark.parametrize("hidden", [(16, 8), ()])
+def test_a_question_about_nobody_has_no_vector(hidden):
+    inputs = random_inputs(USERS, ITEMS, 0)
+    assert make_tower(USERS, ITEMS, hidden=hidden).vectors(inputs).shape == (0, 8)
+
+
+def test_a_vector_is_that_of_its_formula():
+    tower = make_tower(USERS, ITEMS)
+    spec, tables = tower.spec, tower.tables
+    counts = (3.0, 0.0, 7.0, np.nan)
+    moment = int(np.datetime64("2026-11-25T15:30", "ms").astype(int))
+    asked = user(["i4", "gone", "i2", "i9", "i7"], user_id="u5", counts=counts, ts=moment, device="mobile", category="books")
+    places = Vocabulary(tables["item_ids"]).places(["i4", "i2", "i9", "i7"])
+    items = tables["history"][places + 1].astype(float)
+    own = spec.scales[0] * tables["users"][Vocabulary(tables["user_ids"]).places(["u5"])[0] + 1].astype(float)
+    pooled, newest = spec.scales[1] * items.mean(axis=0), spec.scales[2] * items[: spec.recent].mean(axis=0)
+    context = [tables[name][row] for name, row in zip(tower_module.CONTEXT, (15, 2, 2, 0, 1), strict=True)]
+    numbers = [(np.log1p(c) - m) / s for c, m, s in zip(counts[:3], spec.center, spec.spread, strict=False)]
+    x = np.concatenate([own, pooled, newest, *context, numbers, [0, 1]])
+    for kernel, bias in tower.dense[:-1]:
+        x = np.maximum(x @ kernel + bias, 0)
+    kernel, bias = tower.dense[-1]
+    result = own + pooled + newest + x @ kernel + bias
+    assert tower.vectors(asked)[0] == pytest.approx(result / np.linalg.norm(result), abs=1e-6)
 
 
 def test_context_the_newest_items_and_counts_change_the_vector():
@@ -167,6 +199,7 @@ def broken(name: str, change) -> dict[str, bytes]:
         ("users.npy", lambda data: data[:40], "not a NumPy file"),
         ("users.npy", lambda _: tower_module.npy_bytes(np.full((3, 8), np.nan, np.float32)), "finite"),
         ("history.npy", lambda _: tower_module.npy_bytes(np.zeros((3, 8), np.float32)), "has 3 rows"),
+        ("hours.npy", lambda _: tower_module.npy_bytes(np.zeros((24, 3), np.float32)), "equally many columns"),
         ("dense_1_kernel.npy", lambda _: tower_module.npy_bytes(np.zeros((3, 8), np.float32)), "expected 16 rows"),
     ],
 )

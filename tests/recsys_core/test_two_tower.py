@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "learning_rate": 0.01,
     "checkpoint_steps": 7,
 }
+OVERFITTING: dict[str, Any] = {"epochs": 8, "patience": 1, "learning_rate": 0.05, "checkpoint_steps": 2, "id_dropout": 0.0}
 USERS, ITEMS, NEW_ITEMS = 120, 90, 12
 MOMENT = key_start_ms(DAY) + 86_000_000
 
@@ -179,7 +180,7 @@ def test_warm_up_requests_are_prediction_logs_that_fit_the_signature(model):
 def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been_killed(model, shop, tmp_path):
     lake = Lake(str(tmp_path / "lake"))
     write_examples(lake, *shop)
-    killed = train_elsewhere(tmp_path, "kill=2:16")
+    killed = train_elsewhere(tmp_path, "kill=epoch 2 of:16")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert lake.find(TWO_TOWER, DAY) is None
     report = fit_two_tower(lake, DAY, default_settings(tmp_path, two_tower=SMALL))
@@ -189,6 +190,39 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been_killed(model, 
     assert resumed.tower.version == model.tower.version
     assert [e["loss"] for e in report.epochs] == [e["loss"] for e in model.report.epochs]
     assert lake.find(CHECKPOINTS, DAY) is None
+
+
+@pytest.fixture(scope="module")
+def overfitted(shop: tuple[list[dict], list[dict]], tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model whose best epoch is followed by worse ones."""
+    model = train(tmp_path_factory.mktemp("overfitted"), *shop, **OVERFITTING)
+    assert model.report.best_epoch < len(model.report.epochs)
+    return model
+
+
+def test_the_weights_of_the_best_epoch_are_kept_however_many_worse_ones_follow(shop, tmp_path):
+    last_pass_left_out = {**OVERFITTING, "learn_validation": False}
+    one = train(tmp_path / "one", *shop, **last_pass_left_out)
+    two = train(tmp_path / "two", *shop, **{**last_pass_left_out, "patience": 2})
+    assert len(two.report.epochs) == len(one.report.epochs) + 1 > one.report.best_epoch + 1
+    assert np.array_equal(one.items, two.items)
+    assert one.tower.version == two.tower.version
+
+
+@pytest.mark.timeout(600)
+def test_a_training_killed_after_its_best_epoch_and_in_the_last_pass_ends_as_if_it_had_not_been_killed(
+    overfitted, shop, tmp_path
+):
+    lake = Lake(str(tmp_path / "lake"))
+    write_examples(lake, *shop)
+    epoch = overfitted.report.best_epoch + 1
+    for words, step in ((f"epoch {epoch} of", 20), ("newest examples", 3)):
+        killed = train_elsewhere(tmp_path, f"kill={words}:{step}", **OVERFITTING)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    resumed = Model(lake, fit_two_tower(lake, DAY, default_settings(tmp_path, two_tower={**SMALL, **OVERFITTING})))
+    assert resumed.report.resumed_at == (len(overfitted.report.epochs), 0)
+    assert np.array_equal(resumed.items, overfitted.items)
+    assert resumed.tower.version == overfitted.tower.version
 
 
 @pytest.mark.timeout(600)
