@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -121,10 +122,11 @@ class TombstoneLog:
         old = sorted(name for name in self._names(MERGED, _MERGED_NAME) if int(name.split("-")[0], 16) < limit)
         if len(old) < 2:
             return
-        last = dict(self._rows(old[-1]))
-        for name in old[:-1]:
-            if all(last.get(user, -1) >= moment for user, moment in self._rows(name)):
-                self._remove(MERGED, name)
+        with suppress(FileNotFoundError):  # another merge drops them now
+            last = dict(self._rows(old[-1]))
+            for name in old[:-1]:
+                if all(last.get(user, -1) >= moment for user, moment in self._rows(name)):
+                    self._remove(MERGED, name)
 
     def _read(self) -> _Known:
         before = self._known
@@ -161,10 +163,8 @@ class TombstoneLog:
         return frozenset(name for path in paths if pattern.match(name := path.rsplit("/", 1)[-1]))
 
     def _remove(self, folder: str, name: str) -> None:
-        try:
+        with suppress(FileNotFoundError):  # another merge was here first
             self.lake.fs.rm_file(self._path(folder, name))
-        except FileNotFoundError:  # another merge was here first
-            return
 
     def _path(self, *parts: str) -> str:
         return self.lake.path(TOMBSTONES, *parts)

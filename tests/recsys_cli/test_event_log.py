@@ -13,7 +13,7 @@ import pytest
 from recsys_cli.event_log import BatchedSqliteEventLog
 from recsys_cli.stack import dagster_environment
 
-HOURS = 50
+HOURS = 20
 MATERIALIZED, PLANNED = "ASSET_MATERIALIZATION", "ASSET_MATERIALIZATION_PLANNED"
 hourly = dg.HourlyPartitionsDefinition("2026-01-01-00:00", fmt="%Y-%m-%d-%H:%M")
 
@@ -78,16 +78,26 @@ def stored(folder: Path, run_id: str) -> dict[str, Counter[tuple[object, ...]]]:
     }
 
 
-@pytest.mark.parametrize("batch", ["1000", "7"])
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counter[tuple[object, ...]]]:
+    """What a run leaves in Dagster's own storage."""
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.local_temp(str(folder)) as plain:
+        patch.delenv("DAGSTER_EVENT_BATCH_SIZE", raising=False)
+        return stored(folder, make(plain))
+
+
+@pytest.mark.parametrize("batch", ["1000", "7", "0"])
 def test_the_databases_hold_what_storing_events_one_by_one_leaves(
-    instance: dg.DagsterInstance, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: str
+    instance: dg.DagsterInstance,
+    home: Path,
+    one_by_one: dict[str, Counter[tuple[object, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: str,
 ) -> None:
     monkeypatch.setenv("DAGSTER_EVENT_BATCH_SIZE", batch)
     in_batches = stored(home, make(instance))
-    monkeypatch.setenv("DAGSTER_EVENT_BATCH_SIZE", "0")
-    (tmp_path / "plain").mkdir()
-    with dg.DagsterInstance.local_temp(str(tmp_path / "plain")) as plain:
-        assert in_batches == stored(tmp_path / "plain", make(plain))
+    assert in_batches == one_by_one
     assert sum(count for row, count in in_batches["all"].items() if row[0] == MATERIALIZED) == HOURS
     assert sum(count for row, count in in_batches["run"].items() if row[0] == PLANNED) == HOURS
     assert sum(in_batches["tags"].values()) >= HOURS

@@ -245,6 +245,25 @@ def test_a_file_that_goes_while_it_is_about_to_be_read_is_looked_for_again(
     assert set(reader.read().moments) == set(USERS[:2])
 
 
+def test_two_merges_that_drop_the_same_files_do_not_disturb_each_other(store: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = TombstoneLog(store), TombstoneLog(store)
+    for user in USERS[:3]:
+        one.add(user, 1_000)
+        one.merge(least=1)
+    monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
+    rows = TombstoneLog._rows
+
+    def dropped_meanwhile(self: TombstoneLog, name: str) -> list[tuple[str, int]]:
+        monkeypatch.setattr(TombstoneLog, "_rows", rows)
+        other.merge(least=0)
+        return rows(self, name)
+
+    monkeypatch.setattr(TombstoneLog, "_rows", dropped_meanwhile)
+    one.merge()
+    assert len(names(store, MERGED)) == 1
+    assert set(TombstoneLog(store).read().moments) == set(USERS[:3])
+
+
 def test_removals_at_the_same_time_are_all_there_in_the_end(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     users = [hash_of(f"one of many {n}") for n in range(40)]
     missed: list[str] = []
