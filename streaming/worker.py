@@ -99,10 +99,10 @@ class Worker:
         gc.freeze()
         self.metrics.serve(self.settings.stream.metrics_port)
         while not self._stopping.is_set():
-            topic = self._wait_for_topic()
-            if topic is None:
+            found = self._wait_for_topic()
+            if found is None:
                 return
-            session = _Session(self.settings, topic, self.metrics, self._stopping, self.name)
+            session = _Session(self.settings, *found, self.metrics, self._stopping, self.name)
             try:
                 session.run()
             except (StartOver, StateLost) as reason:
@@ -111,22 +111,21 @@ class Worker:
             finally:
                 session.close()
 
-    def _wait_for_topic(self) -> Topic | None:
+    def _wait_for_topic(self) -> tuple[Topic, bool] | None:
+        """The topic, and whether the broker is the embedded one. None when the worker was stopped before there was one."""
         admin = AdminClient(client_config(self.settings.kafka))
         name = self.settings.kafka.topic
         told = False
         while not self._stopping.is_set():
             try:
                 topic = find_topic(admin, name)
-            except KafkaException as error:
-                log.warning("%s does not answer: %s", self.settings.kafka.bootstrap_servers, error.args[0].str())
-                topic = None
-            else:
-                if topic is None and not told:
+                if topic is not None:
+                    return topic, is_embedded(admin)
+                if not told:
                     log.warning("there is no topic %s; `recsys kafka init` makes it", name)
                     told = True
-            if topic is not None:
-                return topic
+            except KafkaException as error:
+                log.warning("%s does not answer: %s", self.settings.kafka.bootstrap_servers, error.args[0].str())
             self._stopping.wait(TOPIC_SECONDS)
         return None
 
@@ -134,7 +133,9 @@ class Worker:
 class _Session:
     """The work on one incarnation of the topic."""
 
-    def __init__(self, settings: Settings, topic: Topic, metrics: StreamMetrics, stopping: threading.Event, name: str) -> None:
+    def __init__(
+        self, settings: Settings, topic: Topic, embedded: bool, metrics: StreamMetrics, stopping: threading.Event, name: str
+    ) -> None:
         self._settings = settings
         self._topic = topic
         self._metrics = metrics
@@ -161,7 +162,7 @@ class _Session:
         self._paused = False
         self._asked: Any = None
         self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "archive": 0.0, "later": 0.0}
-        self._consumer = Consumer(consumer_config(settings, is_embedded(self._admin)), logger=log)
+        self._consumer = Consumer(consumer_config(settings, embedded), logger=log)
         self._threads = [
             threading.Thread(target=self._guarded, args=(step,), name=step.__name__, daemon=True)
             for step in (self._prepare_all, self._write_all)
