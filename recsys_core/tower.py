@@ -213,8 +213,8 @@ class UserTower:
     """The fitted tower. `tables` has the arrays named in TABLES, `dense` the kernel and bias of each layer.
 
     `users` (k + 1, d): row 0 for unknown users; the user at place p has row 1 + p mod k. `history` (n + 1, d): what the item
-    at place p adds to a history, in row 1 + p; row 0 is zeros. All float32, but `user_ids` and `item_ids` are fingerprints,
-    uint64.
+    at place p adds to a history, in row 1 + p; row 0 is zeros. Those of CONTEXT have equally many columns. All float32, but
+    `user_ids` and `item_ids` are fingerprints, uint64.
     """
 
     spec: TowerSpec
@@ -272,7 +272,8 @@ class UserTower:
 
     def _encode(self, inputs: TowerInputs) -> tuple[Int32, Int32, Float32]:
         """CODES (6, b), history (b, h) and numbers (b, NUMBERS)."""
-        # For one user, lists are faster than arrays; for many, the histories take longest, whichever is used here.
+        # For one user, lists are faster than arrays; for many, the histories take longest, whichever is used here. The row of a
+        # user is that of `embedding_rows`.
         moments = np.asarray(inputs.ts_ms, np.int64).tolist()
         buckets = max(1, len(self.tables["users"]) - 1)
         codes = [

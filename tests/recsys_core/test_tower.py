@@ -173,6 +173,14 @@ def test_hours_and_weekdays_are_those_of_utc():
     assert (encoded["hour"][0], encoded["weekday"][0]) == (15, 2)
 
 
+def test_users_share_the_rows_of_a_smaller_table_as_in_training():
+    tower = make_tower(USERS, ITEMS)
+    few_rows = UserTower(tower.spec, {**tower.tables, "users": tower.tables["users"][:6]}, tower.dense)
+    asked = random_inputs(USERS, ITEMS, 60)
+    places = Vocabulary(tower.tables["user_ids"]).places(asked.user_ids)
+    assert few_rows.encode(asked)["user"].tolist() == tower_module.embedding_rows(places, 6).tolist()
+
+
 def test_files_give_the_tower_back():
     tower = make_tower(USERS, ITEMS)
     again = UserTower.from_files(tower.to_files())
