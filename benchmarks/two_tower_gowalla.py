@@ -33,7 +33,7 @@ from recsys_core.two_tower_data import ITEM_FEATURES, TRAINING_EXAMPLES
 
 DAY = "2010-11-01"
 K = 20
-HISTORY = 100
+HISTORY = 80
 TARGETS = {"recall@20": 0.1754, "ndcg@20": 0.1473}
 """YoutubeDNN in the BARS leaderboard, Gowalla_m1."""
 NEXT_TARGETS = {"recall@20": 0.1872, "ndcg@20": 0.1557}
@@ -43,16 +43,17 @@ TARGET_SECONDS = 20 * 60
 SETTINGS = TwoTowerSettings(
     dimension=64,
     hidden=(),
+    user_ids=False,
     history=1000,
+    history_dropout=0.5,
     recent=0,
-    min_user_examples=1,
     id_dropout=0.0,
-    temperature=0.15,
+    temperature=0.08,
     in_batch=False,
-    negatives=2048,
-    batch_size=2048,
-    learning_rate=0.01,
-    final_learning_rate=0.03,
+    negatives=1024,
+    batch_size=1024,
+    learning_rate=0.005,
+    final_learning_rate=0.02,
     epochs=20,
     validation_share=0.0,
     checkpoint_steps=0,
