@@ -26,8 +26,10 @@ from recsys_core.landing import LANDING, QUARANTINE, Landing
 from recsys_core.online import recs_key, user_key
 from recsys_core.registry import Registry, RegistryError
 from recsys_core.release import Releases
-from recsys_core.tombstones import FORGOTTEN, FORGOTTEN_AT, TOMBSTONES, USER_HASH, TombstoneLog, hash_of
+from recsys_core.tombstones import FORGOTTEN_AT, TOMBSTONES, USER_HASH, TombstoneLog, hash_of
 
+FORGOTTEN = "forgotten_users"
+"""Lake table with the report of each removal, a partition named by its moment and the user's hash."""
 FACTOR_ID = "id"
 USER_SIDE = "_users"
 """Tables of user factors end with it and name the user `id`."""

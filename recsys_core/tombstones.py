@@ -28,8 +28,6 @@ import pyarrow.parquet as pq
 from recsys_core.events import TS, USER_ID
 from recsys_core.lake import Lake, timed_name, write_atomically
 
-FORGOTTEN = "forgotten_users"
-"""Lake table with the report of each removal, a partition named by its moment and the user's hash."""
 TOMBSTONES = "tombstones"
 """Folder of the lake beside its tables, see above."""
 NEW, MERGED = "new", "merged"
@@ -99,12 +97,9 @@ class TombstoneLog:
         return self._read().tombstones
 
     def merge(self, least: int = MERGE_AT) -> None:
-        """Write all that is known into a file once `least` removals are new, remove their names, and files that are contained.
-
-        The first removal of a lake is merged at once: while there is no file, readers go through the reports.
-        """
+        """Write all that is known into a file once `least` removals are new, remove their names and what is contained."""
         known = self._read()
-        if known.tombstones and (not known.files or len(known.new) >= least):
+        if known.tombstones and len(known.new) >= least:
             self._write(known.tombstones.moments)
             for name in known.new:
                 self._remove(NEW, name)
@@ -132,21 +127,16 @@ class TombstoneLog:
         before = self._known
         new = self._names(NEW, _NEW_NAME)
         files = self._names(MERGED, _MERGED_NAME)
-        if files and (new, files) == (before.new, before.files):
+        if (new, files) == (before.new, before.files):
             return before
         try:
             rows = [row for name in files - before.files for row in self._rows(name)]
         except FileNotFoundError:  # a merge dropped it since it was listed
             return self._read()
-        merged = _latest(before.merged, rows) if files else self._reported()
+        merged = _latest(before.merged, rows)
         named = ((name.split("-")[1], int(name.split("-")[0])) for name in new)
         self._known = _Known(new, files, merged, Tombstones(_latest(merged, named)))
         return self._known
-
-    def _reported(self) -> dict[str, int]:
-        """The tombstones by the reports of all removals, a small file each."""
-        parts = self.lake.find_all(FORGOTTEN, self.lake.keys(FORGOTTEN)).values()
-        return _latest({}, ((part.extra[USER_HASH], part.extra[FORGOTTEN_AT]) for part in parts))
 
     def _rows(self, name: str) -> list[tuple[str, int]]:
         table = pq.read_table(pa.BufferReader(self.lake.fs.cat_file(self._path(MERGED, name))))

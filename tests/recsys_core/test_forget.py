@@ -24,7 +24,7 @@ from recsys_core.bundle import (
     publish_release,
 )
 from recsys_core.events import EVENT_SCHEMA
-from recsys_core.forget import Places, Search, forget_user
+from recsys_core.forget import FORGOTTEN, Places, Search, forget_user
 from recsys_core.lake import Lake
 from recsys_core.landing import QUARANTINE_SCHEMA, Landing
 from recsys_core.online import UserRecord, recs_key, user_key, write_answers, write_records
@@ -34,7 +34,7 @@ from recsys_core.release import Releases
 from recsys_core.retention import is_kept, tables
 from recsys_core.settings import RetentionSettings, Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
-from recsys_core.tombstones import FORGOTTEN, TOMBSTONES, Tombstones, hash_of
+from recsys_core.tombstones import TOMBSTONES, Tombstones, hash_of
 
 HOUR, DAY = "2026-03-02T10", "2026-03-02"
 GONE, STAYS = "user-7", "user-77"
@@ -176,13 +176,6 @@ def test_two_removals_at_the_same_time_both_last(places: Places, lake: Lake, mon
         reports = list(pool.map(lambda user: forget_user(places, user), (GONE, STAYS)))
     assert {report.user_hash for report in reports} == set(Tombstones.read(lake).moments) == {hash_of(GONE), hash_of(STAYS)}
     assert len(lake.keys(FORGOTTEN)) == 2
-
-
-def test_a_removal_of_before_there_were_tombstones_is_read_from_its_report(places: Places, lake: Lake) -> None:
-    lake.write_blobs(FORGOTTEN, "0000000001000-a", {}, 0, {"user_hash": hash_of(STAYS), "forgotten_at": 1_000})
-    assert set(Tombstones.read(lake).moments) == {hash_of(STAYS)}
-    forget_user(places, GONE)
-    assert set(Tombstones.read(lake).moments) == {hash_of(GONE), hash_of(STAYS)}
 
 
 def test_pruning_never_lets_a_forgotten_user_back_in(places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import re
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from builders import event, event_table, ms
 
 from recsys_core import tombstones
 from recsys_core.events import EVENT_SCHEMA
-from recsys_core.forget import Forgotten
 from recsys_core.lake import Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, Landing, OffsetRange
-from recsys_core.tombstones import FORGOTTEN, MERGED, NEW, TOMBSTONES, TombstoneLog, Tombstones, hash_of
+from recsys_core.tombstones import MERGED, NEW, TOMBSTONES, TombstoneLog, Tombstones, hash_of
 
 MOMENT = "2026-03-02T10:30"
 EVENTS = (
@@ -31,13 +29,13 @@ EVENTS = (
 LEFT = ["e2", "e4"]
 
 
-def forget(lake: Lake, user: str, moment: str = MOMENT, key: str = "1") -> None:
-    lake.write_blobs(FORGOTTEN, key, {}, 0, asdict(Forgotten(hash_of(user), ms(moment), {}, {})))
+def forget(lake: Lake, user: str, moment: str = MOMENT) -> None:
+    TombstoneLog(lake).add(hash_of(user), ms(moment))
 
 
 def test_events_up_to_the_moment_are_covered_and_later_ones_are_not(lake: Lake) -> None:
     forget(lake, "gone", "2026-03-01T00:00")
-    forget(lake, "gone", key="2")
+    forget(lake, "gone")
     known = Tombstones.read(lake)
     odd = [{**event("e5", None, "i", MOMENT)}, {**event("e6", "gone", "i", MOMENT), "ts": None}]
     assert known.covers(event_table(*EVENTS, *odd)).tolist() == [True, False, True, False, False, False]
@@ -96,7 +94,7 @@ def test_a_removal_is_known_to_those_that_read_before_and_after_it_is_merged(sto
     assert not reader.read()
     log.add(USERS[0], 1_000)
     assert reader.read().moments == {USERS[0]: 1_000}
-    log.merge()
+    log.merge(least=1)
     assert names(store, NEW) == []
     assert reader.read().moments == {USERS[0]: 1_000}
     log.add(USERS[1], 2_000)
@@ -107,27 +105,23 @@ def test_a_removal_is_known_to_those_that_read_before_and_after_it_is_merged(sto
 def test_many_removals_are_two_listings_for_a_reader_that_knows_them(store: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     log = TombstoneLog(store)
     removed(log, USERS)
-    log.merge()
+    log.merge(least=1)
     reader = TombstoneLog(store)
     known = reader.read()
     assert len(known.moments) == len(USERS)
     monkeypatch.setattr(store.fs, "cat_file", lambda *_: pytest.fail("a file was read again"))
-    monkeypatch.setattr(store.fs, "cat", lambda *_, **__: pytest.fail("reports were read"))
     assert reader.read() is known
 
 
 def test_names_are_merged_once_there_are_enough_of_them(store: Lake) -> None:
     log = TombstoneLog(store)
-    removed(log, USERS[:1])
+    removed(log, USERS[:2])
     log.merge(least=3)
-    assert len(names(store, MERGED)) == 1, "the first at once: readers would go through the reports"
-    removed(log, USERS[1:3])
+    assert (len(names(store, NEW)), len(names(store, MERGED))) == (2, 0)
+    removed(log, USERS[2:3])
     log.merge(least=3)
-    assert (len(names(store, NEW)), len(names(store, MERGED))) == (2, 1)
-    removed(log, USERS[3:4])
-    log.merge(least=3)
-    assert (len(names(store, NEW)), len(names(store, MERGED))) == (0, 2)
-    assert set(TombstoneLog(store).read().moments) == set(USERS[:4])
+    assert (len(names(store, NEW)), len(names(store, MERGED))) == (0, 1)
+    assert set(TombstoneLog(store).read().moments) == set(USERS[:3])
 
 
 def test_a_file_that_a_later_one_contains_goes_once_no_listing_can_need_it(
@@ -156,7 +150,7 @@ def test_a_merge_that_was_cut_off_loses_nothing_and_the_next_one_tidies_up(
 ) -> None:
     log = TombstoneLog(store)
     removed(log, USERS[:1])
-    log.merge()
+    log.merge(least=1)
     removed(log, USERS[1:4])
 
     def cut_off(*_: object) -> None:
@@ -187,7 +181,7 @@ def test_two_merges_at_once_lose_nothing_whichever_ends_first(store: Lake, monke
     monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
     one, other = TombstoneLog(store), TombstoneLog(store)
     removed(one, USERS[:1])
-    one.merge()
+    one.merge(least=1)
     removed(one, USERS[1:3])
     write = tombstones.write_atomically
 
@@ -210,7 +204,7 @@ def test_a_reader_between_whose_listings_a_merge_falls_misses_nobody(store: Lake
     monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
     log, reader = TombstoneLog(store), TombstoneLog(store)
     removed(log, USERS[:1])
-    log.merge()
+    log.merge(least=1)
     reader.read()
     listed = TombstoneLog._names
 
@@ -231,7 +225,7 @@ def test_a_file_that_goes_while_it_is_about_to_be_read_is_looked_for_again(
     monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
     log, reader = TombstoneLog(store), TombstoneLog(store)
     removed(log, USERS[:1])
-    log.merge()
+    log.merge(least=1)
     rows = TombstoneLog._rows
 
     def gone_first(self: TombstoneLog, name: str) -> list[tuple[str, int]]:
@@ -259,7 +253,7 @@ def test_two_merges_that_drop_the_same_files_do_not_disturb_each_other(store: La
         return rows(self, name)
 
     monkeypatch.setattr(TombstoneLog, "_rows", dropped_meanwhile)
-    one.merge()
+    one.merge(least=1)
     assert len(names(store, MERGED)) == 1
     assert set(TombstoneLog(store).read().moments) == set(USERS[:3])
 
@@ -295,7 +289,7 @@ def test_a_removal_that_begins_while_a_file_lands_is_not_undone_by_it(
     def removed_meanwhile(self: Landing, path: str, table: pa.Table) -> None:
         monkeypatch.setattr(Landing, "_put", put)
         log.add(hash_of("gone"), ms(MOMENT))
-        log.merge()
+        log.merge(least=1)
         put(self, path, table)
 
     monkeypatch.setattr(Landing, "_put", removed_meanwhile)

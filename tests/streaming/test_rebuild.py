@@ -5,16 +5,14 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 
 import pytest
 from stream_world import World
 
 from recsys_core.events import now_ms
-from recsys_core.forget import Forgotten
 from recsys_core.lake import Lake
 from recsys_core.online import user_key
-from recsys_core.tombstones import FORGOTTEN, hash_of
+from recsys_core.tombstones import TombstoneLog, hash_of
 from streaming.rebuild import rebuild
 from streaming.topics import TopicError
 
@@ -60,8 +58,7 @@ def test_a_user_who_was_forgotten_does_not_come_back(world: Callable[..., World]
     gone, stays = f"{one.prefix}-1", f"{one.prefix}-2"
     one.send(*(one.event(chance, user_id=user) for user in (gone, stays) for _ in range(20)))
     lake = Lake(one.settings.lake_uri)
-    report = Forgotten(hash_of(gone), now_ms(), {}, {})
-    lake.write_blobs(FORGOTTEN, "1", {}, 0, asdict(report))
+    TombstoneLog(lake).add(hash_of(gone), now_ms())
     if again == "rebuild":
         assert rebuild(one.settings, 0).users == 1
     else:
