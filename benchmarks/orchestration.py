@@ -47,11 +47,11 @@ def main() -> None:
 
 def prepare(home: Path, hours: int) -> None:
     """An installation whose hourly partitions end now."""
-    from recsys_cli.stack import prepare_dagster_home
+    from recsys_cli.stack import dagster_environment
     from recsys_core.events import HOUR_MS, day_key, now_ms
 
     (home / "recsys.toml").write_text(f"[partitions]\nstart = {day_key(now_ms() - hours * HOUR_MS)}\n")
-    os.environ |= {"RECSYS_HOME": str(home), "DAGSTER_HOME": str(prepare_dagster_home(home)), "PYTHONWARNINGS": "ignore"}
+    os.environ |= {"RECSYS_HOME": str(home), **dagster_environment(home), "PYTHONWARNINGS": "ignore"}
 
 
 def loading() -> float:
@@ -64,8 +64,9 @@ def loading() -> float:
 
 
 def fill(hours: int) -> None:
-    """A materialization of every hour that is over."""
+    """A materialization of every hour that is over, stored as those of one run over all hours are."""
     import dagster as dg
+    from dagster._core.events import DagsterEvent, DagsterEventBatchMetadata, StepMaterializationData
 
     from recsys_assets.partitions import hourly
 
@@ -73,8 +74,16 @@ def fill(hours: int) -> None:
     keys = hourly.get_partition_keys()[-hours:]
     with dg.DagsterInstance.get() as instance:
         for asset in ASSETS:
+            run = instance.add_run(dg.DagsterRun(job_name="hourly", status=dg.DagsterRunStatus.SUCCESS))
             for key in keys:
-                instance.report_runless_asset_event(dg.AssetMaterialization(asset, partition=key))
+                made = StepMaterializationData(dg.AssetMaterialization(asset, partition=key))
+                event = DagsterEvent(
+                    event_type_value=dg.DagsterEventType.ASSET_MATERIALIZATION.value,
+                    job_name=run.job_name,
+                    event_specific_data=made,
+                )
+                batch = DagsterEventBatchMetadata(run.run_id, is_end=key == keys[-1])
+                instance.report_dagster_event(event, run.run_id, batch_metadata=batch)
     print(f"{len(keys) * len(ASSETS):,} materializations recorded in {time.perf_counter() - started:.0f} s")
 
 
