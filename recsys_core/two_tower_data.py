@@ -542,16 +542,16 @@ class Batches:
         newest = rank < self.settings.recent
         users, user_at = self._user_rows(shard["user"][rows], random, hide)
         table_rows = self.item_rows[used]
-        candidates = np.concatenate([places, negatives]) if self.settings.in_batch else negatives
-        shown = np.concatenate([places, candidates])
-        # As a candidate an item is what it was at any moment: as it was when someone chose it, all of them would look wanted.
-        item_numbers = np.concatenate([shard["item_numbers"][rows], self.learned.numbers_at_random(candidates, random)])
+        shown = np.concatenate([places, negatives])
+        # A drawn item is what it was at any moment: as it was when someone chose it, all of them would look wanted.
+        item_numbers = np.concatenate([shard["item_numbers"][rows], self.learned.numbers_at_random(negatives, random)])
         if hide:
             hidden_ids = random.random(len(used)) < self.settings.id_dropout
             table_rows = np.where(hidden_ids, 0, table_rows)
             # An item without a known id is one that was just published: it has no age and no past either.
             item_numbers[hidden_ids[where[shown]]] = self.learned.newborn
         distinct_rows, row_at = np.unique(table_rows, return_inverse=True)
+        candidates = np.concatenate([places, negatives]) if self.settings.in_batch else negatives
         hidden = self._hidden(where[places], where[history], segments, where[candidates], len(used))
         batch = {
             "user_rows": users,
@@ -564,7 +564,7 @@ class Batches:
             "recent": where[history[newest]],
             "recent_segments": segments[newest],
             "item": where[shown],
-            "price": np.concatenate([shard["price"][rows], self.learned.items.price[candidates]]),
+            "price": np.concatenate([shard["price"][rows], self.learned.items.price[negatives]]),
             "item_numbers": item_numbers,
             "log_q": self._log_q(candidates, len(rows)),
             "log_q_label": self._log_q(places, len(rows)),
@@ -593,7 +593,8 @@ class Batches:
     def _hidden(self, places: Array, history: Array, segments: Array, candidates: Array, distinct: int) -> Array:
         """(example, candidate) pairs that are no negatives: the example's own item, and its history with `mask_history`.
 
-        Items are given by their number among the `distinct` ones of the batch.
+        Items are given by their number among the `distinct` ones of the batch. The pairs of the diagonal are left out when the
+        batch's items are the candidates: there stands the label.
         """
         items, rows = places, np.arange(len(places))
         if self.settings.mask_history:
@@ -603,7 +604,8 @@ class Batches:
         order = np.argsort(candidates, kind="stable")
         sizes = counts[items]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return np.stack([np.repeat(rows, sizes), order[np.repeat(starts[items], sizes) + within]], axis=1)
+        pairs = np.stack([np.repeat(rows, sizes), order[np.repeat(starts[items], sizes) + within]], axis=1)
+        return pairs[pairs[:, 0] != pairs[:, 1]] if self.settings.in_batch else pairs
 
 
 BATCH_TYPES: dict[str, tuple[type[np.generic], tuple[int | None, ...]]] = {
@@ -635,7 +637,7 @@ BATCH_TYPES: dict[str, tuple[type[np.generic], tuple[int | None, ...]]] = {
 
 `user_rows` and `item_rows` are distinct rows of the embedding tables; `user_at` (b,) says which of them an example has,
 `row_at` (u,) which of them one of the u distinct items of the batch has, `path` (u,) its category path. `history`, `recent` and
-`item` are places among those u; the segments say whose history it is. `item` has the b positives, then the candidates.
+`item` are places among those u; the segments say whose history it is. `item` has the b positives, then the negatives.
 `hidden` are pairs of an example and a candidate that is no negative.
 """
 

@@ -125,7 +125,7 @@ class Towers(keras.Model):
         return tf.cast(x, tf.float32)
 
     def batch_vectors(self, gathered: tuple[Any, Any], batch: Tensors, training: bool) -> tuple[Any, Any]:
-        """Vectors of the users (b, d), and of the positives and candidates (b + n, d)."""
+        """Vectors of the users (b, d), and of the positives and negatives (b + n, d)."""
         user_rows, item_rows = gathered
         seed = batch["seed"] if training else None
         embedded = self.embed(tf.gather(item_rows, batch["row_at"]), batch["path"])
@@ -139,9 +139,16 @@ class Towers(keras.Model):
     def loss_of(self, users: Any, items: Any, batch: Tensors) -> Any:
         """The loss of each example, (b,)."""
         b = tf.shape(users)[0]
-        cosines = tf.matmul(users, items[b:], transpose_b=True)
-        own = tf.reduce_sum(users * items[:b], axis=1)
-        return LOSSES[self.settings.loss](own, cosines, batch["hidden"], batch, self)
+        positives = items[:b]
+        candidates = items if self.settings.in_batch else items[b:]
+        cosines = tf.matmul(users, candidates, transpose_b=True)
+        own = tf.reduce_sum(users * positives, axis=1)
+        # With the batch's items as candidates the diagonal is the positive itself.
+        hidden = batch["hidden"]
+        if self.settings.in_batch:
+            diagonal = tf.range(b)
+            hidden = tf.concat([hidden, tf.stack([diagonal, diagonal], axis=1)], axis=0)
+        return LOSSES[self.settings.loss](own, cosines, hidden, batch, self)
 
 
 def _unit(x: Any) -> Any:

@@ -37,9 +37,9 @@ def make_batch(chosen: TwoTowerSettings, history: int) -> dict[str, np.ndarray]:
         "segments": np.sort(random.integers(0, B, history)).astype(np.int32),
         "recent": np.empty(0, np.int32),
         "recent_segments": np.empty(0, np.int32),
-        "item": random.permutation(ITEMS)[: B + candidates].astype(np.int32),
-        "price": np.zeros(B + candidates, np.int32),
-        "item_numbers": np.zeros((B + candidates, 5), np.float32),
+        "item": random.permutation(ITEMS)[: B + NEGATIVES].astype(np.int32),
+        "price": np.zeros(B + NEGATIVES, np.int32),
+        "item_numbers": np.zeros((B + NEGATIVES, 5), np.float32),
         "log_q": random.normal(size=candidates).astype(np.float32),
         "log_q_label": random.normal(size=B).astype(np.float32),
         "hidden": np.array(HIDDEN, np.int32),
@@ -51,11 +51,11 @@ def make_batch(chosen: TwoTowerSettings, history: int) -> dict[str, np.ndarray]:
 
 
 def expected_loss(chosen: TwoTowerSettings, users: np.ndarray, items: np.ndarray, batch: dict[str, np.ndarray]) -> np.ndarray:
-    candidates = items[B:]
+    candidates = items if chosen.in_batch else items[B:]
     losses = []
     for n in range(B):
         own = float(users[n] @ items[n])
-        gone = {c for row, c in HIDDEN if row == n}
+        gone = {c for row, c in HIDDEN if row == n} | ({n} if chosen.in_batch else set())
         kept = [c for c in range(len(candidates)) if c not in gone]
         cosines = candidates[kept] @ users[n]
         if chosen.loss == "softmax":
