@@ -95,9 +95,10 @@ def test_an_answer_of_another_format_is_corrupt() -> None:
 def test_junk_is_corrupt_or_an_answer_and_nothing_else(junk: bytes) -> None:
     for data in (junk, b"\x01" + junk):
         try:
-            CachedAnswer.decode(data).items()
+            found = CachedAnswer.decode(data).items()
         except CorruptValue:
             continue
+        assert all(isinstance(item, str) and isinstance(score, float) for item, score in found)
 
 
 def test_items_that_are_not_where_the_header_says_are_corrupt() -> None:
