@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pyarrow as pa
@@ -121,14 +122,10 @@ def another_time_zone(events: pa.Table) -> pa.Table:
     return shifted.filter(pc.and_(pc.greater_equal(shifted["ts"], END - DAY_MS + 5 * HOUR_MS), pc.less(shifted["ts"], END)))
 
 
-def the_busiest_category(lake: Lake) -> pa.Array:
-    catalogue = read_catalog(lake)
-    return catalogue["item_id"].filter(pc.starts_with(catalogue["category"], "sports/")).combine_chunks()
-
-
-def without_a_category(events: pa.Table, lake: Lake) -> pa.Table:
-    day = of_last_day(events)
-    return day.filter(pc.invert(pc.is_in(day["item_id"], value_set=the_busiest_category(lake))))
+def without_a_category(events: pa.Table, lake: Lake, top: str = "sports") -> pa.Table:
+    day, catalogue = of_last_day(events), read_catalog(lake)
+    lost = catalogue["item_id"].filter(pc.starts_with(catalogue["category"], f"{top}/")).combine_chunks()
+    return day.filter(pc.invert(pc.is_in(day["item_id"], value_set=lost)))
 
 
 FAULTS: dict[str, tuple[Callable[..., pa.Table], str]] = {
@@ -140,6 +137,8 @@ FAULTS: dict[str, tuple[Callable[..., pa.Table], str]] = {
     "timestamps in the wrong zone": (another_time_zone, "hours_lie_in_their_time_zone"),
     "a category lost": (without_a_category, "categories_are_all_there"),
 }
+NAMED = {"a category lost": "events of 'sports'"}
+"""What the reason has to name where the claim looks at several things."""
 
 
 def test_an_ordinary_history_gives_no_alarm(history: tuple[Path, pa.Table, dict[str, Report]]) -> None:
@@ -159,11 +158,60 @@ def test_a_planted_fault_is_named_and_the_window_may_not_be_learned_from(
     reports = judge(Profiles(planted, SETTINGS), LAST_DAY)
     assert claim in failed(reports), {name: report.sample for name, report in reports.items() if not report.passed}
     assert reports[claim].sample[0]["hour"] in LAST_DAY
+    assert NAMED.get(fault, "") in reports[claim].reason
     assert reports[claim].reason
     unsound = unsound_hours(Profiles(planted, SETTINGS), hour_keys(END - DAYS * DAY_MS, END))
     assert unsound
     assert set(unsound) <= set(LAST_DAY)
     assert any(claim in reason for reason in unsound.values())
+
+
+def categories_missed(lake: Lake, hours: list[str]) -> list[tuple[object, object]]:
+    report = judge(Profiles(lake, SETTINGS), hours)["categories_are_all_there"]
+    return [(row["hour"], row["what"]) for row in report.sample]
+
+
+def test_a_category_that_one_busy_hour_lost_is_named(planted: Lake, history: tuple[Path, pa.Table, dict[str, Report]]) -> None:
+    evening = f"{LAST_DAY[0][:10]}T21"
+    write_hours(planted, without_a_category(history[1], planted, "media"), [evening])
+    assert categories_missed(planted, LAST_DAY) == [(evening, "events of 'media'")]
+
+
+def test_an_hour_whose_few_users_want_nothing_of_a_category_is_no_loss(
+    planted: Lake, history: tuple[Path, pa.Table, dict[str, Report]]
+) -> None:
+    """Of 23 users seven would be usual, with forty events; that none comes happens once in some thousand such hours."""
+    morning = f"{LAST_DAY[0][:10]}T08"
+    write_hours(planted, without_a_category(history[1], planted, "media"), [morning])
+    profiles = Profiles(planted, SETTINGS)
+    profile, (past, _) = profiles.profile(morning), profiles.past(morning)
+    assert profile is not None
+    assert profile.users == 23
+    assert profile.events * median(p.categories["media"] / p.events for p in past) > SETTINGS.min_category_events
+    assert categories_missed(planted, LAST_DAY) == []
+
+
+def test_a_burst_does_not_make_a_rare_category_one_that_is_missed(
+    lake: Lake, history: tuple[Path, pa.Table, dict[str, Report]]
+) -> None:
+    """The only item of a category goes viral for three hours, on one of the two days that there are to compare with."""
+    catalogue = read_catalog(Lake(str(history[0])))
+    viral, *others = catalogue["item_id"].to_pylist()
+    paths = ["gifts/cards", *catalogue["category"].to_pylist()[1:]]
+    lake.write(CATALOG_TABLE, CATALOG_KEY, column(catalogue, "category", paths))
+    first = END - DAYS * DAY_MS
+    events = history[1].filter(
+        pc.and_(pc.less(history[1]["ts"], first + 3 * DAY_MS), pc.is_in(history[1]["item_id"], value_set=pa.array(others)))
+    )
+    hour = (events["ts"].to_numpy() - first) // HOUR_MS
+    burst = np.isin(hour, 24 + np.arange(18, 21)) & (np.arange(events.num_rows) % 3 == 0)
+    items = np.where(burst, viral, events["item_id"].to_numpy(zero_copy_only=False))
+    hours = hour_keys(first, first + 3 * DAY_MS)
+    write_hours(lake, column(events, "item_id", items), hours)
+    evening = Profiles(lake, SETTINGS).profile(hours[24 + 19])
+    assert evening is not None
+    assert evening.categories["gifts"] > 2 * SETTINGS.min_category_events
+    assert categories_missed(lake, hours) == []
 
 
 def test_mended_data_is_sound_again(planted: Lake, history: tuple[Path, pa.Table, dict[str, Report]]) -> None:
