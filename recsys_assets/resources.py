@@ -40,7 +40,7 @@ class Platform:
         self.landing = Landing(self.lake)
         self.releases = Releases(settings.releases_uri)
         self.registry = Registry(settings)
-        self._snapshot: Snapshot | None = None
+        self._loaded: tuple[str, Snapshot] | None = None
 
     @cached_property
     def _lazy_spark(self) -> LazyPySparkResource:
@@ -70,10 +70,11 @@ class Platform:
 
         Raises ReleaseError.
         """
-        if self._snapshot is None or self._snapshot.release_id != release_id:
-            self._snapshot = None
-            _, self._snapshot = self.releases.load(release_id, manifest_sha256, self.release_copies)
-        return self._snapshot
+        if self._loaded is None or self._loaded[0] != manifest_sha256:
+            self._loaded = None
+            _, snapshot = self.releases.load(release_id, manifest_sha256, self.release_copies)
+            self._loaded = manifest_sha256, snapshot
+        return self._loaded[1]
 
     @contextmanager
     def redis(self) -> Iterator[Any]:
