@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import dagster as dg
-from dagster._core.storage.event_log.schema import SqlEventLogStorageTable
+from dagster._core.storage.event_log.schema import AssetEventTagsTable, SqlEventLogStorageTable
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClassData
@@ -38,7 +38,11 @@ class BatchedSqliteEventLog(SqliteEventLogStorage):
                 self.store_event(event)
 
     def _store_together(self, run_id: str, events: Sequence[dg.EventLogEntry]) -> None:
-        """The database of all runs goes first: when it can't be written, nothing was, and Dagster stores one by one."""
+        """Write all events, or none and raise: Dagster then stores them one by one.
+
+        The database of all runs, which others write too, goes first; what went there is taken back where the run's fails.
+        Killed in between, a run leaves materializations that its own log lacks.
+        """
         rows = [self._event_to_row(event) for event in events]
         insert = SqlEventLogStorageTable.insert()
         with self.index_transaction() as connection:
@@ -53,8 +57,15 @@ class BatchedSqliteEventLog(SqliteEventLogStorage):
             }
             for event, id_ in last.values():
                 self._store_asset_event(connection, event, id_)
-        with self.run_connection(run_id) as connection:
-            connection.execute(insert, rows)
+        try:
+            with self.run_connection(run_id) as connection:
+                connection.execute(insert, rows)
+        except Exception:
+            with self.index_transaction() as connection:
+                for column in (AssetEventTagsTable.c.event_id, SqlEventLogStorageTable.c.id):
+                    # One transaction has given the numbers, so they follow each other.
+                    connection.execute(column.table.delete().where(column.between(ids[0], ids[-1])))
+            raise
 
 
 class BatchedSqliteStorage(DagsterSqliteStorage):

@@ -134,20 +134,32 @@ def test_a_run_of_many_partitions_opens_the_databases_hardly_more_often_than_one
     assert len(opened) < of_one + 10
 
 
+@pytest.mark.parametrize("database", ["of all runs", "of the run"])
 def test_a_batch_that_can_not_be_written_leaves_each_event_once(
-    instance: dg.DagsterInstance, home: Path, monkeypatch: pytest.MonkeyPatch
+    instance: dg.DagsterInstance, home: Path, monkeypatch: pytest.MonkeyPatch, database: str
 ) -> None:
-    store = BatchedSqliteEventLog._store_asset_event
-
+    """The second database fails after the first one was written."""
+    name = {"of all runs": "_store_asset_event", "of the run": "run_connection"}[database]
+    together, write = BatchedSqliteEventLog._store_together, getattr(BatchedSqliteEventLog, name)
     failures = iter([True])
 
-    def fails_once(log: BatchedSqliteEventLog, connection: object, event: dg.EventLogEntry, event_id: int) -> None:
-        if event.dagster_event_type == dg.DagsterEventType.ASSET_MATERIALIZATION and next(failures, False):
+    def fails_once(*args: object) -> object:
+        if next(failures, False):
             raise sqlite3.OperationalError("database is locked")
-        store(log, connection, event, event_id)
+        return write(*args)
 
-    monkeypatch.setattr(BatchedSqliteEventLog, "_store_asset_event", fails_once)
+    def store(log: BatchedSqliteEventLog, run_id: str, events: list[dg.EventLogEntry]) -> None:
+        with monkeypatch.context() as patch:
+            if events[0].dagster_event_type == dg.DagsterEventType.ASSET_MATERIALIZATION:
+                patch.setattr(BatchedSqliteEventLog, name, fails_once)
+            together(log, run_id, events)
+
+    monkeypatch.setattr(BatchedSqliteEventLog, "_store_together", store)
     found = stored(home, make(instance))
+    assert next(failures, None) is None, "it did fail"
     for where in ("run", "all"):
         assert {count for row, count in found[where].items() if row[0] == MATERIALIZED} == {1}, where
         assert sum(row[0] == MATERIALIZED for row in found[where]) == HOURS, where
+    assert set(found["tags"].values()) == {1}
+    query = "select count(*) from asset_event_tags where event_id not in (select id from event_logs)"
+    assert rows(home, "index", query) == {(0,): 1}
