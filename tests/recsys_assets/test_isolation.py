@@ -53,10 +53,12 @@ def test_on_a_cluster_the_hour_has_a_pool_of_its_own_and_steps_are_pods(settings
     assert build_definitions(cluster).executor is k8s_job_executor
 
 
-@pytest.mark.parametrize("sections", [{}, CLUSTER])
-def test_only_the_step_of_the_caches_that_runs_spark_holds_its_pool(settings: Settings, sections: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("sections", "pool"), [({}, "spark"), (CLUSTER, "hourly")])
+def test_only_the_step_of_the_caches_that_runs_spark_holds_its_pool(
+    settings: Settings, sections: dict[str, Any], pool: str
+) -> None:
     steps = operations(changed(settings, sections))
-    assert steps["rec_cache_plan"].pool == settings.dagster.hourly_pool if not sections else "hourly"
+    assert steps["rec_cache_plan"].pool == pool
     assert steps["rec_cache_shards"].pool is steps["rec_cache_report"].pool is None
 
 

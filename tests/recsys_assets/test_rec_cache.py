@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import redis as redis_py
 from builders import ms
 from snapshots import make_manifest, make_snapshot
+from waiting import eventually
 
 from recsys_assets.definitions import build_definitions
 from recsys_assets.resources import Platform
@@ -77,14 +77,6 @@ def made(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
 
 def answered(redis: redis_py.Redis) -> set[str]:
     return {key.decode()[len("recs:{") : -1] for key in redis.scan_iter("recs:*")}
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.01)
-    return found
 
 
 pytestmark = pytest.mark.usefixtures("spark")
@@ -176,12 +168,12 @@ def test_two_processes_fill_all_caches_and_one_that_is_killed_goes_on_where_it_w
     with (home / "log").open("w") as log, dg.DagsterInstance.from_config(str(home)) as instance:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            before = until(lambda: first_shards(platform))
+            before = eventually(lambda: first_shards(platform), 120)
             redis.execute_command("CLIENT", "PAUSE", 600_000, "WRITE")
             before = shards_done(platform.lake, read_plan(platform.lake))  # type: ignore[arg-type]
             unfinished = {step for step in (0, 1) if set(range(step, 16, 2)) - set(before)}
             killed = min(unfinished & {shard % 2 for shard in before})
-            started = until(lambda: processes(instance) if STEPS[killed] in processes(instance) else None)
+            started = eventually(lambda: processes(instance) if STEPS[killed] in processes(instance) else None, 120)
             os.kill(started[STEPS[killed]], signal.SIGKILL)
             redis.execute_command("CLIENT", "UNPAUSE")
             assert process.wait(180) == 0, (home / "log").read_text()[-5000:]

@@ -7,13 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import redis
 from rich.console import Console
+from waiting import eventually
 
 from recsys_cli import stack
 from recsys_cli.child import is_alive
@@ -52,13 +51,6 @@ except stack.StackError as error:
 """
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 def start(program: str, home: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", program, str(home)],
@@ -70,7 +62,7 @@ def start(program: str, home: Path) -> subprocess.Popen[str]:
 
 
 def pids_of(home: Path, *names: str) -> list[int]:
-    wait_for(lambda: all(pid_file(home, name).is_file() and pid_file(home, name).read_text() for name in names))
+    eventually(lambda: all(pid_file(home, name).is_file() and pid_file(home, name).read_text() for name in names))
     return [int(pid_file(home, name).read_text()) for name in names]
 
 
@@ -109,20 +101,20 @@ def test_redis_stops_when_its_parent_is_killed(tmp_path: Path, number: signal.Si
     parent = start(KEEPS_REDIS, tmp_path)
     (pid,) = pids_of(tmp_path, "redis")
     os.kill(parent.pid, number)  # not waited for: a zombie parent is gone as well
-    wait_for(lambda: not is_alive(pid))
-    wait_for(lambda: processes_of(tmp_path) == [])
+    eventually(lambda: not is_alive(pid))
+    eventually(lambda: processes_of(tmp_path) == [])
     parent.communicate()
 
 
 def test_a_child_that_ends_by_itself_is_told_with_its_last_words(tmp_path: Path) -> None:
     with running("talker", tmp_path, ["sh", "-c", "echo last words; exit 3"]) as check:
         with pytest.raises(StackError, match=r"talker ended with exit code 3(.|\n)*last words"):
-            wait_for(lambda: bool(check()))
+            eventually(lambda: bool(check()))
 
 
 def test_a_childs_own_children_end_with_it(tmp_path: Path) -> None:
     with running("family", tmp_path, ["sh", "-c", f"sleep 600 & echo $! > {tmp_path}/grandchild; wait"]):
-        wait_for(lambda: (tmp_path / "grandchild").is_file() and bool((tmp_path / "grandchild").read_text()))
+        eventually(lambda: (tmp_path / "grandchild").is_file() and bool((tmp_path / "grandchild").read_text()))
         grandchild = int((tmp_path / "grandchild").read_text())
         assert is_alive(grandchild)
     assert not is_alive(grandchild)
@@ -165,8 +157,8 @@ def test_a_killed_stack_leaves_no_process(tmp_path: Path) -> None:
     up = start(KEEPS_A_SMALL_STACK, tmp_path)
     pids = pids_of(tmp_path, "redis", "webserver")
     up.kill()
-    wait_for(lambda: not any(is_alive(pid) for pid in pids))
-    wait_for(lambda: processes_of(tmp_path) == [])
+    eventually(lambda: not any(is_alive(pid) for pid in pids))
+    eventually(lambda: processes_of(tmp_path) == [])
     up.communicate()
     assert stack.running_services(tmp_path) == []
 
@@ -175,10 +167,10 @@ def test_a_part_that_is_killed_is_started_again(tmp_path: Path) -> None:
     up = start(KEEPS_A_SMALL_STACK, tmp_path)
     first, web = pids_of(tmp_path, "redis", "webserver")
     os.kill(first, signal.SIGKILL)
-    wait_for(lambda: pids_of(tmp_path, "redis") != [first])
-    wait_for(lambda: bool(stack.running_services(tmp_path)))
+    eventually(lambda: pids_of(tmp_path, "redis") != [first])
+    eventually(lambda: bool(stack.running_services(tmp_path)))
     [where] = [service.where for service in stack.running_services(tmp_path) if service.name == "redis"]
-    wait_for(lambda: stack.redis_answers(where))
+    eventually(lambda: stack.redis_answers(where))
     assert pids_of(tmp_path, "webserver") == [web]
     up.send_signal(signal.SIGINT)
     up.communicate(timeout=30)
@@ -190,7 +182,7 @@ def test_when_one_part_keeps_ending_the_stack_stops_and_names_it(tmp_path: Path)
     killed: set[int] = set()
     pids_of(tmp_path, "redis", "webserver")
     while len(killed) <= stack.RESTARTS:
-        wait_for(lambda: set(pids_of(tmp_path, "redis")).isdisjoint(killed))
+        eventually(lambda: set(pids_of(tmp_path, "redis")).isdisjoint(killed))
         [pid] = pids_of(tmp_path, "redis")
         killed.add(pid)
         os.kill(pid, signal.SIGKILL)
@@ -204,10 +196,10 @@ def test_status_asks_each_part(tmp_path: Path) -> None:
     up = start(KEEPS_A_SMALL_STACK, tmp_path)
     try:
         pids_of(tmp_path, "redis", "webserver")
-        wait_for(lambda: bool(stack.running_services(tmp_path)))
+        eventually(lambda: bool(stack.running_services(tmp_path)))
         console = Console(record=True, width=160, quiet=True)
         services = {service.name: service for service in stack.running_services(tmp_path)}
-        wait_for(lambda: not stack.check(services["redis"], os.getpid()))
+        eventually(lambda: not stack.check(services["redis"], os.getpid()))
         assert stack.check(services["webserver"], os.getpid()) == "starting or not answering"
         assert stack.check(services["redis"], None) == "down"
         assert stack.status(load_settings(tmp_path), console) == 1

