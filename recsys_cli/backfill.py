@@ -19,7 +19,6 @@ from recsys_core.settings import HOME_VARIABLE, load_settings
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
-LOG = "backfill.log"
 PROCESS = "recsys/process"
 """Tag of a run with the machine and number of the process that it is in: `host:pid`."""
 
@@ -54,7 +53,7 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     # These have partitions of one kind, which a range of them is resolved by; the job of all assets has both.
     job = definitions.resolve_job_def("hourly" if isinstance(partitions, dg.HourlyPartitionsDefinition) else "nightly")
     pools = sorted(definitions.resolve_assets_def(key).node_def.pools)
-    log = run_folder(home) / LOG
+    log = run_folder(home) / f"backfill-{asset}.log"
     failed = 0
     try:
         with quiet(log), showing_progress(console), dg.DagsterInstance.get() as instance:

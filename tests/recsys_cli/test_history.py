@@ -78,7 +78,10 @@ def test_hours_are_made_and_a_failed_one_gives_exit_code_1(home: Path, mlflow_se
     failed = recsys(home, "backfill", "item_index", "2026-03-02", "2026-03-03")
     assert failed.returncode == 1, "there are no factors of the third"
     assert "item_index 2026-03-02: made" in failed.stdout
-    assert "item_index 2026-03-03: FAILED" in failed.stdout
+    log = home / "run" / "backfill-item_index.log"
+    assert f"item_index 2026-03-03: FAILED, {log} says why" in failed.stdout.replace("\n", " ")
+    assert "MissingPartition" in log.read_text()
+    assert (home / "run" / "backfill-trending_items.log").is_file(), "each asset has a log, so that backfills side by side do"
 
 
 @pytest.mark.parametrize(
