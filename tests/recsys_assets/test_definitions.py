@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -345,3 +346,21 @@ def test_schedules_and_sensors_run_by_themselves_only_when_the_setting_says_so(s
     assert {d.default_status for d in (*repository.schedule_defs, *repository.sensor_defs)} == (
         running if automation else stopped
     )
+
+
+def test_the_reference_names_every_asset_and_check_once() -> None:
+    """An asset a row; checks in rows of which one without an asset goes on with that of the row above."""
+    assets, checks = ((PROJECT / "docs" / "reference.md").read_text().split("\n## ")[number] for number in (1, 2))
+    assert sorted(row[0] for row in cells(assets)) == sorted([name] for name in GRAPH)
+    named: list[tuple[str, str]] = []
+    on: list[str] = []
+    for first, claims in cells(checks):
+        on = first or on
+        named += zip(on, claims, strict=True) if len(on) > 1 else [(on[0], claim) for claim in claims]
+    assert sorted(named) == sorted((name, check) for name, asset in GRAPH.items() for check in asset["checks"])
+
+
+def cells(section: str) -> list[list[list[str]]]:
+    """The names in the first two columns of a section's table, row by row."""
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("|")]
+    return [[re.findall(r"`(\w+)`", cell) for cell in row] for row in rows[2:]]
