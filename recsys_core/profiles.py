@@ -344,6 +344,8 @@ def outside_times(profiles: Profiles, hour: str) -> Iterator[Measure]:
 
 FEW = 10
 """Times `min_events`: with fewer events a quiet night and a loyal customer look like faults."""
+FEW_LEAST = 0.15
+"""Times the usual number of events, where that is of few users: half of them and short sessions are a fifth of the events."""
 
 
 def volumes(profiles: Profiles, hour: str) -> Iterator[Measure]:
@@ -355,8 +357,8 @@ def volumes(profiles: Profiles, hour: str) -> Iterator[Measure]:
         return
     usual = median(p.events for p in past)
     least, most = VOLUME_RANGE[kind]
-    if kind == BEFORE and usual < FEW * profiles.settings.min_events:
-        least = 0.0
+    if usual < FEW * profiles.settings.min_events:
+        least = 0.0 if kind == BEFORE else FEW_LEAST
     yield Measure(hour, "events", events, usual * least, usual * most, f"{usual:.0f} in {kind}")
 
 

@@ -191,6 +191,20 @@ def test_an_hour_whose_few_users_want_nothing_of_a_category_is_no_loss(
     assert categories_missed(planted, LAST_DAY) == []
 
 
+@pytest.mark.parametrize(("kept", "found"), [(5, False), (10, True)])
+def test_an_hour_of_few_users_may_have_a_fifth_of_its_events_and_not_a_tenth(
+    kept: int, found: bool, planted: Lake, history: tuple[Path, pa.Table, dict[str, Report]]
+) -> None:
+    evening = f"{LAST_DAY[0][:10]}T21"
+    past, _ = Profiles(planted, SETTINGS).past(evening)
+    day, usual = of_last_day(history[1]), int(median(p.events for p in past))
+    assert usual < 1000
+    rows = day.filter(pa.array(day["ts"].to_numpy() // HOUR_MS == key_start_ms(evening) // HOUR_MS))
+    write_hours(planted, rows.slice(0, usual // kept), [evening])
+    report = judge(Profiles(planted, SETTINGS), [evening])["volume_is_as_usual"]
+    assert [row["hour"] for row in report.sample] == [evening] * found
+
+
 def test_a_burst_does_not_make_a_rare_category_one_that_is_missed(
     lake: Lake, history: tuple[Path, pa.Table, dict[str, Report]]
 ) -> None:
