@@ -208,7 +208,8 @@ def _models(
     if models.two_tower is None:
         return found
     snapshot = _snapshot(split, models, settings)
-    users = users_then(lake, snapshot, split.users, models.als_users, split.recent, split.seen, key_start_ms(day), 1)
+    start, weights = key_start_ms(day), settings.events.weights
+    users = users_then(lake, snapshot, split.users, models.als_users, split.recent, split.seen, start, 1, weights)
     assert users.two_tower is not None
     found[TWO_TOWER] = rank_all(users.two_tower, models.two_tower.items, split.seen, depth)
     # A weighted sum of inner products is the inner product of concatenated vectors.
@@ -250,7 +251,15 @@ def _ranked(
     for at in range(0, len(user_ids), RANK_USERS):
         rows = slice(at, at + RANK_USERS)
         users: Users = users_then(
-            lake, snapshot, user_ids[rows], factors[rows], recent[rows], seen[rows], start, ranking.last_items
+            lake,
+            snapshot,
+            user_ids[rows],
+            factors[rows],
+            recent[rows],
+            seen[rows],
+            start,
+            ranking.last_items,
+            settings.events.weights,
         )
         ranked[rows] = rank(snapshot, trend, users, depth, ranking).positions
     return ranked

@@ -6,7 +6,7 @@ of that window (`validation_cases`), with models that were fitted without this d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from recsys_core.als import AlsReport, Factors, fit_als, read_factors
-from recsys_core.events import COUNTRY, DAY_MS, DEVICE, HOUR_MS, ITEM_ID, USER_ID, day_key, hour_keys, key_start_ms
+from recsys_core.events import DAY_MS, EVENT_TYPE, HOUR_MS, ITEM_ID, TS, USER_ID, day_key, hour_keys, key_start_ms
+from recsys_core.features import OnlineFeatures
 from recsys_core.fold_in import gram
 from recsys_core.index import ExactIndex, similar_items
 from recsys_core.lake import Lake
@@ -27,7 +28,7 @@ from recsys_core.popularity import popular_items, trending_items
 from recsys_core.ranking import Snapshot, Trend, Users
 from recsys_core.settings import Settings
 from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS
-from recsys_core.tower import COUNTS, TOWER_FILE, TowerError, TowerInputs, UserTower
+from recsys_core.tower import TOWER_FILE, TowerError, TowerInputs, UserTower
 from recsys_core.tuning import Case
 
 if TYPE_CHECKING:
@@ -236,44 +237,54 @@ def users_then(
     seen: sp.csr_matrix,
     moment: int,
     last_items: int,
+    weights: Collection[str],
 ) -> Users:
-    """The state of users at a moment (ms), their features those of the day before it, where they were made."""
+    """The state of users at a moment (ms); events of the types in `weights` are actions."""
     width = int(np.diff(seen.indptr).max(initial=0))
     excluded = most_recent(np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.indices, seen.shape[0], width)
     two_tower = None
     if snapshot.tower is not None:
         names = snapshot.item_ids.array.to_numpy(zero_copy_only=False)
-        inputs = tower_inputs(lake, user_ids, [names[row[row >= 0]].tolist() for row in recent], moment)
+        inputs = tower_inputs(lake, user_ids, [names[row[row >= 0]].tolist() for row in recent], moment, weights)
         two_tower = snapshot.tower.vectors(inputs)
     return Users(factors, recent[:, :last_items], excluded, two_tower)
 
 
-def tower_inputs(lake: Lake, user_ids: np.ndarray, history: list[list[str]], moment: int) -> TowerInputs:
-    """Inputs of the user tower at a moment (ms), with the partition of `user_features` of the day before, if there is one."""
-    count = len(user_ids)
-    day = day_key(moment - 1)
-    found = lake.dataset(USER_FEATURES, [day]) if lake.find(USER_FEATURES, day) else None
-    context: dict[str, list[str | None]] = {name: [None] * count for name in (DEVICE, COUNTRY, "user_category")}
-    counts = np.full((count, len(COUNTS)), np.nan, np.float32)
-    if found is not None:
-        named = [name for name in (*context, *COUNTS) if name in found.schema.names]
-        rows = found.to_table(columns=[USER_ID, *named], filter=ds.field(USER_ID).isin(pa.array(user_ids, pa.string())))
-        at = codes(pa.array(user_ids, pa.string()), rows[USER_ID].combine_chunks())
-        picked = rows.take(pa.array(at, mask=at < 0)) if rows.num_rows else rows
-        if picked.num_rows:
-            context |= {name: picked[name].to_pylist() for name in context if name in named}
-            for column, name in enumerate(COUNTS):
-                if name in named:
-                    counts[:, column] = pc.cast(picked[name], pa.float32()).to_numpy(zero_copy_only=False)
+def tower_inputs(
+    lake: Lake, user_ids: np.ndarray, history: list[list[str]], moment: int, weights: Collection[str]
+) -> TowerInputs:
+    """Inputs of the user tower at a moment (ms): `user_features` of the last whole day before it, where they were made, and
+    the actions since."""
+    midnight = moment - moment % DAY_MS
+    users = pa.array(user_ids, pa.string())
+    known = [OnlineFeatures(0, 1)] * len(users)
+    day = day_key(midnight - DAY_MS)
+    if lake.find(USER_FEATURES, day) and (features := lake.dataset(USER_FEATURES, [day])):
+        rows = features.to_table(columns=[USER_ID, "features"], filter=ds.field(USER_ID).isin(users))
+        for at, found in zip(codes(rows[USER_ID], users), rows["features"].to_pylist(), strict=True):
+            known[at] = OnlineFeatures.decode(found)
+    since = _times_since(lake, users, midnight, moment, weights)
     return TowerInputs(
         user_ids=list(user_ids),
         history=history,
-        ts_ms=np.full(count, moment, np.int64),
-        device=context[DEVICE],
-        country=context[COUNTRY],
-        category=context["user_category"],
-        counts=counts,
+        ts_ms=np.full(len(users), moment, np.int64),
+        device=[features.device for features in known],
+        country=[features.country for features in known],
+        category=[features.category for features in known],
+        counts=np.array([features.counts(moment, since[n]) for n, features in enumerate(known)], np.float32).reshape(-1, 4),
     )
+
+
+def _times_since(lake: Lake, users: pa.Array, start: int, end: int, weights: Collection[str]) -> list[list[int]]:
+    """Times (ms) of each user's actions from `start` to before `end`."""
+    found: list[list[int]] = [[] for _ in range(len(users))]
+    clicks = lake.dataset(CLICKS_HOURLY, hour_keys(start, end), missing_ok=True) if start < end else None
+    if clicks is not None:
+        wanted = (ds.field(TS) >= start) & (ds.field(TS) < end) & ds.field(EVENT_TYPE).isin(pa.array(sorted(weights)))
+        rows = clicks.to_table(columns=[USER_ID, TS], filter=wanted & ds.field(USER_ID).isin(users))
+        for at, ts in zip(codes(rows[USER_ID], users), rows[TS].to_pylist(), strict=True):
+            found[at].append(ts)
+    return found
 
 
 def trend_then(lake: Lake, snapshot: Snapshot, moment: int, settings: Settings) -> Trend:
@@ -368,8 +379,17 @@ def _case(
     relevant = sp.csr_matrix((np.ones(len(there.rows), bool), (there.rows, there.columns)), shape)[users]
     outside = np.bincount(next_ones.rows[~reachable], minlength=len(pool))[users]
     ids = pool.to_numpy(zero_copy_only=False)[users]
-    last_items = settings.ranking.last_items
-    state = users_then(lake, snapshot, ids, models.als_users[users], recent[users], seen, moment, last_items)
+    state = users_then(
+        lake,
+        snapshot,
+        ids,
+        models.als_users[users],
+        recent[users],
+        seen,
+        moment,
+        settings.ranking.last_items,
+        settings.events.weights,
+    )
     return Case(snapshot, trend_then(lake, snapshot, moment, settings), state, relevant, outside)
 
 

@@ -133,12 +133,15 @@ class TwoTowerSettings(Section):
     negative_weight: float = Field(100.0, gt=0, description="weight of the negatives' mean cost (contrastive)")
     in_batch: bool = Field(True, description="the items of the other examples of a batch are negatives")
     negatives: int = Field(256, ge=0, description="further negatives for each batch, drawn uniformly from all items")
+    repeats: bool = Field(
+        False, description="learn from actions on items of the user's history too; answers leave out what a user had"
+    )
     mask_history: bool = Field(True, description="an item of the user's history is never a negative")
     batch_size: int = Field(1024, ge=2, description="examples of a step on one device")
     learning_rate: float = Field(0.002, gt=0, description="of Adam, at the start")
     final_learning_rate: float = Field(0.1, gt=0, le=1, description="share of it after `epochs`; it falls along a cosine")
     l2: float = Field(0.0, ge=0, description="weight of the squared embeddings that a step touches")
-    max_examples: int = Field(0, ge=0, description="most examples that are learned from, the newest ones; 0: all of the window")
+    max_examples: int = Field(0, ge=0, description="most examples that are read, the newest ones; 0: all of the window")
     epochs: int = Field(1, ge=1, description="most passes over the examples; with ids of users a second one often overfits")
     patience: int = Field(1, ge=1, description="epochs without a lower validation loss before training stops")
     validation_share: float = Field(

@@ -56,13 +56,15 @@ class TwoTowerReport:
     """What a training did. `seconds` is the whole of it; `examples_per_second` counts the passes over the examples alone.
 
     `epochs` has the metrics of each epoch, `best_epoch` (from 1) is the one whose weights were kept. `skipped` are examples of
-    items that `item_features` lacks. `resumed_at` is (epoch, step) of the checkpoint that the training went on from.
+    items that `item_features` lacks, `repeats` those of items that the user's history has. `resumed_at` is (epoch, step) of
+    the checkpoint that the training went on from.
     """
 
     version: str
     examples: int
     validation_examples: int
     skipped: int
+    repeats: int
     users: int
     items: int
     parameters: int
@@ -114,6 +116,7 @@ def fit_two_tower(lake: Lake, day: str, settings: Settings, log: Log | None = No
             examples=shards.rows,
             validation_examples=shards.validation_rows,
             skipped=learned.skipped,
+            repeats=learned.repeats,
             users=len(learned.users),
             items=len(learned.items),
             parameters=sum(int(np.prod(v.shape)) for v in towers.trainable_variables),

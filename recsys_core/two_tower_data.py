@@ -1,8 +1,11 @@
 """Training data of the two-tower model: what is known of ids and scales, shuffled shards on disk, and batches of arrays.
 
 Two passes read `training_examples` as a stream. The first learns ids, values and scales. The second writes the examples as
-numbers into shards, each example to one drawn at random; an epoch reads the shards in random order and shuffles inside each. So
-memory holds one shard and one batch of the stream, whatever the number of examples, and everything follows from the seed.
+numbers into shards, each example to one drawn at random; an epoch reads the shards in random order. So memory holds one shard
+and one batch of the stream, whatever the number of examples, and everything follows from the seed.
+
+A batch has the examples of a shard that follow each other in time, and its negatives are what they were then: nothing but what
+the user wants tells them from the positive. Batches of a shard come in random order.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import pyarrow.dataset as ds
 import pyarrow.ipc as ipc
 
 from recsys_core import progress
-from recsys_core.events import DAY_MS
+from recsys_core.events import DAY_MS, HOUR_MS
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.settings import TwoTowerSettings
 from recsys_core.tower import COUNTS, Vocabulary, embedding_rows, fingerprints, standardise
@@ -45,8 +48,12 @@ MAX_PRICE_BUCKET = 126
 CATEGORY_LEVELS = 4
 """Levels of a category path that have an embedding; deeper ones are left out."""
 READ_ROWS = 1 << 16
-MAX_PAST = 1 << 22
+MAX_PAST = 1 << 24
 """About how many examples `Past` keeps, 36 bytes each: the first ones, which are a random part of the users."""
+LEAD_MS = HOUR_MS
+"""So long before its first example an item is there to be chosen; nothing says when it was published."""
+NEAR = 4
+"""So many batches before and after a batch tell how frequent its items are at that time."""
 
 READ_COLUMNS = (
     "user_id", "item_id", "ts", "weight", "history", "hour", "weekday", "device", "country", "user_category", "price_bucket",
@@ -57,6 +64,7 @@ SHARD_SCHEMA = pa.schema(
     [
         pa.field("user", pa.int32()),
         pa.field("item", pa.int32()),
+        pa.field("ts", pa.int64()),
         pa.field("weight", pa.float32()),
         pa.field("hour", pa.int8()),
         pa.field("weekday", pa.int8()),
@@ -102,56 +110,69 @@ class Items:
 
 @dataclass(frozen=True)
 class Past:
-    """Numbers of items at their training examples, from which follows what they were at any moment.
+    """Numbers of items at their examples, from which follows what they were at any moment, and which items were there.
 
-    Rows go by item and time: `key` int64 (m,) has both in one number, `starts` int64 (n items + 1,) are the bounds of an item's
-    rows, `ts` int64 (m,) in ms, `numbers` float32 (m, 4), raw, in ITEM_ORDER, as of before the example.
+    Rows go by item and time: `starts` int64 (n items + 1,) are the bounds of an item's rows, `ts` int64 (m,) in ms since
+    `origin`, below `span`, `numbers` float32 (m, 4), raw, in ITEM_ORDER, as of before the example, and `key` int64 (m,) has
+    item and time in one number. `order` int64 (n items,) has the items as they came, at the times `born` (n items,): those
+    without an example first, the others LEAD_MS before their first one.
     """
 
     starts: npt.NDArray[np.int64]
     ts: npt.NDArray[np.int64]
     numbers: npt.NDArray[np.float32]
     key: npt.NDArray[np.int64]
-    until: int
+    order: npt.NDArray[np.int64]
+    born: npt.NDArray[np.int64]
+    origin: int
+    span: int
 
     @classmethod
-    def of(cls, places: Array, ts: Array, numbers: Array, items: int, until: int) -> Past:
-        """From examples in any order; `until` (ms) ends all lives."""
-        order = np.lexsort((ts, places))
-        places, ts = places[order].astype(np.int64), ts[order].astype(np.int64)
+    def of(cls, places: Array, ts: Array, numbers: Array, items: int) -> Past:
+        """From examples in any order, at least one."""
+        origin, span = int(ts.min()), int(np.ptp(ts)) + 1
+        by_item = np.lexsort((ts, places))
+        places, ts = places[by_item].astype(np.int64), ts[by_item].astype(np.int64) - origin
         starts = np.searchsorted(places, np.arange(items + 1))
-        return cls(starts, ts, numbers[order], places * (until + 1) + ts, until)
+        known = np.flatnonzero(starts[:-1] < starts[1:])
+        born = np.full(items, -LEAD_MS)
+        born[known] = ts[starts[known]] - LEAD_MS
+        order = np.argsort(born, kind="stable")
+        return cls(starts, ts, numbers[by_item], places * span + ts, order, born[order], origin, span)
 
-    def at_random(self, places: Array, unseen: npt.NDArray[np.float32], random: np.random.Generator) -> npt.NDArray[np.float32]:
-        """Raw numbers float32 (k, 4) of items at a moment of their life, drawn for each; those of `unseen` where none is known.
+    def living(self, moments: Array) -> npt.NDArray[np.int64]:
+        """How many items of `order` are there at moments (ms), at least 1."""
+        return np.maximum(1, np.searchsorted(self.born, moments - self.origin, side="right"))
 
-        A life goes from the first example to `until`. After an example the counts of the day and the week before it fall to
-        0 in a line, as those of evenly spread events do. One draw in 1 + examples is the moment before the first one, or else
-        an item without a past would always be a wanted one.
+    def at(self, places: Array, moments: Array, unseen: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Raw numbers float32 (k, 4) of items at moments (ms), before what happens then; `unseen` of items without examples.
+
+        After an example the counts of the day and the week before it fall to 0 in a line, as those of evenly spread events do.
         """
-        first, last = self.starts[places], self.starts[places + 1]
-        found = unseen.copy()
-        known = np.flatnonzero(first < last)
-        first, born = first[known], self.ts[first[known]]
-        moment = born + (random.random(len(known)) * (self.until - born)).astype(np.int64)
-        latest = np.searchsorted(self.key, places[known] * (self.until + 1) + moment, side="right") - 1
-        days = ((moment - self.ts[latest]) / DAY_MS).astype(np.float32)
+        moments = np.clip(moments - self.origin, 0, self.span - 1)
+        first = self.starts[places]
+        latest = np.searchsorted(self.key, places * self.span + moments) - 1
+        newborn = np.flatnonzero((latest < first) & (first < self.starts[places + 1]))
+        known = np.flatnonzero(latest >= first)
+        latest = latest[known]
+        days = ((moments[known] - self.ts[latest]) / DAY_MS).astype(np.float32)
         numbers = self.numbers[latest] + np.array([0, 0, 1, 0], np.float32)
         for column, span in enumerate((1, 7)):
-            left = numbers[:, column] * np.maximum(0, 1 - days / span)
-            numbers[:, column] = np.floor(left + random.random(len(known))) + (days < span)
+            numbers[:, column] = np.rint(numbers[:, column] * np.maximum(0, 1 - days / span)) + (days < span)
         numbers[:, -1] += days
-        before = random.random(len(known)) * (1 + last[known] - first) < 1
-        found[known] = np.where(before[:, None], self.numbers[first], numbers)
+        found = unseen.copy()
+        found[newborn] = self.numbers[first[newborn]]
+        found[known] = numbers
         return found
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What the first pass found. `counts` (n items,) are the training examples of each item, `past` some of them.
+    """What the first pass found. `counts` (n items,) are the training examples of each item.
 
-    Examples from `from_ts` (ms) on are learned from, those from `cut_ts` on are the validation part. `center` and `spread`
-    standardise the users' counts, `item_center` and `item_spread` those of items (ITEM_ORDER).
+    Examples from `from_ts` (ms) on are read: `rows` to learn from, `skipped` of unknown items, `repeats` of items that the
+    user's history has. Those from `cut_ts` on are the validation part. `center` and `spread` standardise the users' counts,
+    `item_center` and `item_spread` those of items (ITEM_ORDER).
     """
 
     items: Items
@@ -162,6 +183,7 @@ class Learned:
     cut_ts: int
     rows: int
     skipped: int
+    repeats: int
     center: tuple[float, ...]
     spread: tuple[float, ...]
     item_center: tuple[float, ...]
@@ -178,9 +200,9 @@ class Learned:
         """Standardised numbers of an item that was published this moment, float32 (5,)."""
         return standardise(np.zeros((1, len(ITEM_NUMBERS))), self.item_center, self.item_spread)[0]
 
-    def numbers_at_random(self, places: Array, random: np.random.Generator) -> npt.NDArray[np.float32]:
-        """Standardised numbers of items at random moments of their lives, float32 (k, 5)."""
-        return standardise(self.past.at_random(places, self.items.numbers[places], random), self.item_center, self.item_spread)
+    def numbers_at(self, places: Array, moments: Array) -> npt.NDArray[np.float32]:
+        """Standardised numbers of items at moments (ms), float32 (k, 5)."""
+        return standardise(self.past.at(places, moments, self.items.numbers[places]), self.item_center, self.item_spread)
 
 
 def read_items(lake: Lake, day: str) -> Items:
@@ -261,20 +283,27 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
     missing = [name for name in READ_COLUMNS if name not in dataset.schema.names]
     if missing:
         raise TwoTowerError(f"{where}: the columns {', '.join(missing)} are missing")
-    from_ts, cut_ts, rows = _times(dataset, settings)
+    from_ts, cut_ts, total = _times(dataset, settings)
     dataset = dataset.filter(_since(from_ts))
     counts = np.zeros(len(items), np.int64)
     users: list[tuple[Array, Array]] = []
     values: dict[str, Counter[str]] = {name: Counter() for name in CONTEXT_VALUES}
     moments, item_moments = _Moments(len(COUNTS)), _Moments(len(ITEM_NUMBERS))
     pasts: list[tuple[Array, Array, Array]] = []
-    kept = skipped = 0
-    columns = [name for name in READ_COLUMNS if name not in ("history", "hour", "weekday")]
-    for batch in _stream(dataset, columns, rows, "two-tower: reading examples"):
+    kept = rows = skipped = 0
+    columns = [name for name in READ_COLUMNS if name not in ("hour", "weekday")]
+    for batch in _stream(dataset, columns, total, "two-tower: reading examples"):
         _check(batch, where)
-        places = _places_of(batch["item_id"], items.vocabulary)
-        skipped += int(np.count_nonzero(places < 0))
-        train = (_integers(batch["ts"], 0) < cut_ts) & (places >= 0)
+        places, ts = _places_of(batch["item_id"], items.vocabulary), _integers(batch["ts"], 0)
+        known = places >= 0
+        skipped += int(np.count_nonzero(~known))
+        numbers = _columns(batch, ITEM_ORDER)
+        if kept < MAX_PAST:
+            pasts.append((places[known], ts[known], numbers[known]))
+            kept += len(places)
+        used = known & _is_used(batch, settings)
+        rows += int(np.count_nonzero(used))
+        train = used & (ts < cut_ts)
         counts += np.bincount(places[train], minlength=len(items))
         users.append(_fingerprint_counts(batch["user_id"].filter(pa.array(train))))
         if len(users) >= 64:
@@ -283,28 +312,29 @@ def learn(lake: Lake, day: str, settings: TwoTowerSettings) -> Learned:
             found = pc.value_counts(batch[column].cast(pa.string()))
             values[name].update({v["values"]: v["counts"] for v in found.to_pylist() if v["values"]})
         moments.add(_columns(batch, COUNTS))
-        numbers = _columns(batch, ITEM_ORDER)
         item_moments.add(numbers)
-        if kept < MAX_PAST:
-            pasts.append((places[train], _integers(batch["ts"], 0)[train], numbers[train]))
-            kept += len(places)
-    if skipped == rows:
+    if skipped == total:
         raise TwoTowerError(f"{where}: none of its items is in {ITEM_FEATURES} of the same day; make both anew")
-    known, seen = _merged(users)
+    if not rows:
+        raise TwoTowerError(
+            f"{where}: all items are of the user's history already; two_tower.repeats learns from such examples"
+        )
+    prints, seen = _merged(users)
     places_of_past, times_of_past, numbers_of_past = map(np.concatenate, zip(*pasts, strict=True))
     frequent = {name: tuple(sorted(v for v, _ in _most_common(found))) for name, found in values.items()}
     return Learned(
         items,
-        Vocabulary(known[seen >= settings.min_user_examples] if settings.user_ids else known[:0]),
+        Vocabulary(prints[seen >= settings.min_user_examples] if settings.user_ids else prints[:0]),
         frequent,
         counts,
         from_ts,
         cut_ts,
-        rows - skipped,
+        rows,
         skipped,
+        total - rows - skipped,
         *moments.scales(),
         *item_moments.scales(),
-        Past.of(places_of_past, times_of_past, numbers_of_past, len(items), cut_ts),
+        Past.of(places_of_past, times_of_past, numbers_of_past, len(items)),
     )
 
 
@@ -330,6 +360,19 @@ def _times(dataset: ds.Dataset, settings: TwoTowerSettings) -> tuple[int, int, i
 def _since(from_ts: int) -> ds.Expression:
     """Examples from a moment on, and broken ones without a time, which are an error."""
     return (ds.field("ts") >= from_ts) | ds.field("ts").is_null()
+
+
+def _is_used(batch: pa.RecordBatch, settings: TwoTowerSettings) -> Array:
+    """Which examples are learned from: those of items that the user's history has not, or all with `repeats`."""
+    sizes = _integers(pc.list_value_length(batch["history"]), 0)
+    used = np.ones(len(sizes), bool)
+    if not settings.repeats:
+        strings = [batch["item_id"].cast(pa.string()), batch["history"].flatten().cast(pa.string())]
+        encoded: Any = pc.dictionary_encode(pa.concat_arrays(strings))
+        own, had = np.split(_integers(encoded.indices, -1), [len(sizes)])
+        rows = np.repeat(np.arange(len(sizes)), sizes)
+        used[rows[own[rows] == had]] = False
+    return used
 
 
 def _check(batch: pa.RecordBatch, where: str) -> None:
@@ -406,7 +449,8 @@ def write_shards(lake: Lake, day: str, learned: Learned, settings: TwoTowerSetti
             part: [stack.enter_context(ipc.new_file(str(path), SHARD_SCHEMA)) for path in found]
             for part, found in paths.items()
         }
-        for batch in _stream(dataset, READ_COLUMNS, learned.rows + learned.skipped, "two-tower: shuffling examples"):
+        total = learned.rows + learned.skipped + learned.repeats
+        for batch in _stream(dataset, READ_COLUMNS, total, "two-tower: shuffling examples"):
             encoded, train = _encode(batch, learned, settings)
             for part, chosen in (("train", train), ("validation", ~train)):
                 _scatter(encoded, np.flatnonzero(chosen), writers[part], random)
@@ -430,14 +474,14 @@ def _scatter(encoded: pa.RecordBatch, rows: Array, writers: Sequence[Any], rando
 
 
 def _encode(batch: pa.RecordBatch, learned: Learned, settings: TwoTowerSettings) -> tuple[pa.RecordBatch, Array]:
-    """Examples as numbers, without those of items that are not known; which are for training."""
+    """Examples as numbers, without those that are not learned from; which are for training."""
     places = _places_of(batch["item_id"], learned.items.vocabulary)
-    if (places < 0).any():
-        batch = batch.filter(pa.array(places >= 0))
-        places = places[places >= 0]
+    used = (places >= 0) & _is_used(batch, settings)
+    batch, places = batch.filter(pa.array(used)), places[used]
     columns: dict[str, Any] = {
         "user": _places_of(batch["user_id"], learned.users),
         "item": places,
+        "ts": _integers(batch["ts"], 0),
         "weight": _floats(batch["weight"]),
         "hour": np.clip(_integers(batch["hour"], 0), 0, 23),
         "weekday": np.clip(_integers(batch["weekday"], 0), 0, 6),
@@ -528,23 +572,29 @@ class Batches:
             shard = _read_shard(files[file])
             order = random.permutation(len(shard["user"]))[: None if most is None else max(0, most - seen)]
             seen += len(order)
-            for rows in np.array_split(order, -(-len(order) // self.settings.batch_size)) if len(order) else ():
+            order = order[np.argsort(shard["ts"][order], kind="stable")]
+            bounds = np.linspace(0, len(order), 1 + -(-len(order) // self.settings.batch_size)).astype(int)
+            for n in random.permutation(len(bounds) - 1).tolist():
                 if at >= skip:
-                    yield self._batch(shard, rows, np.random.default_rng([self.settings.seed, 2, number, at]), hide)
+                    before, rows, after = np.split(order, bounds[n : n + 2])
+                    near = np.concatenate([before[-NEAR * len(rows) :], after[: NEAR * len(rows)]])
+                    drawn = np.random.default_rng([self.settings.seed, 2, number, at])
+                    yield self._batch(shard, rows, near, drawn, hide)
                 at += 1
 
-    def _batch(self, shard: dict[str, Array], rows: Array, random: np.random.Generator, hide: bool) -> dict[str, Array]:
+    def _batch(
+        self, shard: dict[str, Array], rows: Array, near: Array, random: np.random.Generator, hide: bool
+    ) -> dict[str, Array]:
         history, segments, rank = _ragged(shard["offsets"], shard["values"], rows)
         places = shard["item"][rows].astype(np.int64)
-        negatives = random.integers(0, len(self.learned.items), self.settings.negatives)
+        negatives, moments, living = self._drawn(shard["ts"][rows], random)
         used, where = _distinct(len(self.learned.items), history, places, negatives)
         pooled = random.random(len(history)) >= (self.settings.history_dropout if hide else 0)
         newest = rank < self.settings.recent
         users, user_at = self._user_rows(shard["user"][rows], random, hide)
         table_rows = self.item_rows[used]
         shown = np.concatenate([places, negatives])
-        # A drawn item is what it was at any moment: as it was when someone chose it, all of them would look wanted.
-        item_numbers = np.concatenate([shard["item_numbers"][rows], self.learned.numbers_at_random(negatives, random)])
+        item_numbers = np.concatenate([shard["item_numbers"][rows], self.learned.numbers_at(negatives, moments)])
         if hide:
             hidden_ids = random.random(len(used)) < self.settings.id_dropout
             table_rows = np.where(hidden_ids, 0, table_rows)
@@ -552,6 +602,7 @@ class Batches:
             item_numbers[hidden_ids[where[shown]]] = self.learned.newborn
         distinct_rows, row_at = np.unique(table_rows, return_inverse=True)
         candidates = np.concatenate([places, negatives]) if self.settings.in_batch else negatives
+        shares = self._shares(shard["item"][near], len(rows))
         hidden = self._hidden(where[places], where[history], segments, where[candidates], len(used))
         batch = {
             "user_rows": users,
@@ -566,8 +617,8 @@ class Batches:
             "item": where[shown],
             "price": np.concatenate([shard["price"][rows], self.learned.items.price[negatives]]),
             "item_numbers": item_numbers,
-            "log_q": self._log_q(candidates, len(rows)),
-            "log_q_label": self._log_q(places, len(rows)),
+            "log_q": self._log_q(shares[candidates], living, len(rows)),
+            "log_q_label": self._log_q(shares[places], living, len(rows)),
             "hidden": hidden,
             "weight": shard["weight"][rows],
             "numbers": shard["numbers"][rows],
@@ -582,13 +633,26 @@ class Batches:
             rows = np.where(random.random(len(rows)) < self.settings.id_dropout, 0, rows)
         return np.unique(rows, return_inverse=True)
 
-    def _log_q(self, candidates: Array, examples: int) -> Array:
-        """Logarithm of the probability with which a candidate of a batch is that item (Yi et al. 2019; mixed with uniform
-        negatives as in Yang et al. 2020)."""
+    def _drawn(self, ts: Array, random: np.random.Generator) -> tuple[Array, Array, float]:
+        """Negatives, each drawn uniformly from the items that were there at the time of an example, those times, and how many
+        items it was from, on average."""
+        past = self.learned.past
+        living = past.living(ts)
+        example = random.integers(0, len(ts), self.settings.negatives)
+        drawn = (random.random(len(example)) * living[example]).astype(np.int64)
+        return past.order[drawn], ts[example], float(living.mean())
+
+    def _shares(self, near: Array, examples: int) -> npt.NDArray[np.float64]:
+        """Share of each item in the examples of a time: of those `near` a batch, with a batch of all times as the prior."""
+        counts = np.bincount(near, minlength=len(self.shares))
+        return (counts + examples * self.shares) / (len(near) + examples)
+
+    def _log_q(self, shares: Array, living: float, examples: int) -> Array:
+        """Logarithm of the probability with which a candidate of a batch is that item (Yi et al. 2019, whose frequencies are
+        those of the time as well; mixed with uniform negatives as in Yang et al. 2020)."""
         in_batch = examples if self.settings.in_batch else 0
         total = max(1, in_batch + self.settings.negatives)
-        share = in_batch * self.shares[candidates] + self.settings.negatives / len(self.learned.items)
-        return np.log(np.maximum(share / total, 1e-12))
+        return np.log(np.maximum((in_batch * shares + self.settings.negatives / living) / total, 1e-12))
 
     def _hidden(self, places: Array, history: Array, segments: Array, candidates: Array, distinct: int) -> Array:
         """(example, candidate) pairs that are no negatives: the example's own item, and its history with `mask_history`.
@@ -645,7 +709,8 @@ BATCH_TYPES: dict[str, tuple[type[np.generic], tuple[int | None, ...]]] = {
 def _read_shard(path: Path) -> dict[str, Array]:
     with pa.memory_map(str(path)) as source:
         table = ipc.open_file(source).read_all().combine_chunks()
-    arrays = {name: table[name].to_numpy() for name in ("user", "item", "weight", "hour", "weekday", "price", *CONTEXT_VALUES)}
+    names = ("user", "item", "ts", "weight", "hour", "weekday", "price", *CONTEXT_VALUES)
+    arrays = {name: table[name].to_numpy() for name in names}
     lists = table["history"].combine_chunks()
     arrays["offsets"] = np.asarray(lists.offsets)
     arrays["values"] = np.asarray(lists.values)

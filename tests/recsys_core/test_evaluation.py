@@ -24,6 +24,8 @@ from recsys_core.evaluation import (
     resamples,
     write_evaluation,
 )
+from recsys_core.events import DAY_MS, HOUR_MS
+from recsys_core.features import OnlineFeatures
 from recsys_core.holdout import (
     HISTORY,
     Models,
@@ -32,6 +34,7 @@ from recsys_core.holdout import (
     holdout_models,
     holdout_snapshot,
     time_split,
+    tower_inputs,
     validation_cases,
 )
 from recsys_core.index import unit_rows
@@ -364,3 +367,19 @@ def test_an_evaluation_is_kept_with_its_metrics_or_with_the_reason_there_is_none
     assert window.get(EVALUATION, DAY) == written
     assert (written.rows, written.extra["metrics"][POPULAR_WINDOW]["hit@1"]) == (1, 1.0)
     assert write_evaluation(window, DAY, None, "too early").extra == {"day": DAY, "metrics": {}, "reason": "too early"}
+
+
+def test_the_user_tower_is_given_what_was_known_at_the_moment_and_nothing_of_the_rest_of_its_day(lake):
+    midnight = ms("2026-03-02T00:00")
+    known = OnlineFeatures(midnight, 90, midnight - HOUR_MS, hours=((1, 4),), days=((1, 4),), category="books", device="phone")
+    later = OnlineFeatures(midnight + DAY_MS, 90, midnight + DAY_MS - 1, hours=((1, 99),), days=((1, 99),), category="toys")
+    for day, features in ((BEFORE, known), (DAY, later)):
+        lake.write("user_features", day, pa.table({"user_id": ["ann"], "features": [features.encode().decode()]}))
+    write_clicks(lake, [("ann", "a", f"{DAY}T02:00"), ("new", "a", f"{DAY}T05:00"), ("ann", "b", f"{DAY}T07:00")])
+    write_clicks(lake, [("ann", "a", f"{DAY}T03:00")], kind="impression")
+    names = np.array(["ann", "new"], object)
+    found = tower_inputs(lake, names, [["a"], []], ms(f"{DAY}T06:00"), {"view": 1.0})
+    assert found.counts[0].tolist() == [5, 5, 5, 4]
+    assert found.counts[1].tolist() == [1, 1, 1, 1]
+    assert (found.category, found.device) == (["books", None], ["phone", None])
+    assert tower_inputs(lake, names, [["a"], []], midnight, {"view": 1.0}).counts[0].tolist() == [4, 4, 4, 1]

@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {
     "id_dropout": 0.25,
     "learning_rate": 0.01,
     "checkpoint_steps": 7,
+    "repeats": True,
 }
 OVERFITTING: dict[str, Any] = {"epochs": 8, "patience": 1, "learning_rate": 0.05, "checkpoint_steps": 2, "id_dropout": 0.0}
 USERS, ITEMS, NEW_ITEMS = 120, 90, 12
