@@ -46,7 +46,7 @@ CATEGORY_LEVELS = 4
 """Levels of a category path that have an embedding; deeper ones are left out."""
 READ_ROWS = 1 << 16
 MAX_PAST = 1 << 22
-"""About how many examples `Past` keeps, 36 bytes each: the first ones, which are a random part of the users."""
+"""About how many examples `Past` keeps, 32 bytes each: the first ones, which are a random part of the users."""
 
 READ_COLUMNS = (
     "user_id", "item_id", "ts", "weight", "history", "hour", "weekday", "device", "country", "user_category", "price_bucket",
@@ -105,7 +105,8 @@ class Past:
     """Numbers of items at their training examples, from which follows what they were at any moment.
 
     Rows go by item and time: `key` int64 (m,) has both in one number, `starts` int64 (n items + 1,) are the bounds of an item's
-    rows, `ts` int64 (m,) in ms, `numbers` float32 (m, 4), raw, in ITEM_ORDER, as of before the example.
+    rows, `ts` int64 (m,) in ms since the first example, `numbers` float32 (m, 4), raw, in ITEM_ORDER, as of before the example.
+    All lives end at `until`, in ms since the first example as well: a key of a year and 100 million items fits into 64 bits.
     """
 
     starts: npt.NDArray[np.int64]
@@ -116,9 +117,10 @@ class Past:
 
     @classmethod
     def of(cls, places: Array, ts: Array, numbers: Array, items: int, until: int) -> Past:
-        """From examples in any order; `until` (ms) ends all lives."""
+        """From examples in any order, `ts` and `until` in ms since 1970."""
         order = np.lexsort((ts, places))
-        places, ts = places[order].astype(np.int64), ts[order].astype(np.int64)
+        since = int(ts.min(initial=until))
+        places, ts, until = places[order].astype(np.int64), ts[order].astype(np.int64) - since, until - since
         starts = np.searchsorted(places, np.arange(items + 1))
         return cls(starts, ts, numbers[order], places * (until + 1) + ts, until)
 

@@ -58,6 +58,13 @@ def test_items_side_by_side_do_not_see_each_other_and_one_without_a_past_keeps_i
     assert set(map(tuple, draw(past, 2).tolist())) == {(7, 7, 7, 3), (8, 8, 8, 3)}
 
 
+def test_items_of_a_catalogue_of_millions_do_not_see_each_other_either():
+    items = 6_000_000
+    places = np.array([5, items - 1])
+    past = Past.of(places, np.array([START, START]), np.float32([[5, 5, 5, 1], [7, 7, 7, 3]]), items, UNTIL)
+    assert [set(draw(past, place)[:, 2].tolist()) for place in places] == [{5, 6}, {7, 8}]
+
+
 def test_training_leaves_out_a_share_of_histories_and_validation_nothing(tmp_path):
     lake = Lake(str(tmp_path / "lake"))
     write_examples(lake, *planted_shop(users=40))
