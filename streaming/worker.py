@@ -156,7 +156,6 @@ class _Session:
         self._lock = threading.Lock()
         self._epoch = 0
         self._pipe = Pipeline()
-        self._pipe.idle.set()
         self._later: list[Row] = []
         self._held: list[Message] = []
         self._paused = False

@@ -8,17 +8,19 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import redis
+from redis_cluster import redis_cluster
 
 from recsys_core.events import EVENT_SCHEMA, now_ms
 from recsys_core.live import LiveEvent
 from recsys_core.recompute import Recomputation
 from recsys_core.redis_client import CONNECT_SECONDS
-from recsys_core.settings import Settings
+from recsys_core.settings import RedisSettings, Settings
 from streaming.connections import redis_for_writes
 from streaming.progress import StateLost, advance, applied_key
 from streaming.sink import RedisSink
@@ -115,3 +117,21 @@ def test_a_redis_that_does_not_even_connect_is_given_up_as_soon_as_one_that_does
         with pytest.raises(redis.RedisError):
             sink.apply_few(some_events(3), {0: "source.0"}, {0: 0}, NOW)
         assert time.monotonic() - started < CONNECT_SECONDS / 2
+
+
+def test_a_cluster_takes_a_handful_as_well_and_is_left_as_it_is_when_it_is_behind(tmp_path: Path, settings: Settings) -> None:
+    with redis_cluster(tmp_path) as nodes:
+        own = settings.model_copy(update={"redis": RedisSettings(mode="cluster", nodes=nodes)})
+        store = redis_for_writes(own)
+        sources = {0: "0abcdef0.0"}
+        sink = RedisSink(store, own)
+        events = some_events(60)
+        advance(store, {sources[0]: 7}, 60)
+        assert sink.apply_few(events[:40], sources, {0: 7}, NOW) == 0
+        with pytest.raises(StateLost, match="up to offset 8"):
+            sink.apply_few(events[40:], sources, {0: 8}, NOW)
+        assert expected(own, sources[0], events[:40]).differences(store).different == []
+        assert sink.apply_few(events[40:], sources, {0: 7}, NOW) == 0
+        assert expected(own, sources[0], events).differences(store).different == []
+        sink.close()
+        store.close()
