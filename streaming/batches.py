@@ -61,7 +61,7 @@ Row = tuple[int, int, int, bytes | None]
 
 
 def taken_rows(rows: Sequence[Row]) -> Taken:
-    """Messages that went the short way as one batch, for the archive: it needs neither the messages themselves nor their epoch."""
+    """Messages that went the short way as one batch, for the archive: it needs neither Kafka's messages nor their epoch."""
     partition, offset, appended, values = zip(*rows, strict=True)
     return Taken(0, [], list(values), *(np.array(column, np.int64) for column in (partition, offset, appended)))
 
