@@ -24,9 +24,7 @@ def redis_for_writes(settings: Settings, seconds: float = REDIS_SECONDS) -> Any:
     from redis.retry import Retry
 
     connect_seconds = min(seconds, CONNECT_SECONDS)
-    return client(
-        settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=seconds, socket_connect_timeout=connect_seconds
-    )
+    return client(settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=seconds, socket_connect_timeout=connect_seconds)
 
 
 class Line:
