@@ -27,7 +27,7 @@ def redis_for_writes(settings: Settings, seconds: float = REDIS_SECONDS) -> Any:
     return client(settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=seconds, socket_connect_timeout=connect_seconds)
 
 
-class Line:
+class PinnedConnection:
     """A connection of a client that is no cluster's, kept by one thread for `redis_client.run_calls` of a handful of calls.
 
     A pipeline of redis-py borrows and examines a connection, and keeps a record of what it did, each time: as much work as
