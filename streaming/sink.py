@@ -84,8 +84,8 @@ class RedisSink:
         """Apply a handful of events in one round trip, by one thread. Returns what `apply` returns, None when `apply` has to do
         it because some of it is half known.
 
-        `known` are the positions that Redis is known to have had, by partition. Raises StateLost when it is behind of one of them,
-        with nothing of that partition changed, and redis.RedisError: apply them again then.
+        `known` are the positions that Redis is known to have had, by partition. Raises StateLost when it is behind of one of
+        them, with nothing of that partition changed, and redis.RedisError: apply them again then.
         """
         users = few_user_updates(events, self._keep, self._gap_ms)
         counts = self._trends.few_counts(events, now_ms)
