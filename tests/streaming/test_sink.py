@@ -21,7 +21,7 @@ from recsys_core.live import LiveEvent
 from recsys_core.recompute import Recomputation
 from recsys_core.redis_client import CONNECT_SECONDS
 from recsys_core.settings import RedisSettings, Settings
-from streaming.connections import redis_for_writes
+from streaming.connections import PinnedConnection, redis_for_writes
 from streaming.progress import StateLost, advance, applied_key
 from streaming.sink import RedisSink
 
@@ -89,6 +89,24 @@ def test_a_redis_that_is_behind_is_left_as_it_is(connected: Callable[[], Any]) -
     assert expected(settings, sources[0], first).differences(store).different == []
     assert expected(settings, sources[1], second).differences(store).different == []
     sink.close()
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next_one(
+    connected: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, *_ = connected()
+    pinned = PinnedConnection(redis_for_writes(settings, 5.0))
+    assert pinned.run([("ECHO", "first")], []) == [b"first"]
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pinned._connection, "read_response", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pinned.run([("ECHO", "second")], [])
+    monkeypatch.undo()
+    assert pinned.run([("ECHO", "third")], []) == [b"third"]
+    pinned.close()
 
 
 def test_a_redis_that_takes_no_scripts_says_so(connected: Callable[[], Any]) -> None:
