@@ -65,6 +65,16 @@ def test_items_of_a_catalogue_of_millions_do_not_see_each_other_either():
     assert [set(draw(past, place)[:, 2].tolist()) for place in places] == [{5, 6}, {7, 8}]
 
 
+def test_the_past_of_very_many_examples_is_that_of_the_first_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("recsys_core.two_tower_data.READ_ROWS", 100)
+    monkeypatch.setattr("recsys_core.two_tower_data.MAX_PAST", 250)
+    lake = Lake(str(tmp_path / "lake"))
+    write_examples(lake, *planted_shop(users=40))
+    learned = learn(lake, DAY, TwoTowerSettings(validation_share=0.0))
+    assert learned.rows > 400
+    assert len(learned.past.ts) == 300
+
+
 def test_training_leaves_out_a_share_of_histories_and_validation_nothing(tmp_path):
     lake = Lake(str(tmp_path / "lake"))
     write_examples(lake, *planted_shop(users=40))
