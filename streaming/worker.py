@@ -421,9 +421,9 @@ class _Session:
             self._archive.drop(numbers)
 
     def _drain(self) -> None:
-        """Wait until what was handed on is written, for a while."""
+        """Wait until what was handed on is written, for a while; not for what the threads have been told to give up."""
         deadline = time.monotonic() + DRAIN_SECONDS
-        while self._pipe.finished < self._pipe.offered and self._pipe.failure is None and time.monotonic() < deadline:
+        while not self._pipe.empty and not self._pipe.stopping.is_set() and time.monotonic() < deadline:
             time.sleep(0.002)
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
