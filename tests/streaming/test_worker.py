@@ -95,7 +95,7 @@ def test_a_worker_that_starts_over_does_not_wait_for_what_it_gave_up(
         session._pipe.stopping.wait(SECONDS)
         return prepare(session, taken)
 
-    def start_over(session: Any) -> None:
+    def start_over(_: Any) -> None:
         monkeypatch.setattr(worker_module._Session, "_prepare", prepare)
         monkeypatch.setattr(worker_module._Session, "_keep_house", keep_house)
         raise worker_module.StartOver("a test wants it")
