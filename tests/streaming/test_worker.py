@@ -81,6 +81,18 @@ def test_a_handful_goes_the_short_way_and_comes_to_the_same(
         one.prove()
 
 
+def test_nothing_is_finished_before_the_wanted_replicas_have_it(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "REDIS_SECONDS", 0.1)
+    monkeypatch.setattr(worker_module, "DRAIN_SECONDS", 0.1)
+    one = world(redis={"wait_replicas": 1})
+    with in_this_process(one.settings) as worker:
+        one.send(*(one.event(random.Random(9)) for _ in range(3)))
+        wait_for("there is no replica", lambda: worker.metrics.redis_retries._value.get() >= 2)
+        assert worker.metrics.messages._value.get() == 0
+
+
 def test_a_worker_that_starts_over_does_not_wait_for_what_it_gave_up(
     world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
