@@ -58,7 +58,8 @@ def fill(platform: Platform, hour: str, snapshot: Snapshot, users: int) -> None:
     platform.releases.promote(snapshot.release_id)
     random = np.random.default_rng(1)
     ids, (items, rank) = snapshot.item_ids, snapshot.als_items.shape
-    trends = [{"item_id": ids[i], "score": 9.0 / (1 + i), "events": 9, "scores": [9.0 / (1 + i)] * 3} for i in range(500)]
+    scores = [9.0 / (1 + i) for i in range(min(500, items))]
+    trends = [{"item_id": ids[i], "score": score, "events": 9, "scores": [score] * 3} for i, score in enumerate(scores)]
     platform.lake.write(TRENDING_ITEMS, hour, pa.Table.from_pylist(trends, schema=TRENDS_SCHEMA))
     names = [f"user-{i:09}" for i in range(users)]
     platform.lake.write(ACTIVE_USERS, hour, pa.table({"user_id": names}))

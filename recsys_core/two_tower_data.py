@@ -49,7 +49,7 @@ CATEGORY_LEVELS = 4
 """Levels of a category path that have an embedding; deeper ones are left out."""
 READ_ROWS = 1 << 16
 MAX_PAST = 1 << 24
-"""About how many examples `Past` keeps, 36 bytes each: the first ones, which are a random part of the users."""
+"""About how many examples `Past` keeps, 32 bytes each: the first ones, which are a random part of the users."""
 LEAD_MS = HOUR_MS
 """So long before its first example an item is there to be chosen; nothing says when it was published."""
 NEAR = 4

@@ -103,7 +103,7 @@ class Archive:
             end = max(end or 0, held.last + 1)
         return end, []
 
-    def start(self, partition: int, offset: int, known: list[OffsetRange], epoch: int = 0) -> None:
+    def start(self, partition: int, offset: int, known: list[OffsetRange], epoch: int) -> None:
         """Archive a partition from `offset` on, leaving out the ranges that are there already. `epoch` is of its assignment."""
         held = OffsetRange(self._topic, self._identity, partition, offset, offset)
         with self._lock:
@@ -125,7 +125,7 @@ class Archive:
                 found.writing.popleft()[1].result()
             return found.writing[0][0] if found.writing else found.held.first
 
-    def add(self, partition: int, messages: Messages, epoch: int = 0) -> None:
+    def add(self, partition: int, messages: Messages, epoch: int) -> None:
         """Add the messages of a partition; those before its position were added before. Waits while many files do.
 
         Those of another assignment are left out: another worker has them, and the file would have a gap before them.

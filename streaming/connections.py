@@ -9,7 +9,7 @@ from hiredis import pack_command
 from redis.exceptions import NoScriptError, ResponseError
 
 from recsys_core.kafka_config import client_config
-from recsys_core.redis_client import Script, client
+from recsys_core.redis_client import CONNECT_SECONDS, Script, client
 from recsys_core.settings import Settings
 
 REDIS_SECONDS = 30.0
@@ -18,15 +18,16 @@ REDIS_SECONDS = 30.0
 def redis_for_writes(settings: Settings, seconds: float = REDIS_SECONDS) -> Any:
     """A client that shows every lost connection, since what is behind the next one may be another Redis.
 
-    It waits `seconds` for an answer.
+    It waits `seconds` for an answer, and not longer than that for a connection.
     """
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    return client(settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=seconds)
+    connect_seconds = min(seconds, CONNECT_SECONDS)
+    return client(settings.redis, retry=Retry(NoBackoff(), 0), socket_timeout=seconds, socket_connect_timeout=connect_seconds)
 
 
-class Line:
+class PinnedConnection:
     """A connection of a client that is no cluster's, kept by one thread for `redis_client.run_calls` of a handful of calls.
 
     A pipeline of redis-py borrows and examines a connection, and keeps a record of what it did, each time: as much work as
@@ -42,14 +43,12 @@ class Line:
         try:
             answers = self._ask(calls)
             if any(isinstance(answer, NoScriptError) for answer in answers):
-                self._ask([("SCRIPT", "LOAD", script.text) for script in scripts])
+                _raise_errors(self._ask([("SCRIPT", "LOAD", script.text) for script in scripts]))
                 answers = self._ask(calls)
+            _raise_errors(answers)
         except BaseException:
             self.close()
             raise
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
         return answers
 
     def close(self) -> None:
@@ -71,6 +70,12 @@ class Line:
             except ResponseError as error:
                 answers.append(error)
         return answers
+
+
+def _raise_errors(answers: Sequence[Any]) -> None:
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
 
 
 def consumer_config(settings: Settings, embedded: bool) -> dict[str, Any]:

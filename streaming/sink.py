@@ -21,7 +21,7 @@ from recsys_core.live import (
 from recsys_core.live_trends import COUNT, BucketCounts, TrendWriter
 from recsys_core.redis_client import is_cluster, run_calls
 from recsys_core.settings import Settings
-from streaming.connections import Line
+from streaming.connections import PinnedConnection
 from streaming.progress import StateLost, applied_key, check_kept
 
 SCRIPTS = (UPDATE, COUNT)
@@ -47,7 +47,7 @@ class RedisSink:
         self._gap_ms = settings.events.session_gap_minutes * MINUTE_MS
         self._users = UserWriter(redis, settings, f"{area}user")
         self._trends = TrendWriter(settings, f"{area}trend")
-        self._line = None if is_cluster(redis) else Line(redis)
+        self._connection = None if is_cluster(redis) else PinnedConnection(redis)
 
     def prepare(self, batch: Batch, sources: Mapping[int, str], now_ms: int) -> Prepared | None:
         """Sum a batch up and make its calls; None for an empty one."""
@@ -84,21 +84,21 @@ class RedisSink:
         """Apply a handful of events in one round trip, by one thread. Returns what `apply` returns, None when `apply` has to do
         it because some of it is half known.
 
-        `known` are the positions that Redis is known to have had, by partition. Raises StateLost, with nothing changed, when
-        it is behind of one of them, and redis.RedisError: apply them again then.
+        `known` are the positions that Redis is known to have had, by partition. Raises StateLost when it is behind of one of
+        them, with nothing of that partition changed, and redis.RedisError: apply them again then.
         """
         users = few_user_updates(events, self._keep, self._gap_ms)
         counts = self._trends.few_counts(events, now_ms)
         # Keys of a cluster's call lie in one slot, where those of positions are not.
-        guards = None if self._line is None else {n: Guard(applied_key(sources[n]), known[n]) for n in known}
+        guards = None if self._connection is None else {n: Guard(applied_key(sources[n]), known[n]) for n in known}
         calls = self._users.calls(users, sources, now_ms, guards)
         split = len(calls)
         calls += self._trends.calls(counts, sources, guards)
-        if self._line is None:
+        if self._connection is None:
             check_kept(self.redis, {sources[number]: offset for number, offset in known.items()})
             answers = run_calls(self.redis, calls, SCRIPTS)
         else:
-            answers = self._line.run(calls, SCRIPTS)
+            answers = self._connection.run(calls, SCRIPTS)
             if any(answer[0] < 0 for answer in answers):
                 raise StateLost(f"Redis is behind of the positions {dict(known)} that it had")
         ignored, behind = self._users.behind(users, answers[:split])
@@ -107,5 +107,5 @@ class RedisSink:
 
     def close(self) -> None:
         """Give up the connection of `apply_few`."""
-        if self._line is not None:
-            self._line.close()
+        if self._connection is not None:
+            self._connection.close()

@@ -56,9 +56,9 @@ CAUGHT_UP = 1000
 """A batch of fewer messages was all there was."""
 QUICK_SECONDS = 0.25
 """How long the thread that takes messages waits for Redis; then the other threads do, and are waited for."""
-LATER_SECONDS = 0.25
+GATHER_SECONDS = 0.25
 """How long messages that went the short way are gathered for the archive."""
-MAX_LATER = 20_000
+MAX_UNARCHIVED = 20_000
 """Messages that the archive has not taken; no more go the short way until it has."""
 PAUSE_SECONDS = 5.0
 """How long a batch waits to be handed on before consumption is paused, which gives up what was fetched ahead."""
@@ -156,12 +156,11 @@ class _Session:
         self._lock = threading.Lock()
         self._epoch = 0
         self._pipe = Pipeline()
-        self._pipe.idle.set()
-        self._later: list[Row] = []
+        self._unarchived: list[Row] = []
         self._held: list[Message] = []
         self._paused = False
         self._asked: Any = None
-        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "archive": 0.0, "later": 0.0}
+        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "archive": 0.0, "gathered": 0.0}
         self._consumer = Consumer(consumer_config(settings, embedded), logger=log)
         self._threads = [
             threading.Thread(target=self._guarded, args=(step,), name=step.__name__, daemon=True)
@@ -289,7 +288,8 @@ class _Session:
 
         That is where every trouble is dealt with. What of them is in Redis already changes nothing there.
         """
-        if len(messages) > FEW or not self._pipe.empty or len(self._later) >= MAX_LATER or self._settings.redis.wait_replicas:
+        few = len(messages) <= FEW and len(self._unarchived) < MAX_UNARCHIVED
+        if not few or not self._pipe.empty or self._settings.redis.wait_replicas:
             return False
         read = self._read_few(messages)
         if read is None:
@@ -338,7 +338,7 @@ class _Session:
                 position.seen = offset + 1
                 position.applied = max(position.applied, offset + 1)
             if self._archive is not None:
-                self._later += rows
+                self._unarchived += rows
         self._metrics.latency.observe_few([max(visible - appended, 0) for _, _, appended, _ in rows])
         self._metrics.messages.inc(len(rows))
         self._metrics.quick.inc(len(rows))
@@ -416,14 +416,14 @@ class _Session:
             for number in numbers:
                 self._positions.pop(number, None)
                 self._metrics.lag.labels(str(number)).set(0)
-            self._later = [row for row in self._later if row[0] not in numbers]
+            self._unarchived = [row for row in self._unarchived if row[0] not in numbers]
         if self._archive is not None:
             self._archive.drop(numbers)
 
     def _drain(self) -> None:
-        """Wait until what was handed on is written, for a while."""
+        """Wait until what was handed on is written, for a while; not for what the threads have been told to give up."""
         deadline = time.monotonic() + DRAIN_SECONDS
-        while self._pipe.finished < self._pipe.offered and self._pipe.failure is None and time.monotonic() < deadline:
+        while not self._pipe.empty and not self._pipe.stopping.is_set() and time.monotonic() < deadline:
             time.sleep(0.002)
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
@@ -507,7 +507,7 @@ class _Session:
         self._to_redis(work)
         self._to_dead_letters(work.letters)
         if self._archive is not None:
-            self._archive_later(self._archive)
+            self._archive_gathered(self._archive)
             for number, messages in work.archive.items():
                 if number in work.positions:
                     self._archive.add(number, messages, work.positions[number].epoch)
@@ -526,10 +526,10 @@ class _Session:
         if unkeyed := sum(message.key() is None for message in taken.messages):
             self._metrics.unkeyed.inc(unkeyed)
 
-    def _archive_later(self, archive: Archive) -> None:
+    def _archive_gathered(self, archive: Archive) -> None:
         """What went the short way since the last time, many messages together: a column costs as much for one."""
         with self._lock:
-            rows, self._later = self._later, []
+            rows, self._unarchived = self._unarchived, []
             epochs = {number: position.epoch for number, position in self._positions.items()}
         if not rows:
             return
@@ -580,9 +580,9 @@ class _Session:
     def _write_now_and_then(self) -> None:
         """Positions, files whose time is over, and the heartbeat."""
         now = time.monotonic()
-        if self._archive is not None and now >= self._due["later"]:
-            self._due["later"] = now + LATER_SECONDS
-            self._archive_later(self._archive)
+        if self._archive is not None and now >= self._due["gathered"]:
+            self._due["gathered"] = now + GATHER_SECONDS
+            self._archive_gathered(self._archive)
         if self._archive is not None and now >= self._due["archive"]:
             self._due["archive"] = now + TICK_SECONDS
             self._archive.tick(now_ms(), self._end_of)

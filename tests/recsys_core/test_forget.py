@@ -34,7 +34,7 @@ from recsys_core.release import Releases
 from recsys_core.retention import is_kept, tables
 from recsys_core.settings import RetentionSettings, Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
-from recsys_core.tombstones import TOMBSTONES, Tombstones, hash_of
+from recsys_core.tombstones import MERGE_AT, NEW, TOMBSTONES, TombstoneLog, Tombstones, hash_of
 
 HOUR, DAY = "2026-03-02T10", "2026-03-02"
 GONE, STAYS = "user-7", "user-77"
@@ -160,6 +160,16 @@ def test_two_users_of_one_moment_are_both_kept_out(places: Places, lake: Lake, m
     for user in (GONE, STAYS):
         forget_user(places, user)
     assert set(Tombstones.read(lake).moments) == {hash_of(GONE), hash_of(STAYS)}
+
+
+def test_removals_do_not_pile_up(places: Places, lake: Lake) -> None:
+    log = TombstoneLog(lake)
+    others = [hash_of(f"another {n}") for n in range(MERGE_AT)]
+    for other in others:
+        log.add(other, 1_000)
+    forget_user(places, GONE)
+    assert lake.fs.ls(lake.path(TOMBSTONES, NEW)) == []
+    assert set(Tombstones.read(lake).moments) == {*others, hash_of(GONE)}
 
 
 def test_two_removals_at_the_same_time_both_last(places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import faiss
 import numpy as np
 import pytest
 
@@ -14,6 +17,7 @@ from recsys_core.index import (
     build_index,
     exact_neighbours,
     lengths_from,
+    one_faiss_thread,
     recall,
     scan,
     similar_items,
@@ -158,3 +162,13 @@ def test_a_scan_that_ends_early_finds_what_a_full_one_does(sorted_by_length: boo
     np.testing.assert_array_equal(found[:40], exact_neighbours(queries[:40], vectors, "inner_product", 30))
     assert len(set(found[40].tolist())) == 30
     assert scan(queries[:0], vectors, lengths_from(vectors), 30).shape == (0, 30)
+
+
+def test_the_number_of_faiss_threads_is_that_of_a_thread_alone() -> None:
+    with (
+        ThreadPoolExecutor(1, initializer=faiss.omp_set_num_threads, initargs=(3,)) as other,
+        ThreadPoolExecutor(1, initializer=one_faiss_thread) as one,
+    ):
+        assert other.submit(faiss.omp_get_max_threads).result() == 3
+        assert one.submit(faiss.omp_get_max_threads).result() == 1
+        assert other.submit(faiss.omp_get_max_threads).result() == 3

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from redis.cluster import RedisCluster
+from redis_cluster import redis_cluster
 
-from recsys_cli.processes import wait_until
-from recsys_cli.stack import redis_binary, redis_server
+from recsys_cli.stack import redis_server
 from recsys_core.events import EVENT_SCHEMA, HOUR_MS, MINUTE_MS, now_ms
 from recsys_core.live import (
     UPDATE,
@@ -208,70 +207,16 @@ def test_trends_decay_by_each_half_life_and_add_up_over_sources(store: Any, sett
     assert dict(zip(again.items, again.scores[:, 0].tolist(), strict=True)) == {"a": 9.0, "b": 0.5}
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Three masters on loopback."""
-    home = tmp_path_factory.mktemp("cluster")
-    ports = [_free() for _ in range(3)]
-    servers = []
-    for port in ports:
-        folder = home / str(port)
-        folder.mkdir()
-        options = ["--cluster-enabled", "yes", "--cluster-config-file", str(folder / "nodes.conf"), "--save", ""]
-        command = [str(redis_binary()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), *options]
-        servers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-    try:
-        _join(ports)
-        yield [f"127.0.0.1:{port}" for port in ports]
-    finally:
-        for running in servers:
-            running.kill()
-            running.wait()
-
-
-def _free() -> int:
-    """A port whose cluster bus, 10,000 above it, is a port as well."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port < 55_000:
-            return port
-
-
-def _join(ports: list[int]) -> None:
-    nodes = [redis.Redis(port=port) for port in ports]
-    for node in nodes:
-        wait_until(lambda node=node: _answers(node), "a node", 20, lambda: None)
-    share = 16384 // len(nodes) + 1
-    for at, node in enumerate(nodes):
-        node.execute_command("CLUSTER", "ADDSLOTS", *range(at * share, min((at + 1) * share, 16384)))
-        node.execute_command("CLUSTER", "MEET", "127.0.0.1", ports[0])
-    wait_until(lambda: all(_info(node)["cluster_state"] == "ok" for node in nodes), "the cluster", 30, lambda: None)
-    wait_until(lambda: all(_info(node)["cluster_known_nodes"] == "3" for node in nodes), "the cluster", 30, lambda: None)
-
-
-def _info(node: Any) -> dict[str, str]:
-    found: dict[str, str] = node.cluster("INFO")
-    return found
-
-
-def _answers(node: Any) -> bool:
-    try:
-        return bool(node.ping())
-    except redis.RedisError:
-        return False
-
-
-def test_a_cluster_holds_what_a_standalone_redis_holds(cluster: list[str], settings: Settings) -> None:
-    connected = client(RedisSettings(mode="cluster", nodes=cluster))
-    assert isinstance(connected, RedisCluster)
-    rows = [(f"u{n % 50}", IDS[n % 7], "view", NOW - n % 13) for n in range(400)]
-    for start in range(0, 400, 90):
-        apply(connected, settings, batch(rows[max(0, start - 20) : start + 90], max(0, start - 20)))
-        count(connected, settings, batch(rows[max(0, start - 20) : start + 90], max(0, start - 20)))
-    computed = Recomputation(settings)
-    computed.add(batch(rows).events, "0abcdef0.0", range(400))
-    found = computed.differences(connected)
-    assert (found.different, found.ahead, found.compared) == ([], 0, 50 + len(computed.buckets))
-    connected.close()
+def test_a_cluster_holds_what_a_standalone_redis_holds(tmp_path: Path, settings: Settings) -> None:
+    with redis_cluster(tmp_path) as nodes:
+        connected = client(RedisSettings(mode="cluster", nodes=nodes))
+        assert isinstance(connected, RedisCluster)
+        rows = [(f"u{n % 50}", IDS[n % 7], "view", NOW - n % 13) for n in range(400)]
+        for start in range(0, 400, 90):
+            apply(connected, settings, batch(rows[max(0, start - 20) : start + 90], max(0, start - 20)))
+            count(connected, settings, batch(rows[max(0, start - 20) : start + 90], max(0, start - 20)))
+        computed = Recomputation(settings)
+        computed.add(batch(rows).events, "0abcdef0.0", range(400))
+        found = computed.differences(connected)
+        assert (found.different, found.ahead, found.compared) == ([], 0, 50 + len(computed.buckets))
+        connected.close()

@@ -253,3 +253,21 @@ def test_weights_that_are_none_are_refused(tmp_path: Path, snapshot: Snapshot) -
     releases.write(replace(make_manifest(snapshot), ranking={"als_weight": -1}), snapshot)
     with pytest.raises(ReleaseError, match="ranking that does not fit"):
         releases.load(NAME)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("als_items", np.nan, "not finite"), ("similar", -2, "no position"), ("similar", 60, "no position of 60 items")],
+)
+def test_a_single_wrong_value_anywhere_in_an_array_is_refused(
+    tmp_path: Path, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, name: str, value: float, reason: str
+) -> None:
+    monkeypatch.setattr("recsys_core.release.CHECKED_TOGETHER", 100)
+    releases = Releases(str(tmp_path))
+    for at in ((0, 0), (30, 3), (-1, -1)):
+        array = getattr(snapshot, name).copy()
+        array[at] = value
+        broken = replace(snapshot, release_id=f"r{at[0]}", **{name: array})
+        releases.write(make_manifest(broken), broken)
+        with pytest.raises(ReleaseError, match=reason):
+            releases.load(broken.release_id)

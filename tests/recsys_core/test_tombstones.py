@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,26 @@ def test_two_merges_at_once_lose_nothing_whichever_ends_first(store: Lake, monke
     one.merge(least=0)
     assert set(TombstoneLog(store).read().moments) == set(USERS[:5])
     assert len(names(store, MERGED)) == 1
+
+
+def test_a_merge_that_ends_after_a_later_one_does_not_drop_what_that_one_alone_has(
+    store: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys_core.tombstones.KEEP_SECONDS", 0)
+    one, other = TombstoneLog(store), TombstoneLog(store)
+    removed(one, USERS[:3])
+    write = TombstoneLog._write
+
+    def another_comes_first(self: TombstoneLog, moments: Mapping[str, int]) -> None:
+        monkeypatch.setattr(TombstoneLog, "_write", write)
+        removed(other, USERS[3:5])
+        other.merge(least=1)
+        write(self, moments)
+
+    monkeypatch.setattr(TombstoneLog, "_write", another_comes_first)
+    one.merge(least=1)
+    assert len(names(store, MERGED)) == 2, "the newest file lacks what the other one merged"
+    assert set(TombstoneLog(store).read().moments) == set(USERS[:5])
 
 
 def test_a_reader_between_whose_listings_a_merge_falls_misses_nobody(store: Lake, monkeypatch: pytest.MonkeyPatch) -> None:

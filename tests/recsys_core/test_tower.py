@@ -75,6 +75,7 @@ def test_asking_for_ids_again_and_again_gives_one_more_than_their_places(known, 
     for _ in range(50):
         some = [[*ITEMS, "x", "y"][k] for k in random.integers(0, 32, 6)]
         assert vocabulary.rows(some) == (vocabulary.places(some) + 1).tolist()
+        assert len(vocabulary._memo) <= 8 + len(some)
 
 
 @pytest.mark.parametrize("hidden", [(16, 8), ()])

@@ -110,6 +110,24 @@ def test_users_who_only_repeat_themselves_are_refused_with_the_way_out(tmp_path)
         learn(lake, DAY, TwoTowerSettings())
 
 
+def test_items_of_a_catalogue_of_millions_do_not_see_each_other_either():
+    items = 6_000_000
+    places = np.array([5, items - 1])
+    ts = np.array([START, START + DAY_MS])
+    past = Past.of(places, ts, np.float32([[5, 5, 5, 1], [7, 7, 7, 3]]), items)
+    assert [numbers_at(past, place, 0, 1)[:, 2].tolist() for place in places] == [[5, 6], [7, 7]]
+
+
+def test_the_past_of_very_many_examples_is_that_of_the_first_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("recsys_core.two_tower_data.READ_ROWS", 100)
+    monkeypatch.setattr("recsys_core.two_tower_data.MAX_PAST", 250)
+    lake = Lake(str(tmp_path / "lake"))
+    write_examples(lake, *planted_shop(users=40))
+    learned = learn(lake, DAY, TwoTowerSettings(repeats=True, validation_share=0.0))
+    assert learned.rows > 400
+    assert len(learned.past.ts) == 300
+
+
 def test_training_leaves_out_a_share_of_histories_and_validation_nothing(tmp_path):
     lake = Lake(str(tmp_path / "lake"))
     write_examples(lake, *planted_shop(users=40))

@@ -37,10 +37,14 @@ def run(folder: Path, batches: list[tuple[int, int]], start: int = 0) -> dict[st
     landing = Landing(Lake(str(folder)))
     archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
     landed, known = archive.landed(3)
-    archive.start(3, start if landed is None else landed, known)
+    archive.start(3, start if landed is None else landed, known, 1)
     for first, end in batches:
-        archive.add(3, messages(first, end))
-    archive._wait_for_writer()
+        archive.add(3, messages(first, end), 1)
+    return files_of(archive, folder)
+
+
+def files_of(archive: Archive, folder: Path) -> dict[str, bytes]:
+    """What is in the landing zone and the quarantine of a lake once all is written."""
     archive._writer.shutdown(wait=True)
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
 
@@ -85,8 +89,8 @@ def test_what_a_zombie_archived_in_part_is_completed_and_not_doubled(tmp_path: P
         pa.table({"origin": ["clicks/3"] * 2, "row": [0, 17], "reason": ["not JSON"] * 2, "content": ["�"] * 2}),
     )
     archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
-    archive.start(3, 0, [])
-    archive.add(3, messages(0, 100))
+    archive.start(3, 0, [], 1)
+    archive.add(3, messages(0, 100), 1)
     archive._writer.shutdown(wait=True)
     held = landing.archived(TOPIC)
     assert [(r.first, r.last) for r in held] == [(0, 29), (30, 59)]
@@ -94,23 +98,21 @@ def test_what_a_zombie_archived_in_part_is_completed_and_not_doubled(tmp_path: P
 
 
 def test_messages_of_an_assignment_that_is_over_are_left_out(tmp_path: Path) -> None:
-    landing = Landing(Lake(str(tmp_path)))
-    archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
-    archive.start(3, 0, [], epoch=1)
-    archive.add(3, messages(0, 10), epoch=1)
+    archive = Archive(Landing(Lake(str(tmp_path / "again"))), TOPIC, "0abcdef0", SETTINGS)
+    archive.start(3, 0, [], 1)
+    archive.add(3, messages(0, 10), 1)
     archive.drop([3])
-    archive.start(3, 0, [], epoch=2)
-    archive.add(3, messages(10, 70), epoch=1)
-    archive.add(3, messages(0, 70), epoch=2)
-    archive._writer.shutdown(wait=True)
-    assert [(r.first, r.last) for r in landing.archived(TOPIC)] == [(0, 59)]
+    archive.start(3, 0, [], 2)
+    archive.add(3, messages(10, 70), 1)
+    archive.add(3, messages(0, 70), 2)
+    assert files_of(archive, tmp_path / "again") == run(tmp_path / "whole", [(0, 70)])
 
 
 def test_a_file_ends_when_its_interval_is_over_and_nothing_came(tmp_path: Path) -> None:
     landing = Landing(Lake(str(tmp_path)))
     archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
-    archive.start(3, 0, [])
-    archive.add(3, messages(0, 30))
+    archive.start(3, 0, [], 1)
+    archive.add(3, messages(0, 30), 1)
     archive.tick(START + 60_000, lambda _: 30)
     assert archive.durable(3) == 0
     archive.tick(START + 60_000 + GRACE_MS + 1, lambda _: 31)

@@ -29,6 +29,7 @@ MESSAGES: list[bytes | None] = [
             {"value": "2"},
             {"value": None, "session_id": None, "device": "d", "country": "DE", "recommendation_id": "r"},
             {"ts": 2**63},
+            {"ts": -(2**63)},
             {"ts": float(NOW)},
             {"ts": NOW // 1000},
             {"ts": NOW + 2 * 3600_000},

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import random
+import socket
+import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import redis
+from redis_cluster import redis_cluster
 
 from recsys_core.events import EVENT_SCHEMA, now_ms
 from recsys_core.live import LiveEvent
 from recsys_core.recompute import Recomputation
-from recsys_core.settings import Settings
-from streaming.connections import redis_for_writes
+from recsys_core.redis_client import CONNECT_SECONDS
+from recsys_core.settings import RedisSettings, Settings
+from streaming.connections import PinnedConnection, redis_for_writes
 from streaming.progress import StateLost, advance, applied_key
 from streaming.sink import RedisSink
 
@@ -83,3 +89,67 @@ def test_a_redis_that_is_behind_is_left_as_it_is(connected: Callable[[], Any]) -
     assert expected(settings, sources[0], first).differences(store).different == []
     assert expected(settings, sources[1], second).differences(store).different == []
     sink.close()
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next_one(
+    connected: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, *_ = connected()
+    pinned = PinnedConnection(redis_for_writes(settings, 5.0))
+    assert pinned.run([("ECHO", "first")], []) == [b"first"]
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pinned._connection, "read_response", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pinned.run([("ECHO", "second")], [])
+    monkeypatch.undo()
+    assert pinned.run([("ECHO", "third")], []) == [b"third"]
+    pinned.close()
+
+
+def test_a_redis_that_takes_no_scripts_says_so(connected: Callable[[], Any]) -> None:
+    settings, store, _, sources = connected()
+    user = f"user-{uuid.uuid4().hex}"
+    store.acl_setuser(user, enabled=True, nopass=True, keys="*", categories=["+@all"], commands=["-script"])
+    store.script_flush()
+    own = settings.model_copy(update={"redis": settings.redis.model_copy(update={"username": user})})
+    sink = RedisSink(redis_for_writes(own, 5.0), own)
+    with pytest.raises(redis.exceptions.NoPermissionError, match="script"):
+        sink.apply_few(some_events(3), sources, {0: 0}, NOW)
+    sink.close()
+    store.acl_deluser(user)
+
+
+def test_a_redis_that_does_not_even_connect_is_given_up_as_soon_as_one_that_does_not_answer(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, ExitStack() as waiting:
+        url = f"redis://127.0.0.1:{deaf.getsockname()[1]}/0"
+        for _ in range(4):  # more than its queue takes: it does not hear of further ones
+            caller = waiting.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(deaf.getsockname())
+        own = settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": url})})
+        sink = RedisSink(redis_for_writes(own, 0.1), own)
+        started = time.monotonic()
+        with pytest.raises(redis.RedisError):
+            sink.apply_few(some_events(3), {0: "source.0"}, {0: 0}, NOW)
+        assert time.monotonic() - started < CONNECT_SECONDS / 2
+
+
+def test_a_cluster_takes_a_handful_as_well_and_is_left_as_it_is_when_it_is_behind(tmp_path: Path, settings: Settings) -> None:
+    with redis_cluster(tmp_path) as nodes:
+        own = settings.model_copy(update={"redis": RedisSettings(mode="cluster", nodes=nodes)})
+        store = redis_for_writes(own)
+        sources = {0: "0abcdef0.0"}
+        sink = RedisSink(store, own)
+        events = some_events(60)
+        advance(store, {sources[0]: 7}, 60)
+        assert sink.apply_few(events[:40], sources, {0: 7}, NOW) == 0
+        with pytest.raises(StateLost, match="up to offset 8"):
+            sink.apply_few(events[40:], sources, {0: 8}, NOW)
+        assert expected(own, sources[0], events[:40]).differences(store).different == []
+        assert sink.apply_few(events[40:], sources, {0: 7}, NOW) == 0
+        assert expected(own, sources[0], events).differences(store).different == []
+        sink.close()
+        store.close()

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -77,6 +78,47 @@ def test_a_handful_goes_the_short_way_and_comes_to_the_same(
         one.settle()
         quick = worker.metrics.quick._value.get()
         assert 0 < quick <= worker.metrics.messages._value.get() == one.sent + 3
+        one.prove()
+
+
+def test_nothing_is_finished_before_the_wanted_replicas_have_it(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "REDIS_SECONDS", 0.1)
+    monkeypatch.setattr(worker_module, "DRAIN_SECONDS", 0.1)
+    one = world(redis={"wait_replicas": 1})
+    with in_this_process(one.settings) as worker:
+        one.send(*(one.event(random.Random(9)) for _ in range(3)))
+        wait_for("there is no replica", lambda: worker.metrics.redis_retries._value.get() >= 2)
+        assert worker.metrics.messages._value.get() == 0
+
+
+def test_a_worker_that_starts_over_does_not_wait_for_what_it_gave_up(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "DRAIN_SECONDS", 2 * SECONDS)
+    one = world(stream={"batch_events": 200})
+    chance = random.Random(8)
+    prepare, keep_house = worker_module._Session._prepare, worker_module._Session._keep_house
+    held = threading.Event()
+
+    def hold_up(session: Any, taken: Any) -> Any:
+        held.set()
+        session._pipe.stopping.wait(SECONDS)
+        return prepare(session, taken)
+
+    def start_over(_: Any) -> None:
+        monkeypatch.setattr(worker_module._Session, "_prepare", prepare)
+        monkeypatch.setattr(worker_module._Session, "_keep_house", keep_house)
+        raise worker_module.StartOver("a test wants it")
+
+    monkeypatch.setattr(worker_module._Session, "_prepare", hold_up)
+    with in_this_process(one.settings) as worker:
+        one.send(*(one.event(chance) for _ in range(2000)))
+        assert held.wait(SECONDS)
+        monkeypatch.setattr(worker_module._Session, "_keep_house", start_over)
+        one.settle()
+        assert worker.metrics.restarts.labels("StartOver")._value.get() == 1
         one.prove()
 
 
