@@ -108,8 +108,8 @@ def _is_trained(passed: bool, metadata: dict[str, str]) -> dg.AssetCheckResult:
 
 @dg.asset(
     deps=[
-        dg.AssetDep(interactions, partition_mapping=window_of_days(2)),
-        dg.AssetDep(two_tower, partition_mapping=window_of_days(2)),
+        dg.AssetDep(interactions, partition_mapping=window_of_days(3)),
+        dg.AssetDep(two_tower, partition_mapping=window_of_days(3)),
         clicks_hourly,
     ],
     partitions_def=daily,

@@ -198,7 +198,7 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         first, last = Landing(platform.lake).extent() or (0, 0)
         end = key_start_ms(day) + DAY_MS
         hours = (hour_key(first), max(hour_key(last), hour_key(end - HOUR_MS)))
-        # The day is predicted with the model of the day before; the weights for that are tuned with the one before it.
+        # The day is predicted with what was known the day before; the weights for that are tuned with what was known before it.
         days = [known for ago in (3, 2, 1) if (known := day_key(end - ago * DAY_MS)) >= day_key(first)]
         last_hour = hour_key(end - HOUR_MS)
 
@@ -214,7 +214,7 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
         take_history_as_it_is(platform.lake, settings, hour_keys(first, end))
-        materialize("nightly", ["interactions"], (days[-2:][0], day))
+        materialize("nightly", ["interactions"], (days[0], day))
         materialize("nightly", ["user_features", "item_features", "training_examples"], (days[0], day))
         for known in days:
             materialize("nightly", ["two_tower"], (known, known))

@@ -322,10 +322,10 @@ def validation_cases(
     """Moments of the day `before`, each `evaluation.horizon_hours` apart: what users took first in the hours after them.
 
     Where less than ENOUGH_USERS came back on that day, moments and hours stretch over 2, 4, … days up to its end, as long as
-    there are more users and most of the window began before. ALS is fitted on the pairs that began before the first
-    moment; later items are available from their first event on. The two-tower model is that of the day before the first
-    moment, if there is one. The window of `before` says all of it: when a pair began and was last seen. Where it has
-    nothing from before there is no case.
+    there are more users and most of the window began before. The window of `before` says when a pair began and was last seen;
+    later items are available from their first event on. ALS and popularity know the window that ended before the first moment,
+    the two-tower model is that of the same day, if there is one. Where that window was not made, they know the pairs that
+    began before the moment, by weights that count what came after it as well. Where nothing came before there is no case.
     """
     window = lake.dataset(INTERACTIONS, [before])
     if window is None:
@@ -333,7 +333,9 @@ def validation_cases(
     start, days, pool = _validation_span(window, key_start_ms(before) + DAY_MS, settings.evaluation.tuning_users)
     if not len(pool):
         return []
-    items, first_seen, popularity = _items_of(window, start)
+    items, first_seen = _items_of(window)
+    table, day = _window_then(lake, window, before, start)
+    popularity = _popularity(lake.dataset(table, [day]), items)
     horizon = days * settings.evaluation.horizon_hours * HOUR_MS
     moments = range(start, start + days * DAY_MS, horizon)
     had = window.to_table(columns=[USER_ID, ITEM_ID, "first_ts", "last_ts"], filter=ds.field(USER_ID).isin(pool))
@@ -341,7 +343,8 @@ def validation_cases(
     wanted = _wanted(pairs, moments, len(pool))
     if not any(map(len, wanted)):
         return []
-    models = _fit_validation(lake, window, before, start, items, pool, settings, spark, engine)
+    report = fit_als(lake, lake.files(table, [day]), VALIDATION, before, settings.als, spark, engine)
+    models = _validation_models(lake, before, start, items, pool, report)
     recent = {moment: _recent_at(pairs, moment, len(pool)) for moment in moments}
     lately = np.concatenate([found[:, : settings.ranking.last_items] for found in recent.values()])
     base = holdout_snapshot(items, models, popularity, lately, settings)
@@ -393,19 +396,45 @@ def _case(
     return Case(snapshot, trend_then(lake, snapshot, moment, settings), state, relevant, outside)
 
 
-def _items_of(window: ds.Dataset, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Item ids, sorted; the first event of each (ms); its weight in pairs that began before `start`. Reads by batches."""
-    total: pa.Table | None = None
-    for batch in window.to_batches(columns=[ITEM_ID, "first_ts", "weight"]):
-        weight = pc.if_else(pc.less(batch["first_ts"], start), batch["weight"].cast(pa.float64()), 0.0)
-        part = pa.table([batch[ITEM_ID], batch["first_ts"], weight], names=[ITEM_ID, "first_ts", "weight"])
-        merged = part if total is None else pa.concat_tables([total, part])
-        summed = merged.group_by(ITEM_ID, use_threads=False).aggregate([("first_ts", "min"), ("weight", "sum")])
-        total = summed.select([ITEM_ID, "first_ts_min", "weight_sum"]).rename_columns([ITEM_ID, "first_ts", "weight"])
-    if total is None:
-        return np.empty(0, object), np.empty(0, np.int64), np.empty(0)
-    total = total.sort_by(ITEM_ID)
-    return total[ITEM_ID].to_numpy(), total["first_ts"].to_numpy(), total["weight"].to_numpy()
+def _items_of(window: ds.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Item ids, sorted, and the first event of each (ms). Reads by batches."""
+    first = _by_item(window, "first_ts", "min").sort_by(ITEM_ID)
+    return first[ITEM_ID].to_numpy(), first["first_ts"].to_numpy()
+
+
+def _popularity(window: ds.Dataset | None, items: np.ndarray) -> np.ndarray:
+    """Weight of each of `items` in the pairs of a window, float64 (n,)."""
+    found = np.zeros(len(items))
+    if window is not None:
+        total = _by_item(window, "weight", "sum")
+        at = codes(total[ITEM_ID], items)
+        found[at[at >= 0]] = total["weight"].to_numpy()[at >= 0]
+    return found
+
+
+def _by_item(window: ds.Dataset, column: str, how: str) -> pa.Table:
+    """A column of the pairs as one value an item, `how` being min or sum, read by batches."""
+    total = pa.table({ITEM_ID: pa.array([], pa.string()), column: pa.array([], window.schema.field(column).type)})
+    for batch in window.to_batches(columns=[ITEM_ID, column]):
+        part = pa.table([batch[ITEM_ID].cast(pa.string()), batch[column]], names=[ITEM_ID, column])
+        merged = pa.concat_tables([total, part]).group_by(ITEM_ID, use_threads=False).aggregate([(column, how)])
+        total = merged.rename_columns({f"{column}_{how}": column})
+    return total
+
+
+def _window_then(lake: Lake, window: ds.Dataset, before: str, start: int) -> tuple[str, str]:
+    """Table and partition of the window that ended at `start` (ms), or else of the pairs of `window` that began before it."""
+    day = day_key(start - DAY_MS)
+    if lake.find(INTERACTIONS, day):
+        return INTERACTIONS, day
+
+    def earlier() -> Iterator[pa.RecordBatch]:
+        for batch in window.to_batches(filter=ds.field("first_ts") < start):
+            if batch.num_rows:
+                yield batch
+
+    lake.write(VALIDATION_WINDOW, before, earlier(), window.schema)
+    return VALIDATION_WINDOW, before
 
 
 def _returning(window: ds.Dataset, start: int, count: int) -> pa.Array:
@@ -451,25 +480,7 @@ def _recent_at(pairs: _Pairs, moment: int, users: int) -> np.ndarray:
     return most_recent(past.rows[order], past.columns[order], users, HISTORY)
 
 
-def _fit_validation(
-    lake: Lake,
-    window: ds.Dataset,
-    before: str,
-    start: int,
-    items: np.ndarray,
-    pool: pa.Array,
-    settings: Settings,
-    spark: Callable[[], SparkSession] | None,
-    engine: str,
-) -> Models:
-    def earlier() -> Iterator[pa.RecordBatch]:
-        for batch in window.to_batches(filter=ds.field("first_ts") < start):
-            if batch.num_rows:
-                yield batch
-
-    lake.write(VALIDATION_WINDOW, before, earlier(), window.schema)
-    files = lake.files(VALIDATION_WINDOW, [before])
-    report = fit_als(lake, files, VALIDATION, before, settings.als, spark, engine)
+def _validation_models(lake: Lake, before: str, start: int, items: np.ndarray, pool: pa.Array, report: AlsReport) -> Models:
     vectors = aligned(read_factors(lake, VALIDATION, before, "items"), items)
     ids = pool.to_numpy(zero_copy_only=False)
     factors = aligned(read_factors(lake, VALIDATION, before, "users", ids), ids, vectors.shape[1])
