@@ -397,8 +397,8 @@ def _case(
 
 
 def _items_of(window: ds.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Item ids, sorted, and the first event of each (ms). Reads by batches."""
-    first = _by_item(window, "first_ts", "min").sort_by(ITEM_ID)
+    """Item ids, sorted, and the first event of each (ms)."""
+    first = _by_item(window, "first_ts", pa.int64(), "min").sort_by(ITEM_ID)
     return first[ITEM_ID].to_numpy(), first["first_ts"].to_numpy()
 
 
@@ -406,19 +406,19 @@ def _popularity(window: ds.Dataset | None, items: np.ndarray) -> np.ndarray:
     """Weight of each of `items` in the pairs of a window, float64 (n,)."""
     found = np.zeros(len(items))
     if window is not None:
-        total = _by_item(window, "weight", "sum")
+        total = _by_item(window, "weight", pa.float64(), "sum")
         at = codes(total[ITEM_ID], items)
         found[at[at >= 0]] = total["weight"].to_numpy()[at >= 0]
     return found
 
 
-def _by_item(window: ds.Dataset, column: str, how: str) -> pa.Table:
-    """A column of the pairs as one value an item, `how` being min or sum, read by batches."""
-    total = pa.table({ITEM_ID: pa.array([], pa.string()), column: pa.array([], window.schema.field(column).type)})
+def _by_item(window: ds.Dataset, column: str, kind: pa.DataType, how: str) -> pa.Table:
+    """A column of the pairs as one value of an item, by `how`: min or sum. Reads by batches."""
+    total = pa.table({ITEM_ID: pa.array([], pa.string()), column: pa.array([], kind)})
     for batch in window.to_batches(columns=[ITEM_ID, column]):
-        part = pa.table([batch[ITEM_ID].cast(pa.string()), batch[column]], names=[ITEM_ID, column])
+        part = pa.table({ITEM_ID: batch[ITEM_ID].cast(pa.string()), column: batch[column].cast(kind)})
         merged = pa.concat_tables([total, part]).group_by(ITEM_ID, use_threads=False).aggregate([(column, how)])
-        total = merged.rename_columns({f"{column}_{how}": column})
+        total = merged.select([ITEM_ID, f"{column}_{how}"]).rename_columns([ITEM_ID, column])
     return total
 
 
