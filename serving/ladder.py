@@ -138,7 +138,7 @@ class Ladder:
         acted = fields[LAST_TS_AT]
         if acted is None:
             last_ts = 0
-        elif acted.isdigit():
+        elif len(acted) < 20 and acted.isdigit():
             last_ts = int(acted)
         else:
             return None
@@ -277,8 +277,7 @@ class Ladder:
         self.counts["POPULAR"] += 1
         if options.explain:
             ranking, computed_at = loaded.snapshot.ranking, answer.computed_at
-            nobody = users_of(loaded.snapshot, [UserRecord()], ranking)
-            return self._explained(loaded, options, ranked, 0, pb.POPULAR, computed_at, UserRecord(), nobody, ranking)
+            return self._explained(loaded, options, ranked, 0, pb.POPULAR, computed_at, UserRecord(), loaded.nobody, ranking)
         return answer.first(options.count) + tail(pb.POPULAR, answer.release_id, answer.computed_at)
 
     # -- parts of them ------------------------------------------------------------------------------------------
