@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from recsys_core.index import unit_rows
-from recsys_core.online import CachedAnswer, CorruptValue, UserRecord, recs_key, user_key, users_of
+from recsys_core.online import CachedAnswer, CorruptValue, UserRecord, first_items, recs_key, user_key, users_of
 from recsys_core.ranking import Ranked, Snapshot, Users, rank
 from recsys_core.settings import RankingSettings, Settings
 from serving import recsys_pb2 as pb
@@ -27,7 +27,7 @@ from serving.metrics import Metrics
 from serving.ranker import Batch, Computed, Ranker, TooSlow
 from serving.store import LAST_TS_AT, Raw, Store, UserState
 from serving.validation import EVERY_ITEM, NO_DIVERSITY, ItemFilter, Options
-from serving.wire import first_items, tail
+from serving.wire import tail
 
 log = logging.getLogger(__name__)
 
