@@ -133,7 +133,7 @@ class _Objective:
     """NDCG of the users of all tables, remembered by weights."""
 
     def __init__(self, tables: Sequence[_Table], parts: int) -> None:
-        self.tables, self.parts = tables, parts
+        self.tables = tables
         self.active = [p for p in range(parts) if any(table.parts[..., p].any() for table in tables)]
         self.known: dict[bytes, np.ndarray] = {}
 
@@ -266,17 +266,21 @@ def _changed(weights: np.ndarray, part: int, value: float) -> np.ndarray | None:
 
 
 def _blend(objective: _Objective) -> dict[str, float]:
-    """Shares of ALS and the two-tower model where they rank alone: of those not clearly worse than the best, the seed's nearest.
+    """The best share of ALS where it and the two-tower model rank alone; of equal ones, that nearest to the seed's.
 
     They are judged by items that one of them knows, as the evaluation reports them: an item that was published since has no
     score, and which of the two leaves it above the others would decide.
     """
-    known = _Objective([_known_to_models(table) for table in objective.tables], objective.parts)
-    shares = [np.array([share, 1 - share, *np.zeros(objective.parts - 2)]) for share in np.linspace(0, 1, 21)]
-    best = max(shares, key=known)
-    level = [share for share in shares if known.gains(best, share) < CLEAR]
-    als, two_tower, *_ = min(level, key=lambda share: abs(share[0] - SEED_BLEND["als"]))
-    return {"als": round(float(als), 4), "two_tower": round(float(two_tower), 4)}
+    tables = [_known_to_models(table) for table in objective.tables]
+    shares = np.linspace(0, 1, 21)
+
+    def ndcg(share: float) -> float:
+        weights = np.zeros(tables[0].parts.shape[2])
+        weights[:2] = share, 1 - share
+        return float(np.concatenate([table.ndcg(weights) for table in tables]).mean())
+
+    best = max(shares, key=lambda share: (round(ndcg(share), 6), -abs(share - SEED_BLEND["als"])))
+    return {"als": round(float(best), 4), "two_tower": round(float(1 - best), 4)}
 
 
 def _known_to_models(table: _Table) -> _Table:

@@ -18,7 +18,7 @@ import numpy as np
 
 from recsys_core.index import one_faiss_thread
 from recsys_core.online import AnswerEncoder, CachedAnswer, TrendingValue, UserRecord, users_of
-from recsys_core.ranking import Ranked, Snapshot, Trend, rank
+from recsys_core.ranking import Ranked, Snapshot, Trend, Users, rank
 from recsys_core.release import CHAMPION, Manifest, Pointer, ReleaseError, Releases
 from recsys_core.settings import Settings
 from serving.filters import ItemFilters
@@ -47,6 +47,7 @@ class Loaded:
         with_unavailable: the same snapshot for answers that may hold items that are not available.
         trend: of the moment, over the snapshot's items.
         trend_at: when the trend was counted, ms since 1970; 0 when none is known.
+        nobody: a user of whom nothing is known, one row.
         popular: the answer for nobody in particular, one row, long enough for any count and exclusions.
         popular_answer: the same, encoded.
     """
@@ -60,6 +61,7 @@ class Loaded:
     loaded_at: float
     trend: Trend = field(repr=False)
     trend_at: int
+    nobody: Users = field(repr=False)
     popular: Ranked = field(repr=False)
     popular_answer: CachedAnswer = field(repr=False)
 
@@ -201,7 +203,8 @@ def derive(
 ) -> Loaded:
     """A release with everything that is made of it."""
     encoder = AnswerEncoder(snapshot.release_id, snapshot.item_ids)
-    trend, popular, answer = _popular(snapshot, encoder, trending, settings)
+    nobody = users_of(snapshot, [UserRecord()], snapshot.ranking)
+    trend, popular, answer = _popular(snapshot, encoder, nobody, trending, settings)
     return Loaded(
         pointer=pointer,
         manifest=manifest,
@@ -212,6 +215,7 @@ def derive(
         loaded_at=time.time(),
         trend=trend,
         trend_at=trending.computed_at,
+        nobody=nobody,
         popular=popular,
         popular_answer=answer,
     )
@@ -219,17 +223,16 @@ def derive(
 
 def with_trend(old: Loaded, trending: TrendingValue, settings: Settings) -> Loaded:
     """The same release with the trend of another moment."""
-    trend, popular, answer = _popular(old.snapshot, old.encoder, trending, settings)
+    trend, popular, answer = _popular(old.snapshot, old.encoder, old.nobody, trending, settings)
     return replace(old, trend=trend, trend_at=trending.computed_at, popular=popular, popular_answer=answer)
 
 
 def _popular(
-    snapshot: Snapshot, encoder: AnswerEncoder, trending: TrendingValue, settings: Settings
+    snapshot: Snapshot, encoder: AnswerEncoder, nobody: Users, trending: TrendingValue, settings: Settings
 ) -> tuple[Trend, Ranked, CachedAnswer]:
     """The trend over the snapshot's items, and the answer for nobody in particular."""
     trend, ranking = Trend.of(snapshot, trending.scores), snapshot.ranking
     wanted = settings.serving.max_items + ranking.max_consumed + MAX_EXCLUDED
-    nobody = users_of(snapshot, [UserRecord()], ranking)
     popular = rank(snapshot, trend, nobody, min(wanted, snapshot.items.num_rows), ranking)
     [value] = encoder.encode(popular.positions, popular.scores, time.time_ns() // 1_000_000)
     return trend, popular, CachedAnswer.decode(value)

@@ -11,12 +11,14 @@ import asyncio
 import json
 import queue
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 import grpc
 
@@ -26,6 +28,13 @@ from serving.recsys_pb2_grpc import RecommenderStub
 PARTS = ("als", "two_tower", "session", "trend", "popular")
 SERVICE = "recsys.v1.Recommender"
 MAX_RESPONSE_BYTES = 256 * 1024 * 1024
+
+T = TypeVar("T")
+Awaited: TypeAlias = Coroutine[Any, Any, T]
+One = TypeVar("One")
+Many = TypeVar("Many")
+Items = TypeVar("Items")
+Held = TypeVar("Held")
 
 
 class RecsysError(Exception):
@@ -210,14 +219,16 @@ class ClientOptions:
     token: str = field(default="", repr=False)
     tls: Tls | None = None
 
-    def channel_options(self) -> list[tuple[str, Any]]:
-        """Arguments of the channel; gRPC itself makes the retries."""
-        options: list[tuple[str, Any]] = [
+    def channel(self, transport: Any, address: str) -> Any:
+        """A channel of `grpc` or `grpc.aio`; gRPC itself makes the retries. Raises OSError when a file can't be read."""
+        options = [
             ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
             ("grpc.enable_http_proxy", 0),
             ("grpc.service_config", json.dumps(self._service_config())),
         ]
-        return options
+        if self.tls is None:
+            return transport.insecure_channel(address, options=options)
+        return transport.secure_channel(address, self.tls.credentials(), options=options)
 
     def _service_config(self) -> dict[str, Any]:
         if self.attempts == 1:
@@ -235,7 +246,7 @@ class ClientOptions:
             "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.5},
         }
 
-    def metadata(self, request_id: str) -> tuple[tuple[str, str], ...] | None:
+    def metadata(self, request_id: str = "") -> tuple[tuple[str, str], ...] | None:
         """Metadata of a call."""
         found = [("authorization", f"Bearer {self.token}")] if self.token else []
         if request_id:
@@ -243,20 +254,28 @@ class ClientOptions:
         return tuple(found) or None
 
 
-class RecsysClient:
-    """Calls one server over one channel; may be shared by threads. Every method raises RecsysError."""
+class _Methods(ABC, Generic[One, Many, Items, Held]):
+    """What both clients say alike: each method's request, and what is read from its response.
+
+    A client adds how a call is made, and the type parameters are what its methods therefore return: an answer or one that is
+    awaited. The stream is its own, as both ends of it are.
+    """
+
+    _transport: Any
+    """`grpc` or `grpc.aio`."""
 
     def __init__(self, address: str, timeout: float = 1.0, options: ClientOptions | None = None) -> None:
         """`timeout` is the deadline of a call in seconds; `options` say everything, this too."""
         self.address = address
         self.options = options or ClientOptions(timeout=timeout)
-        self.timeout = self.options.timeout
-        arguments = self.options.channel_options()
-        if self.options.tls is None:
-            self._channel = grpc.insecure_channel(address, options=arguments)
-        else:
-            self._channel = grpc.secure_channel(address, self.options.tls.credentials(), options=arguments)
+        self._channel = self.options.channel(self._transport, address)
         self._stub = RecommenderStub(self._channel)
+
+    @abstractmethod
+    def _ask(
+        self, method: Any, request: Any, read: Callable[[Any, float], Any], request_id: str = "", hedged: bool = False
+    ) -> Any:
+        """What `read` makes of the response and the milliseconds that it took; sent twice by config when `hedged`."""
 
     def recommend(
         self,
@@ -271,7 +290,7 @@ class RecsysClient:
         diversity: Diversity | None = None,
         include_consumed: bool = False,
         request_id: str = "",
-    ) -> Recommendation:
+    ) -> One:
         """The best `count` items for a user.
 
         Args:
@@ -284,20 +303,9 @@ class RecsysClient:
             include_consumed: also items that the user had already.
             request_id: goes through to the server's logs and back in the call's metadata.
         """
-        request = _request(
-            pb.RecommendRequest,
-            count,
-            categories,
-            exclude,
-            current_item,
-            filter,
-            diversity,
-            explain=explain,
-            include_consumed=include_consumed,
-            user_id=user_id,
-        )
-        response, milliseconds = self._call(self._stub.Recommend, request, request_id, hedge=True)
-        return _recommendation(response, milliseconds)
+        wanted = _wanted(count, categories, exclude, current_item, explain, filter, diversity, include_consumed)
+        request = pb.RecommendRequest(user_id=user_id, **wanted)
+        return self._ask(self._stub.Recommend, request, _recommendation, request_id, hedged=True)
 
     def recommend_batch(
         self,
@@ -311,32 +319,10 @@ class RecsysClient:
         filter: Filter | None = None,
         diversity: Diversity | None = None,
         include_consumed: bool = False,
-    ) -> list[Recommendation]:
+    ) -> Many:
         """Answers in the order of the users; the options are those of `recommend`, shared by all."""
-        request = _request(
-            pb.RecommendBatchRequest,
-            count,
-            categories,
-            exclude,
-            current_item,
-            filter,
-            diversity,
-            explain=explain,
-            include_consumed=include_consumed,
-            user_ids=user_ids,
-        )
-        response, milliseconds = self._call(self._stub.RecommendBatch, request)
-        return [_recommendation(r, milliseconds) for r in response.responses]
-
-    def recommend_stream(self, user_ids: Iterable[str], count: int = 10) -> Iterator[Recommendation]:
-        """Answers in the order of the users, while these are still coming; the deadline is not applied."""
-        requests = (pb.RecommendRequest(user_id=user_id, count=count) for user_id in user_ids)
-        started = time.perf_counter()
-        try:
-            for response in self._stub.RecommendStream(requests, metadata=self.options.metadata("")):
-                yield _recommendation(response, (time.perf_counter() - started) * 1000)
-        except grpc.RpcError as error:
-            raise RecsysError(error.code().name, error.details()) from error
+        wanted = _wanted(count, categories, exclude, current_item, explain, filter, diversity, include_consumed)
+        return self._ask(self._stub.RecommendBatch, pb.RecommendBatchRequest(user_ids=user_ids, **wanted), _recommendations)
 
     def similar_items(
         self,
@@ -347,7 +333,7 @@ class RecsysClient:
         exclude: Sequence[str] = (),
         same_category: bool = False,
         filter: Filter | None = None,
-    ) -> SimilarItems:
+    ) -> Items:
         """The items nearest to an item; `same_category`: only those of its own category."""
         request = pb.SimilarItemsRequest(
             item_id=item_id,
@@ -357,54 +343,74 @@ class RecsysClient:
             same_category=same_category,
             filter=_filter(filter),
         )
-        return _similar(*self._call(self._stub.SimilarItems, request, hedge=True))
+        return self._ask(self._stub.SimilarItems, request, _similar, hedged=True)
 
     def trending(
         self, count: int = 10, *, categories: Sequence[str] = (), exclude: Sequence[str] = (), filter: Filter | None = None
-    ) -> SimilarItems:
+    ) -> Items:
         """What trends now, then what is popular; scores are the trend in [0, 1]."""
         request = pb.TrendingRequest(count=count, categories=categories, exclude_item_ids=exclude, filter=_filter(filter))
-        return _trending(*self._call(self._stub.Trending, request, hedge=True))
+        return self._ask(self._stub.Trending, request, _trending, hedged=True)
 
-    def get_release(self) -> Release:
+    def get_release(self) -> Held:
         """The release in service."""
-        response, _ = self._call(self._stub.GetRelease, pb.GetReleaseRequest())
-        return _release(response)
+        return self._ask(self._stub.GetRelease, pb.GetReleaseRequest(), _release)
+
+    def _not_ready(self, timeout: float) -> RecsysError:
+        return RecsysError("UNAVAILABLE", f"{self.address} does not answer after {timeout} s")
+
+
+class RecsysClient(_Methods[Recommendation, list[Recommendation], SimilarItems, Release]):
+    """Calls one server over one channel; may be shared by threads. Every method raises RecsysError."""
+
+    _transport = grpc
+
+    def recommend_stream(self, user_ids: Iterable[str], count: int = 10) -> Iterator[Recommendation]:
+        """Answers in the order of the users, while these are still coming; the deadline is not applied."""
+        requests = (pb.RecommendRequest(user_id=user_id, count=count) for user_id in user_ids)
+        started = time.perf_counter()
+        with _failures():
+            for response in self._stub.RecommendStream(requests, metadata=self.options.metadata()):
+                yield _recommendation(response, _since(started))
 
     def wait_until_ready(self, timeout: float) -> None:
         """Wait for the server to accept the connection, `timeout` seconds at most."""
         try:
             grpc.channel_ready_future(self._channel).result(timeout)
         except grpc.FutureTimeoutError as error:
-            raise RecsysError("UNAVAILABLE", f"{self.address} does not answer after {timeout} s") from error
+            raise self._not_ready(timeout) from error
 
-    def _call(self, method: Any, request: Any, request_id: str = "", hedge: bool = False) -> tuple[Any, float]:
-        started = time.perf_counter()
-        metadata = self.options.metadata(request_id)
-        try:
-            if hedge and self.options.hedge_after is not None:
-                response = self._hedged(method, request, metadata, self.options.hedge_after)
+    def _ask(
+        self, method: Any, request: Any, read: Callable[[Any, float], Any], request_id: str = "", hedged: bool = False
+    ) -> Any:
+        started, metadata, after = time.perf_counter(), self.options.metadata(request_id), self.options.hedge_after
+        with _failures():
+            if hedged and after is not None:
+                response = self._first(method, request, metadata, after)
             else:
-                response = method(request, timeout=self.timeout, metadata=metadata)
-        except grpc.RpcError as error:
-            raise RecsysError(error.code().name, error.details()) from error
-        return response, (time.perf_counter() - started) * 1000
+                response = method(request, timeout=self.options.timeout, metadata=metadata)
+        return read(response, _since(started))
 
-    def _hedged(self, method: Any, request: Any, metadata: Any, after: float) -> Any:
+    def _first(self, method: Any, request: Any, metadata: Any, after: float) -> Any:
         """The answer of the first of two equal calls that succeeds; the second one starts when the first is slow."""
         ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        calls = [method.future(request, timeout=self.timeout, metadata=metadata)]
-        calls[0].add_done_callback(ended.put)
+        calls: list[Any] = []
+
+        def start(timeout: float) -> None:
+            calls.append(method.future(request, timeout=timeout, metadata=metadata))
+            calls[-1].add_done_callback(ended.put)
+
+        start(self.options.timeout)
         try:
             first = ended.get(timeout=after)
         except queue.Empty:
-            calls.append(method.future(request, timeout=self.timeout - after, metadata=metadata))
-            calls[1].add_done_callback(ended.put)
+            start(self.options.timeout - after)
             first = ended.get()
             if first.code() is not grpc.StatusCode.OK:
                 first = ended.get()
-        for call in calls:
-            call.cancel()
+        finally:
+            for call in calls:
+                call.cancel()
         return first.result()
 
     def close(self) -> None:
@@ -417,144 +423,49 @@ class RecsysClient:
         self.close()
 
 
-class AsyncRecsysClient:
+class AsyncRecsysClient(
+    _Methods[Awaited[Recommendation], Awaited[list[Recommendation]], Awaited[SimilarItems], Awaited[Release]]
+):
     """`RecsysClient` for asyncio: the same methods, awaited. To be made inside a running event loop."""
 
-    def __init__(self, address: str, timeout: float = 1.0, options: ClientOptions | None = None) -> None:
-        self.address = address
-        self.options = options or ClientOptions(timeout=timeout)
-        self.timeout = self.options.timeout
-        arguments = self.options.channel_options()
-        if self.options.tls is None:
-            self._channel = grpc.aio.insecure_channel(address, options=arguments)
-        else:
-            self._channel = grpc.aio.secure_channel(address, self.options.tls.credentials(), options=arguments)
-        self._stub = RecommenderStub(self._channel)
-
-    async def recommend(
-        self,
-        user_id: str,
-        count: int = 10,
-        *,
-        categories: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        current_item: str = "",
-        explain: bool = False,
-        filter: Filter | None = None,
-        diversity: Diversity | None = None,
-        include_consumed: bool = False,
-        request_id: str = "",
-    ) -> Recommendation:
-        """See `RecsysClient.recommend`."""
-        request = _request(
-            pb.RecommendRequest,
-            count,
-            categories,
-            exclude,
-            current_item,
-            filter,
-            diversity,
-            explain=explain,
-            include_consumed=include_consumed,
-            user_id=user_id,
-        )
-        return _recommendation(*await self._call(self._stub.Recommend, request, request_id, hedge=True))
-
-    async def recommend_batch(
-        self,
-        user_ids: Sequence[str],
-        count: int = 10,
-        *,
-        categories: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        explain: bool = False,
-        filter: Filter | None = None,
-        diversity: Diversity | None = None,
-        include_consumed: bool = False,
-    ) -> list[Recommendation]:
-        """See `RecsysClient.recommend_batch`."""
-        request = _request(
-            pb.RecommendBatchRequest,
-            count,
-            categories,
-            exclude,
-            "",
-            filter,
-            diversity,
-            explain=explain,
-            include_consumed=include_consumed,
-            user_ids=user_ids,
-        )
-        response, milliseconds = await self._call(self._stub.RecommendBatch, request)
-        return [_recommendation(r, milliseconds) for r in response.responses]
+    _transport = grpc.aio
 
     async def recommend_stream(self, user_ids: AsyncIterable[str], count: int = 10) -> AsyncIterator[Recommendation]:
         """See `RecsysClient.recommend_stream`."""
-
-        async def requests() -> AsyncIterator[pb.RecommendRequest]:
-            async for user_id in user_ids:
-                yield pb.RecommendRequest(user_id=user_id, count=count)
-
+        requests = (pb.RecommendRequest(user_id=user_id, count=count) async for user_id in user_ids)
         started = time.perf_counter()
+        with _failures():
+            async for response in self._stub.RecommendStream(requests, metadata=self.options.metadata()):
+                yield _recommendation(response, _since(started))
+
+    async def wait_until_ready(self, timeout: float) -> None:
+        """See `RecsysClient.wait_until_ready`."""
         try:
-            async for response in self._stub.RecommendStream(requests(), metadata=self.options.metadata("")):
-                yield _recommendation(response, (time.perf_counter() - started) * 1000)
-        except grpc.RpcError as error:
-            raise RecsysError(error.code().name, error.details() or "") from error
+            await asyncio.wait_for(self._channel.channel_ready(), timeout)
+        except TimeoutError as error:
+            raise self._not_ready(timeout) from error
 
-    async def similar_items(
-        self,
-        item_id: str,
-        count: int = 10,
-        *,
-        categories: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        same_category: bool = False,
-        filter: Filter | None = None,
-    ) -> SimilarItems:
-        """See `RecsysClient.similar_items`."""
-        request = pb.SimilarItemsRequest(
-            item_id=item_id,
-            count=count,
-            categories=categories,
-            exclude_item_ids=exclude,
-            same_category=same_category,
-            filter=_filter(filter),
-        )
-        return _similar(*await self._call(self._stub.SimilarItems, request, hedge=True))
-
-    async def trending(
-        self, count: int = 10, *, categories: Sequence[str] = (), exclude: Sequence[str] = (), filter: Filter | None = None
-    ) -> SimilarItems:
-        """See `RecsysClient.trending`."""
-        request = pb.TrendingRequest(count=count, categories=categories, exclude_item_ids=exclude, filter=_filter(filter))
-        return _trending(*await self._call(self._stub.Trending, request, hedge=True))
-
-    async def get_release(self) -> Release:
-        """See `RecsysClient.get_release`."""
-        response, _ = await self._call(self._stub.GetRelease, pb.GetReleaseRequest())
-        return _release(response)
-
-    async def _call(self, method: Any, request: Any, request_id: str = "", hedge: bool = False) -> tuple[Any, float]:
-        started = time.perf_counter()
-        metadata = self.options.metadata(request_id)
-        try:
-            if hedge and self.options.hedge_after is not None:
-                response = await self._hedged(method, request, metadata, self.options.hedge_after)
+    async def _ask(
+        self, method: Any, request: Any, read: Callable[[Any, float], Any], request_id: str = "", hedged: bool = False
+    ) -> Any:
+        started, metadata, after = time.perf_counter(), self.options.metadata(request_id), self.options.hedge_after
+        with _failures():
+            if hedged and after is not None:
+                response = await self._first(method, request, metadata, after)
             else:
-                response = await method(request, timeout=self.timeout, metadata=metadata)
-        except grpc.RpcError as error:
-            raise RecsysError(error.code().name, error.details() or "") from error
-        return response, (time.perf_counter() - started) * 1000
+                response = await method(request, timeout=self.options.timeout, metadata=metadata)
+        return read(response, _since(started))
 
-    async def _hedged(self, method: Any, request: Any, metadata: Any, after: float) -> Any:
+    async def _first(self, method: Any, request: Any, metadata: Any, after: float) -> Any:
+        """See `RecsysClient._first`."""
+
         async def call(timeout: float) -> Any:
             return await method(request, timeout=timeout, metadata=metadata)
 
-        calls = {asyncio.create_task(call(self.timeout))}
+        calls = {asyncio.create_task(call(self.options.timeout))}
         done, _ = await asyncio.wait(calls, timeout=after)
         if not done:
-            calls.add(asyncio.create_task(call(self.timeout - after)))
+            calls.add(asyncio.create_task(call(self.options.timeout - after)))
         try:
             pending = set(calls)
             while True:
@@ -579,29 +490,44 @@ class AsyncRecsysClient:
         await self.close()
 
 
-def _request(
-    kind: Any,
+@contextmanager
+def _failures() -> Iterator[None]:
+    """What gRPC raises of a call is a RecsysError."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise RecsysError(error.code().name, error.details() or "") from error
+
+
+def _since(started: float) -> float:
+    """Milliseconds."""
+    return (time.perf_counter() - started) * 1000
+
+
+def _wanted(
     count: int,
     categories: Sequence[str],
     exclude: Sequence[str],
     current_item: str,
-    filter_: Filter | None,
+    explain: bool,
+    filter: Filter | None,
     diversity: Diversity | None,
-    **fields: Any,
-) -> Any:
-    context = pb.Context(current_item_id=current_item) if current_item else None
-    wanted = None
+    include_consumed: bool,
+) -> dict[str, Any]:
+    """The fields that RecommendRequest and RecommendBatchRequest have in common."""
+    shape = None
     if diversity is not None:
-        wanted = pb.Diversity(relevance=diversity.relevance, max_per_category=diversity.max_per_category)
-    return kind(
-        count=count,
-        categories=categories,
-        exclude_item_ids=exclude,
-        context=context,
-        filter=_filter(filter_),
-        diversity=wanted,
-        **fields,
-    )
+        shape = pb.Diversity(relevance=diversity.relevance, max_per_category=diversity.max_per_category)
+    return {
+        "count": count,
+        "categories": categories,
+        "exclude_item_ids": exclude,
+        "context": pb.Context(current_item_id=current_item) if current_item else None,
+        "explain": explain,
+        "filter": _filter(filter),
+        "diversity": shape,
+        "include_consumed": include_consumed,
+    }
 
 
 def _filter(wanted: Filter | None) -> pb.Filter | None:
@@ -654,7 +580,11 @@ def _recommendation(response: pb.RecommendResponse, milliseconds: float) -> Reco
     )
 
 
-def _release(response: Any) -> Release:
+def _recommendations(response: Any, milliseconds: float) -> list[Recommendation]:
+    return [_recommendation(r, milliseconds) for r in response.responses]
+
+
+def _release(response: Any, milliseconds: float) -> Release:  # noqa: ARG001
     refused = response.last_refused
     return Release(
         release_id=response.release_id,

@@ -68,7 +68,11 @@ class Inspection:
     async def user(self, request: Request) -> Response:
         """What is known of a user, and the answer with everything that can be said of it."""
         user_id = request.path_params["user_id"]
-        count = min(int(request.query_params.get("count", "10")), 100)
+        given = request.query_params.get("count", "10")
+        try:
+            count = min(int(given), 100)
+        except ValueError:
+            return JSONResponse({"error": f"count is {given!r}; it must be a whole number"}, 400)
         [raw] = await self._store.read((user_id.encode(),))
         state = self._store.state(user_id, raw)
         try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from recsys_core.index import unit_rows
-from recsys_core.online import CachedAnswer, CorruptValue, UserRecord, recs_key, user_key, users_of
+from recsys_core.online import CachedAnswer, CorruptValue, UserRecord, first_items, recs_key, user_key, users_of
 from recsys_core.ranking import Ranked, Snapshot, Users, rank
 from recsys_core.settings import RankingSettings, Settings
 from serving import recsys_pb2 as pb
@@ -27,7 +27,7 @@ from serving.metrics import Metrics
 from serving.ranker import Batch, Computed, Ranker, TooSlow
 from serving.store import LAST_TS_AT, Raw, Store, UserState
 from serving.validation import EVERY_ITEM, NO_DIVERSITY, ItemFilter, Options
-from serving.wire import first_items, tail
+from serving.wire import tail
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Ladder:
         acted = fields[LAST_TS_AT]
         if acted is None:
             last_ts = 0
-        elif acted.isdigit():
+        elif len(acted) < 20 and acted.isdigit():
             last_ts = int(acted)
         else:
             return None
@@ -277,8 +277,7 @@ class Ladder:
         self.counts["POPULAR"] += 1
         if options.explain:
             ranking, computed_at = loaded.snapshot.ranking, answer.computed_at
-            nobody = users_of(loaded.snapshot, [UserRecord()], ranking)
-            return self._explained(loaded, options, ranked, 0, pb.POPULAR, computed_at, UserRecord(), nobody, ranking)
+            return self._explained(loaded, options, ranked, 0, pb.POPULAR, computed_at, UserRecord(), loaded.nobody, ranking)
         return answer.first(options.count) + tail(pb.POPULAR, answer.release_id, answer.computed_at)
 
     # -- parts of them ------------------------------------------------------------------------------------------

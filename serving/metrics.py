@@ -20,7 +20,7 @@ BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.0
 """Upper bounds of the histograms' buckets in seconds."""
 TIERS = ("CACHE", "REALTIME", "REALTIME_ALS_ONLY", "STALE_CACHE", "POPULAR")
 EVENTS = {
-    "redis_failures": "reads and writes that Redis failed or did not answer in time",
+    "redis_failures": "reads and writes that Redis failed, refused or did not answer in time",
     "redis_skipped": "reads and writes not tried because Redis does not answer",
     "corrupt_values": "values in Redis that could not be read",
     "late_rankings": "computed answers that came too late",

@@ -51,6 +51,21 @@ class _Protocol(asyncio.Protocol):
         self._waiting.append((replies, sink))
         self.transport.write(data)
 
+    async def ask(self, data: bytes, replies: int) -> list[Any]:
+        """The replies to encoded commands; an error reply is a `hiredis.ReplyError` among them. Raises RespError."""
+        waiting: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+        def take(found: list[Any] | None, error: Exception | None) -> None:
+            if waiting.done():
+                return
+            if found is None:
+                waiting.set_exception(error or RespError("no reply"))
+            else:
+                waiting.set_result(found)
+
+        self.send(data, replies, take)
+        return await waiting
+
     def data_received(self, data: bytes) -> None:
         reader, replies = self._reader, self._replies
         try:
@@ -124,21 +139,11 @@ class Connection:
         return True
 
     async def call(self, data: bytes, replies: int) -> list[Any]:
-        """The replies to encoded commands; an error reply is a `hiredis.ReplyError` among them. Raises OSError."""
+        """See `_Protocol.ask`. Raises OSError."""
         await self.connect()
-        waiting: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-
-        def take(found: list[Any] | None, error: Exception | None) -> None:
-            if waiting.done():
-                return
-            if found is None:
-                waiting.set_exception(error or RespError("no reply"))
-            else:
-                waiting.set_result(found)
-
-        if not self.send(data, replies, take):
+        if self._protocol is None or self._protocol.lost:
             raise RespError("the connection to Redis was lost at once")
-        return await waiting
+        return await self._protocol.ask(data, replies)
 
     async def connect(self) -> None:
         """Make the connection unless there is one. Raises OSError.
@@ -167,13 +172,14 @@ class Connection:
             _, protocol = await loop.create_unix_connection(_Protocol, self._path)
         else:
             _, protocol = await loop.create_connection(_Protocol, self._host, self._port, ssl=self._tls)
-        if self._greetings:
-            greeted: asyncio.Future[list[Any] | None] = loop.create_future()
-            protocol.send(b"".join(self._greetings), len(self._greetings), lambda found, _: greeted.set_result(found))
-            for reply in await greeted or [RespError("it has closed the connection")]:
+        try:
+            replies = await protocol.ask(b"".join(self._greetings), len(self._greetings)) if self._greetings else []
+            for reply in replies:
                 if isinstance(reply, Exception):
-                    protocol.close(RespError(str(reply)))
                     raise RespError(f"Redis refuses the connection: {reply}")
+        except (OSError, asyncio.CancelledError):
+            protocol.close(RespError("the connection to Redis was not made in time"))
+            raise
         return protocol
 
     def drop(self) -> None:

@@ -8,7 +8,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import aclosing
 from importlib.abc import MetaPathFinder
 from typing import Any, TypeAlias
 
@@ -187,40 +188,52 @@ class Gate:
         return handler
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        """Answers in the order of the requests, STREAM_WINDOW of them worked on at a time."""
         started, name = time.perf_counter(), "RecommendStream"
         metadata = context.invocation_metadata() or ()
-        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
-
-        async def read() -> None:
-            try:
-                async for data in requests:
-                    await answers.put(asyncio.create_task(self._of_stream(data, context)))
-            finally:
-                await answers.put(None)
-
-        reader: asyncio.Task[None] | None = None
-        status = grpc.StatusCode.OK
-        message = ""
-        task: asyncio.Task[bytes] | None = None
+        status, message = grpc.StatusCode.OK, ""
         try:
             self._let_in(name, metadata)
             if echoed := passed_on(metadata):
                 context.set_trailing_metadata(echoed)
-            reader = asyncio.create_task(read())
-            while (task := await answers.get()) is not None:
-                yield await task
+            async with aclosing(self._in_order(requests, context)) as answers:
+                async for answer in answers:
+                    yield answer
         except Exception as error:  # noqa: BLE001
             status, message = self._status_of(name, error)
+        except (asyncio.CancelledError, GeneratorExit):
+            status = grpc.StatusCode.CANCELLED
+            raise
         finally:
-            if reader is not None:
-                reader.cancel()
-            while not answers.empty():
-                if (left := answers.get_nowait()) is not None:
-                    left.cancel()
             self._ended(name, status.name, started, metadata)
         if status is not grpc.StatusCode.OK:
             await context.abort(status, message)
+
+    async def _in_order(self, requests: AsyncIterator[bytes], context: Context) -> AsyncGenerator[bytes, None]:
+        """Answers in the order of the requests, STREAM_WINDOW of them worked on at a time; the end cancels those that are."""
+        begun: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+        window = asyncio.Semaphore(STREAM_WINDOW)
+
+        async def read() -> None:
+            try:
+                async for data in requests:
+                    await window.acquire()
+                    begun.put_nowait(asyncio.create_task(self._of_stream(data, context)))
+            finally:
+                begun.put_nowait(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (task := await begun.get()) is not None:
+                answer = await task
+                window.release()
+                yield answer
+            await reader
+        finally:
+            queued = [begun.get_nowait() for _ in range(begun.qsize())]
+            left: list[asyncio.Task[Any]] = [reader, *(other for other in queued if other is not None)]
+            for other in left:
+                other.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
     async def _of_stream(self, data: bytes, context: Context) -> bytes:
         self.under_way += 1
@@ -388,8 +401,8 @@ class Server:
     async def stop(self, grace: float | None = None) -> None:
         """Say NOT_SERVING, wait for balancers to see it, let calls under way finish, release everything."""
         await self._health.enter_graceful_shutdown()
-        await asyncio.sleep(self._settings.serving.linger_seconds)
         if self._server is not None:
+            await asyncio.sleep(self._settings.serving.linger_seconds)
             await self._server.stop(self._settings.serving.drain_seconds if grace is None else grace)
         for task in self._tasks:
             task.cancel()

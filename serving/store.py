@@ -128,9 +128,11 @@ class LiveTrends:
         self._reader = LiveTrendReader(half_lives_hours)
 
     async def read(self) -> TrendingValue | None:
-        """None while there are no live buckets. Raises OSError."""
+        """None while there are no live buckets. Raises OSError, and CorruptValue when they can't be read."""
         try:
             found = await asyncio.to_thread(self._reader.read, self._redis, int(time.time() * 1000))
+        except (ResponseError, ValueError, TypeError) as error:
+            raise CorruptValue(f"live trends: {error}") from error
         except RedisError as error:
             raise ConnectionError(str(error)) from error
         if found is None:
@@ -167,6 +169,7 @@ class Store:
         self._waiting: list[tuple[Sequence[bytes], asyncio.Future[list[Raw]]]] = []
         self._waiting_since = 0.0
         self._under_way = 0
+        self._refuses_writes = False
 
     def read(self, user_ids: Sequence[bytes]) -> asyncio.Future[list[Raw]]:
         """What Redis holds of some users; NOTHING for each when it does not answer in time.
@@ -249,8 +252,13 @@ class Store:
         ttl = b"%d" % self._ttl
         commands = [(b"SET", recs_key(user_id).encode(), value, b"EX", ttl) for user_id, value in answers]
         started = time.perf_counter()
-        await self._call(lambda: self._redis.call(commands))
+        replies = await self._call(lambda: self._redis.call(commands))
         self.metrics.steps["write"].observe(time.perf_counter() - started)
+        refused = [reply for reply in replies or () if isinstance(reply, ERRORS)]
+        self.counts["redis_failures"] += len(refused)
+        if refused and not self._refuses_writes:
+            log.warning("Redis takes no answers (%s); they are computed again and again", refused[0])
+        self._refuses_writes = bool(refused)
 
     async def trending(self) -> TrendingValue | None:
         """What is trending, None when there is nothing or it can't be read."""
@@ -273,11 +281,22 @@ class Store:
         """
         known: TrendingValue | None = None
         while True:
-            found = (await self._call(live.read) if live is not None else None) or await self.trending()
-            if found is not None and found != known:
-                await on_change(found)
-                known = found
+            try:
+                found = await self._live_trending(live) or await self.trending()
+                if found is not None and found != known:
+                    await on_change(found)
+                    known = found
+            except Exception:
+                self.counts["unexpected_failures"] += 1
+                log.exception("a trend could not be taken; the last known one stays in use")
             await asyncio.sleep(seconds)
+
+    async def _live_trending(self, live: LiveTrends | None) -> TrendingValue | None:
+        try:
+            return None if live is None else await self._call(live.read)
+        except CorruptValue as error:
+            self.note_corrupt("trend:*", error)
+            return None
 
     async def _call(self, call: Callable[[], Awaitable[T]]) -> T | None:
         if not self.breaker.allows():

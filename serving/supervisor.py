@@ -61,7 +61,11 @@ class Worker:
             with suppress(ConnectionError):
                 await process.stdin.drain()
             while line := await process.stdout.readline():
-                said = json.loads(line)
+                try:
+                    said = json.loads(line)
+                except ValueError:
+                    log.warning("serving process %d says %r, which is not for its supervisor", self.number, line)
+                    continue
                 if "ready" in said:
                     self.ready.set()
                 self.snapshot = said.get("numbers", self.snapshot)
@@ -127,7 +131,7 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> None
                     worker.kill()
             ended = await asyncio.gather(*keeping, stopped, return_exceptions=True)
         for error in ended:
-            if isinstance(error, OSError):
+            if isinstance(error, Exception):
                 raise error
 
 

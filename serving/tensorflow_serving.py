@@ -123,6 +123,8 @@ def array(found: tf_pb.Tensor, shape: tuple[int, int]) -> np.ndarray:
     given = tuple(dim.size for dim in found.shape.dim)
     if found.dtype != tf_pb.DT_FLOAT or given != shape:
         raise WrongAnswer(f"the model gave a tensor of shape {given} and type {found.dtype}, expected float32 {shape}")
+    if len(found.content) % 4:
+        raise WrongAnswer(f"the model gave {len(found.content)} bytes, which are no whole number of float32")
     values = np.frombuffer(found.content, "<f4") if found.content else np.asarray(found.float_val, np.float32)
     if values.size == 1 and shape[0] * shape[1] > 1:
         values = np.repeat(values, shape[0] * shape[1])

@@ -5,31 +5,14 @@
 
 from __future__ import annotations
 
-import struct
 from functools import lru_cache
 
+from recsys_core.online import varint
 from serving import recsys_pb2 as pb
 
 USER_ID_TAG = pb.RecommendRequest.USER_ID_FIELD_NUMBER << 3 | 2
 COUNT_TAG = pb.RecommendRequest.COUNT_FIELD_NUMBER << 3
 RESPONSES_TAG = bytes([pb.RecommendBatchResponse.RESPONSES_FIELD_NUMBER << 3 | 2])
-
-_HEADER = struct.Struct("<BHqB")
-"""Head of a cached answer, see `recsys_core.online.AnswerEncoder`."""
-_FORMAT = 1
-_END = struct.Struct("<i")
-
-
-def varint(value: int) -> bytes:
-    """A non-negative integer as a varint."""
-    if value < 0x80:
-        return bytes((value,))
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def joined_responses(responses: list[bytes]) -> bytes:
@@ -63,26 +46,3 @@ def plain_request(data: bytes) -> tuple[bytes, int] | None:
     if end + 2 == size and data[end] == COUNT_TAG and 0 < data[end + 1] < 0x80:
         return data[2:end], data[end + 1]
     return None
-
-
-def first_items(value: bytes, release: bytes, count: int, oldest: int, last_ts: int) -> tuple[bytes, int] | None:
-    """The first `count` items of a cached answer in wire format and its `computed_at`.
-
-    None when the value is not of `release` (its id encoded), was computed before `oldest` or before `last_ts` (ms), or
-    holds fewer items: what the general path looks at again.
-    """
-    if len(value) < _HEADER.size:
-        return None
-    version, held, computed_at, name_length = _HEADER.unpack_from(value)
-    if version != _FORMAT or held < count or computed_at < oldest or last_ts > computed_at:
-        return None
-    ends = _HEADER.size + name_length
-    if name_length != len(release) or value[_HEADER.size : ends] != release:
-        return None
-    start = ends + 4 * held
-    if start > len(value):
-        return None
-    last, whole = _END.unpack_from(value, ends + 4 * count - 4)[0], _END.unpack_from(value, start - 4)[0]
-    if start + whole != len(value) or not 0 <= last <= whole:
-        return None
-    return value[start : start + last], computed_at

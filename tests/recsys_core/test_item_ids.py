@@ -7,7 +7,7 @@ import uuid
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_core.item_ids import EMPTY, FEW, POSITION_BITS, PRIME, ItemIds
@@ -32,6 +32,7 @@ def same_hash(item_id: str) -> str:
             return raw.decode()
 
 
+@settings(deadline=None)
 @given(
     known=st.lists(st.text(max_size=40), max_size=50, unique=True),
     others=st.lists(st.text(max_size=40), max_size=3 * FEW),

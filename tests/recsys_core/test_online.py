@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from snapshots import make_snapshot, with_two_tower
 
@@ -45,6 +45,7 @@ def test_both_keys_of_a_user_share_their_hash_tag() -> None:
     assert recs_key("ann") == "recs:{ann}"
 
 
+@settings(deadline=None)
 @given(
     ids=st.lists(st.text(min_size=1, max_size=300), min_size=1, max_size=6, unique=True),
     rows=st.lists(st.lists(st.integers(-1, 5), min_size=4, max_size=4), min_size=1, max_size=5),
@@ -91,6 +92,7 @@ def test_an_answer_of_another_format_is_corrupt() -> None:
         CachedAnswer.decode(b"\x02" + value[1:])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_junk_is_corrupt_or_an_answer_and_nothing_else(junk: bytes) -> None:
     for data in (junk, b"\x01" + junk):

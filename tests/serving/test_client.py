@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -142,6 +143,17 @@ def test_the_token_and_the_request_id_go_with_a_call(scripted: tuple[Scripted, s
     assert servicer.metadata[0]["x-request-id"] == "r-1"
 
 
+async def test_both_clients_say_that_nobody_is_there() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with RecsysClient(address) as client, pytest.raises(RecsysError, match=f"{address} does not answer after 0.2 s"):
+            client.wait_until_ready(0.2)
+        async with AsyncRecsysClient(address) as awaited:
+            with pytest.raises(RecsysError, match=f"{address} does not answer after 0.2 s"):
+                await awaited.wait_until_ready(0.2)
+
+
 async def test_the_asyncio_client_gives_what_the_other_gives(world: World) -> None:
     world.put_cached_user("ann")
 
@@ -151,8 +163,11 @@ async def test_the_asyncio_client_gives_what_the_other_gives(world: World) -> No
 
     async with AsyncRecsysClient(world.address, timeout=60) as client:
         assert (await client.recommend("ann", 7)).items == world.client.recommend("ann", 7).items
-        batch = await client.recommend_batch(["ann", "bob"], 3)
-        assert [a.items for a in batch] == [a.items for a in world.client.recommend_batch(["ann", "bob"], 3)]
+        await client.wait_until_ready(60)
+        batch = await client.recommend_batch(["ann", "bob"], 3, current_item="item-5")
+        same = world.client.recommend_batch(["ann", "bob"], 3, current_item="item-5")
+        assert [(a.tier, a.items) for a in batch] == [(a.tier, a.items) for a in same]
+        assert same[1].tier == "REALTIME_ALS_ONLY"
         assert [a.tier async for a in client.recommend_stream(users())] == ["CACHE", "POPULAR"]
         assert (await client.similar_items("item-1", 3)).items == world.client.similar_items("item-1", 3).items
         assert (await client.trending(3)).items == world.client.trending(3).items

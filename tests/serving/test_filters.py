@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from worlds import World, eventually
 from recsys_core.online import UserRecord
 from serving import recsys_pb2 as pb
 from serving.client import Diversity, Filter, Recommendation, RecsysError
+from serving.server import STREAM_WINDOW
 
 COLOURS = ("red", "blue", "green")
 
@@ -189,6 +191,22 @@ class TestStream:
         call.cancel()
         eventually(lambda: world.server.metrics.gauges["calls_under_way"]() == 0)
         assert world.client.recommend("ann").tier == "POPULAR"
+
+    def test_what_is_under_way_ends_with_the_stream_and_is_counted_as_given_up(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        go_on = threading.Event()
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: go_on.wait(60))
+        world.put_known_user("ann")
+        requests = [pb.RecommendRequest(user_id=user_id) for user_id in ["ann", "", "", *["ann"] * 40]]
+        call = world.client._stub.RecommendStream(iter(requests))
+        eventually(lambda: world.server.metrics.gauges["calls_under_way"]() == STREAM_WINDOW - 2)
+        call.cancel()
+        eventually(lambda: dict(world.server.metrics.calls) == {("RecommendStream", "CANCELLED"): 1})
+        assert world.server.metrics.gauges["calls_under_way"]() == 0
+        go_on.set()
+        gc.collect()
+        assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 class TestExplained:

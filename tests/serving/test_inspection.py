@@ -72,6 +72,7 @@ def test_nobody_has_what_is_popular(page: str) -> None:
 def test_what_the_server_refuses_is_said(page: str) -> None:
     assert ask(page, "/api/item/never") == (404, {"error": "NOT_FOUND: item_id 'never' is not in release 2026-01-01.a"})
     assert ask(page, "/api/user/" + "x" * 300)[0] == 400
+    assert ask(page, "/api/user/ann?count=many") == (400, {"error": "count is 'many'; it must be a whole number"})
 
 
 def test_the_release_links_to_its_assets(page: str) -> None:

@@ -72,7 +72,7 @@ def test_a_taken_port_is_said_and_is_exit_code_1(empty_world: World, tmp_path: P
         other.listen()
         ended = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(tmp_path / "never")],
-            env={**os.environ, **environment(empty_world, other.getsockname()[1])},
+            env={**os.environ, **environment(empty_world, other.getsockname()[1]), "RECSYS_SERVING__LINGER_SECONDS": "600"},
             capture_output=True,
             text=True,
             timeout=60,

@@ -95,3 +95,17 @@ def test_no_process_outlives_a_supervisor_that_is_killed(processes: Processes) -
     assert len(workers) == 2
     processes.supervisor.kill()
     eventually(lambda: not any(worker.is_running() for worker in workers), seconds=60)
+
+
+def test_what_a_process_says_that_is_not_for_its_supervisor_is_logged(
+    empty_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nif 'serving.worker' in sys.orig_argv:\n    print('hello')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    empty_world.promote(make_snapshot())
+    made = Processes(empty_world, tmp_path)
+    made.answers()
+    made.supervisor.send_signal(signal.SIGTERM)
+    _, said = made.supervisor.communicate(timeout=60)
+    assert made.supervisor.returncode == 0
+    assert said.count("hello") == 2

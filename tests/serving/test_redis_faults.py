@@ -9,7 +9,7 @@ import pytest
 from snapshots import make_snapshot
 from worlds import World, eventually, now_ms
 
-from recsys_core.online import TRENDING_KEY, recs_key, user_key
+from recsys_core.online import TRENDING_KEY, TrendingValue, recs_key, user_key
 from serving.client import RecsysClient
 
 
@@ -90,10 +90,24 @@ def test_a_corrupt_record_is_counted_and_passed_over(world: World, field: str, v
     assert world.server.ladder.counts["unexpected_failures"] == 0
 
 
-def test_a_corrupt_record_does_not_spoil_a_fresh_answer(world: World) -> None:
+@pytest.mark.parametrize(("field", "value"), [("last", b"{"), ("last_ts", b"soon"), ("last_ts", b"9" * 5000)])
+def test_a_corrupt_record_does_not_spoil_a_fresh_answer(world: World, field: str, value: bytes) -> None:
     world.put_cached_user("ann")
-    world.redis.client.hset(user_key("ann"), "last", b"{")
+    world.redis.client.hset(user_key("ann"), field, value)
     assert tier(world) == "CACHE"
+
+
+def test_answers_that_a_full_redis_does_not_take_are_counted_and_said_once(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.put_known_user("ann")
+    world.redis.client.config_set("maxmemory", 1)
+    for number in range(1, 4):
+        assert tier(world) == "REALTIME_ALS_ONLY"
+        eventually(lambda number=number: world.server.store.counts["redis_failures"] == number)
+    assert [r.getMessage()[:22] for r in caplog.records if "OOM" in r.getMessage()] == ["Redis takes no answers"]
+    world.redis.client.config_set("maxmemory", 0)
+    eventually(lambda: tier(world) == "CACHE")
 
 
 def test_keys_of_another_type_are_counted_and_passed_over(world: World) -> None:
@@ -111,6 +125,16 @@ def test_a_corrupt_trend_leaves_the_last_known_one(world: World) -> None:
     world.redis.client.set(TRENDING_KEY, b"{}")
     eventually(lambda: world.server.store.counts["corrupt_values"])
     assert world.client.recommend("nobody", 1).items[0].item_id == "item-400"
+
+
+def test_a_trend_that_does_not_fit_together_leaves_the_last_known_one_and_the_next_is_taken(world: World) -> None:
+    world.put_trend({"item-400": 1.0})
+    eventually(lambda: world.client.recommend("nobody", 1).items[0].item_id == "item-400")
+    world.redis.client.set(TRENDING_KEY, TrendingValue(now_ms(), "", {"item-1": (1.0,), "item-2": (1.0, 2.0)}).encode())
+    eventually(lambda: world.server.store.counts["unexpected_failures"])
+    assert world.client.recommend("nobody", 1).items[0].item_id == "item-400"
+    world.put_trend({"item-401": 1.0})
+    eventually(lambda: world.client.recommend("nobody", 1).items[0].item_id == "item-401")
 
 
 def test_an_answer_whose_items_are_corrupt_is_noticed_where_they_are_read(world: World) -> None:

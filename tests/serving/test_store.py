@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,33 @@ async def test_login_database_and_socket_of_the_url_are_used(tmp_path: Path) -> 
     finally:
         server.kill()
         server.wait()
+
+
+async def test_a_login_that_is_not_answered_in_time_leaves_no_connection_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_server = RedisServer(tmp_path)
+    redis_server.start()
+    redis_server.client.config_set("requirepass", "secret")
+    redis_server.client.execute_command("AUTH", "secret")
+    monkeypatch.setattr("serving.resp.CONNECT_SECONDS", 0.1)
+    reading = Pipelined(f"redis://:secret@127.0.0.1:{redis_server.port}", RECORD_FIELDS)
+    before = redis_server.client.info()["total_connections_received"]
+    redis_server.signal(signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        await reading.call([(b"PING",)])
+    redis_server.signal(signal.SIGCONT)
+    for _ in range(1000):
+        told = redis_server.client.info()
+        if told["total_connections_received"] == before + 1 and told["connected_clients"] == 1:
+            break
+        await asyncio.sleep(0.02)
+    assert told["total_connections_received"] == before + 1
+    assert told["connected_clients"] == 1
+    assert await reading.call([(b"ECHO", b"again")]) == [b"again"]
+    assert not caplog.records
+    await reading.close()
+    redis_server.stop()
 
 
 async def test_what_is_no_redis_is_given_up() -> None:

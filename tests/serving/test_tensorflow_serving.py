@@ -14,8 +14,9 @@ import pytest
 from worlds import eventually
 
 from recsys_core.settings import TensorFlowServingSettings
+from serving import tfserving_pb2 as tf_pb
 from serving.metrics import Metrics
-from serving.tensorflow_serving import ModelServer, RemoteTower
+from serving.tensorflow_serving import ModelServer, RemoteTower, WrongAnswer, array
 
 PROGRAM = Path(__file__).with_name("model_server.py")
 CONTEXT = ("hour", "weekday", "device", "country", "category")
@@ -135,6 +136,12 @@ def test_vectors_of_another_shape_are_refused(model: Process, caplog: pytest.Log
     model.tell("wrong")
     assert none_at_all(remote)
     assert "tensor of shape (3, 7)" in caplog.text
+
+
+def test_bytes_that_are_no_vectors_are_refused() -> None:
+    shape = tf_pb.TensorShape(dim=[tf_pb.TensorShape.Dim(size=1)] * 2)
+    with pytest.raises(WrongAnswer, match="3 bytes"):
+        array(tf_pb.Tensor(dtype=tf_pb.DT_FLOAT, shape=shape, content=b"123"), (1, 1))
 
 
 def test_an_absent_server_gives_nothing_and_one_that_comes_is_used() -> None:

@@ -60,7 +60,10 @@ def test_a_model_server_scores_and_is_done_without_when_it_is_gone(
     world.start()
     try:
         assert answer_of(world)[0] == "REALTIME"
-        assert sum(world.server.metrics.steps["two_tower"].counts) > 0
+        scored = sum(world.server.metrics.steps["two_tower"].counts)
+        assert scored > 0
+        assert world.client.recommend("nobody", explain=True).tier == "POPULAR"
+        assert sum(world.server.metrics.steps["two_tower"].counts) == scored, "nobody's vector lies ready"
         process.kill()
         eventually(lambda: answer_of(world) == ("REALTIME_ALS_ONLY", 0.0))
     finally:
