@@ -11,7 +11,7 @@ from snapshots import make_snapshot, with_two_tower
 
 from recsys_core.index import exact_neighbours, unit_rows
 from recsys_core.ranking import (
-    BLOCK,
+    GATHERED,
     PARTS,
     SPAN,
     SPANS_FOR_THREADS,
@@ -59,7 +59,7 @@ def nobody(snapshot: Snapshot, count: int = 1) -> Users:
     return Users(np.zeros((count, snapshot.als_items.shape[1]), np.float32), none, none)
 
 
-@pytest.mark.parametrize("count", [2 * BLOCK + 9, SPANS_FOR_THREADS * SPAN + 9])
+@pytest.mark.parametrize("count", [2 * GATHERED + 3, SPANS_FOR_THREADS * SPAN + 9])
 def test_one_user_and_many_users_are_the_same_call(snapshot: Snapshot, trend: Trend, count: int) -> None:
     everyone = users(snapshot, count)
     together = rank(snapshot, trend, everyone, 50, SETTINGS)
