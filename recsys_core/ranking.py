@@ -233,7 +233,7 @@ def rank(
         queries = queries_of(snapshot, mine, settings)
         positions = candidates(snapshot, trend, mine, queries, n, settings, allowed)
         parts = parts_of(snapshot, trend, queries, positions)
-        weighted = (weights @ np.moveaxis(parts, -1, 0).reshape(len(PARTS), -1)).reshape(positions.shape)
+        weighted = np.einsum("bcp,p->bc", parts, weights)  # a BLAS would wake its threads, which spin for long after
         return _top(positions, np.where(positions >= 0, weighted, np.float32(-np.inf)), parts, n)
 
     return _joined(list(_each(ranked, _slices(len(users), SPAN))))
