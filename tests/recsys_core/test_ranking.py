@@ -19,6 +19,8 @@ from recsys_core.ranking import (
     Snapshot,
     Trend,
     Users,
+    candidates,
+    queries_of,
     rank,
     relative_log,
     session_vectors,
@@ -87,6 +89,16 @@ def test_answers_hold_no_item_twice_none_excluded_and_none_unavailable(snapshot:
         assert len(items) == len(set(items))
         assert not set(items) & set(everyone.excluded[row].tolist())
         assert not set(items) & set(UNAVAILABLE)
+
+
+def test_candidates_stand_together_each_once_and_ascending(snapshot: Snapshot, trend: Trend) -> None:
+    everyone = users(snapshot, 60, excluded=200)
+    found = candidates(snapshot, trend, everyone, queries_of(snapshot, everyone, SETTINGS), 50, SETTINGS)
+    counts = (found >= 0).sum(axis=1)
+    assert found.shape == (60, counts.max())
+    for row, count in zip(found, counts, strict=True):
+        assert (np.diff(row[:count]) > 0).all()
+        assert (row[count:] == -1).all()
 
 
 def test_scores_fall_and_are_the_weighted_sum_of_the_parts(snapshot: Snapshot, trend: Trend) -> None:
