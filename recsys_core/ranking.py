@@ -33,10 +33,10 @@ PARTS = ("als", "two_tower", "session", "trend", "popular")
 Scores = float | Sequence[float]
 """Trend of an item: one score, or one for each half-life."""
 
-BLOCK = 64
-"""Users ranked at a time: the gathered vectors of their candidates stay in the processor's cache."""
 SPAN = 256
-"""Users whose candidates are found at a time: enough for a matrix product, and several spans for the threads of a batch."""
+"""Users ranked at a time: enough for a matrix product, and several spans for the threads of a batch."""
+GATHERED = 8
+"""Users whose candidates' vectors are gathered at a time: they stay in the processor's cache until they are multiplied."""
 SPANS_FOR_THREADS = 3
 
 
@@ -232,13 +232,9 @@ def rank(
         mine = users.rows(span)
         queries = queries_of(snapshot, mine, settings)
         positions = candidates(snapshot, trend, mine, queries, n, settings, allowed)
-        blocks = []
-        for rows in _slices(len(mine), BLOCK):
-            parts = parts_of(snapshot, trend, queries.rows(rows), positions[rows])
-            weighted = (weights @ np.moveaxis(parts, -1, 0).reshape(len(PARTS), -1)).reshape(parts.shape[:-1])
-            scores = np.where(positions[rows] >= 0, weighted, np.float32(-np.inf))
-            blocks.append(_top(positions[rows], scores, parts, n))
-        return _joined(blocks)
+        parts = parts_of(snapshot, trend, queries, positions)
+        weighted = np.einsum("bcp,p->bc", parts, weights)  # a BLAS would wake its threads, which spin for long after
+        return _top(positions, np.where(positions >= 0, weighted, np.float32(-np.inf)), parts, n)
 
     return _joined(list(_each(ranked, _slices(len(users), SPAN))))
 
@@ -328,7 +324,7 @@ def candidates(
     settings: RankingSettings,
     allowed: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Positions int64 (b, c) that are scored, each once, ascending, -1 where a user has fewer.
+    """Positions int64 (b, c) that are scored, each once, ascending, padded by -1 where a user has fewer.
 
     Neighbours of the user by ALS and by the two-tower model, items like the last ones, trending and popular items, without
     what is excluded or not available.
@@ -349,8 +345,7 @@ def candidates(
     ]
     if queries.two_tower is not None and snapshot.two_tower_index is not None:
         found.append(_neighbours(snapshot.two_tower_index, queries.two_tower, wanted, selection))
-    positions = _distinct(np.hstack(found), users.excluded)
-    return np.where(servable[positions], positions, -1)
+    return _distinct(np.hstack(found), users.excluded, servable)
 
 
 def _like_the_last(snapshot: Snapshot, last_items: np.ndarray, each: int) -> np.ndarray:
@@ -368,18 +363,21 @@ def _neighbours(index: Searchable, queries: np.ndarray, k: int, selection: np.nd
     return found
 
 
-def _distinct(candidates: np.ndarray, excluded: np.ndarray) -> np.ndarray:
-    """Sort each row and set to -1 what repeats or is excluded.
+def _distinct(candidates: np.ndarray, excluded: np.ndarray, servable: np.ndarray) -> np.ndarray:
+    """Each row's servable positions that are not excluded, each once, ascending, padded by -1 to the longest row.
 
     The last bit tells candidates (1) from exclusions (0): after the sort an exclusion stands before the candidates of
     the same position, which then are repetitions of it.
     """
     keys = np.hstack([candidates * 2 + 1, excluded * 2]).astype(np.int32)  # half the bytes are sorted twice as fast
     keys.sort(axis=1)
-    positions = (keys >> 1).astype(np.int64)
-    repeats = np.zeros(keys.shape, bool)
-    repeats[:, 1:] = positions[:, 1:] == positions[:, :-1]
-    return np.where(repeats | (keys & 1 == 0) | (keys < 0), -1, positions)
+    positions = keys >> 1
+    kept = (keys & 1 == 1) & (keys >= 0) & servable[positions]
+    kept[:, 1:] &= positions[:, 1:] != positions[:, :-1]
+    counts = np.count_nonzero(kept, axis=1)
+    distinct = np.full((len(keys), counts.max(initial=1)), -1, np.int64)
+    distinct[np.arange(distinct.shape[1]) < counts[:, None]] = positions[kept]
+    return distinct
 
 
 def parts_of(snapshot: Snapshot, trend: Trend, queries: Queries, positions: np.ndarray) -> np.ndarray:
@@ -387,15 +385,26 @@ def parts_of(snapshot: Snapshot, trend: Trend, queries: Queries, positions: np.n
 
     Each part lies by itself in memory, where it is written and weighted faster than between the others.
     """
-    products = np.matmul(snapshot.als_items[positions], np.stack([queries.als, queries.session], axis=2))
+    products = _products(snapshot.als_items, positions, np.stack([queries.als, queries.session], axis=2))
     parts = np.zeros((len(PARTS), *positions.shape), np.float32)
     np.divide(products[..., 0], snapshot.longest, out=parts[0])
     if queries.two_tower is not None and snapshot.two_tower_items is not None:
-        parts[1] = np.matmul(snapshot.two_tower_items[positions], queries.two_tower[..., None])[..., 0]
+        parts[1] = _products(snapshot.two_tower_items, positions, queries.two_tower[..., None])[..., 0]
     np.divide(products[..., 1], snapshot.norms[positions], out=parts[2])
     parts[3] = trend.part[positions]
     parts[4] = snapshot.popular_part[positions]
     return np.moveaxis(parts, 0, -1)
+
+
+def _products(vectors: np.ndarray, positions: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Inner products float32 (b, c, q) of the vectors at positions (b, c) with each row's queries (b, d, q)."""
+    products = np.empty((*positions.shape, queries.shape[2]), np.float32)
+    room = np.empty((GATHERED, positions.shape[1], vectors.shape[1]), np.float32)
+    for rows in _slices(len(positions), GATHERED):
+        some = positions[rows]
+        gathered = np.take(vectors, some, axis=0, out=room[: len(some)], mode="clip")  # any other mode takes a copy
+        np.matmul(gathered, queries[rows], out=products[rows])
+    return products
 
 
 def _best(scores: np.ndarray, n: int) -> np.ndarray:

@@ -161,7 +161,6 @@ def _table(case: Case, settings: RankingSettings) -> _Table:
     wide = settings.model_copy(update={"trending": max(settings.trending, 100), "popular": max(settings.popular, 50)})
     queries = queries_of(snapshot, case.users, wide)
     positions = candidates(snapshot, every, case.users, queries, CUT, wide)
-    positions = _compact(positions)
     parts = np.empty((*positions.shape, len(MODELS) + trend.by_half_life.shape[1]), np.float32)
     for at in range(0, len(positions), BLOCK):
         some = slice(at, at + BLOCK)
@@ -184,12 +183,6 @@ def _interleaved(trend: Trend, available: np.ndarray) -> np.ndarray:
     mixed = mixed[trending[mixed]]
     _, first = np.unique(mixed, return_index=True)
     return mixed[np.sort(first)]
-
-
-def _compact(positions: np.ndarray) -> np.ndarray:
-    """Rows with their padding at the end, cut to the longest."""
-    ordered = np.take_along_axis(positions, np.argsort(positions < 0, axis=1, kind="stable"), axis=1)
-    return ordered[:, : int((positions >= 0).sum(axis=1).max(initial=1))]
 
 
 def _is_relevant(positions: np.ndarray, relevant: sp.csr_matrix) -> np.ndarray:

@@ -11,7 +11,7 @@ from snapshots import make_snapshot, with_two_tower
 
 from recsys_core.index import exact_neighbours, unit_rows
 from recsys_core.ranking import (
-    BLOCK,
+    GATHERED,
     PARTS,
     SPAN,
     SPANS_FOR_THREADS,
@@ -19,6 +19,8 @@ from recsys_core.ranking import (
     Snapshot,
     Trend,
     Users,
+    candidates,
+    queries_of,
     rank,
     relative_log,
     session_vectors,
@@ -59,7 +61,7 @@ def nobody(snapshot: Snapshot, count: int = 1) -> Users:
     return Users(np.zeros((count, snapshot.als_items.shape[1]), np.float32), none, none)
 
 
-@pytest.mark.parametrize("count", [2 * BLOCK + 9, SPANS_FOR_THREADS * SPAN + 9])
+@pytest.mark.parametrize("count", [2 * GATHERED + 3, SPANS_FOR_THREADS * SPAN + 9])
 def test_one_user_and_many_users_are_the_same_call(snapshot: Snapshot, trend: Trend, count: int) -> None:
     everyone = users(snapshot, count)
     together = rank(snapshot, trend, everyone, 50, SETTINGS)
@@ -87,6 +89,16 @@ def test_answers_hold_no_item_twice_none_excluded_and_none_unavailable(snapshot:
         assert len(items) == len(set(items))
         assert not set(items) & set(everyone.excluded[row].tolist())
         assert not set(items) & set(UNAVAILABLE)
+
+
+def test_candidates_stand_together_each_once_and_ascending(snapshot: Snapshot, trend: Trend) -> None:
+    everyone = users(snapshot, 60, excluded=200)
+    found = candidates(snapshot, trend, everyone, queries_of(snapshot, everyone, SETTINGS), 50, SETTINGS)
+    counts = (found >= 0).sum(axis=1)
+    assert found.shape == (60, counts.max())
+    for row, count in zip(found, counts, strict=True):
+        assert (np.diff(row[:count]) > 0).all()
+        assert (row[count:] == -1).all()
 
 
 def test_scores_fall_and_are_the_weighted_sum_of_the_parts(snapshot: Snapshot, trend: Trend) -> None:
