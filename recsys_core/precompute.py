@@ -184,14 +184,15 @@ def _shard_key(shard: int) -> str:
 
 
 def finish_caches(lake: Lake, plan: CachePlan) -> WriteReport:
-    """Sum up the shards of a plan and mark it finished. Raises UnfinishedCaches."""
+    """Sum up the shards of a plan and mark it finished, unless a newer one has taken its place. Raises UnfinishedCaches."""
     done = shards_done(lake, plan)
     missing = sorted(set(range(plan.shards)) - set(done))
     if missing:
         raise UnfinishedCaches(
             f"caches of {plan.hour}: shards {', '.join(map(str, missing))} of {plan.shards} were not written"
         )
-    _write_plan(lake, replace(plan, finished=True))
+    if read_plan(lake) == plan:
+        _write_plan(lake, replace(plan, finished=True))
     seconds = _covered((shard.started, shard.ended) for shard in done.values())
     return WriteReport(sum(s.users for s in done.values()), sum(s.empty for s in done.values()), seconds)
 

@@ -379,6 +379,15 @@ def test_no_active_user_writes_nothing_and_a_missing_table_is_named(redis, lake,
     assert redis.dbsize() == 0
 
 
+def test_what_is_summed_up_late_does_not_take_the_place_of_a_newer_plan(redis, lake, settings):
+    write_active(lake, "nobody")
+    old = plan_of(lake, settings)
+    write_step(redis, lake, old, 0, settings)
+    new = plan_of(lake, settings, replace(SNAPSHOT, release_id="another"))
+    assert finish_caches(lake, old).users == 1
+    assert read_plan(lake) == new
+
+
 def test_trending_items_reach_serving_as_the_table_has_them(redis, lake):
     rows = [
         {"item_id": "b", "score": 2.5, "events": 3, "scores": [2.5, 1.0]},
