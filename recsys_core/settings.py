@@ -142,7 +142,7 @@ class TwoTowerSettings(Section):
     final_learning_rate: float = Field(0.1, gt=0, le=1, description="share of it after `epochs`; it falls along a cosine")
     l2: float = Field(0.0, ge=0, description="weight of the squared embeddings that a step touches")
     max_examples: int = Field(0, ge=0, description="most examples that are read, the newest ones; 0: all of the window")
-    epochs: int = Field(1, ge=1, description="most passes over the examples; of news a second one overfits, shops gain from two")
+    epochs: int = Field(1, ge=1, description="most passes over the examples; news overfit in a second one, shops gain")
     patience: int = Field(1, ge=1, description="epochs without a lower validation loss before training stops")
     validation_share: float = Field(
         0.1, ge=0, lt=1, description="newest part of the examples that decides when to stop; 0: none"
