@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +16,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from recsys_core.settings import Settings, SourceMapping
-    from serving.client import Recommendation, SimilarItems
+    from serving.client import ClientOptions, Recommendation, SimilarItems
 
 DEMO_HOME = Path(".recsys/demo")
 
 Home = Annotated[Path | None, typer.Option(help="Folder of the installation. Default: RECSYS_HOME, else .recsys.")]
 Count = Annotated[int, typer.Option("--count", "-n", help="Number of items.")]
+Address = Annotated[str | None, typer.Option(help="The server. Default: the running stack's, else the settings'.")]
+Ca = Annotated[
+    str | None, typer.Option(envvar="RECSYS_CA", help="Call by TLS: PEM file of the CA of the server's certificate.")
+]
+Certificate = Annotated[str | None, typer.Option(envvar="RECSYS_CERTIFICATE", help="PEM file of an own certificate.")]
+Key = Annotated[str | None, typer.Option(envvar="RECSYS_KEY", help="PEM file of its key.")]
 
 
 class TimeUnit(StrEnum):
@@ -348,13 +355,16 @@ def recommend(
     user: Annotated[str, typer.Argument(help="Id of the user.")],
     count: Count = 10,
     explain: Annotated[bool, typer.Option("--explain", help="Show the parts of each score.")] = False,
-    address: Annotated[str | None, typer.Option(help="The server. Default: the running stack's, else the settings'.")] = None,
+    address: Address = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
     home: Home = None,
 ) -> None:
-    """Ask the server what to recommend to a user."""
+    """Ask the server what to recommend to a user. RECSYS_TOKEN holds the bearer token, where one is needed."""
     from serving.client import RecsysClient
 
-    with RecsysClient(address or _serving_address(home)) as client:
+    with RecsysClient(address or _serving_address(home), options=_call_options(ca, certificate, key)) as client:
         answer = client.recommend(user, count, explain=explain)
     _show_answer(answer, f"For user {user}", answer.tier)
 
@@ -363,25 +373,31 @@ def recommend(
 def similar(
     item: Annotated[str, typer.Argument(help="Id of the item.")],
     count: Count = 10,
-    address: Annotated[str | None, typer.Option(help="The server. Default: the running stack's, else the settings'.")] = None,
+    address: Address = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
     home: Home = None,
 ) -> None:
-    """Ask the server which items are like one item."""
+    """Ask the server which items are like one item. RECSYS_TOKEN holds the bearer token, where one is needed."""
     from serving.client import RecsysClient
 
-    with RecsysClient(address or _serving_address(home)) as client:
+    with RecsysClient(address or _serving_address(home), options=_call_options(ca, certificate, key)) as client:
         answer = client.similar_items(item, count)
     _show_answer(answer, f"Similar to item {item}")
 
 
 @app.command()
 def inspect(
-    address: Annotated[str | None, typer.Option(help="The server. Default: the running stack's, else the settings'.")] = None,
+    address: Address = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0: any free one.")] = 0,
     dagster: Annotated[str | None, typer.Option(help="URL of the Dagster web UI. Default: the running stack's.")] = None,
     home: Home = None,
 ) -> None:
-    """Serve a page that shows why a user gets an answer, on loopback, until Ctrl-C."""
+    """Serve a page that shows why a user gets an answer, on loopback, until Ctrl-C. RECSYS_TOKEN holds the bearer token."""
     from recsys_cli.stack import running_services
     from serving import inspection
 
@@ -389,7 +405,17 @@ def inspect(
     running = {service.name: service.where for service in running_services(settings.home.absolute())}
     web = dagster or running.get("webserver", f"http://{settings.dagster.host}:{settings.dagster.port}")
     server = address or _serving_address(home)
-    inspection.run(settings, server, "127.0.0.1", port, web, lambda url: typer.echo(f"Open {url} (Ctrl-C ends it)."))
+    options = _call_options(ca, certificate, key, timeout=10.0)
+    inspection.run(settings, server, options, "127.0.0.1", port, web, lambda url: typer.echo(f"Open {url} (Ctrl-C ends it)."))
+
+
+def _call_options(ca: str | None, certificate: str | None, key: str | None, timeout: float = 1.0) -> ClientOptions:
+    from serving.client import ClientOptions, Tls
+
+    if bool(certificate) != bool(key):
+        raise typer.BadParameter("a certificate and its key go together", param_hint="--certificate and --key")
+    tls = Tls(ca, certificate, key) if ca or certificate else None
+    return ClientOptions(timeout, token=os.environ.get("RECSYS_TOKEN", ""), tls=tls)
 
 
 def _serving_address(home: Path | None) -> str:

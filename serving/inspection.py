@@ -25,7 +25,7 @@ from recsys_core.catalog import read_catalog
 from recsys_core.lake import Lake
 from recsys_core.online import CorruptValue
 from recsys_core.settings import Settings
-from serving.client import AsyncRecsysClient, Recommendation, RecsysError
+from serving.client import AsyncRecsysClient, ClientOptions, Recommendation, RecsysError
 from serving.store import Store
 
 PAGE = Path(__file__).with_name("inspection.html")
@@ -145,12 +145,12 @@ def asset_url(dagster_url: str, asset: str, partition: str) -> str:
     return f"{dagster_url}/assets/{asset}" + (f"?view=partitions&partition={partition}" if partition else "?view=lineage")
 
 
-def app(settings: Settings, address: str, dagster_url: str) -> Starlette:
+def app(settings: Settings, address: str, options: ClientOptions, dagster_url: str) -> Starlette:
     """The page and its questions, for the server at `address`."""
 
     @asynccontextmanager
     async def lifespan(made: Starlette) -> AsyncIterator[None]:
-        client = AsyncRecsysClient(address, timeout=10.0)
+        client = AsyncRecsysClient(address, options=options)
         store = Store(settings.redis, settings.cache.ttl_seconds)
         inspection = Inspection(settings, client, store, dagster_url)
         made.router.routes.extend(
@@ -185,7 +185,15 @@ def _answered(question: Callable[[Request], Any]) -> Callable[[Request], Any]:
     return answered
 
 
-def run(settings: Settings, address: str, host: str, port: int, dagster_url: str, on_ready: Callable[[str], None]) -> None:
+def run(
+    settings: Settings,
+    address: str,
+    options: ClientOptions,
+    host: str,
+    port: int,
+    dagster_url: str,
+    on_ready: Callable[[str], None],
+) -> None:
     """Serve the page until SIGTERM or Ctrl-C. `on_ready` gets its address. Raises OSError when the port is taken."""
     import socket
 
@@ -194,6 +202,6 @@ def run(settings: Settings, address: str, host: str, port: int, dagster_url: str
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind((host, port))
-    config = uvicorn.Config(app(settings, address, dagster_url), log_level="warning")
+    config = uvicorn.Config(app(settings, address, options, dagster_url), log_level="warning")
     on_ready(f"http://{host}:{listening.getsockname()[1]}")
     uvicorn.Server(config).run(sockets=[listening])

@@ -18,6 +18,7 @@ from worlds import World, eventually, now_ms
 from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
 from recsys_core.lake import Lake
 from recsys_core.online import UserRecord
+from serving.client import ClientOptions
 from serving.inspection import app
 
 
@@ -31,7 +32,9 @@ def page(world: World) -> Iterator[str]:
     last = (("item-25", "click", now_ms() - 60_000), ("item-17", "view", now_ms() - 120_000))
     world.put_record("ann", UserRecord(last=last, last_ts=last[0][2], seen=("item-2", "item-400")))
     listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app(world.settings, world.address, "http://dagster:3000"), log_level="warning")
+    config = uvicorn.Config(
+        app(world.settings, world.address, ClientOptions(timeout=10), "http://dagster:3000"), log_level="warning"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -12,8 +12,10 @@ import pytest
 from certificates import make_certificates
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from snapshots import make_snapshot
+from typer.testing import CliRunner, Result
 from worlds import RedisServer, World, eventually
 
+from recsys_cli.main import app
 from recsys_core.settings import Settings
 from serving import recsys_pb2 as pb
 from serving.client import ClientOptions, RecsysClient, RecsysError, Tls
@@ -108,6 +110,35 @@ class TestTls:
         for name in ("", "stranger"):
             with tls_client(world, certificates, name) as client, pytest.raises(RecsysError, match="UNAVAILABLE"):
                 client.recommend("ann")
+
+    def test_the_command_line_calls_by_tls_and_with_a_token_of_the_environment(
+        self, make_world, certificates: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("OPS_TOKEN", SECRET)
+        files = {"tls_certificate": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem"}
+        world = make_world(tokens={"OPS_TOKEN": ["*"]}, **{name: str(certificates / file) for name, file in files.items()})
+        with tls_client(world, certificates, "client") as client:
+            client.wait_until_ready(60)
+        own = [
+            "--ca",
+            certificates / "ca.pem",
+            "--certificate",
+            certificates / "client.pem",
+            "--key",
+            certificates / "client.key",
+        ]
+
+        def ask(*arguments: object) -> Result:
+            return CliRunner().invoke(app, [*map(str, arguments), "--address", world.address])
+
+        assert "UNAVAILABLE" in ask("recommend", "ann").stderr
+        assert "UNAUTHENTICATED" in ask("recommend", "ann", *own).stderr
+        monkeypatch.setenv("RECSYS_TOKEN", SECRET)
+        for question in (("recommend", "ann"), ("similar", "item-1")):
+            answer = ask(*question, *own)
+            assert answer.exit_code == 0, answer.stderr
+            assert "item-" in answer.stdout
+        assert ask("recommend", "ann", *own[:4]).exit_code == 2
 
 
 class TestLimits:
