@@ -3,7 +3,8 @@
     python benchmarks/serving_fuzz.py [--calls 20000] [--seed 0]
 
 Random bytes, and valid requests of every method with bytes changed, cut off and repeated. Exit code 1 on any other status than
-OK, INVALID_ARGUMENT, NOT_FOUND and RESOURCE_EXHAUSTED, or when the server has ended.
+OK, INVALID_ARGUMENT, NOT_FOUND and RESOURCE_EXHAUSTED, when the server has ended, and when its private memory has grown by more
+than GROWTH_MB after a fifth of the calls.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from snapshots import make_manifest, make_snapshot
 
 ALLOWED = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
+GROWTH_MB = 5
 FILTER = {"min_price": 3, "max_price": 90, "attributes": [{"name": "colour", "values": ["red"]}]}
 VALID = {
     "Recommend": pb.RecommendRequest(
@@ -98,7 +100,7 @@ def main() -> None:
             except grpc.RpcError as error:
                 statuses[error.code().name] += 1
         console.print(dict(statuses), f"private memory after a fifth and at the end: {memory[0]:.0f}, {memory[1]:.0f} MB")
-        if set(statuses) - ALLOWED or not server.is_running():
+        if set(statuses) - ALLOWED or not server.is_running() or memory[1] - memory[0] > GROWTH_MB:
             sys.exit(1)
 
 

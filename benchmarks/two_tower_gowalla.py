@@ -49,7 +49,6 @@ SETTINGS = TwoTowerSettings(
     recent=0,
     id_dropout=0.0,
     temperature=0.08,
-    in_batch=False,
     negatives=1024,
     batch_size=1024,
     learning_rate=0.005,

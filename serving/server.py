@@ -132,6 +132,7 @@ class Gate:
         self._tracing = tracing
         self._logs = settings.serving.log_sample > 0
         self.under_way = 0
+        self._readers: set[asyncio.Task[None]] = set()
         metrics.gauges["calls_under_way"] = lambda: self.under_way
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -209,19 +210,35 @@ class Gate:
             await context.abort(status, message)
 
     async def _in_order(self, requests: AsyncIterator[bytes], context: Context) -> AsyncGenerator[bytes, None]:
-        """Answers in the order of the requests, STREAM_WINDOW of them worked on at a time; the end cancels those that are."""
+        """Answers in the order of the requests, STREAM_WINDOW of them worked on at a time; the end cancels those that are.
+
+        A read of gRPC that is cancelled leaves about 100 bytes for ever, so one that is under way ends with the call.
+        """
         begun: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
         window = asyncio.Semaphore(STREAM_WINDOW)
+        reading = over = False
 
         async def read() -> None:
+            nonlocal reading
+            coming = aiter(requests)
             try:
-                async for data in requests:
+                while True:
                     await window.acquire()
+                    reading = True
+                    data = await anext(coming, None)
+                    reading = False
+                    if data is None or over:
+                        return
                     begun.put_nowait(asyncio.create_task(self._of_stream(data, context)))
+            except Exception:
+                if not over:
+                    raise
             finally:
                 begun.put_nowait(None)
 
         reader = asyncio.create_task(read())
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
         try:
             while (task := await begun.get()) is not None:
                 answer = await task
@@ -229,8 +246,11 @@ class Gate:
                 yield answer
             await reader
         finally:
+            over = True
             queued = [begun.get_nowait() for _ in range(begun.qsize())]
-            left: list[asyncio.Task[Any]] = [reader, *(other for other in queued if other is not None)]
+            left: list[asyncio.Task[Any]] = [other for other in queued if other is not None]
+            if not reading:
+                left.append(reader)
             for other in left:
                 other.cancel()
             await asyncio.gather(*left, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 from collections import Counter
@@ -184,6 +185,29 @@ class TestStream:
         with pytest.raises(RecsysError, match="INVALID_ARGUMENT: user_id is empty"):
             answers.extend(answer.tier for answer in world.client.recommend_stream(["ann", "bob", "", "eve"]))
         assert answers == ["POPULAR", "POPULAR"]
+
+    def test_what_reads_a_refused_stream_ends_with_it_though_the_client_goes_on(self, world: World) -> None:
+        """It is not cancelled, which leaks in gRPC (`benchmarks/serving_fuzz.py` measures that)."""
+        answered, done = threading.Event(), threading.Event()
+
+        def readers() -> list[str]:
+            tasks = asyncio.all_tasks(world._loop.loop)
+            return [name for t in tasks if (name := t.get_coro().__qualname__).endswith("_in_order.<locals>.read")]
+
+        def users() -> Iterator[str]:
+            yield "ann"
+            assert answered.wait(60)
+            yield ""
+            done.wait(60)
+
+        answers = world.client.recommend_stream(users())
+        assert next(answers).tier == "POPULAR"
+        assert len(readers()) == 1
+        answered.set()
+        with pytest.raises(RecsysError, match="INVALID_ARGUMENT"):
+            next(answers)
+        eventually(lambda: not readers())
+        done.set()
 
     def test_a_stream_that_is_given_up_leaves_nothing_behind(self, world: World) -> None:
         call = world.client._stub.RecommendStream(iter([pb.RecommendRequest(user_id="ann")] * 5))
