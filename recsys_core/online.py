@@ -191,7 +191,7 @@ def first_items(value: bytes, release: bytes, count: int, oldest: int, last_ts: 
     """The first `count` items of a cached answer in wire format and its `computed_at`.
 
     None when the value is not of `release` (its id encoded), was computed before `oldest` or before `last_ts` (ms), or
-    holds fewer items: what `CachedAnswer` is for. This is the short way of a cache hit, a few microseconds.
+    holds fewer items: what `CachedAnswer` is for. This is the fast path of a cache hit, a few microseconds.
     """
     if len(value) < _HEADER.size:
         return None

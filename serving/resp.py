@@ -1,4 +1,4 @@
-"""Redis over one pipelined connection: commands of one turn of the event loop leave together, replies come in order.
+"""Redis over one pipelined connection: many commands may be under way, replies come in their order.
 
 A general client spends more on one command than gRPC on one call; here a command is bytes that lie ready and a reply is
 what hiredis made of it. For one server (plain or TLS, with password and database) as `redis.url` names it.

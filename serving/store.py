@@ -174,16 +174,15 @@ class Store:
     def read(self, user_ids: Sequence[bytes]) -> asyncio.Future[list[Raw]]:
         """What Redis holds of some users; NOTHING for each when it does not answer in time.
 
-        Calls of one turn of the event loop share a round trip, and so do all that come while another is under way: gRPC
-        hands over one call in a turn, and a busy process makes fewer and larger reads of them.
+        Calls that come while a round trip is under way share the next one: a busy process makes fewer and larger reads.
         """
         loop = asyncio.get_running_loop()
         found: asyncio.Future[list[Raw]] = loop.create_future()
         if not self._waiting:
             self._waiting_since = time.perf_counter()
-            if not self._under_way:
-                loop.call_soon(self._send_waiting)
         self._waiting.append((user_ids, found))
+        if not self._under_way:
+            self._send_waiting()
         return found
 
     def ended(self) -> None:

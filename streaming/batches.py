@@ -57,11 +57,11 @@ class Taken:
 
 
 Row = tuple[int, int, int, bytes | None]
-"""Partition, offset, the broker's time and the value of a message that went the short way."""
+"""Partition, offset, the broker's time and the value of a message that took the fast path."""
 
 
 def taken_rows(rows: Sequence[Row]) -> Taken:
-    """Messages that went the short way as one batch, for the archive: it needs neither Kafka's messages nor their epoch."""
+    """Messages that took the fast path as one batch, for the archive: it needs neither Kafka's messages nor their epoch."""
     partition, offset, appended, values = zip(*rows, strict=True)
     return Taken(0, [], list(values), *(np.array(column, np.int64) for column in (partition, offset, appended)))
 

@@ -59,7 +59,7 @@ class StreamMetrics:
         self.messages = counter("messages_total", "Messages taken from the topic and finished")
         self.events = counter("events_total", "Valid events among them")
         self.quick = counter(
-            "quick_total", "Messages among them that went the short way, as they do when the worker has caught up"
+            "quick_total", "Messages among them that took the fast path, as they do when the worker has caught up"
         )
         self.dead_letters = counter("dead_letters_total", "Messages sent to the dead-letter topic", ("reason",))
         self.fence_hits = counter("fence_hits_total", "Updates of users and trend buckets that had been applied before")

@@ -2,7 +2,7 @@
 
 Three threads hand batches on: one takes messages from Kafka, one parses and sums them up, one writes. Each batch is as
 large as what arrived while the one before it was on its way: a single event when the worker has caught up, tens of
-thousands when it is behind. A handful goes the short way: the thread that takes them writes them to Redis itself, and
+thousands when it is behind. A handful takes the fast path: the thread that takes them writes them to Redis itself, and
 the archive has them a moment later. Nothing is kept between batches but positions, so a worker that starts serves at once.
 
 A worker is given its partitions by the consumer group, but starts where Redis and the archive are (`progress`, names of
@@ -57,9 +57,9 @@ CAUGHT_UP = 1000
 QUICK_SECONDS = 0.25
 """How long the thread that takes messages waits for Redis; then the other threads do, and are waited for."""
 GATHER_SECONDS = 0.25
-"""How long messages that went the short way are gathered for the archive."""
+"""How long messages that took the fast path are gathered for the archive."""
 MAX_UNARCHIVED = 20_000
-"""Messages that the archive has not taken; no more go the short way until it has."""
+"""Messages that the archive has not taken; no more take the fast path until it has."""
 PAUSE_SECONDS = 5.0
 """How long a batch waits to be handed on before consumption is paused, which gives up what was fetched ahead."""
 COMMIT_SECONDS = 1.0
@@ -188,7 +188,7 @@ class _Session:
                 self._pipe.wait_for_room(POLL_SECONDS)
             messages = self._take()
             caught_up = len(messages) < CAUGHT_UP
-            if messages and not self._take_the_short_way(messages):
+            if messages and not self._take_the_fast_path(messages):
                 self._offer(self._taken(messages))
         self._drain()
         self._check_failure()
@@ -281,9 +281,9 @@ class _Session:
             self._paused = False
             self._metrics.paused.set(0)
 
-    # -- the short way ----------------------------------------------------------------------------------------------
+    # -- the fast path ----------------------------------------------------------------------------------------------
 
-    def _take_the_short_way(self, messages: list[Message]) -> bool:
+    def _take_the_fast_path(self, messages: list[Message]) -> bool:
         """Apply a handful of messages in this thread when nothing is on its way. False: they have to go the long way.
 
         That is where every trouble is dealt with. What of them is in Redis already changes nothing there.
@@ -527,7 +527,7 @@ class _Session:
             self._metrics.unkeyed.inc(unkeyed)
 
     def _archive_gathered(self, archive: Archive) -> None:
-        """What went the short way since the last time, many messages together: a column costs as much for one."""
+        """What took the fast path since the last time, many messages together: a column costs as much for one."""
         with self._lock:
             rows, self._unarchived = self._unarchived, []
             epochs = {number: position.epoch for number, position in self._positions.items()}

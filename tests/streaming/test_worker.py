@@ -60,7 +60,7 @@ def test_consumption_pauses_while_redis_is_slow_and_goes_on_after_it(
             one.prove()
 
 
-def test_a_handful_goes_the_short_way_and_comes_to_the_same(
+def test_a_handful_takes_the_fast_path_and_comes_to_the_same(
     world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive_module, "GRACE_MS", 100)
