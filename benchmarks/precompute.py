@@ -97,7 +97,7 @@ def measure(home: Path, url: str, hour: str, steps: int, server: psutil.Process)
     platform = Platform(settings_of(home, url, steps))
     champion = platform.releases.champion()
     assert champion is not None
-    plan = precompute.plan_caches(platform.lake, hour, champion, platform.settings)
+    plan = precompute.plan_caches(platform.lake, hour, champion, platform.settings, "benchmark")
     before = sum(server.cpu_times()[:2])
     started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
@@ -132,7 +132,7 @@ def parts(home: Path, url: str, hour: str, users: int) -> dict[str, float]:
     platform = Platform(settings_of(home, url))
     champion = platform.releases.champion()
     assert champion is not None
-    precompute.plan_caches(platform.lake, hour, champion, platform.settings)
+    precompute.plan_caches(platform.lake, hour, champion, platform.settings, "benchmark")
     before = time.process_time()
     work(home, url, hour, 0, 1)
     spent["all, with loading the release"] = time.process_time() - before

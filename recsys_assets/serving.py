@@ -22,6 +22,7 @@ from recsys_core.popularity import POPULAR_SCHEMA, TRENDS_SCHEMA
 from recsys_core.popularity import popular_items as popularity_of
 from recsys_core.popularity import trending_items as trends_of
 from recsys_core.precompute import (
+    CachePlan,
     finish_caches,
     plan_caches,
     read_plan,
@@ -219,7 +220,7 @@ def rec_cache_plan(context: dg.OpExecutionContext, platform: PlatformResource) -
     build_active_users(platform.spark(), platform.lake, hour, settings.cache.active_hours)
     with platform.redis() as redis:
         write_trend(redis, read_trend(platform.lake, hour), settings.cache.ttl_seconds)
-    plan = plan_caches(platform.lake, hour, pointer, settings)
+    plan = plan_caches(platform.lake, hour, pointer, settings, asked_by(context))
     for step in range(plan.steps):
         yield dg.DynamicOutput(None, mapping_key=str(step))
 
@@ -227,9 +228,9 @@ def rec_cache_plan(context: dg.OpExecutionContext, platform: PlatformResource) -
 @dg.op(ins={"plan": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), retry_policy=dg.RetryPolicy(max_retries=2, delay=2))
 def rec_cache_shards(context: dg.OpExecutionContext, platform: PlatformResource) -> None:
     """The answers for some shards of the users. What another attempt has done of them is left as it is."""
-    plan = read_plan(platform.lake)
-    if plan is None or plan.hour != context.partition_key:
-        context.log.info(f"the caches of {context.partition_key} are no longer wanted")
+    plan = own_plan(context, platform)
+    if plan is None:
+        context.log.info("another run makes newer caches")
         return
     step = int(context.get_mapping_key() or 0)
     snapshot = platform.snapshot(plan.release_id, plan.manifest_sha256)
@@ -242,10 +243,10 @@ def rec_cache_shards(context: dg.OpExecutionContext, platform: PlatformResource)
 @dg.op(ins={"shards": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing))
 def rec_cache_report(context: dg.OpExecutionContext, platform: PlatformResource) -> dg.Output[None]:
     """What all steps have written, in numbers and by some users."""
-    plan = read_plan(platform.lake)
-    if plan is None or plan.hour != context.partition_key:
+    plan = own_plan(context, platform)
+    if plan is None:
         newest = platform.lake.latest(ACTIVE_USERS)
-        return dg.Output(None, metadata={"nothing written": f"the caches are those of {newest} already"})
+        return dg.Output(None, metadata={"left to another run": f"the caches are those of {newest}"})
     report = finish_caches(platform.lake, plan)
     platform.releases.forget(platform.release_copies, {plan.release_id})
     with platform.redis() as redis:
@@ -280,6 +281,17 @@ def rec_cache(clicks_hourly: Any, champion: Any, online_features: Any, trending_
         clicks_hourly=clicks_hourly, champion=champion, online_features=online_features, trending_items=trending_items
     )
     return rec_cache_report(steps.map(rec_cache_shards).collect())
+
+
+def asked_by(context: dg.OpExecutionContext) -> str:
+    """The run, or the one that it executes again."""
+    return context.run.root_run_id or context.run_id
+
+
+def own_plan(context: dg.OpExecutionContext, platform: Platform) -> CachePlan | None:
+    """The newest plan of the caches, None where another run has made one since."""
+    plan = read_plan(platform.lake)
+    return plan if plan is not None and (plan.hour, plan.run) == (context.partition_key, asked_by(context)) else None
 
 
 def with_titles(platform: Platform, rows: list[dict]) -> list[list[object]]:

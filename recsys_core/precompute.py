@@ -56,6 +56,7 @@ class CachePlan:
         active: how many users that are.
         shards: parts of the users, by a hash of their id.
         steps: over which so many steps are spread.
+        run: who asked for it, and sums it up.
         attempt: names what was done for this plan; one that broke off is gone on with under the same name.
         finished: all shards were written and summed up.
     """
@@ -67,6 +68,7 @@ class CachePlan:
     active: int
     shards: int
     steps: int
+    run: str
     attempt: str
     finished: bool = False
 
@@ -114,8 +116,8 @@ def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, se
     return WriteReport(users, 0, time.perf_counter() - started)
 
 
-def plan_caches(lake: Lake, hour: str, champion: Pointer, settings: Settings) -> CachePlan:
-    """Write down how the answers of the partition `hour` of `active_users` are to be made.
+def plan_caches(lake: Lake, hour: str, champion: Pointer, settings: Settings, run: str) -> CachePlan:
+    """Write down how the answers of the partition `hour` of `active_users` are to be made for a run.
 
     What a run that broke off had done of the same hour, users and release is not done again.
     """
@@ -129,10 +131,11 @@ def plan_caches(lake: Lake, hour: str, champion: Pointer, settings: Settings) ->
         active=active.rows,
         shards=shards,
         steps=min(settings.cache.parallel_steps, shards),
+        run=run,
         attempt=uuid.uuid4().hex,
     )
     before = read_plan(lake)
-    if before and replace(plan, attempt=before.attempt, steps=before.steps) == before:
+    if before and replace(plan, attempt=before.attempt, steps=before.steps, run=before.run) == before:
         plan = replace(plan, attempt=before.attempt)
     _write_plan(lake, plan)
     return plan

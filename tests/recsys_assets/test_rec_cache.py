@@ -26,7 +26,7 @@ from recsys_core.bundle import TRENDING_ITEMS
 from recsys_core.online import TRENDING_KEY, CachedAnswer, recs_key, write_answers
 from recsys_core.popularity import TRENDS_SCHEMA
 from recsys_core.precompute import Shard, read_plan, shards_done
-from recsys_core.release import Releases
+from recsys_core.release import Pointer, Releases
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY
 
@@ -114,9 +114,29 @@ def test_an_hour_that_is_made_up_for_later_writes_nothing(settings: Settings, se
         redis.flushall()
         late = run(platform, instance, BEFORE)
     assert late.success
-    assert made(late) == {"nothing written": f"the caches are those of {HOUR} already"}
+    assert made(late) == {"left to another run": f"the caches are those of {HOUR}"}
     assert not redis.keys()
     assert platform.lake.latest(ACTIVE_USERS) == HOUR
+
+
+def test_a_run_that_another_one_of_the_hour_overtakes_leaves_the_rest_to_it(
+    settings: Settings, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = installation(settings, server, 50)
+
+    def write(client: Any, answers: Any, ttl_seconds: int) -> int:
+        champion = Pointer("another release", "", 0.0)
+        precompute.plan_caches(platform.lake, HOUR, champion, platform.settings, "another")
+        return write_answers(client, answers, ttl_seconds)
+
+    monkeypatch.setattr(precompute, "write_answers", write)
+    with dg.DagsterInstance.ephemeral() as instance:
+        overtaken = run(platform, instance)
+    assert overtaken.success
+    assert made(overtaken) == {"left to another run": f"the caches are those of {HOUR}"}
+    plan = read_plan(platform.lake)
+    assert plan is not None
+    assert (plan.run, plan.finished) == ("another", False)
 
 
 def test_a_step_that_fails_is_retried_with_what_it_had_not_done(

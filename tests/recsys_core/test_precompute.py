@@ -107,7 +107,7 @@ def settings(settings):
 
 
 def plan_of(lake: Lake, settings: Settings, snapshot: Snapshot = SNAPSHOT) -> CachePlan:
-    return plan_caches(lake, HOUR, Pointer(snapshot.release_id, "", 0.0), settings)
+    return plan_caches(lake, HOUR, Pointer(snapshot.release_id, "", 0.0), settings, "a run")
 
 
 def write_step(redis, lake: Lake, plan: CachePlan, step: int, settings: Settings) -> list[int]:
