@@ -16,11 +16,10 @@ from recsys_assets.reports import (
     top_items_per_factor,
     weights_table,
 )
-from recsys_assets.resources import Platform, PlatformResource
+from recsys_assets.resources import PlatformResource
 from recsys_assets.tracking import tracked
 from recsys_core.apart import ApartError, run_apart
 from recsys_core.bundle import fit_als_factors, item_factors
-from recsys_core.catalog import read_catalog
 from recsys_core.evaluation import ALS, EVALUATION, POPULAR_WINDOW, NothingToEvaluate, evaluate_day, write_evaluation
 from recsys_core.lake import MissingPartition
 from recsys_core.tables import INTERACTIONS
@@ -45,7 +44,7 @@ def als_factors(context: dg.AssetExecutionContext, platform: PlatformResource) -
     with tracked(context, platform, {**als, "engine": platform.als_engine}, (INTERACTIONS,)) as run:
         report = fit_als_factors(platform.lake, day, platform.settings, platform.spark, platform.als_engine)
         items = item_factors(platform.lake, day)
-        top = top_items_per_factor(items.ids, items.vectors, _titles(platform))
+        top = top_items_per_factor(platform.lake, items.ids, items.vectors)
         sizes = {"users": report.users, "items": report.items, "observations": report.observations}
         run.log_metrics({**sizes, "seconds": report.seconds, "ridge": report.ridge})
         run.log_text("top_items_per_factor.md", str(top.value))
@@ -150,9 +149,3 @@ def evaluation(context: dg.AssetExecutionContext, platform: PlatformResource) ->
             "NDCG@10": evaluation_plot(result),
         }
     )
-
-
-def _titles(platform: Platform) -> dict[str, str]:
-    """Titles by item id."""
-    catalog = read_catalog(platform.lake)
-    return dict(zip(catalog["item_id"].to_pylist(), catalog["title"].to_pylist(), strict=True))

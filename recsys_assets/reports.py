@@ -11,9 +11,11 @@ import dagster as dg
 import numpy as np
 import pyarrow as pa
 
+from recsys_core.catalog import names_of
 from recsys_core.evaluation import Evaluation
 from recsys_core.gate import Verdict
 from recsys_core.index import IndexReport
+from recsys_core.lake import Lake
 from recsys_core.precompute import Sample
 from recsys_core.ranking import PARTS
 
@@ -87,24 +89,24 @@ def verdict_table(verdict: Verdict) -> dg.MarkdownMetadataValue:
     return table(["score", "challenger", "95 %", "champion", "bound", "held"], rows)
 
 
-def recommendations_table(titles: Mapping[str, str], samples: Sequence[Sample]) -> dg.MarkdownMetadataValue:
-    """Some users: what they did last, and what they get; items by their title, by their id where they have none."""
+def recommendations_table(lake: Lake, samples: Sequence[Sample]) -> dg.MarkdownMetadataValue:
+    """Some users: what they did last, and what they get."""
+    names = names_of(lake, [item for s in samples for item in (*s.last, *s.recommended)])
 
     def named(items: Sequence[str]) -> str:
-        return ", ".join(titles.get(item) or item for item in items)
+        return ", ".join(names[item] for item in items)
 
     return table(["user", "last items", "recommended"], [[s.user_id, named(s.last), named(s.recommended)] for s in samples])
 
 
 def top_items_per_factor(
-    item_ids: np.ndarray, vectors: np.ndarray, titles: dict[str, str], factors: int = 8, top: int = 5
+    lake: Lake, item_ids: np.ndarray, vectors: np.ndarray, factors: int = 8, top: int = 5
 ) -> dg.MarkdownMetadataValue:
     """The items with the largest weight on the factors of largest variance."""
     strongest = np.argsort(-vectors.var(axis=0))[:factors]
-    rows = []
-    for factor in strongest:
-        best = np.argsort(-vectors[:, factor])[:top]
-        rows.append([int(factor), ", ".join(titles.get(item) or item for item in item_ids[best])])
+    best = item_ids[np.argsort(-vectors[:, strongest], axis=0)[:top]].T
+    names = names_of(lake, best.ravel().tolist())
+    rows = [[int(factor), ", ".join(names[item] for item in items)] for factor, items in zip(strongest, best, strict=True)]
     return table(["factor", "items"], rows)
 
 

@@ -14,7 +14,7 @@ from recsys_assets.resources import Platform, PlatformResource
 from recsys_assets.retrieval import item_index
 from recsys_assets.tracking import tracked
 from recsys_core.bundle import ALS_USERS, POPULAR_ITEMS, TRENDING_ITEMS, publish_release
-from recsys_core.catalog import read_catalog
+from recsys_core.catalog import names_of
 from recsys_core.evaluation import EVALUATION
 from recsys_core.events import HOUR_MS, hour_keys, key_start_ms
 from recsys_core.gate import read_verdict
@@ -259,7 +259,7 @@ def rec_cache_report(context: dg.OpExecutionContext, platform: PlatformResource)
             "users without any item": report.empty,
             "users a second": round(report.users_per_second),
             "release_id": plan.release_id,
-            "samples": recommendations_table(titles_of(platform), samples),
+            "samples": recommendations_table(platform.lake, samples),
         },
     )
 
@@ -296,11 +296,5 @@ def own_plan(context: dg.OpExecutionContext, platform: Platform) -> CachePlan | 
 
 def with_titles(platform: Platform, rows: list[dict]) -> list[list[object]]:
     """Rows of a ranked table with the item's title in place of its id where the catalogue has one."""
-    titles = titles_of(platform)
-    return [[titles.get(row["item_id"]) or row["item_id"], *list(row.values())[1:]] for row in rows]
-
-
-def titles_of(platform: Platform) -> dict[str, str]:
-    """Titles by item id, as the catalogue has them now."""
-    catalog = read_catalog(platform.lake)
-    return dict(zip(catalog["item_id"].to_pylist(), catalog["title"].to_pylist(), strict=True))
+    names = names_of(platform.lake, [row["item_id"] for row in rows])
+    return [[names[row["item_id"]], *list(row.values())[1:]] for row in rows]

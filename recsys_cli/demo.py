@@ -244,7 +244,7 @@ def _range_tags(first: str, last: str) -> dict[str, str]:
 
 def _ask(address: str, settings: Settings, day: str, console: Console) -> None:
     """Ask the server for a handful of users and a stranger, and print the answers beside what each did last."""
-    from recsys_core.catalog import read_catalog
+    from recsys_core.catalog import names_of
     from recsys_core.events import DAY_MS, HOUR_MS, hour_key, key_start_ms
     from recsys_core.lake import Lake
     from recsys_core.online import read_records
@@ -253,8 +253,6 @@ def _ask(address: str, settings: Settings, day: str, console: Console) -> None:
     from serving.client import RecsysClient
 
     lake = Lake(settings.lake_uri)
-    catalog = read_catalog(lake)
-    titles = dict(zip(catalog["item_id"].to_pylist(), catalog["title"].to_pylist(), strict=True))
     active = lake.dataset(ACTIVE_USERS, [hour_key(key_start_ms(day) + DAY_MS - HOUR_MS)])
     users = [*(active.head(USERS, columns=["user_id"])["user_id"].to_pylist() if active else []), STRANGER]
     with client(settings.redis) as redis:
@@ -262,15 +260,18 @@ def _ask(address: str, settings: Settings, day: str, console: Console) -> None:
     with RecsysClient(address, timeout=5.0) as server:
         server.recommend(STRANGER)
         answers = [server.recommend(user, 5) for user in users]
+    done, given = [record.last[:3] for record in records], [answer.items[:3] for answer in answers]
+    shown = [*(item for last in done for item, _, _ in last), *(item.item_id for items in given for item in items)]
+    names = names_of(lake, shown)
     rows = [
         {
             "user": user,
-            "did last": "\n".join(f"{kind} {titles.get(item) or item}" for item, kind, _ in record.last[:3]),
-            "is recommended": "\n".join(titles.get(item.item_id) or item.item_id for item in answer.items[:3]),
+            "did last": "\n".join(f"{kind} {names[item]}" for item, kind, _ in last),
+            "is recommended": "\n".join(names[item.item_id] for item in items),
             "tier": answer.tier,
             "ms": round(answer.milliseconds, 2),
         }
-        for user, record, answer in zip(users, records, answers, strict=True)
+        for user, last, items, answer in zip(users, done, given, answers, strict=True)
     ]
     console.print(table(f"Answers of release {answers[0].release_id}", rows), soft_wrap=False)
 

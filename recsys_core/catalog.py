@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys_core.events import ITEM_ID
 from recsys_core.lake import Lake, Partition
@@ -30,6 +33,17 @@ def read_catalog(lake: Lake) -> pa.Table:
     if found is None or found.rows == 0:
         return CATALOG_SCHEMA.empty_table()
     return lake.read(CATALOG_TABLE, CATALOG_KEY).cast(CATALOG_SCHEMA)
+
+
+def names_of(lake: Lake, item_ids: Iterable[str]) -> dict[str, str]:
+    """What people know each of some items by: its title, or its id where it has none."""
+    names = {item: item for item in item_ids}
+    catalog = lake.dataset(CATALOG_TABLE, [CATALOG_KEY], missing_ok=True)
+    if catalog is not None:
+        wanted = pc.field(ITEM_ID).isin(pa.array(list(names), pa.string()))
+        for row in catalog.to_table(columns=[ITEM_ID, "title"], filter=wanted).to_pylist():
+            names[row[ITEM_ID]] = row["title"] or row[ITEM_ID]
+    return names
 
 
 def last_of_each(table: pa.Table, column: str) -> pa.Table:
