@@ -81,7 +81,8 @@ if __name__ == "__main__":
             time.sleep(2)
             pathlib.Path(sys.argv[1]).write_text(f"127.0.0.1:{port}")
             import signal
-            signal.sigwait([signal.SIGTERM])
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            signal.pause()
             for process in children:
                 process.terminate()
 """
@@ -184,8 +185,11 @@ def main() -> None:
 
         hits = [pb.RecommendRequest(user_id=f"user-{i}", count=10) for i in range(0, options.users, 2)]
         hit = write_requests(folder / "hits", [r.SerializeToString() for r in hits])
-        data = folder / "hits.json"
+        data, echoed = folder / "hits.json", folder / "echoed.json"
         data.write_text(json.dumps([{"user_id": r.user_id, "count": 10} for r in hits[:5000]]))
+        # ghz reads what comes back as a RecommendResponse: the id as an item of it, the count as its tier.
+        as_item = [f"\n{chr(len(r.user_id))}{r.user_id}" for r in hits[:5000]]
+        echoed.write_text(json.dumps([{"user_id": user_id, "count": 3} for user_id in as_item]))
         misses = [
             pb.RecommendRequest(user_id=f"user-{i}", count=10, context={"current_item_id": snapshot.item_ids[i % 1000]})
             for i in range(1, options.users, 2)
@@ -207,7 +211,8 @@ def main() -> None:
             for name, address, process_ in (("bare echo", echo, echo_server), ("cache hit", serving, server)):
                 with console.status(f"{name}, {callers}"):
                     if options.ghz:
-                        row(f"{name} (ghz)", callers, of_ghz(options.ghz, address, data, callers, options.seconds, process_))
+                        sent = echoed if address == echo else data
+                        row(f"{name} (ghz)", callers, of_ghz(options.ghz, address, sent, callers, options.seconds, process_))
                     else:
                         row(name, callers, run_load(address, METHOD, hit, options.seconds, callers, process_))
         with console.status("batches"):
