@@ -28,6 +28,8 @@ Ca = Annotated[
 ]
 Certificate = Annotated[str | None, typer.Option(envvar="RECSYS_CERTIFICATE", help="PEM file of an own certificate.")]
 Key = Annotated[str | None, typer.Option(envvar="RECSYS_KEY", help="PEM file of its key.")]
+IDS = {"ignore_unknown_options": True}
+"""An id may begin like an option: those of Deskdrop are numbers, half of them negative."""
 
 
 class TimeUnit(StrEnum):
@@ -342,7 +344,7 @@ def replay(
     history.replay(_settings(home), day, user or [], count, _console())
 
 
-@app.command()
+@app.command(context_settings=IDS)
 def forget(user: Annotated[str, typer.Argument(help="Id of the user.")], home: Home = None) -> None:
     """Remove a user from landing, tables and caches, and prove it. Exit code 1: something is left."""
     from recsys_cli import history
@@ -350,7 +352,7 @@ def forget(user: Annotated[str, typer.Argument(help="Id of the user.")], home: H
     raise typer.Exit(history.forget(_settings(home), user, _console()))
 
 
-@app.command()
+@app.command(context_settings=IDS)
 def recommend(
     user: Annotated[str, typer.Argument(help="Id of the user.")],
     count: Count = 10,
@@ -369,7 +371,7 @@ def recommend(
     _show_answer(answer, f"For user {user}", answer.tier)
 
 
-@app.command()
+@app.command(context_settings=IDS)
 def similar(
     item: Annotated[str, typer.Argument(help="Id of the item.")],
     count: Count = 10,

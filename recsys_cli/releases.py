@@ -27,14 +27,21 @@ Reason = Annotated[str, typer.Option(help="Why; kept in the pointer file.")]
 
 @app.command("list")
 def list_releases(home: Home = None) -> None:
-    """All releases, newest first: what the gate said of each, and which one is served."""
+    """All releases, newest first: how the served ranking did, what the gate said, and which one is served."""
     from recsys_cli.console import table
 
     settings, releases, console = _open(home)
     pointer = releases.champion()
     rows = [_row(releases, settings, name, pointer) for name in sorted(releases.names(), reverse=True)]
     if rows:
-        console.print(table(f"Releases in {releases.uri}", rows))
+        console.print(
+            table(
+                f"Releases in {releases.uri}",
+                rows,
+                ["release", "role", "two-tower", settings.gate.metric, "gate"],
+                whole="release",
+            )
+        )
     else:
         console.print(f"There is no release in {releases.uri}: `recsys up` and materialize `release`.", soft_wrap=True)
 
@@ -153,6 +160,7 @@ def _tell(console: Console, settings: Settings, releases: Releases, pointer: Poi
 
 
 def _row(releases: Releases, settings: Settings, name: str, pointer: Pointer | None) -> dict[str, object]:
+    from recsys_core.evaluation import SERVED
     from recsys_core.release import ReleaseError
 
     row: dict[str, object] = {"release": name, "role": _role(name, pointer)}
@@ -162,10 +170,13 @@ def _row(releases: Releases, settings: Settings, name: str, pointer: Pointer | N
         return {**row, "gate": str(error)}
     verdict = _verdict(settings, manifest)
     judged = "" if verdict is None else verdict.reason if verdict.passed else f"failed: {verdict.reason}"
-    row |= {"made": _moment(manifest.created_at), "two-tower": bool(manifest.models.get("two_tower"))}
     metric = settings.gate.metric
-    row |= {f"{model} {metric}": values[metric] for model, values in _scores(manifest).items() if metric in values}
-    return {**row, "megabytes": _megabytes(manifest), "gate": judged}
+    return {
+        **row,
+        "two-tower": bool(manifest.models.get("two_tower")),
+        metric: _scores(manifest).get(SERVED, {}).get(metric),
+        "gate": judged,
+    }
 
 
 def _role(name: str, pointer: Pointer | None) -> str:
@@ -173,7 +184,7 @@ def _role(name: str, pointer: Pointer | None) -> str:
         return ""
     if name == pointer.release_id:
         return CHAMPION
-    return f"champion before, {pointer.previous.index(name) + 1} back" if name in pointer.previous else ""
+    return f"{pointer.previous.index(name) + 1} back" if name in pointer.previous else ""
 
 
 def _verdict(settings: Settings, manifest: Manifest) -> Verdict | None:

@@ -99,9 +99,16 @@ class Report:
 
 def _told(row: Mapping[str, Any]) -> str:
     """A measure out of its range in words."""
-    least, most = ("any" if row[side] is None or row[side] != row[side] else f"{row[side]:.4g}" for side in (LEAST, MOST))
+    value, least, most = (bound(row[column]) for column in (VALUE_COLUMN, LEAST, MOST))
     beside = f" ({row['beside']})" if row.get("beside") else ""
-    return f"{row.get('hour', '')}: {row['what']} {row[VALUE_COLUMN]:.4g}, expected {least} … {most}{beside}"
+    return f"{row.get('hour', '')}: {row['what']} {value}, expected {least} … {most}{beside}"
+
+
+def bound(value: float | None) -> str:
+    """A number as people read it, four digits below 1,000; `any` where there is no bound."""
+    if value is None or value != value:
+        return "any"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 SAMPLE = 20

@@ -64,9 +64,17 @@ def test_the_list_says_what_is_served_and_what_the_gate_said(release) -> None:
     names = [part for line in result.stdout.splitlines() for part in (FIRST, SECOND, THIRD) if part in line]
     assert names[:1] == [THIRD]
     assert "│ champion " in row(result.stdout, SECOND)
-    assert "champion before, 1 back" in row(result.stdout, FIRST)
+    assert "│ 1 back " in row(result.stdout, FIRST)
     assert "failed: ndcg@10 0.12 is below 0.19 (champion 0.2)" in row(result.stdout, THIRD)
     assert "0.11" in row(result.stdout, SECOND)
+
+
+def test_the_list_keeps_ids_whole_on_a_narrow_terminal(release, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    result = release("list")
+    assert all(row(result.stdout, name) for name in (FIRST, SECOND, THIRD))
+    assert len(result.stdout.splitlines()) < 20
+    assert max(map(len, result.stdout.splitlines())) <= 60
 
 
 def test_a_broken_release_is_listed_with_what_is_wrong(release, releases: Releases) -> None:

@@ -16,6 +16,7 @@ from recsys_core.quality import (
     SAMPLE,
     Expectation,
     Suite,
+    bound,
     clicks_suite,
     interactions_suite,
     landing_suite,
@@ -58,6 +59,13 @@ def test_bounds_that_are_missing_are_not_judged() -> None:
     assert [row["hour"] for row in report.sample] == ["b", "c"]
     assert not report.passed
     assert report.reason == "b: events 5, expected 6 … any and 1 more"
+    assert [bound(value) for value in (None, float("nan"), 0.123456, 999.6, 14628.0)] == [
+        "any",
+        "any",
+        "0.1235",
+        "999.6",
+        "14,628",
+    ]
 
 
 def test_a_frame_without_rows_has_nothing_wrong() -> None:

@@ -134,7 +134,7 @@ class TestTls:
         assert "UNAVAILABLE" in ask("recommend", "ann").stderr
         assert "UNAUTHENTICATED" in ask("recommend", "ann", *own).stderr
         monkeypatch.setenv("RECSYS_TOKEN", SECRET)
-        for question in (("recommend", "ann"), ("similar", "item-1")):
+        for question in (("recommend", "ann"), ("recommend", "-12331441315645001"), ("similar", "item-1")):
             answer = ask(*question, *own)
             assert answer.exit_code == 0, answer.stderr
             assert "item-" in answer.stdout
