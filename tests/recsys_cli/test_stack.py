@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -62,8 +63,17 @@ def start(program: str, home: Path) -> subprocess.Popen[str]:
 
 
 def pids_of(home: Path, *names: str) -> list[int]:
-    eventually(lambda: all(pid_file(home, name).is_file() and pid_file(home, name).read_text() for name in names))
-    return [int(pid_file(home, name).read_text()) for name in names]
+    """Of the processes whose pid files are there. A part that ends takes its file away, perhaps between two looks at it."""
+    found: list[str] = []
+
+    def read() -> bool:
+        found[:] = []
+        with contextlib.suppress(FileNotFoundError):
+            found.extend(pid_file(home, name).read_text() for name in names)
+        return len(found) == len(names) and all(found)
+
+    eventually(read)
+    return [int(pid) for pid in found]
 
 
 def processes_of(home: Path) -> list[str]:
