@@ -253,7 +253,11 @@ TOWER = Group(
     "two_tower",
     (
         Claim("tower_vectors_are_finite", "Items have usable vectors, where the day has such a model.", warning=True),
-        Claim("tower_vectors_have_length_one", "Inner products of them are cosines.", warning=True),
+        Claim(
+            "tower_directions_have_length_one",
+            "Inner products are cosines, and biases if wanted.",
+            warning=True,
+        ),
     ),
     _tower,
     _latest_of("two_tower"),

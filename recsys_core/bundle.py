@@ -168,7 +168,11 @@ def _two_tower_index(
         return None, {}
     if len(two_tower.items) <= GRAPH_ABOVE:
         return ExactIndex(two_tower.items, "inner_product"), {}
-    index, report = build_index(two_tower.items, "inner_product", settings)
+    queries = None
+    if two_tower.tower.spec.item_bias:
+        queries = two_tower.items.copy()
+        queries[:, -1] = 1
+    index, report = build_index(two_tower.items, "inner_product", settings, queries)
     return index, {TWO_TOWER: {"ef_search": report.ef_search, "recall": report.recall}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from recsys_core.quality import Report, usual_suite, validate
 from recsys_core.ranking import Snapshot, Trend, rank
 from recsys_core.release import npy_array
 from recsys_core.tables import INTERACTIONS
+from recsys_core.tower import TOWER_FILE
 
 COMPARED = 200
 """Vectors of an index that are compared with those it should have been built over."""
@@ -94,10 +96,12 @@ def factor_measures(lake: Lake, day: str) -> dict[str, list[Measure]]:
 def tower_measures(lake: Lake, day: str) -> dict[str, list[Measure]]:
     """The item vectors of the two-tower model of a day; nothing where the day has no such model."""
     if lake.find("two_tower", day) is None:
-        return {"tower_vectors_are_finite": [], "tower_vectors_have_length_one": []}
+        return {"tower_vectors_are_finite": [], "tower_directions_have_length_one": []}
     vectors = npy_array(lake.read_blob("two_tower", day, "items.npy"))
-    finite, unit = vector_measures(day, [vectors], unit=True)
-    return {"tower_vectors_are_finite": finite, "tower_vectors_have_length_one": unit}
+    finite, _ = vector_measures(day, [vectors])
+    biased = json.loads(lake.read_blob("two_tower", day, TOWER_FILE))["item_bias"]
+    _, unit = vector_measures(day, [vectors[:, :-1] if biased else vectors], unit=True)
+    return {"tower_vectors_are_finite": finite, "tower_directions_have_length_one": unit}
 
 
 # -- index and release ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ The hourly precompute calls it with many users, the online miss with one, so tha
 Every candidate gets five parts on comparable scales and one weighted sum of them:
 
     als         û·y / max|y|, û the user's factor scaled to length 1, in [-1, 1]
-    two_tower   the user tower's vector · the item tower's, both of length 1, in [-1, 1]
+    two_tower   the user tower's vector · the item tower's: their cosine, plus the item's bias in a model with such
     session     ŝ·ŷ, ŝ the decayed sum of the user's last items' unit vectors scaled to length 1, in [-1, 1]
     trend       Σ_h mix_h · log(1+trend_h) / log(1+max trend_h) over the half-lives h; the shares may be below 0
     popular     log(1+popularity) / log(1+max popularity), in [0, 1]
@@ -56,7 +56,7 @@ class Snapshot:
         similar: int32 (n, k), the nearest other items of each by cosine, nearest first, padded by -1.
         indexes: HNSW by metric over `als_items`.
         ranking: the weights that the release was tuned to.
-        two_tower_items: float32 (n, d), unit vectors of the item tower, zeros where it lacks an item; None: no model.
+        two_tower_items: float32 (n, d), vectors of the item tower, zeros where it lacks an item; None: no model.
         two_tower_index: finds the highest inner products among them.
         tower: the user tower that belongs to them.
     """

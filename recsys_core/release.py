@@ -8,7 +8,7 @@
     <releases>/<release_id>/index/cosine.faiss                  item vector -> similar items
     <releases>/<release_id>/similar.npy                         int32 (items, k), nearest other items by cosine
     <releases>/<release_id>/popular.npy                         float32 (items,), the window's popularity
-    <releases>/<release_id>/two_tower/items.npy                 float32 (items, d), unit vectors of the item tower
+    <releases>/<release_id>/two_tower/items.npy                 float32 (items, d), vectors of the item tower
     <releases>/<release_id>/two_tower/tower.json, *.npy         the user tower, see tower.py
     <releases>/<release_id>/two_tower/index.faiss               user tower's vector -> items; with few items they are scanned
 

@@ -113,6 +113,9 @@ class TwoTowerSettings(Section):
     hidden: tuple[int, ...] = Field(
         (256, 128), description="hidden layers of both towers; empty: vectors are the sums of the embeddings alone"
     )
+    item_bias: bool = Field(
+        False, description="the last component of an item's vector is its bias: how often it is chosen, whoever asks"
+    )
     user_ids: bool = Field(True, description="give users an embedding of their own beside their history and context")
     history: int = Field(50, ge=1, le=1000, description="newest items of a user that count")
     recent: int = Field(3, ge=0, description="newest items that are averaged once more by themselves; 0: none")
@@ -128,8 +131,8 @@ class TwoTowerSettings(Section):
         "softmax",
         description="softmax: sampled, with logQ correction; binary: cross-entropy of pairs; contrastive: that of SimpleX",
     )
-    temperature: float = Field(0.1, gt=0, description="cosines are divided by it in the losses softmax and binary")
-    margin: float = Field(0.4, ge=-1, le=1, description="cosine below which a negative costs nothing (contrastive)")
+    temperature: float = Field(0.1, gt=0, description="scores are divided by it in the losses softmax and binary")
+    margin: float = Field(0.4, ge=-1, le=1, description="score below which a negative costs nothing (contrastive)")
     negative_weight: float = Field(100.0, gt=0, description="weight of the negatives' mean cost (contrastive)")
     in_batch: bool = Field(True, description="the items of the other examples of a batch are negatives")
     negatives: int = Field(256, ge=0, description="further negatives for each batch, drawn uniformly from all items")

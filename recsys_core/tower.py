@@ -1,8 +1,10 @@
 """The user tower of the two-tower model in plain NumPy: what serving and the precompute call, without TensorFlow.
 
 A user's vector is the sum of three embeddings (the user's own, the mean of the history, the mean of its newest items; each
-with a learned scale) and of a small network over these and the context, brought to length 1. Ids are looked up
-by 64-bit fingerprints of those that training knew. An unknown user takes row 0, which training learned by
+with a learned scale) and of a small network over these and the context, brought to length 1. In a model with item biases all
+but the last component is, which is 1: there stands the bias in an item's vector, and the inner product is cosine plus bias.
+
+Ids are looked up by 64-bit fingerprints of those that training knew. An unknown user takes row 0, which training learned by
 hiding ids at random; an unknown item in a history is passed over.
 """
 
@@ -177,7 +179,8 @@ class TowerSpec:
     """What `tower.json` says: sizes, the values of each context feature (value n has row n + 1, others row 0), and scales.
 
     `scales` are the factors of the user's, the history's and the newest items' embedding. `center` and `spread` standardise
-    log(1 + count), (4,) each. `layers` is the number of dense layers, 0: the sum of the embeddings alone.
+    log(1 + count), (4,) each. `layers` is the number of dense layers, 0: the sum of the embeddings alone. `item_bias`: the last
+    component of a vector is no part of its direction.
     """
 
     dimension: int
@@ -190,6 +193,7 @@ class TowerSpec:
     scales: tuple[float, float, float]
     center: tuple[float, ...]
     spread: tuple[float, ...]
+    item_bias: bool = False
     version: str = ""
     schema_version: int = SCHEMA_VERSION
 
@@ -254,7 +258,7 @@ class UserTower:
         return self.spec.dimension
 
     def vectors(self, inputs: TowerInputs) -> Float32:
-        """Unit vectors float32 (b, d); zeros for a user of whom nothing is known: an unknown id and no known item."""
+        """Vectors float32 (b, d); zeros for a user of whom nothing is known: an unknown id and no known item."""
         return self._vectors(*self._encode(inputs))
 
     def encode(self, inputs: TowerInputs) -> dict[str, npt.NDArray[Any]]:
@@ -332,8 +336,10 @@ class UserTower:
             result += x @ kernel
             result += bias
         known = (codes[0] > 0) | (lengths > 0)
-        squares = np.maximum(np.vecdot(result, result), EPSILON)
-        result *= (known / np.sqrt(squares))[:, None]
+        direction = result[:, : d - self.spec.item_bias]
+        direction *= (known / np.sqrt(np.maximum(np.vecdot(direction, direction), EPSILON)))[:, None]
+        if self.spec.item_bias:
+            result[:, -1] = known
         return result
 
     # -- files ----------------------------------------------------------------------------------------------------------

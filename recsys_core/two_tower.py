@@ -1,6 +1,6 @@
 """The two-tower model of a day: training with early stopping and checkpoints, and the files that serving needs.
 
-    two_tower/<day>/items.parquet, items.npy           item ids and their unit vectors, float32 (n, d), row by row
+    two_tower/<day>/items.parquet, items.npy           item ids and their vectors, float32 (n, d), row by row
     two_tower/<day>/tower.json, *.npy                  the user tower for `recsys_core.tower`
     two_tower/<day>/saved_model/<version>/…            the user tower for TensorFlow Serving, with warm-up requests
 

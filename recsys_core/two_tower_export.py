@@ -35,13 +35,15 @@ def array_of(variable: Any) -> npt.NDArray[Any]:
 
 
 def item_vectors(towers: Towers, batches: Batches) -> npt.NDArray[np.float32]:
-    """Unit vectors of all items as of the end of the day, float32 (n, d)."""
+    """Vectors of all items as of the end of the day, float32 (n, d). The mean bias is 0: that of an item without a vector."""
     items = batches.learned.items
     numbers = batches.learned.item_numbers
     found = np.empty((len(items), towers.settings.dimension), np.float32)
     for at in range(0, len(items), EXPORT_ROWS):
         rows = slice(at, at + EXPORT_ROWS)
         found[rows] = towers.items(_embedded(towers, batches, rows), items.price[rows], numbers[rows]).numpy()
+    if towers.settings.item_bias:
+        found[:, -1] -= found[:, -1].mean()
     return found
 
 
@@ -75,6 +77,7 @@ def user_tower(towers: Towers, batches: Batches) -> UserTower:
         scales=(float(of_user), float(of_history), float(of_recent)),
         center=learned.center,
         spread=learned.spread,
+        item_bias=settings.item_bias,
     )
     dense = [(layer.kernel.numpy(), layer.bias.numpy()) for layer in towers.user_layers]
     tower = UserTower(spec, {name: arrays[name] for name in TABLES}, dense)

@@ -42,7 +42,11 @@ class Sizes:
 
 
 class Towers(keras.Model):
-    """Both towers over one batch (`two_tower_data.BATCH_TYPES`). Vectors have length 1."""
+    """Both towers over one batch (`two_tower_data.BATCH_TYPES`).
+
+    Vectors have length 1, their inner product is their cosine. With `item_bias` that holds for all but the last component,
+    which is an item's bias, and 1 for a user: the inner product is cosine plus bias.
+    """
 
     def __init__(self, sizes: Sizes, settings: TwoTowerSettings) -> None:
         super().__init__(name="two_tower")
@@ -108,14 +112,18 @@ class Towers(keras.Model):
             context = [tf.gather(self.context[name], batch[name]) for name in CONTEXT]
             x = tf.concat([own, pooled, newest, *context, batch["numbers"]], axis=1)
             result += self._through(self.user_layers, x, seed, 0)
-        return _unit(result)
+        return self._vectors(result, tf.ones_like(result[:, -1:]))
 
     def items(self, embedded: Any, price: Any, numbers: Any, seed: Any = None) -> Any:
         """Vectors (n, d) from `embed`, rows of the price and standardised numbers."""
-        if not self.item_layers:
-            return _unit(embedded)
-        x = tf.concat([embedded, tf.gather(self.price_table, price), numbers], axis=1)
-        return _unit(embedded + self._through(self.item_layers, x, seed, 100))
+        result = embedded
+        if self.item_layers:
+            x = tf.concat([embedded, tf.gather(self.price_table, price), numbers], axis=1)
+            result += self._through(self.item_layers, x, seed, 100)
+        return self._vectors(result, result[:, -1:])
+
+    def _vectors(self, x: Any, last: Any) -> Any:
+        return tf.concat([_unit(x[:, :-1]), last], axis=1) if self.settings.item_bias else _unit(x)
 
     def _through(self, layers: list[Any], x: Any, seed: Any, salt: int) -> Any:
         for n, layer in enumerate(layers):
@@ -141,14 +149,14 @@ class Towers(keras.Model):
         b = tf.shape(users)[0]
         positives = items[:b]
         candidates = items if self.settings.in_batch else items[b:]
-        cosines = tf.matmul(users, candidates, transpose_b=True)
+        scores = tf.matmul(users, candidates, transpose_b=True)
         own = tf.reduce_sum(users * positives, axis=1)
         # With the batch's items as candidates the diagonal is the positive itself.
         hidden = batch["hidden"]
         if self.settings.in_batch:
             diagonal = tf.range(b)
             hidden = tf.concat([hidden, tf.stack([diagonal, diagonal], axis=1)], axis=0)
-        return LOSSES[self.settings.loss](own, cosines, hidden, batch, self)
+        return LOSSES[self.settings.loss](own, scores, hidden, batch, self)
 
 
 def _unit(x: Any) -> Any:
@@ -169,24 +177,24 @@ def _hide(values: Any, hidden: Any, by: float) -> Any:
     return tf.tensor_scatter_nd_update(values, hidden, tf.fill([tf.shape(hidden)[0]], tf.constant(by, values.dtype)))
 
 
-def _softmax(own: Any, cosines: Any, hidden: Any, batch: Tensors, towers: Towers) -> Any:
+def _softmax(own: Any, scores: Any, hidden: Any, batch: Tensors, towers: Towers) -> Any:
     """Sampled softmax with logQ correction, accidental hits left out (Bengio, Senécal 2008; Yi et al. 2019)."""
     temperature = towers.settings.temperature
-    logits = _hide(cosines / temperature - batch["log_q"][None, :], hidden, HIDDEN_LOGIT)
+    logits = _hide(scores / temperature - batch["log_q"][None, :], hidden, HIDDEN_LOGIT)
     label = own / temperature - batch["log_q_label"]
     return tf.reduce_logsumexp(tf.concat([label[:, None], logits], axis=1), axis=1) - label
 
 
-def _binary(own: Any, cosines: Any, hidden: Any, batch: Tensors, towers: Towers) -> Any:  # noqa: ARG001
+def _binary(own: Any, scores: Any, hidden: Any, batch: Tensors, towers: Towers) -> Any:  # noqa: ARG001
     """Binary cross-entropy: the positive pair against 1, and the mean over the negatives against 0."""
-    logits = cosines / towers.settings.temperature + towers.bias
+    logits = scores / towers.settings.temperature + towers.bias
     costs = _hide(tf.nn.softplus(logits), hidden, 0.0)
     return tf.nn.softplus(-(own / towers.settings.temperature + towers.bias)) + _mean_over_negatives(costs, hidden)
 
 
-def _contrastive(own: Any, cosines: Any, hidden: Any, batch: Tensors, towers: Towers) -> Any:  # noqa: ARG001
+def _contrastive(own: Any, scores: Any, hidden: Any, batch: Tensors, towers: Towers) -> Any:  # noqa: ARG001
     """Cosine contrastive loss (Mao et al. 2021, SimpleX, eq. 3)."""
-    costs = _hide(tf.nn.relu(cosines - towers.settings.margin), hidden, 0.0)
+    costs = _hide(tf.nn.relu(scores - towers.settings.margin), hidden, 0.0)
     return 1 - own + towers.settings.negative_weight * _mean_over_negatives(costs, hidden)
 
 

@@ -12,7 +12,12 @@ CONTEXT_WIDTH = 4
 
 
 def make_tower(
-    users: Sequence[str], items: Sequence[str], dimension: int = 8, hidden: Sequence[int] = (16, 8), seed: int = 0
+    users: Sequence[str],
+    items: Sequence[str],
+    dimension: int = 8,
+    hidden: Sequence[int] = (16, 8),
+    seed: int = 0,
+    item_bias: bool = False,
 ) -> UserTower:
     """A tower that knows `users` and `items`."""
     random = np.random.default_rng(seed)
@@ -39,6 +44,7 @@ def make_tower(
         scales=(0.7, 1.0, 0.4),
         center=(0.5, 1.0, 2.0, 3.0),
         spread=(1.0, 1.5, 2.0, 1.0),
+        item_bias=item_bias,
         version="made-up",
     )
     history = weights(len(items) + 1, dimension)

@@ -119,7 +119,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": "daily",
         "owners": ML_ENGINEERING,
         "kinds": ["tensorflow"],
-        "checks": ["tower_vectors_are_finite", "tower_vectors_have_length_one", "two_tower_is_trained"],
+        "checks": ["tower_directions_have_length_one", "tower_vectors_are_finite", "two_tower_is_trained"],
     },
     "evaluation": {
         "group": "models",

@@ -7,6 +7,7 @@ import pytest
 from builders import write_interactions
 from towers import make_tower
 
+from recsys_core import bundle
 from recsys_core.als import fit_als, read_factors
 from recsys_core.bundle import (
     ALS_FACTORS,
@@ -21,7 +22,7 @@ from recsys_core.bundle import (
 )
 from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
 from recsys_core.evaluation import EVALUATION
-from recsys_core.index import unit_rows
+from recsys_core.index import build_index, unit_rows
 from recsys_core.lake import MissingPartition
 from recsys_core.popularity import popular_items
 from recsys_core.ranking import Trend, Users, rank
@@ -185,9 +186,9 @@ def test_no_release_is_made_of_parts_that_do_not_fit_together(made, settings):
     assert [m.release_id for m in releases.list()] == [manifest.release_id]
 
 
-def add_two_tower(lake, items: list[str]) -> np.ndarray:
+def add_two_tower(lake, items: list[str], item_bias: bool = False) -> np.ndarray:
     """A two-tower model of the day that knows `items`."""
-    tower = make_tower(["u0"], items)
+    tower = make_tower(["u0"], items, item_bias=item_bias)
     vectors = unit_rows(np.random.default_rng(0).normal(size=(len(items), tower.dimension)))
     ids = io.BytesIO()
     pq.write_table(pa.table({"item_id": items}), ids)
@@ -209,6 +210,26 @@ def test_a_two_tower_model_of_the_day_goes_into_the_release_in_the_order_of_posi
         assert (loaded.two_tower_items[loaded.item_ids.position(item)] == vectors[row]).all()
     assert not loaded.two_tower_items[loaded.item_ids.position("i0")].any()
     assert loaded.tower.version == "made-up"
+
+
+@pytest.mark.parametrize("item_bias", [False, True])
+def test_an_index_of_towers_is_tuned_to_questions_of_users_whose_last_component_meets_the_bias(made, monkeypatch, item_bias):
+    add_two_tower(made, ITEMS, item_bias)
+    asked = []
+
+    def build(vectors, metric, settings, queries=None):
+        asked.append(queries)
+        return build_index(vectors, metric, settings, queries)
+
+    monkeypatch.setattr(bundle, "GRAPH_ABOVE", 0)
+    monkeypatch.setattr(bundle, "build_index", build)
+    found = assemble(made, DAY, "r1").snapshot
+    assert len(asked) == 1
+    if item_bias:
+        assert (asked[0][:, -1] == 1).all()
+        assert (asked[0][:, :-1] == found.two_tower_items[:, :-1]).all()
+    else:
+        assert asked[0] is None
 
 
 @pytest.mark.parametrize("broken", [{}, {"tower.json": b"{}"}, {"items.npy": b"x", "tower.json": b"x", "items.parquet": b"x"}])

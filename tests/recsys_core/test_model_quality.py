@@ -11,6 +11,7 @@ import pytest
 import redis as redis_py
 from builders import write_interactions
 from snapshots import make_snapshot
+from towers import make_tower
 
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import ITEM_INDEX, build_item_index, fit_als_factors
@@ -79,12 +80,21 @@ def test_vectors_of_zeros_alone_and_one_out_of_proportion_are_found() -> None:
 
 def test_tower_vectors_with_nan_or_another_length_are_found(lake: Lake) -> None:
     unit = np.eye(4, dtype=np.float32)
-    lake.write_blobs("two_tower", DAY, {"items.npy": npy_bytes(unit)}, 4)
+
+    def write(vectors: np.ndarray, item_bias: bool = False) -> None:
+        tower = make_tower([], [], dimension=vectors.shape[1], item_bias=item_bias)
+        lake.write_blobs("two_tower", DAY, {"items.npy": npy_bytes(vectors), **tower.to_files()}, 4)
+
+    write(unit)
     assert failed(tower_measures(lake, DAY)) == set()
-    lake.write_blobs("two_tower", DAY, {"items.npy": npy_bytes(unit * 2)}, 4)
-    assert failed(tower_measures(lake, DAY)) == {"tower_vectors_have_length_one"}
+    write(np.hstack([unit, np.full((4, 1), 0.3, np.float32)]), item_bias=True)
+    assert failed(tower_measures(lake, DAY)) == set()
+    write(np.hstack([unit, np.full((4, 1), 0.3, np.float32)]))
+    assert failed(tower_measures(lake, DAY)) == {"tower_directions_have_length_one"}
+    write(unit * 2)
+    assert failed(tower_measures(lake, DAY)) == {"tower_directions_have_length_one"}
     unit[0, 0] = np.nan
-    lake.write_blobs("two_tower", DAY, {"items.npy": npy_bytes(unit)}, 4)
+    write(unit)
     assert "tower_vectors_are_finite" in failed(tower_measures(lake, DAY))
 
 

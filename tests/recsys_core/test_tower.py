@@ -106,8 +106,9 @@ def user(history: list[str], user_id: str = "nobody", counts: tuple[float, ...] 
     )
 
 
-def test_a_user_of_whom_nothing_is_known_has_zeros():
-    tower = make_tower(USERS, ITEMS)
+@pytest.mark.parametrize("item_bias", [False, True])
+def test_a_user_of_whom_nothing_is_known_has_zeros(item_bias):
+    tower = make_tower(USERS, ITEMS, item_bias=item_bias)
     assert not tower.vectors(user([])).any()
     assert not tower.vectors(user(["never-seen"], device="mobile")).any()
     assert tower.vectors(user(["i3"])).any()
@@ -138,6 +139,9 @@ def test_a_vector_is_that_of_its_formula():
     kernel, bias = tower.dense[-1]
     result = own + pooled + newest + x @ kernel + bias
     assert tower.vectors(asked)[0] == pytest.approx(result / np.linalg.norm(result), abs=1e-6)
+    biased = make_tower(USERS, ITEMS, item_bias=True)
+    direction = result[:-1] / np.linalg.norm(result[:-1])
+    assert biased.vectors(asked)[0] == pytest.approx([*direction, 1], abs=1e-6)
 
 
 def test_context_the_newest_items_and_counts_change_the_vector():

@@ -138,7 +138,8 @@ def test_the_report_says_what_was_trained_on_and_validation_is_the_newest_part(m
     assert model.lake.find(CHECKPOINTS, DAY) is None
 
 
-def test_the_tower_without_tensorflow_equals_the_saved_model(model):
+def apart_from_the_saved_model(model: Model) -> float:
+    """The largest difference between the tower in NumPy and the SavedModel, for users of all kinds."""
     import tensorflow as tf
 
     version = DAY.replace("-", "")
@@ -154,8 +155,29 @@ def test_the_tower_without_tensorflow_equals_the_saved_model(model):
         encoded = model.tower.encode(inputs)
         served = call(**{name: tf.constant(values) for name, values in encoded.items()})["vector"].numpy()
     ours = model.tower.vectors(inputs)
-    assert np.abs(ours - served).max() < 1e-4
     assert (np.abs(ours).sum(axis=1) > 0).mean() > 0.9
+    return float(np.abs(ours - served).max())
+
+
+def test_the_tower_without_tensorflow_equals_the_saved_model(model):
+    assert apart_from_the_saved_model(model) < 1e-4
+
+
+@pytest.mark.parametrize("hidden", [(), (24, 16)])
+def test_a_bias_tells_how_often_an_item_is_chosen_and_both_towers_have_its_place(tmp_path, hidden):
+    rows, items = planted_shop(USERS, ITEMS, events=20)
+    random = np.random.default_rng(3)
+    chosen = random.choice(ITEMS, len(rows), p=(shares := 0.93 ** np.arange(ITEMS)) / shares.sum())
+    rows = [{**row, "item_id": f"i{n}"} for row, n in zip(rows, chosen.tolist(), strict=True)]
+    model = train(tmp_path, rows, items, item_bias=True, hidden=hidden, in_batch=False, id_dropout=0.0, epochs=8)
+    assert apart_from_the_saved_model(model) < 1e-4
+    biases = model.items[:, -1]
+    assert biases.mean() == pytest.approx(0, abs=1e-6)
+    assert np.linalg.norm(model.items[:, :-1], axis=1) == pytest.approx(np.ones(ITEMS), abs=1e-5)
+    counts = np.bincount(chosen, minlength=ITEMS)
+    often = [counts[int(name[1:])] for name in model.ids]
+    assert np.corrcoef(biases, np.log1p(often))[0, 1] > 0.8
+    assert model.tower.spec.item_bias
 
 
 def test_warm_up_requests_are_prediction_logs_that_fit_the_signature(model):

@@ -57,26 +57,37 @@ def expected_loss(chosen: TwoTowerSettings, users: np.ndarray, items: np.ndarray
         own = float(users[n] @ items[n])
         gone = {c for row, c in HIDDEN if row == n} | ({n} if chosen.in_batch else set())
         kept = [c for c in range(len(candidates)) if c not in gone]
-        cosines = candidates[kept] @ users[n]
+        scores = candidates[kept] @ users[n]
         if chosen.loss == "softmax":
             label = own / 0.5 - batch["log_q_label"][n]
-            others = cosines / 0.5 - batch["log_q"][kept]
+            others = scores / 0.5 - batch["log_q"][kept]
             losses.append(np.log(np.exp(label) + np.exp(others).sum()) - label)
         elif chosen.loss == "binary":
-            losses.append(np.log1p(np.exp(-own / 0.5)) + np.log1p(np.exp(cosines / 0.5)).mean())
+            losses.append(np.log1p(np.exp(-own / 0.5)) + np.log1p(np.exp(scores / 0.5)).mean())
         else:
-            losses.append(1 - own + chosen.negative_weight * np.maximum(cosines - chosen.margin, 0).mean())
+            losses.append(1 - own + chosen.negative_weight * np.maximum(scores - chosen.margin, 0).mean())
     return np.array(losses)
 
 
+@pytest.mark.parametrize("item_bias", [True, False])
 @pytest.mark.parametrize("in_batch", [True, False])
 @pytest.mark.parametrize("loss", ["softmax", "binary", "contrastive"])
-def test_a_loss_is_that_of_its_formula_without_the_hidden_pairs(loss, in_batch):
-    chosen = settings(loss=loss, in_batch=in_batch)
+def test_a_loss_is_that_of_its_formula_without_the_hidden_pairs(loss, in_batch, item_bias):
+    chosen = settings(loss=loss, in_batch=in_batch, item_bias=item_bias)
     towers, batch = make_towers(chosen), make_batch(chosen, 12)
     users, items = towers.batch_vectors(towers.gather(batch), batch, training=False)
     found = towers.loss_of(users, items, batch).numpy()
     assert found == pytest.approx(expected_loss(chosen, users.numpy(), items.numpy(), batch), rel=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [(), (6,)])
+def test_an_inner_product_is_the_cosine_plus_the_bias_of_the_item(hidden):
+    chosen = settings(item_bias=True).model_copy(update={"hidden": hidden})
+    towers, batch = make_towers(chosen), make_batch(chosen, 12)
+    users, items = (v.numpy() for v in towers.batch_vectors(towers.gather(batch), batch, training=False))
+    directions = [v[:, :-1] / np.linalg.norm(v[:, :-1], axis=1, keepdims=True) for v in (users, items)]
+    assert users @ items.T == pytest.approx(directions[0] @ directions[1].T + items[:, -1], abs=1e-6)
+    assert len(np.unique(items[:, -1])) > 1
 
 
 @pytest.mark.parametrize("history", [12, 0])
