@@ -253,11 +253,7 @@ TOWER = Group(
     "two_tower",
     (
         Claim("tower_vectors_are_finite", "Items have usable vectors, where the day has such a model.", warning=True),
-        Claim(
-            "tower_directions_have_length_one",
-            "Inner products are cosines, and biases if wanted.",
-            warning=True,
-        ),
+        Claim("tower_directions_have_length_one", "Inner products are cosines, and biases if wanted.", warning=True),
     ),
     _tower,
     _latest_of("two_tower"),

@@ -99,7 +99,7 @@ def tower_measures(lake: Lake, day: str) -> dict[str, list[Measure]]:
         return {"tower_vectors_are_finite": [], "tower_directions_have_length_one": []}
     vectors = npy_array(lake.read_blob("two_tower", day, "items.npy"))
     finite, _ = vector_measures(day, [vectors])
-    biased = json.loads(lake.read_blob("two_tower", day, TOWER_FILE))["item_bias"]
+    biased = json.loads(lake.read_blob("two_tower", day, TOWER_FILE)).get("item_bias", False)
     _, unit = vector_measures(day, [vectors[:, :-1] if biased else vectors], unit=True)
     return {"tower_vectors_are_finite": finite, "tower_directions_have_length_one": unit}
 
