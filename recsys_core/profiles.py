@@ -23,7 +23,7 @@ from recsys_core import progress
 from recsys_core.catalog import CATALOG_KEY, CATALOG_TABLE, read_catalog
 from recsys_core.events import DAY_MS, EVENT_ID, EVENT_TYPE, HOUR_MS, ITEM_ID, TS, USER_ID, VALUE, hour_key, key_start_ms
 from recsys_core.lake import Lake, Partition
-from recsys_core.quality import LEAST, MOST, SAMPLE, VALUE_COLUMN, Finding, Report, bound, usual_suite, validate
+from recsys_core.quality import LEAST, MOST, SAMPLE, VALUE_COLUMN, Finding, Report, readable, usual_suite, validate
 from recsys_core.settings import QualitySettings
 from recsys_core.tables import CLICKS_HOURLY
 
@@ -592,8 +592,8 @@ def _unusual(measure: Measure) -> bool:
 
 
 def _told(measure: Measure) -> str:
-    usual = f"{bound(measure.least)} … {bound(measure.most)}"
-    return f"{measure.what} {bound(measure.value)}, usual {usual}" + (f" ({measure.beside})" if measure.beside else "")
+    usual = f"{readable(measure.least)} … {readable(measure.most)}"
+    return f"{measure.what} {readable(measure.value)}, usual {usual}" + (f" ({measure.beside})" if measure.beside else "")
 
 
 def accept(profiles: Profiles, hours: Iterable[str]) -> list[str]:

@@ -99,12 +99,12 @@ class Report:
 
 def _told(row: Mapping[str, Any]) -> str:
     """A measure out of its range in words."""
-    value, least, most = (bound(row[column]) for column in (VALUE_COLUMN, LEAST, MOST))
+    value, least, most = (readable(row[column]) for column in (VALUE_COLUMN, LEAST, MOST))
     beside = f" ({row['beside']})" if row.get("beside") else ""
     return f"{row.get('hour', '')}: {row['what']} {value}, expected {least} … {most}{beside}"
 
 
-def bound(value: float | None) -> str:
+def readable(value: float | None) -> str:
     """A number as people read it, four digits below 1,000; `any` where there is no bound."""
     if value is None or value != value:
         return "any"

@@ -16,10 +16,10 @@ from recsys_core.quality import (
     SAMPLE,
     Expectation,
     Suite,
-    bound,
     clicks_suite,
     interactions_suite,
     landing_suite,
+    readable,
     sample_rows,
     training_examples_suite,
     usual_suite,
@@ -59,7 +59,7 @@ def test_bounds_that_are_missing_are_not_judged() -> None:
     assert [row["hour"] for row in report.sample] == ["b", "c"]
     assert not report.passed
     assert report.reason == "b: events 5, expected 6 … any and 1 more"
-    assert [bound(value) for value in (None, float("nan"), 0.123456, 999.6, 14628.0)] == [
+    assert [readable(value) for value in (None, float("nan"), 0.123456, 999.6, 14628.0)] == [
         "any",
         "any",
         "0.1235",

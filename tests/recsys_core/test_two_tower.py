@@ -138,7 +138,7 @@ def test_the_report_says_what_was_trained_on_and_validation_is_the_newest_part(m
     assert model.lake.find(CHECKPOINTS, DAY) is None
 
 
-def apart_from_the_saved_model(model: Model) -> float:
+def difference_from_the_saved_model(model: Model) -> float:
     """The largest difference between the tower in NumPy and the SavedModel, for users of all kinds."""
     import tensorflow as tf
 
@@ -160,7 +160,7 @@ def apart_from_the_saved_model(model: Model) -> float:
 
 
 def test_the_tower_without_tensorflow_equals_the_saved_model(model):
-    assert apart_from_the_saved_model(model) < 1e-4
+    assert difference_from_the_saved_model(model) < 1e-4
 
 
 @pytest.mark.parametrize("hidden", [(), (24, 16)])
@@ -170,7 +170,7 @@ def test_a_bias_tells_how_often_an_item_is_chosen_and_both_towers_have_its_place
     chosen = random.choice(ITEMS, len(rows), p=(shares := 0.93 ** np.arange(ITEMS)) / shares.sum())
     rows = [{**row, "item_id": f"i{n}"} for row, n in zip(rows, chosen.tolist(), strict=True)]
     model = train(tmp_path, rows, items, item_bias=True, hidden=hidden, in_batch=False, id_dropout=0.0, epochs=8)
-    assert apart_from_the_saved_model(model) < 1e-4
+    assert difference_from_the_saved_model(model) < 1e-4
     biases = model.items[:, -1]
     assert biases.mean() == pytest.approx(0, abs=1e-6)
     assert np.linalg.norm(model.items[:, :-1], axis=1) == pytest.approx(np.ones(ITEMS), abs=1e-5)
