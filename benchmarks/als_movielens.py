@@ -1,12 +1,14 @@
 """ALS on MovieLens-1M, the NCF leave-one-out protocol (../shared/data/README.md): HR@10 and NDCG@10 of the engines.
 
     python benchmarks/als_movielens.py --engine numpy
-    python benchmarks/als_movielens.py --engine numpy --set rank=64 --set frequency_scaling=0 --validate
+    python benchmarks/als_movielens.py --engine numpy --set propensity_power=0.2 --validate --tilt 0.4
 
 Each user's held-out item is ranked against 99 negatives; an equal score counts against it. Ratings become interactions
 of weight 1. The fit is the product's own, through a lake in a temporary folder and a local Spark session. `--validate` takes
 a random train item of each user out of the fit and ranks that one against 99 items that are not in the user's train: the
-settings below were chosen by it.
+settings below were chosen by it. The protocol's test item is a user's newest, and newest items are rarer ones: in MovieLens
+100k, which has all timestamps, they are as rare as if drawn with probability n^-0.4, n an item's interactions. `--tilt 0.4`
+takes out such items.
 """
 
 from __future__ import annotations
@@ -36,7 +38,15 @@ TARGETS = {"numpy": RENDLE, "implicit": DACREMA, "spark": DACREMA}
 TARGET_SECONDS = {"numpy": 60.0, "implicit": 15.0}
 
 SETTINGS = {
-    "numpy": AlsSettings(engine="numpy", rank=320, iterations=8, alpha=1 / 0.3, regularization=0.235, frequency_scaling=1.0),
+    "numpy": AlsSettings(
+        engine="numpy",
+        rank=320,
+        iterations=8,
+        alpha=1 / 0.3,
+        regularization=0.235,
+        frequency_scaling=1.0,
+        propensity_power=0.3,
+    ),
     "implicit": AlsSettings(engine="implicit", rank=128, iterations=15, alpha=6.0, regularization=0.3),
     "spark": AlsSettings(engine="spark", rank=64, iterations=12, alpha=3.3, regularization=0.05),
 }
@@ -46,9 +56,10 @@ FILES = ("train.tsv.gz", "test.tsv.gz", "test.negative.tsv.gz")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", choices=[*SETTINGS, "all"], default="all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="one fit for each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="one fit for each, with --validate one split too")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another value of a setting of [als]")
     parser.add_argument("--validate", action="store_true", help="a held-out train item of each user instead of the test items")
+    parser.add_argument("--tilt", type=float, default=0.0, help="held-out items are drawn with probability n^-tilt")
     default_data = os.environ.get("RECSYS_DATA_DIR") or "../shared/data"
     parser.add_argument("--data", type=Path, default=Path(default_data), help=f"folder of ml-1m-ncf (default: {default_data})")
     arguments = parser.parse_args()
@@ -59,8 +70,6 @@ def main() -> int:
         console.print(f"No {', '.join(missing)} in {folder}: name the data folder by --data or RECSYS_DATA_DIR.")
         return 2
     train, test_users, candidates = read_protocol(folder)
-    if arguments.validate:
-        train, test_users, candidates = held_out(train)
     changes = dict(change.split("=", 1) for change in arguments.set)
     engines = list(SETTINGS) if arguments.engine == "all" else [arguments.engine]
     title = f"ALS, MovieLens-1M leave-one-out{', held-out train items' if arguments.validate else ''}"
@@ -70,7 +79,8 @@ def main() -> int:
         for engine in engines:
             for seed in arguments.seeds:
                 settings = AlsSettings.model_validate({**SETTINGS[engine].model_dump(), "seed": seed, **changes})
-                report, metrics = measure(Path(home), train, test_users, candidates, settings, engine)
+                protocol = held_out(train, seed, arguments.tilt) if arguments.validate else (train, test_users, candidates)
+                report, metrics = measure(Path(home), *protocol, settings, engine)
                 targets = {} if arguments.validate else TARGETS[engine]
                 failed = [f"{name} < {least}" for name, least in targets.items() if metrics[name] < least]
                 most = TARGET_SECONDS.get(engine)
@@ -84,7 +94,8 @@ def main() -> int:
                     f"{metrics['NDCG@10']:.4f}",
                     f"{report.seconds:.1f}",
                     f"rank {settings.rank}, {settings.iterations} sweeps, α {settings.alpha:.3g}, "
-                    f"λ {settings.regularization:g}, scaling {settings.frequency_scaling:g}",
+                    f"λ {settings.regularization:g}, scaling {settings.frequency_scaling:g}, "
+                    f"propensity {settings.propensity_power:g}",
                     ", ".join(failed) or ("" if arguments.validate else "reached"),
                 )
     console.print(table)
@@ -113,12 +124,15 @@ def read_protocol(folder: Path) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     return interactions, negatives[:, 0], negatives[:, 1:]
 
 
-def held_out(train: pa.Table, seed: int = 0) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """The same of train alone: without a random item of each user, the users, and that item before 99 others (users, 100)."""
+def held_out(train: pa.Table, seed: int, tilt: float) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """The same of train alone: without an item of each user, the users, and that item before 99 others (users, 100).
+
+    A user's item is drawn with probability in proportion to n^-tilt, n its interactions.
+    """
     random = np.random.default_rng(seed)
     pairs = train.select(["user_id", "item_id"]).to_pandas().astype(np.int64).to_numpy()
-    known = np.unique(pairs[:, 1])
-    shuffled = random.permutation(len(pairs))
+    known, item, n = np.unique(pairs[:, 1], return_inverse=True, return_counts=True)
+    shuffled = np.argsort(random.exponential(size=len(pairs)) * n[item] ** tilt)
     _, first = np.unique(pairs[shuffled, 0], return_index=True)
     out = shuffled[first]
     had = pd.Series(pairs[:, 1]).groupby(pairs[:, 0]).agg(set)

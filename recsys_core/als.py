@@ -9,6 +9,10 @@ They differ in the ridge term, n_r being the observations of row r and n̄ their
 - `numpy`: λ·n̄·(1 − s + s·f_r/f̄) with s = `frequency_scaling` and f_r = n_r + N_r/alpha, N_r the size of the other side:
   at 0 that of `implicit`, at 1 frequency-scaled regularisation (Rendle et al. 2022, "Revisiting the performance of iALS",
   eq. 7 with ν = 1; 1/alpha is their weight of an unobserved pair), with the same mean for every s.
+
+What is shown to everybody is acted on by many, whatever their taste. `propensity_power` takes an item's propensity to be
+observed as its number of interactions to that power and weighs each interaction by the inverse (Saito et al. 2020, "Unbiased
+recommender learning from missing-not-at-random implicit feedback", with power 0.5), in all engines.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ START_DEVIATION = 0.1
 class AlsReport:
     """What a fit did. `seconds` is the whole of it, reading and writing included.
 
-    The ridge term of a user with n observations, which `fold_in.fold_in` needs, is `ridge + ridge_per_observation · n`.
+    What `fold_in.fold_in` needs: the ridge term of a user with n observations is `ridge + ridge_per_observation · n`, and
+    each observation's weight was multiplied by `inverse_propensity(n of the items, propensity_power)`.
     """
 
     engine: str
@@ -57,6 +62,7 @@ class AlsReport:
     seconds: float
     ridge: float
     ridge_per_observation: float
+    propensity_power: float
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,9 @@ def fit_als(
     else:
         raise ValueError(f"{name}: unknown ALS engine {engine!r}, use `numpy`, `implicit` or `spark`")
     seconds = time.perf_counter() - started
-    return AlsReport(engine, users, items, observations, seconds, ridge.constant, ridge.per_observation)
+    return AlsReport(
+        engine, users, items, observations, seconds, ridge.constant, ridge.per_observation, settings.propensity_power
+    )
 
 
 def _nothing_left(name: str, settings: AlsSettings) -> ValueError:
@@ -131,6 +139,16 @@ def _nothing_left(name: str, settings: AlsSettings) -> ValueError:
         f"{name}: no interactions to fit; every pair needs a user with at least {settings.min_user_interactions} "
         f"and an item with at least {settings.min_item_interactions} interactions"
     )
+
+
+def inverse_propensity(n: npt.NDArray[np.integer], power: float) -> npt.NDArray[np.float32]:
+    """What an interaction with each item of a fit is multiplied by, float32 (items,), from the items' interactions `n`.
+
+    n^-power, scaled to the mean 1 over all interactions. An item without any gets what one of a single interaction does.
+    """
+    had = np.maximum(n, 1).astype(np.float64)
+    scale = n.sum() / (n * had**-power).sum() if n.any() else 1.0
+    return (scale * had**-power).astype(np.float32)
 
 
 # -- one machine ------------------------------------------------------------------------------------------------------
@@ -155,6 +173,8 @@ def _fit_one_machine(
     observations = int(data.weights.nnz)
     if not observations:
         raise _nothing_left(name, settings)
+    if settings.propensity_power:
+        data.weights.data *= inverse_propensity(data.weights.getnnz(axis=0), settings.propensity_power)[data.weights.indices]
     exact = engine == "numpy"
     ridges = ridges_of(observations, (users, items), settings, settings.frequency_scaling if exact else 0.0)
     factorize = _factorize_exactly if exact else _factorize_implicit
@@ -314,8 +334,8 @@ def _fit_spark(
     try:
         ratings = (
             pairs.join(users.selectExpr("id AS user_id", "index AS user"), "user_id")
-            .join(items.selectExpr("id AS item_id", "index AS item"), "item_id")
-            .select("user", "item", "weight")
+            .join(_weighted(items, settings.propensity_power), "item_id")
+            .selectExpr("user", "item", "CAST(weight * inverse_propensity AS FLOAT) AS weight")
         )
         # MLlib's confidence is 1 + alpha·rating and its ridge regParam·n (ml/recommendation/ALS.scala, computeFactors).
         model = ALS(
@@ -385,6 +405,16 @@ def _numbered(pairs: DataFrame, column: str) -> DataFrame:
     return counted.withColumn("bucket", bucket).select(
         "id", "n", (number * ID_BUCKETS + F.col("bucket")).cast("int").alias("index")
     )
+
+
+def _weighted(items: DataFrame, power: float) -> DataFrame:
+    """item_id, item (the index) and `inverse_propensity`, as the function of that name has it, of numbered items."""
+    from pyspark.sql import functions as F
+
+    total = items.agg(F.sum("n").alias("n"), F.sum(F.pow("n", F.lit(1 - power))).alias("scaled")).first()
+    scale = total["n"] / total["scaled"] if total else 1.0
+    weight = F.lit(scale) * F.pow("n", F.lit(-power))
+    return items.select(F.col("id").alias("item_id"), F.col("index").alias("item"), weight.alias("inverse_propensity"))
 
 
 def _stage_factors(lake: Lake, table: str, key: str, numbered: DataFrame, factors: DataFrame) -> str:

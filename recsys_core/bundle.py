@@ -12,7 +12,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_core.als import AlsReport, Factors, fit_als, iter_factors, read_factors
+from recsys_core.als import AlsReport, Factors, fit_als, inverse_propensity, iter_factors, read_factors
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, read_catalog
 from recsys_core.evaluation import ALS_FACTORS, EVALUATION
 from recsys_core.events import ITEM_ID
@@ -64,6 +64,7 @@ def fit_als_factors(
         "alpha": settings.als.alpha,
         "regularization": report.ridge,
         "regularization_per_item": report.ridge_per_observation,
+        "propensity_power": report.propensity_power,
         "users_version": lake.get(ALS_USERS, day).data_version,
         "items_version": lake.get(ALS_ITEMS, day).data_version,
         "interactions_version": lake.get(INTERACTIONS, day).data_version,
@@ -136,6 +137,7 @@ def assemble(lake: Lake, day: str, release_id: str, settings: Settings | None = 
         als_alpha=fit["alpha"],
         als_regularization=fit["regularization"],
         als_regularization_per_item=fit["regularization_per_item"],
+        als_item_weights=inverse_propensity(factors.n, fit["propensity_power"]) if fit["propensity_power"] else None,
         popular=_popularity(lake, day, factors.ids),
         similar=npy_array(lake.read_blob(ITEM_INDEX, day, SIMILAR_BLOB)),
         indexes={

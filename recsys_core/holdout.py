@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from recsys_core.als import AlsReport, Factors, fit_als, read_factors
+from recsys_core.als import AlsReport, Factors, fit_als, inverse_propensity, read_factors
 from recsys_core.events import DAY_MS, EVENT_TYPE, HOUR_MS, ITEM_ID, TS, USER_ID, day_key, hour_keys, key_start_ms
 from recsys_core.features import OnlineFeatures
 from recsys_core.fold_in import gram
@@ -96,6 +96,7 @@ class Models:
 
     als: AlsReport
     als_items: np.ndarray
+    als_item_weights: np.ndarray | None
     als_users: np.ndarray
     two_tower: TwoTower | None
 
@@ -157,13 +158,14 @@ def fit_holdout(
 
 def holdout_models(lake: Lake, before: str, day: str, split: Split, report: AlsReport) -> Models:
     """What `fit_holdout` fitted, over the items and users of a split, and the two-tower model of `before` if there is one."""
-    items = aligned(read_factors(lake, HOLDOUT, day, "items"), split.items)
+    fitted = read_factors(lake, HOLDOUT, day, "items")
+    items = aligned(fitted, split.items)
     users = aligned(read_factors(lake, HOLDOUT, day, "users", split.users), split.users, items.shape[1])
     try:
         two_tower = read_two_tower(lake, before, split.items)
     except NoTwoTower:
         two_tower = None
-    return Models(report, items, users, two_tower)
+    return Models(report, items, item_weights(fitted, split.items, report), users, two_tower)
 
 
 def read_two_tower(lake: Lake, day: str, item_ids: np.ndarray) -> TwoTower:
@@ -218,6 +220,7 @@ def holdout_snapshot(
         als_alpha=settings.als.alpha,
         als_regularization=models.als.ridge,
         als_regularization_per_item=models.als.ridge_per_observation,
+        als_item_weights=models.als_item_weights,
         popular=popularity.astype(np.float32),
         similar=similar_items(vectors, settings.ranking.session_neighbours, cosine, needed),
         indexes={"inner_product": ExactIndex(vectors, "inner_product"), "cosine": cosine},
@@ -481,14 +484,15 @@ def _recent_at(pairs: _Pairs, moment: int, users: int) -> np.ndarray:
 
 
 def _validation_models(lake: Lake, before: str, start: int, items: np.ndarray, pool: pa.Array, report: AlsReport) -> Models:
-    vectors = aligned(read_factors(lake, VALIDATION, before, "items"), items)
+    fitted = read_factors(lake, VALIDATION, before, "items")
+    vectors = aligned(fitted, items)
     ids = pool.to_numpy(zero_copy_only=False)
     factors = aligned(read_factors(lake, VALIDATION, before, "users", ids), ids, vectors.shape[1])
     try:
         two_tower = read_two_tower(lake, day_key(start - DAY_MS), items)
     except NoTwoTower:
         two_tower = None
-    return Models(report, vectors, factors, two_tower)
+    return Models(report, vectors, item_weights(fitted, items, report), factors, two_tower)
 
 
 # -- ids as positions ---------------------------------------------------------------------------------------------------
@@ -500,6 +504,16 @@ def aligned(factors: Factors, ids: np.ndarray, rank: int | None = None) -> np.nd
     at = codes(pa.array(factors.ids, pa.string()), ids)
     vectors[at[at >= 0]] = factors.vectors[at >= 0]
     return vectors
+
+
+def item_weights(fitted: Factors, ids: np.ndarray, report: AlsReport) -> np.ndarray | None:
+    """float32 (len(ids),): `Snapshot.als_item_weights` of the sorted `ids`, 1 for those that were not in the fit."""
+    if not report.propensity_power:
+        return None
+    weights = np.ones(len(ids), np.float32)
+    at = codes(pa.array(fitted.ids, pa.string()), ids)
+    weights[at[at >= 0]] = inverse_propensity(fitted.n, report.propensity_power)[at >= 0]
+    return weights
 
 
 def codes(values: pa.Array | pa.ChunkedArray, ordered: np.ndarray | pa.Array) -> np.ndarray:

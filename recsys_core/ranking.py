@@ -52,6 +52,7 @@ class Snapshot:
         als_version: data version of the factors; user factors of another version are not used with them.
         als_alpha: confidence parameter of the fold-in.
         als_regularization, als_regularization_per_item: its ridge for a user of n items is the first + n × the second.
+        als_item_weights: float32 (n,), what an interaction with each item weighed in the fit; None: all the same.
         popular: float32 (n,), popularity of the window, >= 0.
         similar: int32 (n, k), the nearest other items of each by cosine, nearest first, padded by -1.
         indexes: HNSW by metric over `als_items`.
@@ -72,6 +73,7 @@ class Snapshot:
     similar: np.ndarray
     indexes: Mapping[Metric, Searchable]
     als_regularization_per_item: float = 0.0
+    als_item_weights: np.ndarray | None = None
     ranking: RankingSettings = field(default_factory=RankingSettings)
     two_tower_items: np.ndarray | None = None
     two_tower_index: Searchable | None = None
@@ -296,8 +298,9 @@ def with_fold_in(snapshot: Snapshot, users: Users) -> np.ndarray:
     last = users.last_items[unknown]
     held = (last >= 0).astype(np.float32)
     ridge = snapshot.als_regularization + snapshot.als_regularization_per_item * held.sum(axis=1)
+    weights = held if snapshot.als_item_weights is None else held * snapshot.als_item_weights[last]
     factors = users.als.copy()
-    factors[unknown] = fold_in(snapshot.als_gram, snapshot.als_items[last], held, snapshot.als_alpha, ridge)
+    factors[unknown] = fold_in(snapshot.als_gram, snapshot.als_items[last], weights, snapshot.als_alpha, ridge)
     return factors
 
 

@@ -62,6 +62,7 @@ ITEMS_FILE = "items.parquet"
 ITEM_COLUMNS = ("item_id", "title", "category", "available")
 ALS_ITEMS_FILE = "als/items.npy"
 ALS_GRAM_FILE = "als/gram.npy"
+ALS_ITEM_WEIGHTS_FILE = "als/item_weights.npy"
 POPULAR_FILE = "popular.npy"
 SIMILAR_FILE = "similar.npy"
 TWO_TOWER = "two_tower"
@@ -418,6 +419,8 @@ def _files_of(snapshot: Snapshot) -> list[tuple[str, bytes]]:
         (POPULAR_FILE, npy_bytes(snapshot.popular)),
         (SIMILAR_FILE, npy_bytes(snapshot.similar)),
     ]
+    if snapshot.als_item_weights is not None:
+        files.append((ALS_ITEM_WEIGHTS_FILE, npy_bytes(snapshot.als_item_weights)))
     for metric, name in INDEX_FILES.items():
         index = snapshot.indexes[metric]
         if not isinstance(index, VectorIndex):
@@ -513,6 +516,7 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) ->
             als_alpha=float(als.get("alpha", 1.0)),
             als_regularization=float(als.get("regularization", 0.0)),
             als_regularization_per_item=float(als.get("regularization_per_item", 0.0)),
+            als_item_weights=array(ALS_ITEM_WEIGHTS_FILE, (items.num_rows,)) if ALS_ITEM_WEIGHTS_FILE in files else None,
             popular=array(POPULAR_FILE, (items.num_rows,)),
             similar=similar,
             indexes=indexes,

@@ -103,6 +103,12 @@ class AlsSettings(Section):
     frequency_scaling: float = Field(
         1.0, ge=0, le=1, description="share of that ridge in proportion to a row's frequency (`numpy`); 0: equal for all rows"
     )
+    propensity_power: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="an interaction weighs inverse to its item's propensity n^power, n its interactions; 0: all alike",
+    )
     seed: int = Field(7, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")
     min_item_interactions: int = Field(1, ge=1, description="items with fewer users get no factors")

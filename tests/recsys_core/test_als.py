@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 
 from recsys_core import progress
-from recsys_core.als import AlsReport, Side, choose_engine, fit_als, iter_factors, read_factors, ridges_of
+from recsys_core.als import AlsReport, Side, choose_engine, fit_als, inverse_propensity, iter_factors, read_factors, ridges_of
 from recsys_core.fold_in import fold_in, gram
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.metrics import evaluate, rank_all
@@ -111,6 +111,32 @@ def test_user_vectors_solve_their_own_normal_equations(lake, spark, engine):
     assert np.median(relative) < 0.01
     without_weights = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), weights > 0, 2.0, ridge)
     assert np.median(np.linalg.norm(without_weights - users, axis=1) / np.linalg.norm(users, axis=1)) > 0.05
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_with_a_propensity_users_are_folded_in_with_the_item_weights_of_their_fit(lake, spark, engine):
+    train, _ = taste(users=80, items=40, rank=3, per_user=8, seed=4)
+    files = write_interactions(lake, pairs_of(train))
+    report = fit(lake, files, engine, spark, rank=4, iterations=60, alpha=2.0, regularization=0.1, propensity_power=1.0)
+    users, items = matrix_order(lake, "users", 80), matrix_order(lake, "items", 40)
+    weights = train.toarray() * inverse_propensity(train.getnnz(axis=0), report.propensity_power)
+    ridge = report.ridge + report.ridge_per_observation * train.getnnz(axis=1)
+    folded = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), weights, 2.0, ridge)
+    assert np.median(np.linalg.norm(folded - users, axis=1) / np.linalg.norm(users, axis=1)) < 0.01
+    alike = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), train.toarray(), 2.0, ridge)
+    assert np.median(np.linalg.norm(alike - users, axis=1) / np.linalg.norm(users, axis=1)) > 0.05
+
+
+def test_the_inverse_propensity_halves_for_four_times_the_interactions_and_keeps_the_mean_weight():
+    n = np.array([1, 4, 16, 0, 100])
+    weights = inverse_propensity(n, 0.5)
+    assert weights.dtype == np.float32
+    assert weights[1] == pytest.approx(weights[0] / 2)
+    assert weights[4] == pytest.approx(weights[0] / 10)
+    assert weights[3] == weights[0]
+    assert (weights * n).sum() / n.sum() == pytest.approx(1)
+    assert inverse_propensity(n, 0.0).tolist() == [1.0] * 5
+    assert inverse_propensity(np.zeros(2, int), 0.5).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("engine", ONE_MACHINE)

@@ -8,7 +8,7 @@ from builders import write_interactions
 from towers import make_tower
 
 from recsys_core import bundle
-from recsys_core.als import fit_als, read_factors
+from recsys_core.als import fit_als, inverse_propensity, read_factors
 from recsys_core.bundle import (
     ALS_FACTORS,
     POPULAR_ITEMS,
@@ -174,6 +174,20 @@ def test_a_published_release_loads_as_what_was_assembled_and_is_not_served_yet(m
     for metric, index in snapshot.indexes.items():
         queries = snapshot.als_items[:5]
         assert loaded.indexes[metric].search(queries, 4).tolist() == index.search(queries, 4).tolist()
+
+
+def test_a_release_holds_what_interactions_with_each_item_weighed_in_the_fit(made, settings):
+    assert assemble(made, DAY, "r1").snapshot.als_item_weights is None
+    weighed = settings.model_copy(update={"als": settings.als.model_copy(update={"propensity_power": 0.5})})
+    fit_als_factors(made, DAY, weighed, None, "implicit")
+    build_item_index(made, DAY, weighed)
+    releases = Releases(settings.releases_uri)
+    manifest, _ = publish_release(made, releases, DAY, weighed, {})
+    _, loaded = releases.load(manifest.release_id)
+    factors = read_factors(made, ALS_FACTORS, DAY, "items")
+    found = loaded.als_item_weights[[loaded.item_ids.position(item) for item in factors.ids]]
+    assert (found == inverse_propensity(factors.n, 0.5)).all()
+    assert len(set(found.tolist())) > 1
 
 
 def test_no_release_is_made_of_parts_that_do_not_fit_together(made, settings):

@@ -345,7 +345,7 @@ def test_a_releases_own_answers_are_scored_like_the_served_ranking(two_tastes, s
     split = time_split(two_tastes, BEFORE, DAY, options.evaluation.max_users, HISTORY)
     models = holdout_models(two_tastes, BEFORE, DAY, split, result.als)
     order = np.random.default_rng(0).permutation(len(split.items))
-    moved = Models(models.als, np.vstack([models.als_items[order], np.zeros((1, 4), np.float32)]), models.als_users, None)
+    moved = Models(models.als, np.vstack([models.als_items[order], np.zeros((1, 4), np.float32)]), None, models.als_users, None)
     names = np.array([*split.items[order], "another"], object)
     popularity = np.append(split.popularity[order], 0.0)
     snapshot = holdout_snapshot(names, moved, popularity, np.arange(len(order)), options)

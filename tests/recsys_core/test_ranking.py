@@ -190,6 +190,17 @@ def test_users_without_factor_are_folded_in_and_others_keep_theirs(snapshot: Sna
     np.testing.assert_allclose(factors[1], expected, rtol=1e-3, atol=1e-5)
 
 
+def test_users_are_folded_in_with_the_item_weights_of_the_fit(snapshot: Snapshot) -> None:
+    everyone = users(snapshot, 6)
+    last = everyone.last_items[1][everyone.last_items[1] >= 0]
+    weights = np.linspace(0.2, 3, snapshot.items.num_rows, dtype=np.float32)
+    factors = with_fold_in(replace(snapshot, als_item_weights=weights), everyone)
+    y, w = snapshot.als_items[last].astype(np.float64), snapshot.als_alpha * weights[last].astype(np.float64)
+    left = snapshot.als_gram + y.T @ (w[:, None] * y) + snapshot.als_regularization * np.eye(y.shape[1])
+    np.testing.assert_allclose(factors[1], np.linalg.solve(left, y.T @ (1 + w)), rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(factors[[0, 3]], everyone.als[[0, 3]])
+
+
 def test_newer_items_weigh_more_in_the_session(snapshot: Snapshot) -> None:
     [vector, nothing] = session_vectors(snapshot, np.array([[10, 25, -1], [-1, -1, -1]]), decay=0.5)
     similarities = unit_rows(snapshot.als_items[[10, 25]]) @ vector
