@@ -47,8 +47,8 @@ SETTINGS = {
         frequency_scaling=1.0,
         propensity_power=0.3,
     ),
-    "implicit": AlsSettings(engine="implicit", rank=128, iterations=15, alpha=6.0, regularization=0.3),
-    "spark": AlsSettings(engine="spark", rank=64, iterations=12, alpha=3.3, regularization=0.05),
+    "implicit": AlsSettings(engine="implicit", rank=128, iterations=15, alpha=6.0, regularization=0.3, propensity_power=0.3),
+    "spark": AlsSettings(engine="spark", rank=64, iterations=12, alpha=3.3, regularization=0.05, propensity_power=0.3),
 }
 FILES = ("train.tsv.gz", "test.tsv.gz", "test.negative.tsv.gz")
 

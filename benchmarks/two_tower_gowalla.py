@@ -50,6 +50,7 @@ SETTINGS = TwoTowerSettings(
     recent=0,
     id_dropout=0.0,
     temperature=0.1,
+    propensity_power=0.0,
     negatives=2048,
     batch_size=2048,
     learning_rate=0.005,

@@ -31,6 +31,9 @@ LOG = "demo.log"
 USERS = 5
 MAX_EXAMPLES = 1_000_000
 """The newest ones, of which the two-tower model of a day learns here: three days are trained while somebody waits."""
+SHOP = "epochs = 3\npropensity_power = 0.25\n"
+"""Further settings of the two-tower model where the clicks are made up: what a shop gains by and news lose by
+(docs/decisions.md)."""
 STRANGER = "someone-new"
 
 
@@ -143,6 +146,8 @@ def _land(settings: Settings, data: Path | None, mapping: str | None, console: C
     fix_partitions(settings.home, *extent)
     with (settings.home / "recsys.toml").open("a") as out:
         out.write(f"[two_tower]\nmax_examples = {MAX_EXAMPLES}\n")
+        if data is None:
+            out.write(SHOP)
     return day
 
 

@@ -104,7 +104,7 @@ class AlsSettings(Section):
         1.0, ge=0, le=1, description="share of that ridge in proportion to a row's frequency (`numpy`); 0: equal for all rows"
     )
     propensity_power: float = Field(
-        0.0,
+        0.5,
         ge=0,
         le=1,
         description="an interaction weighs inverse to its item's propensity n^power, n its interactions; 0: all alike",
@@ -138,6 +138,12 @@ class TwoTowerSettings(Section):
         description="softmax: sampled, with logQ correction; binary: cross-entropy of pairs; contrastive: that of SimpleX",
     )
     temperature: float = Field(0.1, gt=0, description="scores are divided by it in the losses softmax and binary")
+    propensity_power: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="an item's propensity n^power, n its examples, is left out of what the loss softmax learns; 0: nothing is",
+    )
     margin: float = Field(0.4, ge=-1, le=1, description="score below which a negative costs nothing (contrastive)")
     negative_weight: float = Field(100.0, gt=0, description="weight of the negatives' mean cost (contrastive)")
     in_batch: bool = Field(True, description="the items of the other examples of a batch are negatives")

@@ -1,9 +1,9 @@
 """Finds the weights of the scoring path that maximise NDCG@10 on what users did after some moments of the past.
 
 The parts of every candidate are computed once, by the scoring path itself; the search over weights is then a few hundred
-weighted sums. It starts from the configured weights, from each part alone, and from the maximum of the listwise likelihood
-(ListNet, Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise Approach", top-one probabilities), and
-goes on by coordinate ascent on the metric (Metzler & Croft 2007, "Linear feature-based models for information retrieval").
+weighted sums. From the best part alone, from the configured weights, and from the maximum of the listwise likelihood (ListNet,
+Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise Approach", top-one probabilities) it goes on by
+coordinate ascent on the metric (Metzler & Croft 2007, "Linear feature-based models for information retrieval").
 """
 
 from __future__ import annotations
@@ -116,12 +116,12 @@ def tune(cases: Sequence[Case], settings: RankingSettings) -> Tuned:
     names = (*MODELS, *range(tables[0].parts.shape[2] - len(MODELS)))
     objective = _Objective(tables, len(names))
     configured = _weights_of(settings, len(names) - len(MODELS))
-    alone = sorted(np.eye(len(names))[objective.active], key=objective, reverse=True)
-    best = alone[0]
-    for start in (_scaled(configured), _scaled(_likelihood(tables, objective.active))):
-        best = start if objective.gains(start, best) > CLEAR else best
-    best = _ascend(best, objective, objective.active)
-    best = _pruned(best, objective)
+    alone = max(np.eye(len(names))[objective.active], key=objective)
+    starts = (alone, _scaled(configured), _scaled(_likelihood(tables, objective.active)))
+    # An ascent ends at a maximum near its start, and the one below may be by far the higher.
+    best, *others = (_pruned(_ascend(start, objective, objective.active), objective) for start in starts)
+    for other in others:
+        best = other if objective.gains(other, best) > CLEAR else best
     towers = cases[0].users.two_tower is not None
     tuned = _settings_of(best, settings, towers)
     blend = _blend(objective) if towers else dict(SEED_BLEND)

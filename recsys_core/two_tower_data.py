@@ -617,8 +617,8 @@ class Batches:
             "item": where[shown],
             "price": np.concatenate([shard["price"][rows], self.learned.items.price[negatives]]),
             "item_numbers": item_numbers,
-            "log_q": self._log_q(shares[candidates], living, len(rows)),
-            "log_q_label": self._log_q(shares[places], living, len(rows)),
+            "log_q": self._log_q(shares[candidates], living, len(rows)) - self._log_propensity(candidates),
+            "log_q_label": self._log_q(shares[places], living, len(rows)) - self._log_propensity(places),
             "hidden": hidden,
             "weight": shard["weight"][rows],
             "numbers": shard["numbers"][rows],
@@ -653,6 +653,14 @@ class Batches:
         in_batch = examples if self.settings.in_batch else 0
         total = max(1, in_batch + self.settings.negatives)
         return np.log(np.maximum((in_batch * shares + self.settings.negatives / living) / total, 1e-12))
+
+    def _log_propensity(self, items: Array) -> Array:
+        """Logarithm of the items' propensities to be observed, up to a constant: `propensity_power` times that of their counts.
+
+        Added to the scores in training alone, it takes from what is learned the part of an item's frequency that is not taste
+        (Menon et al. 2021, "Long-tail learning via logit adjustment", eq. 10; the weights of ALS have the same aim).
+        """
+        return self.settings.propensity_power * np.log(np.maximum(self.learned.counts[items], 1))
 
     def _hidden(self, places: Array, history: Array, segments: Array, candidates: Array, distinct: int) -> Array:
         """(example, candidate) pairs that are no negatives: the example's own item, and its history with `mask_history`.

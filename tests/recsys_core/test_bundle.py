@@ -177,6 +177,9 @@ def test_a_published_release_loads_as_what_was_assembled_and_is_not_served_yet(m
 
 
 def test_a_release_holds_what_interactions_with_each_item_weighed_in_the_fit(made, settings):
+    alike = settings.model_copy(update={"als": settings.als.model_copy(update={"propensity_power": 0.0})})
+    fit_als_factors(made, DAY, alike, None, "implicit")
+    build_item_index(made, DAY, alike)
     assert assemble(made, DAY, "r1").snapshot.als_item_weights is None
     weighed = settings.model_copy(update={"als": settings.als.model_copy(update={"propensity_power": 0.5})})
     fit_als_factors(made, DAY, weighed, None, "implicit")

@@ -83,9 +83,30 @@ def test_candidates_of_a_batch_were_there_when_its_examples_happened(news):
 
 def test_frequencies_of_candidates_are_those_of_their_time(news):
     """News of a day are a twelfth of its examples each, and under a hundredth of all."""
-    batches = news(negatives=0)
+    batches = news(negatives=0, propensity_power=0)
     found = np.concatenate([np.exp(batch["log_q_label"]) for batch in batches.epoch(0)])
     assert np.median(found) == pytest.approx(1 / 12, rel=0.25)
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_scores_are_corrected_by_the_propensities_of_items_as_well(tmp_path, in_batch):
+    """Twice the interactions of another item put the score up by power · log 2 in training."""
+    lake = Lake(str(tmp_path / "lake"))
+    write_examples(lake, *planted_shop(users=40))
+    found = {}
+    for power in (0.0, 0.5):
+        settings = TwoTowerSettings(batch_size=32, id_dropout=0, negatives=64, in_batch=in_batch, propensity_power=power)
+        learned = learn(lake, DAY, settings)
+        batches = Batches(learned, write_shards(lake, DAY, learned, settings, tmp_path / "work"), settings)
+        found[power] = next(iter(batches.epoch(0)))
+    assert len(set(learned.counts.tolist())) > 2
+    used = np.flatnonzero(np.isin(batches.item_rows, found[0.0]["item_rows"]))
+    assert np.array_equal(found[0.0]["item"], found[0.5]["item"])
+    places, examples = used[found[0.0]["item"]], len(found[0.0]["weight"])
+    added = 0.5 * np.log(np.maximum(learned.counts[places], 1))
+    np.testing.assert_allclose(found[0.0]["log_q_label"] - found[0.5]["log_q_label"], added[:examples], atol=1e-5)
+    candidates = added if in_batch else added[examples:]
+    np.testing.assert_allclose(found[0.0]["log_q"] - found[0.5]["log_q"], candidates, atol=1e-5)
 
 
 def test_actions_on_items_of_the_history_are_learned_from_only_where_that_is_wanted(tmp_path):
