@@ -102,7 +102,7 @@ def test_user_vectors_solve_their_own_normal_equations(lake, spark, engine):
     train, _ = taste(users=80, items=40, rank=3, per_user=8, seed=4)
     train.data = np.random.default_rng(0).uniform(0.2, 3, train.nnz).astype(np.float32)
     files = write_interactions(lake, pairs_of(train))
-    report = fit(lake, files, engine, spark, rank=4, iterations=60, alpha=2.0, regularization=0.1)
+    report = fit(lake, files, engine, spark, rank=4, iterations=60, alpha=2.0, regularization=0.1, propensity_power=0.0)
     users, items = matrix_order(lake, "users", 80), matrix_order(lake, "items", 40)
     weights = train.toarray()
     ridge = report.ridge + report.ridge_per_observation * train.getnnz(axis=1)
@@ -268,7 +268,8 @@ def test_with_frequency_scaling_users_are_folded_in_with_the_ridge_of_their_fit(
     train.data[np.random.default_rng(1).random(train.nnz) < 0.4] = 0
     train.eliminate_zeros()
     files = write_interactions(lake, pairs_of(train))
-    report = fit(lake, files, "numpy", spark, rank=4, iterations=60, alpha=2.0, regularization=0.3, frequency_scaling=scaling)
+    weighed = {"frequency_scaling": scaling, "propensity_power": 0.0}
+    report = fit(lake, files, "numpy", spark, rank=4, iterations=60, alpha=2.0, regularization=0.3, **weighed)
     users, items = matrix_order(lake, "users", 80), matrix_order(lake, "items", 40)
     n = train.getnnz(axis=1)
     some = n > 0
