@@ -32,8 +32,8 @@ USERS = 5
 MAX_EXAMPLES = 1_000_000
 """The newest ones, of which the two-tower model of a day learns here: three days are trained while somebody waits."""
 SHOP = "epochs = 2\nlearning_rate = 0.004\npropensity_power = 0.25\n"
-"""Further settings of the two-tower model where the clicks are made up: what a shop gains by and news lose by
-(docs/decisions.md)."""
+"""Further settings of the two-tower model where the clicks are made up, chosen on clicks of the same generator: it gains by
+what news lose by (docs/decisions.md)."""
 STRANGER = "someone-new"
 
 

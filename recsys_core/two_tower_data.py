@@ -617,8 +617,8 @@ class Batches:
             "item": where[shown],
             "price": np.concatenate([shard["price"][rows], self.learned.items.price[negatives]]),
             "item_numbers": item_numbers,
-            "log_q": self._log_q(shares[candidates], living, len(rows)) - self._log_propensity(candidates),
-            "log_q_label": self._log_q(shares[places], living, len(rows)) - self._log_propensity(places),
+            "correction": self._log_q(shares[candidates], living, len(rows)) - self._log_propensity(candidates),
+            "correction_label": self._log_q(shares[places], living, len(rows)) - self._log_propensity(places),
             "hidden": hidden,
             "weight": shard["weight"][rows],
             "numbers": shard["numbers"][rows],
@@ -658,7 +658,7 @@ class Batches:
         """Logarithm of the items' propensities to be observed, up to a constant: `propensity_power` times that of their counts.
 
         Added to the scores in training alone, it takes from what is learned the part of an item's frequency that is not taste
-        (Menon et al. 2021, "Long-tail learning via logit adjustment", eq. 10; the weights of ALS have the same aim).
+        (Menon et al. 2021, "Long-tail learning via logit adjustment"; the weights of ALS have the same aim).
         """
         return self.settings.propensity_power * np.log(np.maximum(self.learned.counts[items], 1))
 
@@ -693,8 +693,8 @@ BATCH_TYPES: dict[str, tuple[type[np.generic], tuple[int | None, ...]]] = {
     "item": (np.int32, (None,)),
     "price": (np.int32, (None,)),
     "item_numbers": (np.float32, (None, len(ITEM_NUMBERS) + 1)),
-    "log_q": (np.float32, (None,)),
-    "log_q_label": (np.float32, (None,)),
+    "correction": (np.float32, (None,)),
+    "correction_label": (np.float32, (None,)),
     "hidden": (np.int32, (None, 2)),
     "weight": (np.float32, (None,)),
     "numbers": (np.float32, (None, len(COUNTS) + 1)),

@@ -180,11 +180,11 @@ def _hide(values: Any, hidden: Any, by: float) -> Any:
 def _softmax(own: Any, scores: Any, hidden: Any, batch: Tensors, towers: Towers) -> Any:
     """Sampled softmax, accidental hits left out (Bengio, Senécal 2008; Yi et al. 2019).
 
-    `log_q` is what the scores are corrected by: logQ, less the logarithm of the item's propensity.
+    `correction` is what is taken from the scores: logQ, less the logarithm of the item's propensity.
     """
     temperature = towers.settings.temperature
-    logits = _hide(scores / temperature - batch["log_q"][None, :], hidden, HIDDEN_LOGIT)
-    label = own / temperature - batch["log_q_label"]
+    logits = _hide(scores / temperature - batch["correction"][None, :], hidden, HIDDEN_LOGIT)
+    label = own / temperature - batch["correction_label"]
     return tf.reduce_logsumexp(tf.concat([label[:, None], logits], axis=1), axis=1) - label
 
 

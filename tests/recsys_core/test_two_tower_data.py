@@ -84,7 +84,7 @@ def test_candidates_of_a_batch_were_there_when_its_examples_happened(news):
 def test_frequencies_of_candidates_are_those_of_their_time(news):
     """News of a day are a twelfth of its examples each, and under a hundredth of all."""
     batches = news(negatives=0, propensity_power=0)
-    found = np.concatenate([np.exp(batch["log_q_label"]) for batch in batches.epoch(0)])
+    found = np.concatenate([np.exp(batch["correction_label"]) for batch in batches.epoch(0)])
     assert np.median(found) == pytest.approx(1 / 12, rel=0.25)
 
 
@@ -104,9 +104,9 @@ def test_scores_are_corrected_by_the_propensities_of_items_as_well(tmp_path, in_
     assert np.array_equal(found[0.0]["item"], found[0.5]["item"])
     places, examples = used[found[0.0]["item"]], len(found[0.0]["weight"])
     added = 0.5 * np.log(np.maximum(learned.counts[places], 1))
-    np.testing.assert_allclose(found[0.0]["log_q_label"] - found[0.5]["log_q_label"], added[:examples], atol=1e-5)
+    np.testing.assert_allclose(found[0.0]["correction_label"] - found[0.5]["correction_label"], added[:examples], atol=1e-5)
     candidates = added if in_batch else added[examples:]
-    np.testing.assert_allclose(found[0.0]["log_q"] - found[0.5]["log_q"], candidates, atol=1e-5)
+    np.testing.assert_allclose(found[0.0]["correction"] - found[0.5]["correction"], candidates, atol=1e-5)
 
 
 def test_actions_on_items_of_the_history_are_learned_from_only_where_that_is_wanted(tmp_path):

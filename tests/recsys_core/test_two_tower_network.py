@@ -40,8 +40,8 @@ def make_batch(chosen: TwoTowerSettings, history: int) -> dict[str, np.ndarray]:
         "item": random.permutation(ITEMS)[: B + NEGATIVES].astype(np.int32),
         "price": np.zeros(B + NEGATIVES, np.int32),
         "item_numbers": np.zeros((B + NEGATIVES, 5), np.float32),
-        "log_q": random.normal(size=candidates).astype(np.float32),
-        "log_q_label": random.normal(size=B).astype(np.float32),
+        "correction": random.normal(size=candidates).astype(np.float32),
+        "correction_label": random.normal(size=B).astype(np.float32),
         "hidden": np.array(HIDDEN, np.int32),
         "weight": np.ones(B, np.float32),
         "numbers": np.zeros((B, 5), np.float32),
@@ -59,8 +59,8 @@ def expected_loss(chosen: TwoTowerSettings, users: np.ndarray, items: np.ndarray
         kept = [c for c in range(len(candidates)) if c not in gone]
         scores = candidates[kept] @ users[n]
         if chosen.loss == "softmax":
-            label = own / 0.5 - batch["log_q_label"][n]
-            others = scores / 0.5 - batch["log_q"][kept]
+            label = own / 0.5 - batch["correction_label"][n]
+            others = scores / 0.5 - batch["correction"][kept]
             losses.append(np.log(np.exp(label) + np.exp(others).sum()) - label)
         elif chosen.loss == "binary":
             losses.append(np.log1p(np.exp(-own / 0.5)) + np.log1p(np.exp(scores / 0.5)).mean())
