@@ -26,6 +26,7 @@ from recsys_core.release import Releases
 from recsys_core.settings import Settings
 from serving import recsys_pb2 as pb
 from serving.champion import Champion, Loaded, NotReady, Refused
+from serving.crowd import Crowd
 from serving.explain import asset_versions
 from serving.ladder import Ladder, UnknownItem
 from serving.metrics import Metrics, registry
@@ -137,8 +138,15 @@ class Gate:
         self._tracing = tracing
         self._logs = settings.serving.log_sample > 0
         self.under_way = 0
+        self._streams = 0
+        self._of_streams = 0
         self._readers: set[asyncio.Task[None]] = set()
         metrics.gauges["calls_under_way"] = lambda: self.under_way
+
+    @property
+    def open_calls(self) -> int:
+        """Calls as gRPC counts them: of a stream not its requests but itself."""
+        return self.under_way - self._of_streams + self._streams
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Raw bytes on both sides: a request that can't be parsed gets its status here instead of INTERNAL."""
@@ -197,6 +205,7 @@ class Gate:
         started, name = time.perf_counter(), "RecommendStream"
         metadata = context.invocation_metadata() or ()
         status, message = grpc.StatusCode.OK, ""
+        self._streams += 1
         try:
             self._let_in(name, metadata)
             if echoed := passed_on(metadata):
@@ -210,6 +219,7 @@ class Gate:
             status = grpc.StatusCode.CANCELLED
             raise
         finally:
+            self._streams -= 1
             self._ended(name, status.name, started, metadata)
         if status is not grpc.StatusCode.OK:
             await context.abort(status, message)
@@ -262,12 +272,14 @@ class Gate:
 
     async def _of_stream(self, data: bytes, context: Context) -> bytes:
         self.under_way += 1
+        self._of_streams += 1
         try:
             if self.under_way > self._limit:
                 raise self._shed()
             return await self._recommender.recommend(data, context.time_remaining)
         finally:
             self.under_way -= 1
+            self._of_streams -= 1
 
     def _let_in(self, name: str, metadata: Any) -> None:
         """Raises Refusal when the caller may not make the call."""
@@ -343,6 +355,19 @@ def flattened(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
+class Health(health.aio.HealthServicer):
+    """The standard service, which counts those who watch."""
+
+    watchers = 0
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        self.watchers += 1
+        try:
+            await super().Watch(request, context)
+        finally:
+            self.watchers -= 1
+
+
 class Server:
     """A running server inside an event loop. `start` it, use it, `stop` it.
 
@@ -363,7 +388,7 @@ class Server:
         self._live = LiveTrends(settings.redis, settings.trends.half_lives_hours)
         self.champion = Champion(Releases(settings.releases_uri), settings, self.metrics)
         self.ladder = Ladder(self.champion, self.store, settings, self.metrics)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._tasks: list[asyncio.Task[None]] = []
         self._server: grpc.aio.Server | None = None
         self._tell_numbers_of_the_moment()
@@ -391,6 +416,8 @@ class Server:
         recommender = Recommender(self.champion, self.ladder, self._settings)
         gate = Gate(recommender, self._settings, self.metrics, self._tokens, self._tracing)
         server.add_generic_rpc_handlers((gate.handlers(),))
+        self.store.crowd = Crowd(lambda: gate.open_calls + self._health.watchers)
+        self.metrics.gauges["calls_waiting"] = self.store.crowd.waiting
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.serving.reflection:
             from grpc_reflection.v1alpha import reflection

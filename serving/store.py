@@ -27,6 +27,7 @@ from recsys_core.online import (
 from recsys_core.redis_client import async_client, client
 from recsys_core.settings import RedisSettings
 from serving.breaker import Breaker
+from serving.crowd import Crowd
 from serving.metrics import Metrics
 from serving.resp import Login, Pipelined, ThroughClient
 
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 MAX_USERS = 512
 """Users read in one round trip."""
+GATHER_SECONDS = 0.002
+GATHERED_USERS = 32
+"""While callers queue, a read waits this long for others to share its round trip, or until it is for so many users."""
 BACKGROUND_SECONDS = 1.0
 """Deadline of what no caller waits for: trends and write-back."""
 
@@ -150,6 +154,7 @@ class Store:
     Attributes:
         breaker: of Redis.
         counts: failures, skipped calls and corrupt values since the start.
+        crowd: tells whether callers queue; without one no read waits for others.
     """
 
     def __init__(
@@ -169,12 +174,15 @@ class Store:
         self._waiting: list[tuple[Sequence[bytes], asyncio.Future[list[Raw]]]] = []
         self._waiting_since = 0.0
         self._under_way = 0
+        self._gathering: asyncio.TimerHandle | None = None
         self._refuses_writes = False
+        self.crowd: Crowd | None = None
 
     def read(self, user_ids: Sequence[bytes]) -> asyncio.Future[list[Raw]]:
         """What Redis holds of some users; NOTHING for each when it does not answer in time.
 
-        Calls that come while a round trip is under way share the next one: a busy process makes fewer and larger reads.
+        Calls that come while a round trip is under way share the next one. Of callers that queue most would come too late
+        for that, because gRPC hands their calls over one by one: then a round trip waits for some of them.
         """
         loop = asyncio.get_running_loop()
         found: asyncio.Future[list[Raw]] = loop.create_future()
@@ -182,14 +190,30 @@ class Store:
             self._waiting_since = time.perf_counter()
         self._waiting.append((user_ids, found))
         if not self._under_way:
-            self._send_waiting()
+            self._send_or_gather()
         return found
 
     def ended(self) -> None:
         """A round trip is over: send what has come meanwhile."""
         self._under_way -= 1
         if self._waiting and not self._under_way:
-            self._send_waiting()
+            self._send_or_gather()
+
+    def _send_or_gather(self) -> None:
+        if self._gathering is None:
+            if self.crowd is not None and self.crowd.crowded():
+                self._gathering = asyncio.get_running_loop().call_later(GATHER_SECONDS, self._gathered)
+            else:
+                self._send_waiting()
+        elif sum(len(user_ids) for user_ids, _ in self._waiting) >= GATHERED_USERS:
+            self._gathering.cancel()
+            self._gathered()
+
+    def _gathered(self) -> None:
+        self._gathering = None
+        if self.crowd is not None:
+            self.crowd.gathered(len(self._waiting))
+        self._send_waiting()
 
     def _send_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []

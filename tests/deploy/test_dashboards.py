@@ -69,7 +69,14 @@ def test_panels_ask_the_data_source_that_is_provisioned() -> None:
 
 def test_dashboards_and_alerts_ask_for_metrics_of_the_server() -> None:
     one = {"events": {}, "calls": [["m", "OK", 1]], "latencies": {}, "steps": {}, "info": {"release": "r"}}
-    gauges = ("calls_under_way", "redis_circuit_open", "ranking_circuit_open", "release_age_seconds", "release_items")
+    gauges = (
+        "calls_under_way",
+        "calls_waiting",
+        "redis_circuit_open",
+        "ranking_circuit_open",
+        "release_age_seconds",
+        "release_items",
+    )
     registry = serving.metrics.registry(lambda: [{**one, "gauges": dict.fromkeys(gauges, 0.0)}])
     assert names("recsys_") <= {family.name for family in registry.collect()}
     source = (Path(serving.metrics.__file__).parent / "server.py").read_text()

@@ -17,8 +17,9 @@ from worlds import RedisServer, eventually
 
 from recsys_core.online import RECORD_FIELDS
 from recsys_core.settings import RedisSettings
+from serving.crowd import Crowd
 from serving.resp import Login, Pipelined, RespError, Sink, ThroughClient
-from serving.store import NOTHING, Store
+from serving.store import GATHER_SECONDS, GATHERED_USERS, NOTHING, Store
 
 
 def put(client: redis.Redis, user: str) -> None:
@@ -164,6 +165,34 @@ async def test_reads_that_come_while_one_is_under_way_share_the_next() -> None:
     assert [users for users, _ in redis_.asked] == [[b"a"], [b"b", b"c", b"d"]]
     redis_.answer(1)
     assert [(await found)[0][1] for found in (first, *waiting)] == [b"a", b"b", b"c", b"d"]
+
+
+class AlwaysCrowded:
+    def crowded(self) -> bool:
+        return True
+
+    def gathered(self, calls: int) -> None:
+        pass
+
+
+async def test_while_callers_queue_a_round_trip_waits_for_some_of_them() -> None:
+    redis_ = OneAtATime()
+    reading = Store(RedisSettings(timeout_ms=10_000), 3600, redis=cast(Pipelined, redis_))
+    reading.crowd = cast(Crowd, AlwaysCrowded())
+    found = [reading.read([user]) for user in (b"a", b"b")]
+    assert redis_.asked == []
+    await asyncio.sleep(3 * GATHER_SECONDS)
+    assert [users for users, _ in redis_.asked] == [[b"a", b"b"]]
+    found.append(reading.read([b"c"]))
+    redis_.answer(0)
+    assert len(redis_.asked) == 1, "what comes during a round trip waits for others as well"
+    rest = [b"%d" % k for k in range(GATHERED_USERS - 1)]
+    found += [reading.read([user]) for user in rest]
+    assert [users for users, _ in redis_.asked[1:]] == [[b"c", *rest]], "enough have come: nobody waits longer"
+    redis_.answer(1)
+    assert [(await one)[0][1] for one in found] == [b"a", b"b", b"c", *rest]
+    await asyncio.sleep(3 * GATHER_SECONDS)
+    assert len(redis_.asked) == 2
 
 
 async def test_a_read_behind_one_that_hangs_lasts_no_longer_than_its_own_deadline() -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,10 @@ class World:
         self.client = RecsysClient(self.address, timeout=60)
         if insecure:
             self.client.wait_until_ready(60)
+
+    def call_soon(self, call: Callable[..., Any], *arguments: object) -> None:
+        """Have the server's event loop make a call; what lasts holds it up."""
+        self._loop.loop.call_soon_threadsafe(call, *arguments)
 
     def stop_later(self) -> Future[None]:
         """Ask the server to stop as SIGTERM does; done when it has."""
