@@ -1,10 +1,11 @@
 """Latency and throughput of the serving process against a bare grpc.aio echo server, on a made-up release.
 
-    python benchmarks/serving_latency.py [--users 100000] [--items 40000] [--seconds 5] [--processes 1] [--ghz PATH]
+    python benchmarks/serving_latency.py [--users 100000] [--items 40000] [--seconds 5] [--rounds 5] [--processes 1] [--ghz G]
 
 Starts a Redis, the serving processes and as many echo processes on one port; the load comes from processes of their own, or
-from `ghz` (ghz.sh) where its path is given. `cpu ms` is what the server's processes spend on a call: unlike the rates it
-hardly depends on what else runs, and its inverse is what one core could do.
+from `ghz` (ghz.sh) where its path is given. Echo and server take turns, `rounds` each: the table has the medians, and the
+share of the echo's rate is the median of the rounds' shares. `cpu ms` is what the server's processes spend on a call: unlike
+the rates it hardly depends on what else runs, and its inverse is what one core could do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--items", type=int, default=40_000)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--ghz", default="")
     options = parser.parse_args()
@@ -199,27 +202,36 @@ def main() -> None:
         sizes = [pb.RecommendBatchRequest(user_ids=ids[at : at + 1000], count=10) for at in range(0, len(ids), 1000)]
         batch = write_requests(folder / "batches", [r.SerializeToString() for r in sizes])
 
-        table = Table("calls", "callers", "p50 ms", "p99 ms", "calls/s", "cpu ms", "failed")
+        table = Table("calls", "callers", "p50 ms", "p99 ms", "calls/s", "of the echo's", "cpu ms", "failed")
         table.title = f"{options.items} items, {options.users} users, {options.processes} processes, {os.cpu_count()} cores"
 
-        def row(name: str, callers: int, load: Load) -> None:
-            p50, p99 = load.percentile(50), load.percentile(99)
-            failed = ", ".join(f"{count} {status}" for status, count in load.failed.items())
-            table.add_row(name, str(callers), f"{p50:.2f}", f"{p99:.2f}", f"{load.rate:,.0f}", f"{load.cpu_ms:.3f}", failed)
+        def row(name: str, callers: int, loads: list[Load], share: str = "") -> None:
+            numbers = np.median([[load.percentile(50), load.percentile(99), load.rate, load.cpu_ms] for load in loads], axis=0)
+            p50, p99, rate, cpu_ms = numbers.tolist()
+            failed = sum((Counter(load.failed) for load in loads), Counter())
+            said = ", ".join(f"{count} {status}" for status, count in failed.items())
+            table.add_row(name, str(callers), f"{p50:.2f}", f"{p99:.2f}", f"{rate:,.0f}", share, f"{cpu_ms:.3f}", said)
+
+        def load_on(address: str, server_: psutil.Process, callers: int) -> Load:
+            if options.ghz:
+                sent = echoed if address == echo else data
+                return of_ghz(options.ghz, address, sent, callers, options.seconds, server_)
+            return run_load(address, METHOD, hit, options.seconds, callers, server_)
 
         for callers in (1, 32):
-            for name, address, process_ in (("bare echo", echo, echo_server), ("cache hit", serving, server)):
-                with console.status(f"{name}, {callers}"):
-                    if options.ghz:
-                        sent = echoed if address == echo else data
-                        row(f"{name} (ghz)", callers, of_ghz(options.ghz, address, sent, callers, options.seconds, process_))
-                    else:
-                        row(name, callers, run_load(address, METHOD, hit, options.seconds, callers, process_))
+            of_echo, of_hits = [], []
+            for at in range(options.rounds):
+                with console.status(f"{callers} callers, round {at + 1} of {options.rounds}"):
+                    of_echo.append(load_on(echo, echo_server, callers))
+                    of_hits.append(load_on(serving, server, callers))
+            share = np.median([hits_.rate / echo_.rate for echo_, hits_ in zip(of_echo, of_hits, strict=True)])
+            row("bare echo", callers, of_echo)
+            row("cache hit", callers, of_hits, f"{share:.0%}")
         with console.status("batches"):
-            row("batch of 1000, cache hits", 1, run_load(serving, BATCH, batch, options.seconds, 1, server))
+            row("batch of 1000, cache hits", 1, [run_load(serving, BATCH, batch, options.seconds, 1, server)])
         with console.status("misses"):
             load = run_load(serving, METHOD, miss, options.seconds, 1, server, rate=100.0)
-            row("miss, 100 calls/s", 1, load)
+            row("miss, 100 calls/s", 1, [load])
         console.print(table)
         rss = sum(p.memory_info().rss for p in (server, *server.children(recursive=True))) / 2**20
         console.print(f"start to ready {ready:.2f} s, RSS {rss:.0f} MB")
