@@ -13,6 +13,9 @@ They differ in the ridge term, n_r being the observations of row r and n̄ their
 What is shown to everybody is acted on by many, whatever their taste. `propensity_power` takes an item's propensity to be
 observed as its number of interactions to that power and weighs each interaction by the inverse (Saito et al. 2020, "Unbiased
 recommender learning from missing-not-at-random implicit feedback", with power 0.5), in all engines.
+
+Where items come and go, what was done long ago says little: with a half-life the weight of a pair falls with the time since
+its last event (`recency.choose_half_life` finds the half-life).
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import pyarrow.dataset as ds
 import scipy.sparse as sp
 
 from recsys_core import progress
+from recsys_core.events import DAY_MS
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.least_squares import solve_rows
 from recsys_core.settings import AlsSettings
@@ -45,6 +49,8 @@ READ_ROWS = 1 << 20
 FACTOR_ROWS = 1 << 16
 ID_BUCKETS = 256
 START_DEVIATION = 0.1
+FORGOTTEN = 1e-9
+"""Share of its weight that every pair keeps: the user had the item, however long ago."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class AlsReport:
     ridge: float
     ridge_per_observation: float
     propensity_power: float
+    half_life_days: float
 
 
 @dataclass(frozen=True)
@@ -101,10 +108,13 @@ def fit_als(
     settings: AlsSettings,
     spark: Callable[[], SparkSession] | None,
     engine: str,
+    half_life_days: float = 0.0,
 ) -> AlsReport:
     """Factorise interactions and replace partition `key` of `<table>_users` and `<table>_items`.
 
-    `files` are Parquet files of the lake with the columns user_id, item_id and weight (> 0), one row for a pair.
+    `files` are Parquet files of the lake with the columns user_id, item_id and weight (> 0), one row for a pair, and with a
+    half-life last_ts (ms): a pair's weight is multiplied by 2^(-age/half-life), its age that of its last event when the newest
+    of all came. 0: no half-life.
     The tables have the columns id string, n int32 (observations in the fit), factor list of `rank` float32. A pair
     counts when its user has `min_user_interactions` and its item `min_item_interactions` before any pair is left out.
 
@@ -120,17 +130,25 @@ def fit_als(
     if not files:
         raise ValueError(f"{name}: no interactions to fit, there is no file of them")
     if engine in ("numpy", "implicit"):
-        users, items, observations, ridge = _fit_one_machine(lake, files, table, key, settings, engine)
+        users, items, observations, ridge = _fit_one_machine(lake, files, table, key, settings, engine, half_life_days)
     elif engine == "spark":
         if spark is None:
             raise ValueError(f"{name}: the engine `spark` needs a Spark session")
-        users, items, observations = _fit_spark(lake, files, table, key, settings, spark())
+        users, items, observations = _fit_spark(lake, files, table, key, settings, spark(), half_life_days)
         ridge = Ridge(0.0, settings.regularization)
     else:
         raise ValueError(f"{name}: unknown ALS engine {engine!r}, use `numpy`, `implicit` or `spark`")
     seconds = time.perf_counter() - started
     return AlsReport(
-        engine, users, items, observations, seconds, ridge.constant, ridge.per_observation, settings.propensity_power
+        engine,
+        users,
+        items,
+        observations,
+        seconds,
+        ridge.constant,
+        ridge.per_observation,
+        settings.propensity_power,
+        half_life_days,
     )
 
 
@@ -164,11 +182,11 @@ class _Interactions:
 
 
 def _fit_one_machine(
-    lake: Lake, files: Sequence[str], table: str, key: str, settings: AlsSettings, engine: str
+    lake: Lake, files: Sequence[str], table: str, key: str, settings: AlsSettings, engine: str, half_life_days: float
 ) -> tuple[int, int, int, Ridge]:
     """Users, items, observations, and the users' ridge."""
     name = f"{table}, partition {key!r}"
-    data = _frequent(_read_interactions(lake, files, name), settings)
+    data = _frequent(_read_interactions(lake, files, name, half_life_days), settings)
     users, items = data.weights.shape
     observations = int(data.weights.nnz)
     if not observations:
@@ -177,7 +195,7 @@ def _fit_one_machine(
         data.weights.data *= inverse_propensity(data.weights.getnnz(axis=0), settings.propensity_power)[data.weights.indices]
     exact = engine == "numpy"
     ridges = ridges_of(observations, (users, items), settings, settings.frequency_scaling if exact else 0.0)
-    factorize = _factorize_exactly if exact else _factorize_implicit
+    factorize = factorize_exactly if exact else _factorize_implicit
     user_vectors, item_vectors = factorize(data.weights, ridges, settings)
     sides: tuple[tuple[Side, pa.Array, npt.NDArray[np.float32], npt.NDArray[np.int64]], ...] = (
         ("users", data.user_ids, user_vectors, data.weights.getnnz(axis=1)),
@@ -214,22 +232,35 @@ def _factor_batches(ids: pa.Array, counts: npt.NDArray[np.int64], vectors: npt.N
         yield pa.record_batch([ids[rows], pa.array(counts[rows], pa.int32()), factor], schema=schema)
 
 
-def _read_interactions(lake: Lake, files: Sequence[str], name: str) -> _Interactions:
+def _read_interactions(lake: Lake, files: Sequence[str], name: str, half_life_days: float) -> _Interactions:
     """Stream the pairs into codes and weights; strings are kept once for each batch, as dictionaries."""
     dataset = ds.dataset(list(files), filesystem=lake.fs, format="parquet")
-    users, items, weights = [], [], [np.empty(0, np.float32)]
-    for batch in dataset.to_batches(columns=["user_id", "item_id", "weight"], batch_size=READ_ROWS):
+    users, items, weights, last = [], [], [np.empty(0, np.float32)], [np.empty(0, np.int64)]
+    read = ["user_id", "item_id", "weight", *(["last_ts"] if half_life_days else [])]
+    for batch in dataset.to_batches(columns=read, batch_size=READ_ROWS):
         users.append(batch["user_id"].dictionary_encode())
         items.append(batch["item_id"].dictionary_encode())
         weights.append(batch["weight"].to_numpy(zero_copy_only=False).astype(np.float32))
+        if half_life_days:
+            last.append(batch["last_ts"].to_numpy())
     values = np.concatenate(weights)
     if not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(f"{name}: an interaction has a weight that isn't a finite number above 0")
+    if half_life_days and len(values):
+        times = np.concatenate(last)
+        values = faded(values, times.max() - times, half_life_days)
     user_ids, rows = _sorted_codes(users)
     item_ids, columns = _sorted_codes(items)
     matrix = sp.coo_matrix((values, (rows, columns)), shape=(len(user_ids), len(item_ids))).tocsr()
     matrix.sort_indices()
     return _Interactions(user_ids, item_ids, matrix)
+
+
+def faded(weights: npt.NDArray[np.float32], age_ms: npt.NDArray[np.int64], half_life_days: float) -> npt.NDArray[np.float32]:
+    """Weights of pairs float32 (m,) so long after their last event, as `fit_als` says; half-life 0 leaves them alone."""
+    if not half_life_days:
+        return weights
+    return (weights * np.maximum(0.5 ** (age_ms / (half_life_days * DAY_MS)), FORGOTTEN)).astype(np.float32)
 
 
 def _sorted_codes(chunks: list[Any]) -> tuple[pa.Array, npt.NDArray[np.int32]]:
@@ -261,7 +292,7 @@ def _frequent(data: _Interactions, settings: AlsSettings) -> _Interactions:
     )
 
 
-def _factorize_exactly(
+def factorize_exactly(
     weights: sp.csr_matrix, ridges: tuple[Ridge, Ridge], settings: AlsSettings
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """User and item vectors, float32 (users, rank) and (items, rank), each half-sweep solved exactly.
@@ -316,12 +347,13 @@ def _factorize_implicit(
 
 
 def _fit_spark(
-    lake: Lake, files: Sequence[str], table: str, key: str, settings: AlsSettings, spark: SparkSession
+    lake: Lake, files: Sequence[str], table: str, key: str, settings: AlsSettings, spark: SparkSession, half_life_days: float
 ) -> tuple[int, int, int]:
     from pyspark.ml.recommendation import ALS
 
     name = f"{table}, partition {key!r}"
-    pairs = _frequent_pairs(spark.read.parquet(*(lake.url(path) for path in files)), settings)
+    interactions = spark.read.parquet(*(lake.url(path) for path in files))
+    pairs = _frequent_pairs(_faded(interactions, half_life_days), settings)
     observations = _count_valid(pairs, name)
     if not observations:
         raise _nothing_left(name, settings)
@@ -367,11 +399,22 @@ def _fit_spark(
     return rows["users"], rows["items"], observations
 
 
-def _frequent_pairs(interactions: DataFrame, settings: AlsSettings) -> DataFrame:
-    """user_id, item_id and weight (float) of the pairs that count."""
+def _faded(interactions: DataFrame, half_life_days: float) -> DataFrame:
+    """user_id, item_id and weight (float), as `faded` has it."""
     from pyspark.sql import functions as F
 
-    pairs = interactions.select("user_id", "item_id", F.col("weight").cast("float").alias("weight"))
+    weight = F.col("weight")
+    if half_life_days:
+        newest = interactions.agg(F.max("last_ts").alias("ts")).first()
+        age_ms = F.lit(newest["ts"] if newest else None) - F.col("last_ts")
+        weight *= F.greatest(F.pow(F.lit(0.5), age_ms / (half_life_days * DAY_MS)), F.lit(FORGOTTEN))
+    return interactions.select("user_id", "item_id", weight.cast("float").alias("weight"))
+
+
+def _frequent_pairs(pairs: DataFrame, settings: AlsSettings) -> DataFrame:
+    """The pairs that count."""
+    from pyspark.sql import functions as F
+
     kept = pairs
     for column, least in (("user_id", settings.min_user_interactions), ("item_id", settings.min_item_interactions)):
         if least > 1:

@@ -12,15 +12,16 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_core.als import AlsReport, Factors, fit_als, inverse_propensity, iter_factors, read_factors
+from recsys_core.als import AlsReport, Factors, inverse_propensity, iter_factors, read_factors
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, read_catalog
 from recsys_core.evaluation import ALS_FACTORS, EVALUATION
-from recsys_core.events import ITEM_ID
+from recsys_core.events import DAY_MS, ITEM_ID, key_start_ms
 from recsys_core.fold_in import gram
 from recsys_core.holdout import TWO_TOWER, NoTwoTower, TwoTower, read_two_tower
 from recsys_core.index import GRAPH_ABOVE, ExactIndex, IndexReport, Metric, Searchable, VectorIndex, build_index, similar_items
 from recsys_core.lake import Lake, Partition
 from recsys_core.ranking import Snapshot
+from recsys_core.recency import fit_window
 from recsys_core.release import Manifest, Releases, new_release_id, npy_array, npy_bytes
 from recsys_core.settings import IndexSettings, RankingSettings, Settings
 from recsys_core.tables import INTERACTIONS
@@ -57,7 +58,8 @@ def fit_als_factors(
     lake: Lake, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
 ) -> AlsReport:
     """Replace partition `day` of `als_factors_users` and `_items`, then of `als_factors`, the record that ties them."""
-    report = fit_als(lake, lake.files(INTERACTIONS, [day]), ALS_FACTORS, day, settings.als, spark, engine)
+    end = key_start_ms(day) + DAY_MS
+    report = fit_window(lake, (INTERACTIONS, day), end, (ALS_FACTORS, day), settings.als, spark, engine)
     fit = {
         "engine": report.engine,
         "rank": settings.als.rank,
@@ -65,6 +67,7 @@ def fit_als_factors(
         "regularization": report.ridge,
         "regularization_per_item": report.ridge_per_observation,
         "propensity_power": report.propensity_power,
+        "half_life_days": report.half_life_days,
         "users_version": lake.get(ALS_USERS, day).data_version,
         "items_version": lake.get(ALS_ITEMS, day).data_version,
         "interactions_version": lake.get(INTERACTIONS, day).data_version,

@@ -29,7 +29,6 @@ from recsys_core.holdout import (
     NoTwoTower,
     Split,
     aligned,
-    codes,
     fit_holdout,
     holdout_models,
     holdout_snapshot,
@@ -47,6 +46,7 @@ from recsys_core.lake import Lake, Partition
 from recsys_core.metrics import evaluate, per_user, rank_all
 from recsys_core.popularity import last_hours_popularity, trending_items
 from recsys_core.ranking import Snapshot, Users, rank
+from recsys_core.samples import codes
 from recsys_core.settings import RankingSettings, Settings
 from recsys_core.tables import CLICKS_HOURLY
 from recsys_core.tuning import Tuned, tune

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from recsys_core.als import AlsReport, Factors, fit_als, inverse_propensity, read_factors
+from recsys_core.als import AlsReport, Factors, inverse_propensity, read_factors
 from recsys_core.events import DAY_MS, EVENT_TYPE, HOUR_MS, ITEM_ID, TS, USER_ID, day_key, hour_keys, key_start_ms
 from recsys_core.features import OnlineFeatures
 from recsys_core.fold_in import gram
@@ -26,6 +25,8 @@ from recsys_core.index import ExactIndex, similar_items
 from recsys_core.lake import Lake
 from recsys_core.popularity import popular_items, trending_items
 from recsys_core.ranking import Snapshot, Trend, Users
+from recsys_core.recency import fit_window
+from recsys_core.samples import codes, distinct_users, most_recent, smallest, validation_span
 from recsys_core.settings import Settings
 from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS
 from recsys_core.tower import TOWER_FILE, TowerError, TowerInputs, UserTower
@@ -41,8 +42,6 @@ TWO_TOWER = "two_tower"
 USER_FEATURES = "user_features"
 HISTORY = 50
 """Newest items of a user that the user tower looks at."""
-ENOUGH_USERS = 300
-"""With fewer users to tune on, validation looks further back."""
 
 
 class NothingToEvaluate(Exception):
@@ -153,7 +152,8 @@ def fit_holdout(
     lake: Lake, before: str, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str
 ) -> AlsReport:
     """ALS of the window that ends with `before`, kept in the tables HOLDOUT of `day`."""
-    return fit_als(lake, lake.files(INTERACTIONS, [before]), HOLDOUT, day, settings.als, spark, engine)
+    end = key_start_ms(before) + DAY_MS
+    return fit_window(lake, (INTERACTIONS, before), end, (HOLDOUT, day), settings.als, spark, engine)
 
 
 def holdout_models(lake: Lake, before: str, day: str, split: Split, report: AlsReport) -> Models:
@@ -333,7 +333,7 @@ def validation_cases(
     window = lake.dataset(INTERACTIONS, [before])
     if window is None:
         return []
-    start, days, pool = _validation_span(window, key_start_ms(before) + DAY_MS, settings.evaluation.tuning_users)
+    start, days, pool = validation_span(window, key_start_ms(before) + DAY_MS, settings.evaluation.tuning_users)
     if not len(pool):
         return []
     items, first_seen = _items_of(window)
@@ -346,7 +346,7 @@ def validation_cases(
     wanted = _wanted(pairs, moments, len(pool))
     if not any(map(len, wanted)):
         return []
-    report = fit_als(lake, lake.files(table, [day]), VALIDATION, before, settings.als, spark, engine)
+    report = fit_window(lake, (table, day), start, (VALIDATION, before), settings.als, spark, engine)
     models = _validation_models(lake, before, start, items, pool, report)
     recent = {moment: _recent_at(pairs, moment, len(pool)) for moment in moments}
     lately = np.concatenate([found[:, : settings.ranking.last_items] for found in recent.values()])
@@ -440,30 +440,6 @@ def _window_then(lake: Lake, window: ds.Dataset, before: str, start: int) -> tup
     return VALIDATION_WINDOW, before
 
 
-def _returning(window: ds.Dataset, start: int, count: int) -> pa.Array:
-    """Users with a pair that began before `start` and one since, sorted: those with the smallest hashes."""
-    new = _distinct_users(window, ds.field("first_ts") >= start, 8 * count)
-    old = _distinct_users(window, (ds.field("first_ts") < start) & ds.field(USER_ID).isin(new), 8 * count)
-    users = _smallest(old, count)
-    return users.take(pc.sort_indices(users))
-
-
-def _validation_span(window: ds.Dataset, end: int, count: int) -> tuple[int, int, pa.Array]:
-    """The first moment (ms), the days from it to `end`, and at most `count` users who were there before and took more since."""
-    pairs = window.count_rows()
-    best: tuple[int, int, pa.Array] = (end, 0, pa.array([], pa.string()))
-    for days in (1, 2, 4, 8, 16, 32):
-        start = end - days * DAY_MS
-        if 2 * window.count_rows(filter=ds.field("first_ts") < start) < pairs:
-            break
-        pool = _returning(window, start, count)
-        if len(pool) > len(best[2]):
-            best = start, days, pool
-        if len(pool) >= ENOUGH_USERS:
-            break
-    return best
-
-
 def _wanted(pairs: _Pairs, moments: range, users: int) -> list[np.ndarray]:
     """Users of each moment: with something before it and something new after it."""
     length = moments.step
@@ -516,40 +492,8 @@ def item_weights(fitted: Factors, ids: np.ndarray, report: AlsReport) -> np.ndar
     return weights
 
 
-def codes(values: pa.Array | pa.ChunkedArray, ordered: np.ndarray | pa.Array) -> np.ndarray:
-    """Place of each value in `ordered`, int64, -1 where it is not in it."""
-    found = pc.index_in(values, value_set=pa.array(ordered, pa.string()))
-    return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)
-
-
-def most_recent(rows: np.ndarray, columns: np.ndarray, users: int, k: int) -> np.ndarray:
-    """The first k columns of each row, int64 (users, k), from pairs that are sorted by recency."""
-    recent = np.full((users, k), -1, np.int64)
-    order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
-    within = place < k
-    recent[ordered[within], place[within]] = columns[order[within]]
-    return recent
-
-
 def _sample_users(clicks: ds.Dataset, window: ds.Dataset, max_users: int) -> pa.Array:
     """Users of the day that the window knows: those with the smallest hashes, sorted. Memory holds twice `max_users`."""
-    pool = _smallest(_distinct_users(clicks, None, 8 * max_users), 4 * max_users)
-    users = _smallest(_distinct_users(window, ds.field(USER_ID).isin(pool), None), max_users)
+    pool = smallest(distinct_users(clicks, None, 8 * max_users), 4 * max_users)
+    users = smallest(distinct_users(window, ds.field(USER_ID).isin(pool), None), max_users)
     return users.take(pc.sort_indices(users))
-
-
-def _distinct_users(source: ds.Dataset, only: ds.Expression | None, limit: int | None) -> pa.Array:
-    """Distinct user ids; of more than `limit`, about half as many with the smallest hashes."""
-    kept = pa.array([], pa.string())
-    for batch in source.to_batches(columns=[USER_ID], filter=only):
-        kept = pc.unique(pa.chunked_array([kept, pc.unique(batch[USER_ID])]))
-        if limit is not None and len(kept) > limit:
-            kept = _smallest(kept, limit // 2)
-    return kept
-
-
-def _smallest(ids: pa.Array, count: int) -> pa.Array:
-    hashes = pd.util.hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
-    return ids.take(pa.array(np.argsort(hashes, kind="stable")[:count]))

@@ -109,6 +109,12 @@ class AlsSettings(Section):
         le=1,
         description="an interaction weighs inverse to its item's propensity n^power, n its interactions; 0: all alike",
     )
+    half_lives_days: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (0.0, 16.0, 4.0, 1.0, 0.25),
+        min_length=1,
+        description="days after its last event in which an interaction loses half its weight, beside the decay of its events; "
+        "0: never. Of several that one is taken that foretells the window's last day best",
+    )
     seed: int = Field(7, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")
     min_item_interactions: int = Field(1, ge=1, description="items with fewer users get no factors")

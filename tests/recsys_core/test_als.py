@@ -6,7 +6,18 @@ import pytest
 import scipy.sparse as sp
 
 from recsys_core import progress
-from recsys_core.als import AlsReport, Side, choose_engine, fit_als, inverse_propensity, iter_factors, read_factors, ridges_of
+from recsys_core.als import (
+    FORGOTTEN,
+    AlsReport,
+    Side,
+    choose_engine,
+    fit_als,
+    inverse_propensity,
+    iter_factors,
+    read_factors,
+    ridges_of,
+)
+from recsys_core.events import DAY_MS
 from recsys_core.fold_in import fold_in, gram
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.metrics import evaluate, rank_all
@@ -125,6 +136,31 @@ def test_with_a_propensity_users_are_folded_in_with_the_item_weights_of_their_fi
     assert np.median(np.linalg.norm(folded - users, axis=1) / np.linalg.norm(users, axis=1)) < 0.01
     alike = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), train.toarray(), 2.0, ridge)
     assert np.median(np.linalg.norm(alike - users, axis=1) / np.linalg.norm(users, axis=1)) > 0.05
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_with_a_half_life_the_fit_is_that_of_faded_weights(lake, spark, engine):
+    train, _ = taste(users=40, items=20, rank=2, per_user=6, seed=4)
+    pairs = pairs_of(train)
+    ages = np.random.default_rng(2).integers(0, 9, len(pairs)).astype(float)
+    ages[0], ages[1] = 0.0, 1000.0
+    users, items, weights = zip(*pairs, strict=True)
+    last = pa.array((1e12 - ages * DAY_MS).astype(np.int64))
+    table = pa.table({"user_id": users, "item_id": items, "weight": pa.array(weights, pa.float32()), "last_ts": last})
+    lake.write("interactions", "aged", table)
+    settings = AlsSettings(rank=4, iterations=10)
+    files = lake.files("interactions", ["aged"])
+    report = fit_als(lake, files, "als_factors", KEY, settings, lambda: spark, engine, half_life_days=3.0)
+    assert report.half_life_days == 3.0
+    with_half_life = matrix_order(lake, "items", 20)
+    expected = [(u, i, w * max(0.5 ** (age / 3), FORGOTTEN)) for (u, i, w), age in zip(pairs, ages, strict=True)]
+    fit(lake, write_interactions(lake, expected), engine, spark, rank=4, iterations=10)
+    np.testing.assert_allclose(
+        with_half_life @ with_half_life.T, (found := matrix_order(lake, "items", 20)) @ found.T, atol=1e-3
+    )
+    fit(lake, files, engine, spark, rank=4, iterations=10)
+    alike = matrix_order(lake, "items", 20)
+    assert np.abs(alike @ alike.T - found @ found.T).max() > 0.02
 
 
 def test_the_inverse_propensity_halves_for_four_times_the_interactions_and_keeps_the_mean_weight():

@@ -1,0 +1,77 @@
+"""The half-life of interactions that a window's own last day asks for."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from builders import INTERACTIONS_SCHEMA
+
+from recsys_core.events import DAY_MS, day_key, key_start_ms
+from recsys_core.recency import choose_half_life, fit_window
+from recsys_core.settings import AlsSettings
+
+DAY = "2026-03-01"
+END = key_start_ms(DAY) + DAY_MS
+CANDIDATES = (0.0, 8.0, 1.0)
+TOPICS, ITEMS = 8, 12
+USERS = 400
+
+
+def window(lake, news: bool, day_before: bool = True) -> None:
+    """Users with five items of their topic a month ago, three since three days ago and two on the last day.
+
+    Of news what was taken lately did not exist a month ago. Else items stay, and what was taken three days ago was a whim: of
+    any topic.
+    """
+    random = np.random.default_rng(5)
+    rows = []
+    for user in range(USERS):
+        home = int(random.integers(TOPICS))
+        taken: set[str] = set()
+        for count, ago in ((5, 30.0), (3, 3.0), (2, 0.5)):
+            topic = int(random.integers(TOPICS)) if ago == 3.0 and not news else home
+            first = ITEMS if news and ago < 30 else 0
+            there = [f"t{topic}-{item}" for item in range(first, first + ITEMS)]
+            for item in random.choice([item for item in there if item not in taken], count, replace=False).tolist():
+                taken.add(item)
+                rows.append((f"u{user}", item, int(END - (ago - 0.4 * random.random()) * DAY_MS)))
+    for end in (END, END - DAY_MS) if day_before else (END,):
+        pairs = [
+            {"user_id": user, "item_id": item, "weight": 1.0, "n_events": 1, "first_ts": ts, "last_ts": ts}
+            for user, item, ts in rows
+            if ts < end
+        ]
+        lake.write("interactions", day_key(end - DAY_MS), pa.Table.from_pylist(pairs, schema=INTERACTIONS_SCHEMA))
+
+
+def chosen(lake, **settings) -> float:
+    als = AlsSettings(rank=8, **{"half_lives_days": CANDIDATES, **settings})
+    return choose_half_life(lake, lake.dataset("interactions", [DAY]), END, als)
+
+
+@pytest.mark.parametrize("day_before", [True, False])
+def test_of_news_a_half_life_of_days_is_taken(lake, day_before):
+    window(lake, news=True, day_before=day_before)
+    assert chosen(lake) == 8.0
+    assert chosen(lake, half_lives_days=(4.0, 0.0)) == 4.0, "the first one stays where no other is better"
+
+
+@pytest.mark.parametrize("day_before", [True, False])
+def test_of_what_stays_nothing_fades(lake, day_before):
+    window(lake, news=False, day_before=day_before)
+    assert chosen(lake) == 0.0
+
+
+def test_where_nobody_came_back_or_nothing_was_there_the_first_one_is_taken(lake):
+    als = AlsSettings(half_lives_days=(2.0, 0.0))
+    assert choose_half_life(lake, None, END, als) == 2.0
+    once = [{"user_id": "u", "item_id": "i", "weight": 1.0, "n_events": 1, "first_ts": END - 1, "last_ts": END - 1}]
+    lake.write("interactions", DAY, pa.Table.from_pylist(once, schema=INTERACTIONS_SCHEMA))
+    assert choose_half_life(lake, lake.dataset("interactions", [DAY]), END, als) == 2.0
+
+
+def test_the_fit_of_a_window_has_the_half_life_that_it_asks_for(lake):
+    window(lake, news=True)
+    als = AlsSettings(rank=8, half_lives_days=CANDIDATES)
+    report = fit_window(lake, ("interactions", DAY), END, ("als_factors", DAY), als, None, "numpy")
+    assert report.half_life_days == 8.0
+    assert (report.users, report.items) == (USERS, 2 * TOPICS * ITEMS)
