@@ -26,11 +26,12 @@ class _Silent:
 Reporter = Callable[[str, float | None], AbstractContextManager[Task]]
 
 
-def _silent(description: str, total: float | None) -> AbstractContextManager[Task]:  # noqa: ARG001
+def silent(description: str, total: float | None) -> AbstractContextManager[Task]:  # noqa: ARG001
+    """Reports nothing."""
     return nullcontext(_Silent())
 
 
-_reporter: Reporter = _silent
+_reporter: Reporter = silent
 
 
 @contextmanager

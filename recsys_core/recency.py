@@ -75,7 +75,8 @@ def choose_half_life(lake: Lake, window: ds.Dataset | None, end: int, settings: 
     scores = []
     with progress.task("half-life of ALS", len(candidates)) as bar:
         for tried, half_life in enumerate(candidates, 1):
-            scores.append(_foretold(past, half_life, small))
+            with progress.reporting_to(progress.silent):
+                scores.append(_foretold(past, half_life, small))
             bar.update(tried)
     return candidates[int(np.argmax([found.mean() for found in scores]))]
 

@@ -66,5 +66,6 @@ def distinct_users(source: ds.Dataset, only: ds.Expression | None, limit: int | 
 
 
 def smallest(ids: pa.Array, count: int) -> pa.Array:
+    """The `count` ids with the smallest hashes, in the order of these."""
     hashes = pd.util.hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
     return ids.take(pa.array(np.argsort(hashes, kind="stable")[:count]))
