@@ -46,7 +46,8 @@ def als_factors(context: dg.AssetExecutionContext, platform: PlatformResource) -
         items = item_factors(platform.lake, day)
         top = top_items_per_factor(platform.lake, items.ids, items.vectors)
         sizes = {"users": report.users, "items": report.items, "observations": report.observations}
-        fit = {"seconds": report.seconds, "ridge": report.ridge, "half_life_days": report.half_life_days}
+        chosen = {"half_life_days": report.half_life_days, "regularization": report.regularization}
+        fit = {"seconds": report.seconds, "ridge": report.ridge, **chosen}
         run.log_metrics({**sizes, **fit})
         run.log_text("top_items_per_factor.md", str(top.value))
     return dg.MaterializeResult(
@@ -56,6 +57,7 @@ def als_factors(context: dg.AssetExecutionContext, platform: PlatformResource) -
             **sizes,
             "rank": platform.settings.als.rank,
             "half-life days": report.half_life_days,
+            "regularization": report.regularization,
             "fit seconds": round(report.seconds, 1),
             "top items per factor": top,
         },

@@ -6,7 +6,7 @@ They differ in the ridge term, n_r being the observations of row r and n̄ their
 
 - MLlib: λ·n_r (ALS-WR).
 - `implicit`: λ·n̄ for every row.
-- `numpy`: λ·n̄·(1 − s + s·f_r/f̄) with s = `frequency_scaling` and f_r = n_r + N_r/alpha, N_r the size of the other side:
+- `numpy`: λ·n̄·(1 − s + s·m_r/m̄) with s = `frequency_scaling` and m_r = n_r + N_r/alpha, N_r the size of the other side:
   at 0 that of `implicit`, at 1 frequency-scaled regularisation (Rendle et al. 2022, "Revisiting the performance of iALS",
   eq. 7 with ν = 1; 1/alpha is their weight of an unobserved pair), with the same mean for every s.
 
@@ -14,8 +14,11 @@ What is shown to everybody is acted on by many, whatever their taste. `propensit
 observed as its number of interactions to that power and weighs each interaction by the inverse (Saito et al. 2020, "Unbiased
 recommender learning from missing-not-at-random implicit feedback", with power 0.5), in all engines.
 
-Where items come and go, what was done long ago says little: with a half-life the weight of a pair falls with the time since
-its last event (`recency.choose_half_life` finds the half-life).
+Where items come and go, what was done long ago says little. With a half-life h a pair whose last event has the age t keeps the
+share f = (1 + (2^(1/1.5) − 1)·t/h)^−1.5, a power of time as what people come back to is (Anderson & Schooler 1991, "Reflections
+of the environment in memory"). `numpy` takes f of the pair as observed and 1 − f as not: f weighs its term of the squares and
+its part in n_r, so that what has faded away weighs as little as what never was. The libraries of the other two know pairs
+either as observed or as not and have f·w in place of w. `recency.choose` finds the half-life.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ import scipy.sparse as sp
 from recsys_core import progress
 from recsys_core.events import DAY_MS
 from recsys_core.lake import Lake, MissingPartition
-from recsys_core.least_squares import solve_rows
+from recsys_core.least_squares import Entries, solve_rows
 from recsys_core.settings import AlsSettings
 from recsys_core.spark import is_local
 
@@ -49,8 +52,8 @@ READ_ROWS = 1 << 20
 FACTOR_ROWS = 1 << 16
 ID_BUCKETS = 256
 START_DEVIATION = 0.1
-FORGOTTEN = 1e-9
-"""Share of its weight that every pair keeps: the user had the item, however long ago."""
+FADING = 1.5
+"""Exponent of the power of time by which pairs fade."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,18 @@ class AlsReport:
     ridge_per_observation: float
     propensity_power: float
     half_life_days: float
+    regularization: float
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """The ridge of a row of n observations: `constant + per_observation · n`."""
+    """The ridge of a row of n observations, whole or faded: `constant + per_observation · n`."""
 
     constant: float
     per_observation: float
 
-    def of(self, observations: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-        """float64 (m,) of int (m,)."""
+    def of(self, observations: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """float64 (m,) of (m,)."""
         return self.constant + self.per_observation * observations.astype(np.float64)
 
 
@@ -113,8 +117,8 @@ def fit_als(
     """Factorise interactions and replace partition `key` of `<table>_users` and `<table>_items`.
 
     `files` are Parquet files of the lake with the columns user_id, item_id and weight (> 0), one row for a pair, and with a
-    half-life last_ts (ms): a pair's weight is multiplied by 2^(-age/half-life), its age that of its last event when the newest
-    of all came. 0: no half-life.
+    half-life last_ts (ms): pairs fade as the module's first lines say, by the time from their last event to the newest of all.
+    0: no half-life.
     The tables have the columns id string, n int32 (observations in the fit), factor list of `rank` float32. A pair
     counts when its user has `min_user_interactions` and its item `min_item_interactions` before any pair is left out.
 
@@ -149,6 +153,7 @@ def fit_als(
         ridge.per_observation,
         settings.propensity_power,
         half_life_days,
+        settings.regularization,
     )
 
 
@@ -174,11 +179,12 @@ def inverse_propensity(n: npt.NDArray[np.integer], power: float) -> npt.NDArray[
 
 @dataclass(frozen=True)
 class _Interactions:
-    """Ids in sorted order and the weights between them, CSR float32 (users, items)."""
+    """Ids in sorted order, the weights between them and what is left of each pair, both CSR float32 (users, items)."""
 
     user_ids: pa.Array
     item_ids: pa.Array
     weights: sp.csr_matrix
+    fresh: sp.csr_matrix
 
 
 def _fit_one_machine(
@@ -191,12 +197,8 @@ def _fit_one_machine(
     observations = int(data.weights.nnz)
     if not observations:
         raise _nothing_left(name, settings)
-    if settings.propensity_power:
-        data.weights.data *= inverse_propensity(data.weights.getnnz(axis=0), settings.propensity_power)[data.weights.indices]
-    exact = engine == "numpy"
-    ridges = ridges_of(observations, (users, items), settings, settings.frequency_scaling if exact else 0.0)
-    factorize = factorize_exactly if exact else _factorize_implicit
-    user_vectors, item_vectors = factorize(data.weights, ridges, settings)
+    factorize = factorize_exactly if engine == "numpy" else _factorize_implicit
+    user_vectors, item_vectors, ridge = factorize(data.weights, data.fresh, settings)
     sides: tuple[tuple[Side, pa.Array, npt.NDArray[np.float32], npt.NDArray[np.int64]], ...] = (
         ("users", data.user_ids, user_vectors, data.weights.getnnz(axis=1)),
         ("items", data.item_ids, item_vectors, data.weights.getnnz(axis=0)),
@@ -206,10 +208,10 @@ def _fit_one_machine(
             raise ValueError(f"{name}: the fit diverged, {side} have factors that aren't finite; raise als.regularization")
     for side, ids, vectors, counts in sides:
         lake.write(f"{table}_{side}", key, _factor_batches(ids, counts, vectors), _factor_schema(settings.rank))
-    return users, items, observations, ridges[0]
+    return users, items, observations, ridge
 
 
-def ridges_of(observations: int, shape: tuple[int, int], settings: AlsSettings, scaling: float) -> tuple[Ridge, Ridge]:
+def ridges_of(observations: float, shape: tuple[int, int], settings: AlsSettings, scaling: float) -> tuple[Ridge, Ridge]:
     """The ridges of users and of items for a fit of `shape` (users, items); see the module's first lines for the formula."""
     mean = 2 * observations / sum(shape)
     offsets = (shape[1] / settings.alpha, shape[0] / settings.alpha)
@@ -241,26 +243,31 @@ def _read_interactions(lake: Lake, files: Sequence[str], name: str, half_life_da
         users.append(batch["user_id"].dictionary_encode())
         items.append(batch["item_id"].dictionary_encode())
         weights.append(batch["weight"].to_numpy(zero_copy_only=False).astype(np.float32))
-        if half_life_days:
-            last.append(batch["last_ts"].to_numpy())
-    values = np.concatenate(weights)
+        last.append(batch["last_ts"].to_numpy() if half_life_days else np.zeros(len(batch), np.int64))
+    values, times = np.concatenate(weights), np.concatenate(last)
     if not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(f"{name}: an interaction has a weight that isn't a finite number above 0")
-    if half_life_days and len(values):
-        times = np.concatenate(last)
-        values = faded(values, times.max() - times, half_life_days)
     user_ids, rows = _sorted_codes(users)
     item_ids, columns = _sorted_codes(items)
-    matrix = sp.coo_matrix((values, (rows, columns)), shape=(len(user_ids), len(item_ids))).tocsr()
-    matrix.sort_indices()
-    return _Interactions(user_ids, item_ids, matrix)
+
+    def matrix(data: npt.NDArray[np.float32]) -> sp.csr_matrix:
+        made = sp.coo_matrix((data, (rows, columns)), shape=(len(user_ids), len(item_ids))).tocsr()
+        made.sort_indices()
+        return made
+
+    return _Interactions(user_ids, item_ids, matrix(values), matrix(not_faded(times.max(initial=0) - times, half_life_days)))
 
 
-def faded(weights: npt.NDArray[np.float32], age_ms: npt.NDArray[np.int64], half_life_days: float) -> npt.NDArray[np.float32]:
-    """Weights of pairs float32 (m,) so long after their last event, as `fit_als` says; half-life 0 leaves them alone."""
+def not_faded(age_ms: npt.NDArray[np.int64], half_life_days: float) -> npt.NDArray[np.float32]:
+    """What is left of pairs so long after their last event, float32 (m,), above 0 and at most 1; with half-life 0, all."""
     if not half_life_days:
-        return weights
-    return (weights * np.maximum(0.5 ** (age_ms / (half_life_days * DAY_MS)), FORGOTTEN)).astype(np.float32)
+        return np.ones(len(age_ms), np.float32)
+    return ((1 + _growth(half_life_days) * age_ms.astype(np.float64)) ** -FADING).astype(np.float32)
+
+
+def _growth(half_life_days: float) -> float:
+    """The factor of an age in ms for which a half is left after the half-life."""
+    return float((2 ** (1 / FADING) - 1) / (half_life_days * DAY_MS))
 
 
 def _sorted_codes(chunks: list[Any]) -> tuple[pa.Array, npt.NDArray[np.int32]]:
@@ -289,37 +296,58 @@ def _frequent(data: _Interactions, settings: AlsSettings) -> _Interactions:
         data.user_ids.take(users[some_users]),
         data.item_ids.take(items[some_items]),
         matrix[some_users][:, some_items],
+        data.fresh[users][:, items][some_users][:, some_items],
     )
 
 
 def factorize_exactly(
-    weights: sp.csr_matrix, ridges: tuple[Ridge, Ridge], settings: AlsSettings
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """User and item vectors, float32 (users, rank) and (items, rank), each half-sweep solved exactly.
+    weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings, all_items: int | None = None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Ridge]:
+    """User and item vectors, float32 (users, rank) and (items, rank), each half-sweep solved exactly, and the users' ridge.
 
-    Items start from a normal distribution of standard deviation START_DEVIATION/√rank (Rendle et al. 2022, section 4.2).
+    `weights` and `fresh`, what is left of each pair, are CSR float32 (users, items) of the same pairs. The ridge is one for
+    `all_items`, where these are some of them. Items start from a normal distribution of standard deviation
+    START_DEVIATION/√rank (Rendle et al. 2022, section 4.2).
     """
-    by_user = weights.copy()
-    by_user.data = np.float32(settings.alpha) * by_user.data
-    by_item = by_user.T.tocsr()
-    by_item.sort_indices()
-    user_ridge, item_ridge = (r.of(m.getnnz(axis=1)) for r, m in zip(ridges, (by_user, by_item), strict=True))
+    excess = _unbiased(weights, settings)
+    excess.data *= np.float32(settings.alpha) * fresh.data
+    by_user, by_item = Entries(excess, fresh.data), _transposed(excess, fresh)
+    shape = (weights.shape[0], all_items or weights.shape[1])
+    ridges = ridges_of(float(fresh.sum(dtype=np.float64)), shape, settings, settings.frequency_scaling)
+    user_ridge, item_ridge = (
+        ridge.of(np.asarray(fresh.sum(axis=axis, dtype=np.float64)).ravel()) for ridge, axis in zip(ridges, (1, 0), strict=True)
+    )
     random = np.random.default_rng(settings.seed)
-    items = random.standard_normal((by_item.shape[0], settings.rank), np.float32)
+    items = random.standard_normal((weights.shape[1], settings.rank), np.float32)
     items *= np.float32(START_DEVIATION / np.sqrt(settings.rank))
-    users = np.zeros((by_user.shape[0], settings.rank), np.float32)
+    users = np.zeros((weights.shape[0], settings.rank), np.float32)
     with progress.task("ALS iterations", settings.iterations) as bar:
         for done in range(settings.iterations):
             users = solve_rows(by_user, items, user_ridge)
             items = solve_rows(by_item, users, item_ridge)
             bar.update(done + 1)
-    return users, items
+    return users, items, ridges[0]
+
+
+def _unbiased(weights: sp.csr_matrix, settings: AlsSettings) -> sp.csr_matrix:
+    """A copy in which each weight is that of its item's inverse propensity."""
+    found = weights.copy()
+    if settings.propensity_power:
+        found.data *= inverse_propensity(weights.getnnz(axis=0), settings.propensity_power)[weights.indices]
+    return found
+
+
+def _transposed(excess: sp.csr_matrix, fresh: sp.csr_matrix) -> Entries:
+    by_item, observed = excess.T.tocsr(), fresh.T.tocsr()
+    by_item.sort_indices()
+    observed.sort_indices()
+    return Entries(by_item, observed.data)
 
 
 def _factorize_implicit(
-    weights: sp.csr_matrix, ridges: tuple[Ridge, Ridge], settings: AlsSettings
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """User and item vectors, float32 (users, rank) and (items, rank), by a few conjugate gradient steps a half-sweep.
+    weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Ridge]:
+    """The same by a few conjugate gradient steps a half-sweep, the ridge equal for all rows.
 
     `implicit` takes the stored value as the whole confidence (implicit 0.7, cpu/als.py: b += c·y, A += (c − 1)·y·yᵀ),
     MLlib takes 1 + alpha·value; so the values handed over are 1 + alpha·w, with `implicit`'s own alpha at 1.
@@ -327,20 +355,21 @@ def _factorize_implicit(
     from implicit.cpu.als import AlternatingLeastSquares
     from threadpoolctl import threadpool_limits
 
-    confidence = weights.copy()
-    confidence.data = 1 + np.float32(settings.alpha) * confidence.data
+    confidence = _unbiased(weights, settings)
+    confidence.data = 1 + np.float32(settings.alpha) * fresh.data * confidence.data
+    ridge, _ = ridges_of(weights.nnz, weights.shape, settings, 0.0)
     # The library's own threads each call BLAS: more threads inside those calls make a fit ten times slower.
     with threadpool_limits(1, "blas"), progress.task("ALS iterations", settings.iterations) as bar:
         model = AlternatingLeastSquares(
             factors=settings.rank,
-            regularization=ridges[0].constant,
+            regularization=ridge.constant,
             alpha=1.0,
             iterations=settings.iterations,
             random_state=settings.seed,
             num_threads=0,
         )
         model.fit(confidence, show_progress=False, callback=lambda done, _seconds, _loss: bar.update(done + 1))
-    return model.user_factors, model.item_factors
+    return model.user_factors, model.item_factors, ridge
 
 
 # -- Spark ------------------------------------------------------------------------------------------------------------
@@ -400,14 +429,14 @@ def _fit_spark(
 
 
 def _faded(interactions: DataFrame, half_life_days: float) -> DataFrame:
-    """user_id, item_id and weight (float), as `faded` has it."""
+    """user_id, item_id and weight (float), as `not_faded` has it."""
     from pyspark.sql import functions as F
 
     weight = F.col("weight")
     if half_life_days:
         newest = interactions.agg(F.max("last_ts").alias("ts")).first()
         age_ms = F.lit(newest["ts"] if newest else None) - F.col("last_ts")
-        weight *= F.greatest(F.pow(F.lit(0.5), age_ms / (half_life_days * DAY_MS)), F.lit(FORGOTTEN))
+        weight *= F.pow(1 + F.lit(_growth(half_life_days)) * age_ms, F.lit(-FADING))
     return interactions.select("user_id", "item_id", weight.cast("float").alias("weight"))
 
 

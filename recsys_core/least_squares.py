@@ -1,9 +1,10 @@
 """The half-sweep of ALS: every row's ridge regression on the other side's vectors, solved exactly, many rows at a time.
 
-Row r with the entries Ω_r and the ridge ρ_r solves (YᵀY + Σ_Ω s·y·yᵀ + ρ_r·I) x = Σ_Ω (1 + s)·y, s its excess confidence
-(Hu, Koren, Volinsky 2008, eq. 4). With YᵀY = QΛQᵀ and everything rotated by Q, the part that all rows share is the diagonal
-D_r = Λ + ρ_r, whatever the row's ridge. A row of fewer entries than factors is then solved in its entries instead of the
-factors: (D + YᵀSY)⁻¹Yᵀ = D⁻¹Yᵀ(I + S·YD⁻¹Yᵀ)⁻¹, a system as small as the row.
+Row r with the entries Ω_r and the ridge ρ_r solves (YᵀY + Σ_Ω s·y·yᵀ + ρ_r·I) x = Σ_Ω (f + s)·y, s an entry's confidence beyond
+that of a pair that was not observed, f its share of having been observed (f = 1: Hu, Koren, Volinsky 2008, eq. 4). With
+YᵀY = QΛQᵀ and everything rotated by Q, the part that all rows share is the diagonal D_r = Λ + ρ_r, whatever the row's ridge. A
+row of fewer entries than factors is then solved in its entries instead of the factors: (D + YᵀSY)⁻¹Yᵀ = D⁻¹Yᵀ(I + S·YD⁻¹Yᵀ)⁻¹,
+a system as small as the row.
 
 Rows of similar length are padded to blocks, so that memory is bounded and NumPy's stacked products and solves do the work.
 Blocks depend on the lengths alone and each is solved by one thread: the result does not depend on the number of threads.
@@ -35,10 +36,18 @@ class _Shared:
     rotation: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Entries:
+    """The observed pairs of a side: `excess`, CSR float32 (rows, n), is s of each, `observed`, float32 in its order, is f."""
+
+    excess: sp.csr_matrix
+    observed: npt.NDArray[np.float32]
+
+
 def solve_rows(
-    excess: sp.csr_matrix, vectors: npt.NDArray[np.float32], ridge: npt.NDArray[np.float64], threads: int | None = None
+    entries: Entries, vectors: npt.NDArray[np.float32], ridge: npt.NDArray[np.float64], threads: int | None = None
 ) -> npt.NDArray[np.float32]:
-    """Vectors float32 (rows, d) of the rows of `excess`, CSR float32 (rows, n), confidence beyond 1 of each observed pair.
+    """Vectors float32 (rows, d) of the rows of `entries`.
 
     `vectors` is float32 (n, d), `ridge` (rows,) and above 0. A row without entries gets zeros. `threads` is the number of
     blocks in work, by default the number of cores.
@@ -49,13 +58,14 @@ def solve_rows(
         spectrum, basis = np.linalg.eigh(_gram(vectors))
         rotation = basis.astype(np.float32)
         shared = _Shared(vectors @ rotation, np.maximum(spectrum, 0), rotation)
-        found = np.zeros((excess.shape[0], vectors.shape[1]), np.float32)
+        lengths = np.diff(entries.excess.indptr)
+        found = np.zeros((len(lengths), vectors.shape[1]), np.float32)
 
         def solve(rows: npt.NDArray[np.int64]) -> None:
-            found[rows] = _solve_block(excess, rows, shared, ridge[rows]) @ rotation.T
+            found[rows] = _solve_block(entries, rows, shared, ridge[rows]) @ rotation.T
 
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-            for _ in pool.map(solve, _blocks(np.diff(excess.indptr), vectors.shape[1])):
+            for _ in pool.map(solve, _blocks(lengths, vectors.shape[1])):
                 pass
     return found
 
@@ -85,24 +95,25 @@ def _blocks(lengths: npt.NDArray[np.int32], dimension: int) -> Iterator[npt.NDAr
 
 
 def _solve_block(
-    excess: sp.csr_matrix, rows: npt.NDArray[np.int64], shared: _Shared, ridge: npt.NDArray[np.float64]
+    entries: Entries, rows: npt.NDArray[np.int64], shared: _Shared, ridge: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float32]:
     """Rotated vectors float32 (len(rows), d) of rows of similar length, the longest first.
 
     An array times its own transpose takes BLAS half the work, so weights are shared out to both sides by their roots.
     """
+    excess = entries.excess
     starts, lengths = excess.indptr[rows], np.diff(excess.indptr)[rows]
     longest, dimension = int(lengths[0]), shared.vectors.shape[1]
     diagonal = (shared.spectrum + ridge[:, None]).astype(np.float32)
     if longest * dimension > BLOCK_FLOATS:
-        return _solve_long(excess, int(rows[0]), shared, diagonal[0])[None]
+        return _solve_long(entries, int(rows[0]), shared, diagonal[0])[None]
     at = np.arange(longest)
     within = at < lengths[:, None]
     place = np.where(within, starts[:, None] + at, 0)
     s = np.where(within, excess.data[place], 0)
     y = shared.vectors[excess.indices[place]]
     y *= within[..., None]
-    c = np.where(within, 1 + s, 0)
+    c = np.where(within, entries.observed[place] + s, 0)
     if longest < dimension:
         root = np.sqrt(diagonal)
         y /= root[:, None, :]
@@ -119,8 +130,9 @@ def _solve_block(
     return np.linalg.solve(left, right)[..., 0]
 
 
-def _solve_long(excess: sp.csr_matrix, row: int, shared: _Shared, diagonal: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _solve_long(entries: Entries, row: int, shared: _Shared, diagonal: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """One row that is too long for a block, summed in pieces."""
+    excess = entries.excess
     dimension = shared.vectors.shape[1]
     left, right = np.diag(diagonal.astype(np.float64)), np.zeros(dimension)
     step = max(1, BLOCK_FLOATS // dimension)
@@ -129,5 +141,5 @@ def _solve_long(excess: sp.csr_matrix, row: int, shared: _Shared, diagonal: npt.
         piece = slice(at, min(at + step, end))
         y, s = shared.vectors[excess.indices[piece]], excess.data[piece]
         left += y.T @ (y * s[:, None])
-        right += y.T @ (1 + s)
+        right += y.T @ (entries.observed[piece] + s)
     return np.linalg.solve(left, right).astype(np.float32)

@@ -1,15 +1,17 @@
-"""How fast interactions go stale: the half-life that ALS is fitted with, found on the last day of its own window.
+"""How fast interactions go stale, and how far factors may follow single ones: found on the last day of a window itself.
 
 News and posts live for hours, what a shop sells for months; a half-life of the wrong order costs a factor model half of its
-ranking. So each window says itself: factors of what was known before its last day are fitted with each half-life of
-`als.half_lives_days` in turn, and what users took first on that day says which of them foretells best.
+ranking, and news, of which everybody takes the same, bear a ridge under which a shop's factors vanish. So factors of what was
+known before the window's last day are fitted with each half-life and each ridge in turn, and what users took first on that day
+says which of them foretells best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +21,11 @@ import pyarrow.dataset as ds
 import scipy.sparse as sp
 
 from recsys_core import progress
-from recsys_core.als import AlsReport, factorize_exactly, faded, fit_als, inverse_propensity, ridges_of
+from recsys_core.als import AlsReport, factorize_exactly, fit_als, not_faded
 from recsys_core.events import DAY_MS, ITEM_ID, USER_ID, day_key
 from recsys_core.lake import Lake
 from recsys_core.metrics import per_user, rank_all
-from recsys_core.samples import codes, distinct_users, smallest, validation_span
+from recsys_core.samples import codes, distinct, smallest, validation_span
 from recsys_core.settings import AlsSettings
 from recsys_core.tables import INTERACTIONS
 
@@ -34,8 +36,15 @@ TESTED_USERS = 5_000
 """Most users whose last day is foretold."""
 FITTED_USERS = 20_000
 """Most users that factors are fitted to, those among them: memory and time are bounded whatever the window holds."""
-RANK, ITERATIONS = 32, 5
+RANK, ITERATIONS = 32, 10
 """Most factors and sweeps of these fits."""
+
+
+class Chosen(NamedTuple):
+    """Settings of a fit: days after which half of an interaction is left (0: all of it stays), and λ."""
+
+    half_life_days: float
+    regularization: float
 
 
 def fit_window(
@@ -47,22 +56,25 @@ def fit_window(
     spark: Callable[[], SparkSession] | None,
     engine: str,
 ) -> AlsReport:
-    """`fit_als` of the window, table and partition, that ended at `end` (ms), with the half-life that it asks for.
+    """`fit_als` of the window, table and partition, that ended at `end` (ms), with what it asks for itself.
 
     `into` names table and partition of the factors.
     """
     table, key = window
-    half_life = choose_half_life(lake, lake.dataset(table, [key]), end, settings)
-    return fit_als(lake, lake.files(table, [key]), *into, settings, spark, engine, half_life)
+    half_life, regularization = choose(lake, lake.dataset(table, [key]), end, settings, engine)
+    chosen = settings.model_copy(update={"regularization": regularization})
+    return fit_als(lake, lake.files(table, [key]), *into, chosen, spark, engine, half_life)
 
 
-def choose_half_life(lake: Lake, window: ds.Dataset | None, end: int, settings: AlsSettings) -> float:
-    """The one of `settings.half_lives_days` that foretells the last day of a window of interactions best.
+def choose(lake: Lake, window: ds.Dataset | None, end: int, settings: AlsSettings, engine: str) -> Chosen:
+    """What foretells the last day of a window of interactions best.
 
-    That is the one of the highest NDCG@10; where nobody came back, the first one. Where few users did, the last day is the
-    last 2, 4, … days.
+    That is the one of `settings.half_lives_days`, and for the engine `numpy` of λ times each of
+    `settings.regularization_factors`, with the highest NDCG@10; where nobody came back, the first of each. Where few users did,
+    the last day is the last 2, 4, … days.
     """
-    candidates = settings.half_lives_days
+    factors = settings.regularization_factors if engine == "numpy" else (1.0,)
+    candidates = [Chosen(*pair) for pair in product(settings.half_lives_days, (settings.regularization * f for f in factors))]
     if len(candidates) == 1 or window is None:
         return candidates[0]
     start, days, users = validation_span(window, end, TESTED_USERS)
@@ -74,11 +86,11 @@ def choose_half_life(lake: Lake, window: ds.Dataset | None, end: int, settings: 
     small = settings.model_copy(update={"rank": min(settings.rank, RANK), "iterations": min(settings.iterations, ITERATIONS)})
     scores = []
     with progress.task("half-life of ALS", len(candidates)) as bar:
-        for tried, half_life in enumerate(candidates, 1):
+        for tried, candidate in enumerate(candidates, 1):
             with progress.reporting_to(progress.silent):
-                scores.append(_foretold(past, half_life, small))
+                scores.append(_foretold(past, candidate, small, engine).mean())
             bar.update(tried)
-    return candidates[int(np.argmax([found.mean() for found in scores]))]
+    return candidates[int(np.argmax(scores))]
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,9 @@ class _Past:
 
     Attributes:
         weights: of their pairs, CSR float32 (users, items).
+        all_items: items of all users. The ridge is one for so many: under it factors vanish when those of all users do, and λ
+            means the same for both (the ridges grow with λ·observations/items, what they hold against with the square root of
+            the sum of squared shares of items in observations).
         age_ms: of each pair, in the order of `weights.data`: time from its last event to the moment.
         tested: rows of the users that took something new, int64 (t,).
         seen: what these had before, CSR bool (t, items).
@@ -94,6 +109,7 @@ class _Past:
     """
 
     weights: sp.csr_matrix
+    all_items: int
     age_ms: npt.NDArray[np.int64]
     tested: npt.NDArray[np.int64]
     seen: sp.csr_matrix
@@ -106,7 +122,8 @@ def _past(lake: Lake, window: ds.Dataset, moment: int, returning: pa.Array) -> _
     Fitted are the interactions of the day that ended at the moment. Where that day was not made, they are the pairs of `window`
     that were over by then: the weight of one that went on would tell what came later.
     """
-    others = smallest(distinct_users(window, ds.field("first_ts") < moment, 2 * FITTED_USERS), FITTED_USERS - len(returning))
+    before = ds.field("first_ts") < moment
+    others = smallest(distinct(window, USER_ID, before, 2 * FITTED_USERS), FITTED_USERS - len(returning))
     users = pc.unique(pa.concat_arrays([returning, others]))
     columns = [USER_ID, ITEM_ID, "weight", "first_ts", "last_ts"]
     rows = window.to_table(columns=columns, filter=ds.field(USER_ID).isin(users))
@@ -131,6 +148,7 @@ def _past(lake: Lake, window: ds.Dataset, moment: int, returning: pa.Array) -> _
         return None
     return _Past(
         weights=matrix(fitted, fitted["weight"].to_numpy().astype(np.float32)),
+        all_items=len(distinct(window, ITEM_ID, before)),
         age_ms=matrix(fitted, moment - fitted["last_ts"].to_numpy()).data,
         tested=tested,
         seen=matrix(had, np.ones(had.num_rows, bool))[tested],
@@ -138,12 +156,14 @@ def _past(lake: Lake, window: ds.Dataset, moment: int, returning: pa.Array) -> _
     )
 
 
-def _foretold(past: _Past, half_life_days: float, settings: AlsSettings) -> npt.NDArray[np.float64]:
-    """NDCG@10 of each tested user, float64 (t,), by factors fitted with a half-life."""
-    weights = past.weights.copy()
-    weights.data = faded(weights.data, past.age_ms, half_life_days)
-    weights.data *= inverse_propensity(weights.getnnz(axis=0), settings.propensity_power)[weights.indices]
-    ridges = ridges_of(weights.nnz, weights.shape, settings, settings.frequency_scaling)
-    user_vectors, item_vectors = factorize_exactly(weights, ridges, settings)
+def _foretold(past: _Past, candidate: Chosen, settings: AlsSettings, engine: str) -> npt.NDArray[np.float64]:
+    """NDCG@10 of each tested user, float64 (t,), by factors that `factorize_exactly` fits to what the engine has of pairs."""
+    weights, fresh = past.weights.copy(), past.weights.copy()
+    fresh.data = not_faded(past.age_ms, candidate.half_life_days)
+    if engine != "numpy":
+        weights.data *= fresh.data
+        fresh.data = np.ones_like(fresh.data)
+    chosen = settings.model_copy(update={"regularization": candidate.regularization})
+    user_vectors, item_vectors, _ = factorize_exactly(weights, fresh, chosen, past.all_items)
     top = rank_all(user_vectors[past.tested], item_vectors, past.seen, 10)
     return per_user(top, past.relevant, [10])["ndcg@10"]

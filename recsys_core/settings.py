@@ -110,10 +110,15 @@ class AlsSettings(Section):
         description="an interaction weighs inverse to its item's propensity n^power, n its interactions; 0: all alike",
     )
     half_lives_days: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        (0.0, 16.0, 4.0, 1.0, 0.25),
+        (0.0, 16.0, 4.0, 1.0, 0.25, 0.0625),
         min_length=1,
-        description="days after its last event in which an interaction loses half its weight, beside the decay of its events; "
-        "0: never. Of several that one is taken that foretells the window's last day best",
+        description="days after its last event in which half of an interaction fades away, beside the decay of its events; "
+        "0: nothing does. Of several that one is taken that foretells the window's last day best",
+    )
+    regularization_factors: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 8.0, 64.0),
+        min_length=1,
+        description="of λ times each of these that one is taken, together with the half-life (`numpy`)",
     )
     seed: int = Field(7, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")

@@ -7,13 +7,14 @@ import scipy.sparse as sp
 
 from recsys_core import progress
 from recsys_core.als import (
-    FORGOTTEN,
     AlsReport,
+    Ridge,
     Side,
     choose_engine,
     fit_als,
     inverse_propensity,
     iter_factors,
+    not_faded,
     read_factors,
     ridges_of,
 )
@@ -138,8 +139,17 @@ def test_with_a_propensity_users_are_folded_in_with_the_item_weights_of_their_fi
     assert np.median(np.linalg.norm(alike - users, axis=1) / np.linalg.norm(users, axis=1)) > 0.05
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_with_a_half_life_the_fit_is_that_of_faded_weights(lake, spark, engine):
+def test_half_of_a_pair_is_left_after_the_half_life_and_a_power_of_time_later():
+    age = (np.array([0.0, 3.0, 3e4, 3e5]) * DAY_MS).astype(np.int64)
+    left = not_faded(age, 3.0)
+    assert left.dtype == np.float32
+    assert left[:2].tolist() == [1.0, 0.5]
+    assert left[2] / left[3] == pytest.approx(10**1.5, rel=1e-3)
+    assert not_faded(age, 0.0).tolist() == [1.0] * 4
+
+
+def aged_pairs(lake) -> tuple[list[str], sp.csr_matrix, sp.csr_matrix]:
+    """Files of pairs of all ages between 40 users and 20 items, the weights, and what is left after a half-life of 3 days."""
     train, _ = taste(users=40, items=20, rank=2, per_user=6, seed=4)
     pairs = pairs_of(train)
     ages = np.random.default_rng(2).integers(0, 9, len(pairs)).astype(float)
@@ -148,19 +158,40 @@ def test_with_a_half_life_the_fit_is_that_of_faded_weights(lake, spark, engine):
     last = pa.array((1e12 - ages * DAY_MS).astype(np.int64))
     table = pa.table({"user_id": users, "item_id": items, "weight": pa.array(weights, pa.float32()), "last_ts": last})
     lake.write("interactions", "aged", table)
+    left = train.copy()
+    left.data = not_faded((ages * DAY_MS).astype(np.int64), 3.0)
+    return lake.files("interactions", ["aged"]), train, left
+
+
+@pytest.mark.parametrize("engine", ["implicit", "spark"])
+def test_with_a_half_life_libraries_fit_faded_weights(lake, spark, engine):
+    files, train, left = aged_pairs(lake)
     settings = AlsSettings(rank=4, iterations=10)
-    files = lake.files("interactions", ["aged"])
     report = fit_als(lake, files, "als_factors", KEY, settings, lambda: spark, engine, half_life_days=3.0)
     assert report.half_life_days == 3.0
     with_half_life = matrix_order(lake, "items", 20)
-    expected = [(u, i, w * max(0.5 ** (age / 3), FORGOTTEN)) for (u, i, w), age in zip(pairs, ages, strict=True)]
-    fit(lake, write_interactions(lake, expected), engine, spark, rank=4, iterations=10)
+    fit(lake, write_interactions(lake, pairs_of(train.multiply(left).tocsr())), engine, spark, rank=4, iterations=10)
     np.testing.assert_allclose(
         with_half_life @ with_half_life.T, (found := matrix_order(lake, "items", 20)) @ found.T, atol=1e-3
     )
     fit(lake, files, engine, spark, rank=4, iterations=10)
     alike = matrix_order(lake, "items", 20)
     assert np.abs(alike @ alike.T - found @ found.T).max() > 0.02
+
+
+def test_with_a_half_life_numpy_takes_what_has_faded_of_a_pair_as_not_observed(lake):
+    files, train, left = aged_pairs(lake)
+    settings = AlsSettings(rank=4, iterations=60, alpha=2.0, regularization=0.2, propensity_power=0.0)
+    report = fit_als(lake, files, "als_factors", KEY, settings, None, "numpy", half_life_days=3.0)
+    users, items = matrix_order(lake, "users", 40), matrix_order(lake, "items", 20).astype(np.float64)
+    f, w = left.toarray(), train.toarray()
+    ridge = Ridge(report.ridge, report.ridge_per_observation).of(f.sum(axis=1))
+    assert ridge.sum() == pytest.approx(ridges_of(f.sum(), (40, 20), settings, 1.0)[0].of(f.sum(axis=1)).sum())
+    for user in range(40):
+        confidence = f[user] * (1 + 2 * w[user]) + (1 - f[user])
+        left_side = (items * confidence[:, None]).T @ items + ridge[user] * np.eye(4)
+        expected = np.linalg.solve(left_side, items.T @ (f[user] * (1 + 2 * w[user]) * (w[user] > 0)))
+        np.testing.assert_allclose(users[user], expected, atol=0.01 * np.abs(users).max())
 
 
 def test_the_inverse_propensity_halves_for_four_times_the_interactions_and_keeps_the_mean_weight():

@@ -7,20 +7,21 @@ import pytest
 import scipy.sparse as sp
 
 from recsys_core import least_squares
-from recsys_core.least_squares import solve_rows
+from recsys_core.least_squares import Entries, solve_rows
 
 ROWS, COLUMNS, DIMENSION = 60, 300, 12
 
 
 @pytest.fixture
-def excess() -> sp.csr_matrix:
-    """Rows of 0 to 200 entries, shorter and longer than the dimension."""
+def entries() -> Entries:
+    """Rows of 0 to 200 entries, shorter and longer than the dimension, each observed by another share."""
     random = np.random.default_rng(0)
     lengths = np.concatenate([[0, 1, 2, DIMENSION - 1, DIMENSION, DIMENSION + 1, 200], random.integers(1, 60, ROWS - 7)])
     matrix = sp.lil_matrix((ROWS, COLUMNS), dtype=np.float32)
     for row, length in enumerate(lengths):
         matrix[row, random.choice(COLUMNS, length, replace=False)] = random.uniform(0.1, 5, length)
-    return matrix.tocsr()
+    excess = matrix.tocsr()
+    return Entries(excess, random.uniform(0.01, 1, excess.nnz).astype(np.float32))
 
 
 @pytest.fixture
@@ -33,31 +34,32 @@ def ridge() -> np.ndarray:
     return np.random.default_rng(2).uniform(0.5, 20, ROWS)
 
 
-def closed_form(excess: sp.csr_matrix, vectors: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+def closed_form(entries: Entries, vectors: np.ndarray, ridge: np.ndarray) -> np.ndarray:
     y = vectors.astype(np.float64)
+    excess = entries.excess
     found = np.zeros((excess.shape[0], y.shape[1]))
+    wanted = sp.csr_matrix((entries.observed + excess.data, excess.indices, excess.indptr), excess.shape).toarray()
     for row, s in enumerate(excess.toarray()):
-        confidence = np.where(s > 0, 1 + s, 0)
-        found[row] = np.linalg.solve(y.T @ ((1 + s)[:, None] * y) + ridge[row] * np.eye(y.shape[1]), y.T @ confidence)
+        found[row] = np.linalg.solve(y.T @ ((1 + s)[:, None] * y) + ridge[row] * np.eye(y.shape[1]), y.T @ wanted[row])
     return found
 
 
-def test_rows_of_every_length_equal_the_closed_form(excess: sp.csr_matrix, vectors: np.ndarray, ridge: np.ndarray) -> None:
-    found = solve_rows(excess, vectors, ridge)
+def test_rows_of_every_length_equal_the_closed_form(entries: Entries, vectors: np.ndarray, ridge: np.ndarray) -> None:
+    found = solve_rows(entries, vectors, ridge)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, closed_form(excess, vectors, ridge), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(found, closed_form(entries, vectors, ridge), rtol=2e-4, atol=2e-5)
     assert not found[0].any(), "nothing is known of the row without entries"
 
 
 def test_a_row_longer_than_a_block_is_summed_in_pieces(
-    excess: sp.csr_matrix, vectors: np.ndarray, ridge: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    entries: Entries, vectors: np.ndarray, ridge: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(least_squares, "BLOCK_FLOATS", 50 * DIMENSION)
-    np.testing.assert_allclose(solve_rows(excess, vectors, ridge), closed_form(excess, vectors, ridge), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(solve_rows(entries, vectors, ridge), closed_form(entries, vectors, ridge), rtol=2e-4, atol=2e-5)
 
 
-def test_the_number_of_threads_changes_no_bit(excess: sp.csr_matrix, vectors: np.ndarray, ridge: np.ndarray) -> None:
-    first, *others = (solve_rows(excess, vectors, ridge, threads) for threads in (1, 2, 5))
+def test_the_number_of_threads_changes_no_bit(entries: Entries, vectors: np.ndarray, ridge: np.ndarray) -> None:
+    first, *others = (solve_rows(entries, vectors, ridge, threads) for threads in (1, 2, 5))
     for other in others:
         np.testing.assert_array_equal(first, other)
 

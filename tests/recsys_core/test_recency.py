@@ -1,4 +1,4 @@
-"""The half-life of interactions that a window's own last day asks for."""
+"""The half-life of interactions and the ridge that a window's own last day asks for."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,7 +6,7 @@ import pytest
 from builders import INTERACTIONS_SCHEMA
 
 from recsys_core.events import DAY_MS, day_key, key_start_ms
-from recsys_core.recency import choose_half_life, fit_window
+from recsys_core.recency import Chosen, choose, fit_window
 from recsys_core.settings import AlsSettings
 
 DAY = "2026-03-01"
@@ -43,35 +43,45 @@ def window(lake, news: bool, day_before: bool = True) -> None:
         lake.write("interactions", day_key(end - DAY_MS), pa.Table.from_pylist(pairs, schema=INTERACTIONS_SCHEMA))
 
 
-def chosen(lake, **settings) -> float:
-    als = AlsSettings(rank=8, **{"half_lives_days": CANDIDATES, **settings})
-    return choose_half_life(lake, lake.dataset("interactions", [DAY]), END, als)
+def chosen(lake, engine: str = "numpy", **settings) -> Chosen:
+    als = AlsSettings(rank=8, **{"half_lives_days": CANDIDATES, "regularization_factors": (1.0,), **settings})
+    return choose(lake, lake.dataset("interactions", [DAY]), END, als, engine)
 
 
+@pytest.mark.parametrize("engine", ["numpy", "spark"])
 @pytest.mark.parametrize("day_before", [True, False])
-def test_of_news_a_half_life_of_days_is_taken(lake, day_before):
+def test_of_news_a_half_life_of_days_is_taken(lake, day_before, engine):
     window(lake, news=True, day_before=day_before)
-    assert chosen(lake) == 8.0
-    assert chosen(lake, half_lives_days=(4.0, 0.0)) == 4.0, "the first one stays where no other is better"
+    assert chosen(lake, engine).half_life_days > 0
+    assert chosen(lake, engine, half_lives_days=(4.0, 0.0)).half_life_days == 4.0, "the first one stays where none is better"
 
 
+@pytest.mark.parametrize("engine", ["numpy", "spark"])
 @pytest.mark.parametrize("day_before", [True, False])
-def test_of_what_stays_nothing_fades(lake, day_before):
+def test_of_what_stays_nothing_fades(lake, day_before, engine):
     window(lake, news=False, day_before=day_before)
-    assert chosen(lake) == 0.0
+    assert chosen(lake, engine).half_life_days == 0.0
+
+
+def test_the_ridge_is_raised_where_that_foretells_better_and_for_numpy_alone(lake):
+    window(lake, news=False)
+    strict = {"regularization": 1e-3, "regularization_factors": (1.0, 100.0, 1e7)}
+    assert chosen(lake, **strict).regularization == pytest.approx(0.1), "with more all factors vanish"
+    assert chosen(lake, "implicit", **strict).regularization == 1e-3
 
 
 def test_where_nobody_came_back_or_nothing_was_there_the_first_one_is_taken(lake):
-    als = AlsSettings(half_lives_days=(2.0, 0.0))
-    assert choose_half_life(lake, None, END, als) == 2.0
+    als = AlsSettings(half_lives_days=(2.0, 0.0), regularization=3.0, regularization_factors=(2.0, 1.0))
+    assert choose(lake, None, END, als, "numpy") == (2.0, 6.0)
     once = [{"user_id": "u", "item_id": "i", "weight": 1.0, "n_events": 1, "first_ts": END - 1, "last_ts": END - 1}]
     lake.write("interactions", DAY, pa.Table.from_pylist(once, schema=INTERACTIONS_SCHEMA))
-    assert choose_half_life(lake, lake.dataset("interactions", [DAY]), END, als) == 2.0
+    assert choose(lake, lake.dataset("interactions", [DAY]), END, als, "numpy") == (2.0, 6.0)
 
 
-def test_the_fit_of_a_window_has_the_half_life_that_it_asks_for(lake):
+def test_the_fit_of_a_window_has_what_it_asks_for(lake):
     window(lake, news=True)
-    als = AlsSettings(rank=8, half_lives_days=CANDIDATES)
+    als = AlsSettings(rank=8, half_lives_days=CANDIDATES, regularization_factors=(1.0, 0.5))
+    wanted = choose(lake, lake.dataset("interactions", [DAY]), END, als, "numpy")
     report = fit_window(lake, ("interactions", DAY), END, ("als_factors", DAY), als, None, "numpy")
-    assert report.half_life_days == 8.0
+    assert (report.half_life_days, report.regularization) == wanted
     assert (report.users, report.items) == (USERS, 2 * TOPICS * ITEMS)
