@@ -54,6 +54,7 @@ ID_BUCKETS = 256
 START_DEVIATION = 0.1
 FADING = 1.5
 """Exponent of the power of time by which pairs fade."""
+POWER_ITERATIONS = 30
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,13 @@ def fit_als(
     spark: Callable[[], SparkSession] | None,
     engine: str,
     half_life_days: float = 0.0,
+    floor: float = 0.0,
 ) -> AlsReport:
     """Factorise interactions and replace partition `key` of `<table>_users` and `<table>_items`.
 
     `files` are Parquet files of the lake with the columns user_id, item_id and weight (> 0), one row for a pair, and with a
     half-life last_ts (ms): pairs fade as the module's first lines say, by the time from their last event to the newest of all.
-    0: no half-life.
+    0: no half-life. `floor` is the least λ, as a share of `vanishing` (`numpy` alone).
     The tables have the columns id string, n int32 (observations in the fit), factor list of `rank` float32. A pair
     counts when its user has `min_user_interactions` and its item `min_item_interactions` before any pair is left out.
 
@@ -134,12 +136,13 @@ def fit_als(
     if not files:
         raise ValueError(f"{name}: no interactions to fit, there is no file of them")
     if engine in ("numpy", "implicit"):
-        users, items, observations, ridge = _fit_one_machine(lake, files, table, key, settings, engine, half_life_days)
+        users, items, observations, fitted = _fit_one_machine(lake, files, table, key, settings, engine, half_life_days, floor)
+        ridge, regularization = fitted.ridge, fitted.regularization
     elif engine == "spark":
         if spark is None:
             raise ValueError(f"{name}: the engine `spark` needs a Spark session")
         users, items, observations = _fit_spark(lake, files, table, key, settings, spark(), half_life_days)
-        ridge = Ridge(0.0, settings.regularization)
+        ridge, regularization = Ridge(0.0, settings.regularization), settings.regularization
     else:
         raise ValueError(f"{name}: unknown ALS engine {engine!r}, use `numpy`, `implicit` or `spark`")
     seconds = time.perf_counter() - started
@@ -153,7 +156,7 @@ def fit_als(
         ridge.per_observation,
         settings.propensity_power,
         half_life_days,
-        settings.regularization,
+        regularization,
     )
 
 
@@ -187,28 +190,47 @@ class _Interactions:
     fresh: sp.csr_matrix
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Vectors float32 (users, rank) and (items, rank), the users' ridge and the λ that it was made with."""
+
+    users: npt.NDArray[np.float32]
+    items: npt.NDArray[np.float32]
+    ridge: Ridge
+    regularization: float
+
+
 def _fit_one_machine(
-    lake: Lake, files: Sequence[str], table: str, key: str, settings: AlsSettings, engine: str, half_life_days: float
-) -> tuple[int, int, int, Ridge]:
-    """Users, items, observations, and the users' ridge."""
+    lake: Lake,
+    files: Sequence[str],
+    table: str,
+    key: str,
+    settings: AlsSettings,
+    engine: str,
+    half_life_days: float,
+    floor: float,
+) -> tuple[int, int, int, Fit]:
+    """Users, items, observations, and the fit."""
     name = f"{table}, partition {key!r}"
     data = _frequent(_read_interactions(lake, files, name, half_life_days), settings)
     users, items = data.weights.shape
     observations = int(data.weights.nnz)
     if not observations:
         raise _nothing_left(name, settings)
-    factorize = factorize_exactly if engine == "numpy" else _factorize_implicit
-    user_vectors, item_vectors, ridge = factorize(data.weights, data.fresh, settings)
+    if engine == "numpy":
+        fit = factorize_exactly(data.weights, data.fresh, settings, floor)
+    else:
+        fit = _factorize_implicit(data.weights, data.fresh, settings)
     sides: tuple[tuple[Side, pa.Array, npt.NDArray[np.float32], npt.NDArray[np.int64]], ...] = (
-        ("users", data.user_ids, user_vectors, data.weights.getnnz(axis=1)),
-        ("items", data.item_ids, item_vectors, data.weights.getnnz(axis=0)),
+        ("users", data.user_ids, fit.users, data.weights.getnnz(axis=1)),
+        ("items", data.item_ids, fit.items, data.weights.getnnz(axis=0)),
     )
     for side, _, vectors, _ in sides:
         if not np.isfinite(vectors).all():
             raise ValueError(f"{name}: the fit diverged, {side} have factors that aren't finite; raise als.regularization")
     for side, ids, vectors, counts in sides:
         lake.write(f"{table}_{side}", key, _factor_batches(ids, counts, vectors), _factor_schema(settings.rank))
-    return users, items, observations, ridge
+    return users, items, observations, fit
 
 
 def ridges_of(observations: float, shape: tuple[int, int], settings: AlsSettings, scaling: float) -> tuple[Ridge, Ridge]:
@@ -300,33 +322,49 @@ def _frequent(data: _Interactions, settings: AlsSettings) -> _Interactions:
     )
 
 
-def factorize_exactly(
-    weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings, all_items: int | None = None
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Ridge]:
-    """User and item vectors, float32 (users, rank) and (items, rank), each half-sweep solved exactly, and the users' ridge.
+def factorize_exactly(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings, floor: float = 0.0) -> Fit:
+    """Each half-sweep solved exactly, with the λ of the settings or, where that is more, `floor` times `vanishing`.
 
-    `weights` and `fresh`, what is left of each pair, are CSR float32 (users, items) of the same pairs. The ridge is one for
-    `all_items`, where these are some of them. Items start from a normal distribution of standard deviation
-    START_DEVIATION/√rank (Rendle et al. 2022, section 4.2).
+    `weights` and `fresh`, what is left of each pair, are CSR float32 (users, items) of the same pairs. Items start from a normal
+    distribution of standard deviation START_DEVIATION/√rank (Rendle et al. 2022, section 4.2).
     """
     excess = _unbiased(weights, settings)
     excess.data *= np.float32(settings.alpha) * fresh.data
     by_user, by_item = Entries(excess, fresh.data), _transposed(excess, fresh)
-    shape = (weights.shape[0], all_items or weights.shape[1])
-    ridges = ridges_of(float(fresh.sum(dtype=np.float64)), shape, settings, settings.frequency_scaling)
-    user_ridge, item_ridge = (
-        ridge.of(np.asarray(fresh.sum(axis=axis, dtype=np.float64)).ravel()) for ridge, axis in zip(ridges, (1, 0), strict=True)
-    )
+    n_users, n_items = (np.asarray(fresh.sum(axis=axis, dtype=np.float64)).ravel() for axis in (1, 0))
+    unit = settings.model_copy(update={"regularization": 1.0})
+    user_ridge, item_ridge = ridges_of(float(n_users.sum()), weights.shape, unit, settings.frequency_scaling)
+    of_users, of_items = user_ridge.of(n_users), item_ridge.of(n_items)
+    regularization = settings.regularization
+    if floor:
+        regularization = max(regularization, floor * vanishing(by_user, of_users, of_items))
     random = np.random.default_rng(settings.seed)
     items = random.standard_normal((weights.shape[1], settings.rank), np.float32)
     items *= np.float32(START_DEVIATION / np.sqrt(settings.rank))
     users = np.zeros((weights.shape[0], settings.rank), np.float32)
     with progress.task("ALS iterations", settings.iterations) as bar:
         for done in range(settings.iterations):
-            users = solve_rows(by_user, items, user_ridge)
-            items = solve_rows(by_item, users, item_ridge)
+            users = solve_rows(by_user, items, regularization * of_users)
+            items = solve_rows(by_item, users, regularization * of_items)
             bar.update(done + 1)
-    return users, items, ridges[0]
+    ridge = Ridge(regularization * user_ridge.constant, regularization * user_ridge.per_observation)
+    return Fit(users, items, ridge, regularization)
+
+
+def vanishing(entries: Entries, user_ridge: npt.NDArray[np.float64], item_ridge: npt.NDArray[np.float64]) -> float:
+    """The least λ with which all factors vanish, of entries by user and the ridges at λ = 1, float64 (users,) and (items,).
+
+    Near zero a half-sweep is x = R⁻¹By/λ with B the right sides f + s and R the ridges, so factors grow from it as long as λ is
+    less than the largest singular value of R_u^-½·B·R_i^-½. It is found by power iteration: B has no entry below 0.
+    """
+    excess = entries.excess
+    scaled = sp.csr_matrix((entries.observed + excess.data, excess.indices, excess.indptr), excess.shape)
+    across = sp.diags(1 / np.sqrt(user_ridge)) @ scaled @ sp.diags(1 / np.sqrt(item_ridge))
+    direction, found = np.ones(across.shape[1]), 0.0
+    for _ in range(POWER_ITERATIONS):
+        direction = across.T @ (across @ (direction / np.linalg.norm(direction)))
+        found = float(np.sqrt(np.linalg.norm(direction)))
+    return found
 
 
 def _unbiased(weights: sp.csr_matrix, settings: AlsSettings) -> sp.csr_matrix:
@@ -344,9 +382,7 @@ def _transposed(excess: sp.csr_matrix, fresh: sp.csr_matrix) -> Entries:
     return Entries(by_item, observed.data)
 
 
-def _factorize_implicit(
-    weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Ridge]:
+def _factorize_implicit(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings) -> Fit:
     """The same by a few conjugate gradient steps a half-sweep, the ridge equal for all rows.
 
     `implicit` takes the stored value as the whole confidence (implicit 0.7, cpu/als.py: b += c·y, A += (c − 1)·y·yᵀ),
@@ -369,7 +405,7 @@ def _factorize_implicit(
             num_threads=0,
         )
         model.fit(confidence, show_progress=False, callback=lambda done, _seconds, _loss: bar.update(done + 1))
-    return model.user_factors, model.item_factors, ridge
+    return Fit(model.user_factors, model.item_factors, ridge, settings.regularization)
 
 
 # -- Spark ------------------------------------------------------------------------------------------------------------

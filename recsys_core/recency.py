@@ -1,7 +1,7 @@
 """How fast interactions go stale, and how far factors may follow single ones: found on the last day of a window itself.
 
 News and posts live for hours, what a shop sells for months; a half-life of the wrong order costs a factor model half of its
-ranking, and news, of which everybody takes the same, bear a ridge under which a shop's factors vanish. So factors of what was
+ranking. And of news everybody takes the same: what is best for them is a ridge near that under which all factors vanish. So factors of what was
 known before the window's last day are fitted with each half-life and each ridge in turn, and what users took first on that day
 says which of them foretells best.
 """
@@ -41,10 +41,10 @@ RANK, ITERATIONS = 32, 10
 
 
 class Chosen(NamedTuple):
-    """Settings of a fit: days after which half of an interaction is left (0: all of it stays), and λ."""
+    """Of a fit: days after which half of an interaction is left (0: all of it stays), and the least λ (`als.vanishing`)."""
 
     half_life_days: float
-    regularization: float
+    floor: float
 
 
 def fit_window(
@@ -61,20 +61,18 @@ def fit_window(
     `into` names table and partition of the factors.
     """
     table, key = window
-    half_life, regularization = choose(lake, lake.dataset(table, [key]), end, settings, engine)
-    chosen = settings.model_copy(update={"regularization": regularization})
-    return fit_als(lake, lake.files(table, [key]), *into, chosen, spark, engine, half_life)
+    chosen = choose(lake, lake.dataset(table, [key]), end, settings, engine)
+    return fit_als(lake, lake.files(table, [key]), *into, settings, spark, engine, chosen.half_life_days, chosen.floor)
 
 
 def choose(lake: Lake, window: ds.Dataset | None, end: int, settings: AlsSettings, engine: str) -> Chosen:
     """What foretells the last day of a window of interactions best.
 
-    That is the one of `settings.half_lives_days`, and for the engine `numpy` of λ times each of
-    `settings.regularization_factors`, with the highest NDCG@10; where nobody came back, the first of each. Where few users did,
-    the last day is the last 2, 4, … days.
+    That is the one of `settings.half_lives_days`, and for the engine `numpy` of `settings.regularization_floors`, with the highest
+    NDCG@10; where nobody came back, the first of each. Where few users did, the last day is the last 2, 4, … days.
     """
-    factors = settings.regularization_factors if engine == "numpy" else (1.0,)
-    candidates = [Chosen(*pair) for pair in product(settings.half_lives_days, (settings.regularization * f for f in factors))]
+    floors = settings.regularization_floors if engine == "numpy" else (0.0,)
+    candidates = [Chosen(*pair) for pair in product(settings.half_lives_days, floors)]
     if len(candidates) == 1 or window is None:
         return candidates[0]
     start, days, users = validation_span(window, end, TESTED_USERS)
@@ -99,9 +97,6 @@ class _Past:
 
     Attributes:
         weights: of their pairs, CSR float32 (users, items).
-        all_items: items of all users. The ridge is one for so many: under it factors vanish when those of all users do, and λ
-            means the same for both (the ridges grow with λ·observations/items, what they hold against with the square root of
-            the sum of squared shares of items in observations).
         age_ms: of each pair, in the order of `weights.data`: time from its last event to the moment.
         tested: rows of the users that took something new, int64 (t,).
         seen: what these had before, CSR bool (t, items).
@@ -109,7 +104,6 @@ class _Past:
     """
 
     weights: sp.csr_matrix
-    all_items: int
     age_ms: npt.NDArray[np.int64]
     tested: npt.NDArray[np.int64]
     seen: sp.csr_matrix
@@ -148,7 +142,6 @@ def _past(lake: Lake, window: ds.Dataset, moment: int, returning: pa.Array) -> _
         return None
     return _Past(
         weights=matrix(fitted, fitted["weight"].to_numpy().astype(np.float32)),
-        all_items=len(distinct(window, ITEM_ID, before)),
         age_ms=matrix(fitted, moment - fitted["last_ts"].to_numpy()).data,
         tested=tested,
         seen=matrix(had, np.ones(had.num_rows, bool))[tested],
@@ -163,7 +156,6 @@ def _foretold(past: _Past, candidate: Chosen, settings: AlsSettings, engine: str
     if engine != "numpy":
         weights.data *= fresh.data
         fresh.data = np.ones_like(fresh.data)
-    chosen = settings.model_copy(update={"regularization": candidate.regularization})
-    user_vectors, item_vectors, _ = factorize_exactly(weights, fresh, chosen, past.all_items)
-    top = rank_all(user_vectors[past.tested], item_vectors, past.seen, 10)
+    fit = factorize_exactly(weights, fresh, settings, candidate.floor)
+    top = rank_all(fit.users[past.tested], fit.items, past.seen, 10)
     return per_user(top, past.relevant, [10])["ndcg@10"]

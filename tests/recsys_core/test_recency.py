@@ -44,7 +44,7 @@ def window(lake, news: bool, day_before: bool = True) -> None:
 
 
 def chosen(lake, engine: str = "numpy", **settings) -> Chosen:
-    als = AlsSettings(rank=8, **{"half_lives_days": CANDIDATES, "regularization_factors": (1.0,), **settings})
+    als = AlsSettings(rank=8, **{"half_lives_days": CANDIDATES, "regularization_floors": (0.0,), **settings})
     return choose(lake, lake.dataset("interactions", [DAY]), END, als, engine)
 
 
@@ -65,23 +65,24 @@ def test_of_what_stays_nothing_fades(lake, day_before, engine):
 
 def test_the_ridge_is_raised_where_that_foretells_better_and_for_numpy_alone(lake):
     window(lake, news=False)
-    strict = {"regularization": 1e-3, "regularization_factors": (1.0, 100.0, 1e7)}
-    assert chosen(lake, **strict).regularization == pytest.approx(0.1), "with more all factors vanish"
-    assert chosen(lake, "implicit", **strict).regularization == 1e-3
+    loose = {"regularization": 1e-4, "regularization_floors": (0.0, 0.1)}
+    assert chosen(lake, **loose).floor == 0.1
+    assert chosen(lake, "implicit", **loose).floor == 0.0
 
 
 def test_where_nobody_came_back_or_nothing_was_there_the_first_one_is_taken(lake):
-    als = AlsSettings(half_lives_days=(2.0, 0.0), regularization=3.0, regularization_factors=(2.0, 1.0))
-    assert choose(lake, None, END, als, "numpy") == (2.0, 6.0)
+    als = AlsSettings(half_lives_days=(2.0, 0.0), regularization_floors=(0.5, 0.0))
+    assert choose(lake, None, END, als, "numpy") == (2.0, 0.5)
     once = [{"user_id": "u", "item_id": "i", "weight": 1.0, "n_events": 1, "first_ts": END - 1, "last_ts": END - 1}]
     lake.write("interactions", DAY, pa.Table.from_pylist(once, schema=INTERACTIONS_SCHEMA))
-    assert choose(lake, lake.dataset("interactions", [DAY]), END, als, "numpy") == (2.0, 6.0)
+    assert choose(lake, lake.dataset("interactions", [DAY]), END, als, "numpy") == (2.0, 0.5)
 
 
 def test_the_fit_of_a_window_has_what_it_asks_for(lake):
     window(lake, news=True)
-    als = AlsSettings(rank=8, half_lives_days=CANDIDATES, regularization_factors=(1.0, 0.5))
+    als = AlsSettings(rank=8, half_lives_days=CANDIDATES, regularization=1e-4, regularization_floors=(0.0, 0.1))
     wanted = choose(lake, lake.dataset("interactions", [DAY]), END, als, "numpy")
     report = fit_window(lake, ("interactions", DAY), END, ("als_factors", DAY), als, None, "numpy")
-    assert (report.half_life_days, report.regularization) == wanted
+    assert report.half_life_days == wanted.half_life_days
+    assert (report.regularization > 1e-4) == (wanted.floor > 0)
     assert (report.users, report.items) == (USERS, 2 * TOPICS * ITEMS)
