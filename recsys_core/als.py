@@ -18,7 +18,8 @@ Where items come and go, what was done long ago says little. With a half-life h 
 share f = (1 + (2^(1/1.5) − 1)·t/h)^−1.5, a power of time as what people come back to is (Anderson & Schooler 1991, "Reflections
 of the environment in memory"). `numpy` takes f of the pair as observed and 1 − f as not: f weighs its term of the squares and
 its part in n_r, so that what has faded away weighs as little as what never was. The libraries of the other two know pairs
-either as observed or as not and have f·w in place of w. `recency.choose` finds the half-life.
+either as observed or as not and have f·w in place of w. `recency.choose` finds the half-life, and with it how much of the
+ridge with which all factors vanish (`vanishing`) is best.
 """
 
 from __future__ import annotations
@@ -325,8 +326,8 @@ def _frequent(data: _Interactions, settings: AlsSettings) -> _Interactions:
 def factorize_exactly(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings, floor: float = 0.0) -> Fit:
     """Each half-sweep solved exactly, with the λ of the settings or, where that is more, `floor` times `vanishing`.
 
-    `weights` and `fresh`, what is left of each pair, are CSR float32 (users, items) of the same pairs. Items start from a normal
-    distribution of standard deviation START_DEVIATION/√rank (Rendle et al. 2022, section 4.2).
+    `weights` and `fresh`, what is left of each pair, are CSR float32 (users, items) of the same pairs. Items start from a
+    normal distribution of standard deviation START_DEVIATION/√rank (Rendle et al. 2022, section 4.2).
     """
     excess = _unbiased(weights, settings)
     excess.data *= np.float32(settings.alpha) * fresh.data

@@ -1,9 +1,9 @@
 """How fast interactions go stale, and how far factors may follow single ones: found on the last day of a window itself.
 
 News and posts live for hours, what a shop sells for months; a half-life of the wrong order costs a factor model half of its
-ranking. And of news everybody takes the same: what is best for them is a ridge near that under which all factors vanish. So factors of what was
-known before the window's last day are fitted with each half-life and each ridge in turn, and what users took first on that day
-says which of them foretells best.
+ranking. And of news everybody takes the same: best for them is a ridge near the one with which all factors vanish. So factors
+of what was known before the window's last day are fitted with each half-life and each ridge in turn, and what users took first
+on that day says which of them foretells best.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def fit_window(
 def choose(lake: Lake, window: ds.Dataset | None, end: int, settings: AlsSettings, engine: str) -> Chosen:
     """What foretells the last day of a window of interactions best.
 
-    That is the one of `settings.half_lives_days`, and for the engine `numpy` of `settings.regularization_floors`, with the highest
-    NDCG@10; where nobody came back, the first of each. Where few users did, the last day is the last 2, 4, … days.
+    That is the one of `settings.half_lives_days`, and for the engine `numpy` of `settings.regularization_floors`, with the
+    highest NDCG@10; where nobody came back, the first of each. Where few users did, the last day is the last 2, 4, … days.
     """
     floors = settings.regularization_floors if engine == "numpy" else (0.0,)
     candidates = [Chosen(*pair) for pair in product(settings.half_lives_days, floors)]
