@@ -329,6 +329,7 @@ def validation_cases(
     later items are available from their first event on. ALS and popularity know the window that ended before the first moment,
     the two-tower model is that of the same day, if there is one. Where that window was not made, they know the pairs that
     began before the moment, by weights that count what came after it as well. Where nothing came before there is no case.
+    The last case is the whole of these days, as seen from the first moment.
     """
     window = lake.dataset(INTERACTIONS, [before])
     if window is None:
@@ -351,14 +352,14 @@ def validation_cases(
     recent = {moment: _recent_at(pairs, moment, len(pool)) for moment in moments}
     lately = np.concatenate([found[:, : settings.ranking.last_items] for found in recent.values()])
     base = holdout_snapshot(items, models, popularity, lately, settings)
-    cases = []
-    for moment, users in zip(moments, wanted, strict=True):
-        if len(users):
-            known = first_seen < moment
-            cases.append(
-                _case(lake, base, known, pairs, pool, users, models, recent[moment], (moment, moment + horizon), settings)
-            )
-    return cases
+
+    def case(moment: int, end: int, users: np.ndarray) -> Case:
+        return _case(lake, base, first_seen < moment, pairs, pool, users, models, recent[moment], (moment, end), settings)
+
+    cases = [case(moment, moment + horizon, users) for moment, users in zip(moments, wanted, strict=True) if len(users)]
+    whole = range(start, moments.stop, moments.stop - start)
+    (returned,) = _wanted(pairs, whole, len(pool))
+    return [*cases, replace(case(start, whole.stop, returned), whole=True)]
 
 
 def _case(

@@ -1,7 +1,7 @@
 """How fast interactions go stale, and how far factors may follow single ones: found on the last day of a window itself.
 
 News and posts live for hours, what a shop sells for months; a half-life of the wrong order costs a factor model half of its
-ranking. And of news everybody takes the same: best for them is a ridge near the one with which all factors vanish. So factors
+ranking. And of news everybody takes the same: best for them is a ridge under which little else is left. So factors
 of what was known before the window's last day are fitted with each half-life and each ridge in turn, and what users took first
 on that day says which of them foretells best.
 """
@@ -41,7 +41,7 @@ RANK, ITERATIONS = 32, 10
 
 
 class Chosen(NamedTuple):
-    """Of a fit: days after which half of an interaction is left (0: all of it stays), and the least λ (`als.vanishing`)."""
+    """Of a fit: days after which half of an interaction is left (0: all of it), and the least λ in units of `als.alike`."""
 
     half_life_days: float
     floor: float

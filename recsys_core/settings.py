@@ -115,11 +115,11 @@ class AlsSettings(Section):
         description="days after its last event in which half of an interaction fades away, beside the decay of its events; "
         "0: nothing does. Of several that one is taken that foretells the window's last day best",
     )
-    regularization_floors: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
-        (0.0, 0.25, 0.5),
+    regularization_floors: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (0.0, 1.0, 2.0),
         min_length=1,
-        description="least λ, as a share of the one with which all factors vanish (`numpy`); of several one is taken together "
-        "with the half-life",
+        description="least λ, in units of the one with which users who are all alike give items vectors as long as theirs "
+        "(`numpy`); of several one is taken together with the half-life",
     )
     seed: int = Field(7, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")

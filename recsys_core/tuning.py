@@ -47,6 +47,7 @@ class Case:
         snapshot, trend, users: as `rank` takes them, as of the moment.
         relevant: CSR (users, items of the snapshot) bool, at least one for each user.
         outside: int64 (users,), further relevant items that the snapshot does not know; no ranking can reach them.
+        whole: it is all of the validation days as seen from their first moment, for the blend of the two models alone.
     """
 
     snapshot: Snapshot
@@ -54,6 +55,7 @@ class Case:
     users: Users
     relevant: sp.csr_matrix
     outside: np.ndarray
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class _Table:
 def tune(cases: Sequence[Case], settings: RankingSettings) -> Tuned:
     """The weights for `cases`, whose snapshots all have, or all lack, a two-tower model."""
     started = time.perf_counter()
+    whole = [case for case in cases if case.whole]
+    cases = [case for case in cases if not case.whole]
     users = sum(len(case.users) for case in cases)
     if users < LEAST_USERS:
         note = f"configured weights: only {users} users did something new at the validation moments, {LEAST_USERS} are needed"
@@ -124,7 +128,7 @@ def tune(cases: Sequence[Case], settings: RankingSettings) -> Tuned:
         best = other if objective.gains(other, best) > CLEAR else best
     towers = cases[0].users.two_tower is not None
     tuned = _settings_of(best, settings, towers)
-    blend = _blend(objective) if towers else dict(SEED_BLEND)
+    blend = _blend([_table(case, settings) for case in whole] or tables) if towers else dict(SEED_BLEND)
     seconds = time.perf_counter() - started
     return Tuned(tuned, objective(best), objective(configured), blend, users, len(cases), seconds)
 
@@ -258,13 +262,14 @@ def _changed(weights: np.ndarray, part: int, value: float) -> np.ndarray | None:
     return _scaled(tried) if tried.any() else None
 
 
-def _blend(objective: _Objective) -> dict[str, float]:
+def _blend(found: Sequence[_Table]) -> dict[str, float]:
     """The best share of ALS where it and the two-tower model rank alone; of equal ones, that nearest to the seed's.
 
-    They are judged by items that one of them knows, as the evaluation reports them: an item that was published since has no
-    score, and which of the two leaves it above the others would decide.
+    They are judged as the evaluation reports them: by what users took in a whole day, as known at its first moment, and by
+    items that one of them knows. An item that was published since has no score, and which of the two leaves it above the
+    others would decide.
     """
-    tables = [_known_to_models(table) for table in objective.tables]
+    tables = [_known_to_models(table) for table in found]
     shares = np.linspace(0, 1, 21)
 
     def ndcg(share: float) -> float:

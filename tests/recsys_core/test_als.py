@@ -10,6 +10,7 @@ from recsys_core.als import (
     AlsReport,
     Ridge,
     Side,
+    alike,
     choose_engine,
     factorize_exactly,
     fit_als,
@@ -18,7 +19,6 @@ from recsys_core.als import (
     not_faded,
     read_factors,
     ridges_of,
-    vanishing,
 )
 from recsys_core.events import DAY_MS
 from recsys_core.fold_in import fold_in, gram
@@ -197,34 +197,36 @@ def test_with_a_half_life_numpy_takes_what_has_faded_of_a_pair_as_not_observed(l
         np.testing.assert_allclose(users[user], expected, atol=0.01 * np.abs(users).max())
 
 
-def test_below_the_vanishing_regularization_factors_grow_and_above_it_they_fade_away():
-    weights, _ = taste(users=60, items=30, rank=2, per_user=6, seed=4)
-    fresh = weights.copy()
-    fresh.data = np.random.default_rng(3).uniform(0.1, 1, fresh.nnz).astype(np.float32)
-    settings = AlsSettings(rank=4, iterations=40, alpha=2.0, propensity_power=0.0)
-    least = vanishing_of(weights, fresh, settings)
-    lengths = {}
-    for share in (0.9, 1.1):
-        fit = factorize_exactly(weights, fresh, settings.model_copy(update={"regularization": share * least}))
-        lengths[share] = np.abs(fit.items).max()
-    assert lengths[0.9] > 0.01
-    assert lengths[1.1] < 1e-4
-
-
-def vanishing_of(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings) -> float:
+def alike_of(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings) -> float:
     excess = weights.copy()
     excess.data = np.float32(settings.alpha) * weights.data * fresh.data
     n = [np.asarray(fresh.sum(axis=axis)).ravel() for axis in (1, 0)]
     unit = settings.model_copy(update={"regularization": 1.0})
     ridges = ridges_of(float(n[0].sum()), weights.shape, unit, settings.frequency_scaling)
-    return vanishing(Entries(excess, fresh.data), ridges[0].of(n[0]), ridges[1].of(n[1]))
+    return alike(Entries(excess, fresh.data), ridges[0].of(n[0]), ridges[1].of(n[1]))
 
 
-def test_a_floor_raises_the_regularization_to_its_share_of_the_vanishing_one_and_never_lowers_it():
+def test_where_users_are_alike_and_took_the_same_factors_grow_below_that_regularization_and_vanish_above_it():
+    weights = sp.csr_matrix(np.ones((40, 5), np.float32))
+    fresh = weights.copy()
+    fresh.data[:] = 0.3
+    settings = AlsSettings(rank=4, iterations=60, alpha=2.0, propensity_power=0.0)
+    least = alike_of(weights, fresh, settings)
+    lengths = {
+        share: np.abs(
+            factorize_exactly(weights, fresh, settings.model_copy(update={"regularization": share * least})).items
+        ).max()
+        for share in (0.9, 1.1)
+    }
+    assert lengths[0.9] > 0.01
+    assert lengths[1.1] < 1e-5
+
+
+def test_a_floor_raises_the_regularization_to_so_many_times_that_of_users_who_are_alike_and_never_lowers_it():
     weights, _ = taste(users=60, items=30, rank=2, per_user=6, seed=4)
     fresh = weights.copy()
     settings = AlsSettings(rank=4, iterations=2, regularization=0.01, propensity_power=0.0)
-    least = vanishing_of(weights, fresh, settings)
+    least = alike_of(weights, fresh, settings)
     raised = factorize_exactly(weights, fresh, settings, 0.5)
     assert raised.regularization == pytest.approx(0.5 * least)
     by_hand = factorize_exactly(weights, fresh, settings.model_copy(update={"regularization": raised.regularization}))

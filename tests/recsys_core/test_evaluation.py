@@ -295,7 +295,7 @@ def test_validation_moments_know_nothing_of_what_came_after_them(lake, settings)
     ann = [("ann", "a", old, at(3)), ("ann", "b", at(7), at(20)), ("ann", "new", at(8), at(8)), ("ann", "c", at(13), at(13))]
     write_pairs(lake, [*crowd, *ann, ("bob", "new", at(5), at(5)), ("bob", "a", at(14), at(14)), ("late", "a", at(23), at(23))])
     write_clicks(lake, [("bob", "new", f"{BEFORE}T05:00"), ("ann", "b", f"{BEFORE}T07:00"), ("ann", "c", f"{BEFORE}T13:00")])
-    cases = validation_cases(lake, BEFORE, small(settings), None, "implicit")
+    *cases, day = validation_cases(lake, BEFORE, small(settings), None, "implicit")
     assert len(cases) == 2, "nobody who was there before did anything new in the other quarters of the day"
     morning, noon = cases
     names = np.array(["a", "b", "c", "new"])
@@ -311,6 +311,11 @@ def test_validation_moments_know_nothing_of_what_came_after_them(lake, settings)
     assert len(noon.users) == 1, "bob was not there before the day"
     assert not noon.snapshot.als_items[3].any(), "models know nothing of the day"
     assert names[noon.users.last_items[0, :3]].tolist() == ["new", "b", "a"]
+    assert (morning.whole, noon.whole, day.whole) == (False, False, True)
+    assert (taken(day), day.outside.tolist(), len(day.users)) == (["b", "c"], [1], 1), "the day as seen from its first moment"
+    assert names[day.users.excluded[0]].tolist() == ["a"]
+    assert not day.snapshot.available[3]
+    assert not len(day.trend.order)
 
 
 def test_items_of_the_moment_itself_are_not_reachable(lake, settings):
@@ -318,7 +323,7 @@ def test_items_of_the_moment_itself_are_not_reachable(lake, settings):
     crowd = [*((f"z{n}", "a", old, old) for n in range(3)), ("z0", "b", old, old)]
     write_pairs(lake, [*crowd, ("ann", "a", old, old), ("ann", "new", at(7), at(7)), ("ann", "b", at(8), at(8))])
     write_clicks(lake, [("ann", "new", f"{BEFORE}T07:00")])
-    [case] = validation_cases(lake, BEFORE, small(settings), None, "implicit")
+    case, _ = validation_cases(lake, BEFORE, small(settings), None, "implicit")
     assert (case.relevant.indices.tolist(), case.outside.tolist()) == ([1], [1])
 
 
@@ -328,9 +333,10 @@ def test_where_few_come_back_on_a_day_more_days_are_looked_at(lake, settings):
     crowd = [(f"z{n}", item, old, old) for n in range(4) for item in ("a", "b", "c")]
     write_pairs(lake, [*crowd, *((f"z{n}", "d", lately, lately) for n in range(3)), ("z3", "d", at(13), at(13))])
     write_clicks(lake, [("z0", "d", "2026-02-28T13:00")])
-    cases = validation_cases(lake, BEFORE, small(settings), None, "implicit")
+    *cases, days = validation_cases(lake, BEFORE, small(settings), None, "implicit")
     assert [len(case.users) for case in cases] == [3, 1], "of four moments, twelve hours apart, two have users"
     assert [case.outside.tolist() for case in cases] == [[1, 1, 1], [0]]
+    assert days.outside.tolist() == [1, 1, 1, 1]
 
 
 def test_a_window_without_a_day_before_its_last_has_no_validation(lake, settings):

@@ -10,7 +10,7 @@ from snapshots import CLUSTERS, make_snapshot
 from recsys_core.metrics import per_user
 from recsys_core.ranking import Trend, Users, rank
 from recsys_core.settings import RankingSettings
-from recsys_core.tuning import LEAST_USERS, MODELS, Case, _blend, _Objective, _Table, tune
+from recsys_core.tuning import LEAST_USERS, MODELS, Case, _blend, _Table, tune
 
 SNAPSHOT = make_snapshot(items=400)
 SETTINGS = RankingSettings()
@@ -131,4 +131,4 @@ def test_the_blend_is_judged_by_items_that_a_model_knows() -> None:
     table = _Table(parts, usable, np.array([0, 0]), np.array([2, new]), ideal)
     alone = {name: table.ndcg(np.eye(len(MODELS) + 1)[at])[0] for at, name in enumerate(("als", "two_tower"))}
     assert alone["als"] > alone["two_tower"], "for the new item, which ALS has above all that it knows"
-    assert _blend(_Objective([table], len(MODELS) + 1))["two_tower"] == 1
+    assert _blend([table])["two_tower"] == 1
