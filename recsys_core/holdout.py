@@ -26,7 +26,7 @@ from recsys_core.lake import Lake
 from recsys_core.popularity import popular_items, trending_items
 from recsys_core.ranking import Snapshot, Trend, Users
 from recsys_core.recency import fit_window
-from recsys_core.samples import codes, distinct, most_recent, smallest, validation_span
+from recsys_core.samples import codes, distinct_users, most_recent, smallest, validation_span
 from recsys_core.settings import Settings
 from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS
 from recsys_core.tower import TOWER_FILE, TowerError, TowerInputs, UserTower
@@ -495,6 +495,6 @@ def item_weights(fitted: Factors, ids: np.ndarray, report: AlsReport) -> np.ndar
 
 def _sample_users(clicks: ds.Dataset, window: ds.Dataset, max_users: int) -> pa.Array:
     """Users of the day that the window knows: those with the smallest hashes, sorted. Memory holds twice `max_users`."""
-    pool = smallest(distinct(clicks, USER_ID, limit=8 * max_users), 4 * max_users)
-    users = smallest(distinct(window, USER_ID, ds.field(USER_ID).isin(pool)), max_users)
+    pool = smallest(distinct_users(clicks, None, 8 * max_users), 4 * max_users)
+    users = smallest(distinct_users(window, ds.field(USER_ID).isin(pool), None), max_users)
     return users.take(pc.sort_indices(users))

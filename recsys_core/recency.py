@@ -25,7 +25,7 @@ from recsys_core.als import AlsReport, factorize_exactly, fit_als, not_faded
 from recsys_core.events import DAY_MS, ITEM_ID, USER_ID, day_key
 from recsys_core.lake import Lake
 from recsys_core.metrics import per_user, rank_all
-from recsys_core.samples import codes, distinct, smallest, validation_span
+from recsys_core.samples import codes, distinct_users, smallest, validation_span
 from recsys_core.settings import AlsSettings
 from recsys_core.tables import INTERACTIONS
 
@@ -116,8 +116,7 @@ def _past(lake: Lake, window: ds.Dataset, moment: int, returning: pa.Array) -> _
     Fitted are the interactions of the day that ended at the moment. Where that day was not made, they are the pairs of `window`
     that were over by then: the weight of one that went on would tell what came later.
     """
-    before = ds.field("first_ts") < moment
-    others = smallest(distinct(window, USER_ID, before, 2 * FITTED_USERS), FITTED_USERS - len(returning))
+    others = smallest(distinct_users(window, ds.field("first_ts") < moment, 2 * FITTED_USERS), FITTED_USERS - len(returning))
     users = pc.unique(pa.concat_arrays([returning, others]))
     columns = [USER_ID, ITEM_ID, "weight", "first_ts", "last_ts"]
     rows = window.to_table(columns=columns, filter=ds.field(USER_ID).isin(users))

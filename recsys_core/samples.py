@@ -16,8 +16,8 @@ ENOUGH_USERS = 300
 
 def _returning(window: ds.Dataset, start: int, count: int) -> pa.Array:
     """Users with a pair that began before `start` and one since, sorted: those with the smallest hashes."""
-    new = distinct(window, USER_ID, ds.field("first_ts") >= start, 8 * count)
-    old = distinct(window, USER_ID, (ds.field("first_ts") < start) & ds.field(USER_ID).isin(new), 8 * count)
+    new = distinct_users(window, ds.field("first_ts") >= start, 8 * count)
+    old = distinct_users(window, (ds.field("first_ts") < start) & ds.field(USER_ID).isin(new), 8 * count)
     users = smallest(old, count)
     return users.take(pc.sort_indices(users))
 
@@ -55,11 +55,11 @@ def most_recent(rows: np.ndarray, columns: np.ndarray, users: int, k: int) -> np
     return recent
 
 
-def distinct(source: ds.Dataset, column: str, only: ds.Expression | None = None, limit: int | None = None) -> pa.Array:
-    """Distinct ids of a column; of more than `limit`, about half as many with the smallest hashes."""
+def distinct_users(source: ds.Dataset, only: ds.Expression | None, limit: int | None) -> pa.Array:
+    """Distinct user ids; of more than `limit`, about half as many with the smallest hashes."""
     kept = pa.array([], pa.string())
-    for batch in source.to_batches(columns=[column], filter=only):
-        kept = pc.unique(pa.chunked_array([kept, pc.unique(batch[column])]))
+    for batch in source.to_batches(columns=[USER_ID], filter=only):
+        kept = pc.unique(pa.chunked_array([kept, pc.unique(batch[USER_ID])]))
         if limit is not None and len(kept) > limit:
             kept = smallest(kept, limit // 2)
     return kept
