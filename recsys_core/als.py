@@ -19,7 +19,7 @@ share f = (1 + (2^(1/1.5) − 1)·t/h)^−1.5, a power of time as what people co
 of the environment in memory"). `numpy` takes f of the pair as observed and 1 − f as not: f weighs its term of the squares and
 its part in n_r, so that what has faded away weighs as little as what never was. The libraries of the other two know pairs
 either as observed or as not and have f·w in place of w. `recency.choose` finds the half-life, and with it how large the ridge
-has to be beside what users have in common (`alike`).
+has to be beside what users have in common (`common_scale`).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def fit_als(
 
     `files` are Parquet files of the lake with the columns user_id, item_id and weight (> 0), one row for a pair, and with a
     half-life last_ts (ms): pairs fade as the module's first lines say, by the time from their last event to the newest of all.
-    0: no half-life. `floor` is the least λ, in units of `alike` (`numpy` alone).
+    0: no half-life. `floor` is the least λ, in units of `common_scale` (`numpy` alone).
     The tables have the columns id string, n int32 (observations in the fit), factor list of `rank` float32. A pair
     counts when its user has `min_user_interactions` and its item `min_item_interactions` before any pair is left out.
 
@@ -323,7 +323,7 @@ def _frequent(data: _Interactions, settings: AlsSettings) -> _Interactions:
 
 
 def factorize_exactly(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings, floor: float = 0.0) -> Fit:
-    """Each half-sweep solved exactly, with the λ of the settings or, where that is more, `floor` times `alike`.
+    """Each half-sweep solved exactly, with the λ of the settings or, where that is more, `floor` times `common_scale`.
 
     `weights` and `fresh`, what is left of each pair, are CSR float32 (users, items) of the same pairs. Items start from a
     normal distribution of standard deviation START_DEVIATION/√rank (Rendle et al. 2022, section 4.2).
@@ -337,7 +337,7 @@ def factorize_exactly(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: Al
     of_users, of_items = user_ridge.of(n_users), item_ridge.of(n_items)
     regularization = settings.regularization
     if floor:
-        regularization = max(regularization, floor * alike(by_user, of_users, of_items))
+        regularization = max(regularization, floor * common_scale(by_user, of_users, of_items))
     random = np.random.default_rng(settings.seed)
     items = random.standard_normal((weights.shape[1], settings.rank), np.float32)
     items *= np.float32(START_DEVIATION / np.sqrt(settings.rank))
@@ -351,7 +351,7 @@ def factorize_exactly(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: Al
     return Fit(users, items, ridge, regularization)
 
 
-def alike(entries: Entries, user_ridge: npt.NDArray[np.float64], item_ridge: npt.NDArray[np.float64]) -> float:
+def common_scale(entries: Entries, user_ridge: npt.NDArray[np.float64], item_ridge: npt.NDArray[np.float64]) -> float:
     """The λ with which users who are all alike give items vectors as long as theirs, of entries by user and ridges at λ = 1.
 
     Near zero a half-sweep is x = R⁻¹By/λ with B the right sides f + s and R the ridges, float64 (users,) and (items,): factors

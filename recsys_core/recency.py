@@ -41,7 +41,7 @@ RANK, ITERATIONS = 32, 10
 
 
 class Chosen(NamedTuple):
-    """Of a fit: days after which half of an interaction is left (0: all of it), and the least λ in units of `als.alike`."""
+    """Of a fit: days after which half of an interaction is left (0: all), and the least λ in units of `als.common_scale`."""
 
     half_life_days: float
     floor: float
@@ -83,7 +83,7 @@ def choose(lake: Lake, window: ds.Dataset | None, end: int, settings: AlsSetting
         return candidates[0]
     small = settings.model_copy(update={"rank": min(settings.rank, RANK), "iterations": min(settings.iterations, ITERATIONS)})
     scores = []
-    with progress.task("half-life of ALS", len(candidates)) as bar:
+    with progress.task("half-life and ridge of ALS", len(candidates)) as bar:
         for tried, candidate in enumerate(candidates, 1):
             with progress.reporting_to(progress.silent):
                 scores.append(_foretold(past, candidate, small, engine).mean())

@@ -128,7 +128,7 @@ def tune(cases: Sequence[Case], settings: RankingSettings) -> Tuned:
         best = other if objective.gains(other, best) > CLEAR else best
     towers = cases[0].users.two_tower is not None
     tuned = _settings_of(best, settings, towers)
-    blend = _blend([_table(case, settings) for case in whole] or tables) if towers else dict(SEED_BLEND)
+    blend = _blend([_table(case, settings) for case in whole]) if towers else dict(SEED_BLEND)
     seconds = time.perf_counter() - started
     return Tuned(tuned, objective(best), objective(configured), blend, users, len(cases), seconds)
 

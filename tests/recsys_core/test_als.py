@@ -10,8 +10,8 @@ from recsys_core.als import (
     AlsReport,
     Ridge,
     Side,
-    alike,
     choose_engine,
+    common_scale,
     factorize_exactly,
     fit_als,
     inverse_propensity,
@@ -197,13 +197,13 @@ def test_with_a_half_life_numpy_takes_what_has_faded_of_a_pair_as_not_observed(l
         np.testing.assert_allclose(users[user], expected, atol=0.01 * np.abs(users).max())
 
 
-def alike_of(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings) -> float:
+def common_scale_of(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings) -> float:
     excess = weights.copy()
     excess.data = np.float32(settings.alpha) * weights.data * fresh.data
     n = [np.asarray(fresh.sum(axis=axis)).ravel() for axis in (1, 0)]
     unit = settings.model_copy(update={"regularization": 1.0})
     ridges = ridges_of(float(n[0].sum()), weights.shape, unit, settings.frequency_scaling)
-    return alike(Entries(excess, fresh.data), ridges[0].of(n[0]), ridges[1].of(n[1]))
+    return common_scale(Entries(excess, fresh.data), ridges[0].of(n[0]), ridges[1].of(n[1]))
 
 
 def test_where_users_are_alike_and_took_the_same_factors_grow_below_that_regularization_and_vanish_above_it():
@@ -211,7 +211,7 @@ def test_where_users_are_alike_and_took_the_same_factors_grow_below_that_regular
     fresh = weights.copy()
     fresh.data[:] = 0.3
     settings = AlsSettings(rank=4, iterations=60, alpha=2.0, propensity_power=0.0)
-    least = alike_of(weights, fresh, settings)
+    least = common_scale_of(weights, fresh, settings)
     lengths = {
         share: np.abs(
             factorize_exactly(weights, fresh, settings.model_copy(update={"regularization": share * least})).items
@@ -226,7 +226,7 @@ def test_a_floor_raises_the_regularization_to_so_many_times_that_of_users_who_ar
     weights, _ = taste(users=60, items=30, rank=2, per_user=6, seed=4)
     fresh = weights.copy()
     settings = AlsSettings(rank=4, iterations=2, regularization=0.01, propensity_power=0.0)
-    least = alike_of(weights, fresh, settings)
+    least = common_scale_of(weights, fresh, settings)
     raised = factorize_exactly(weights, fresh, settings, 0.5)
     assert raised.regularization == pytest.approx(0.5 * least)
     by_hand = factorize_exactly(weights, fresh, settings.model_copy(update={"regularization": raised.regularization}))
