@@ -43,6 +43,7 @@ SETTINGS = {
         rank=320,
         iterations=8,
         alpha=1 / 0.3,
+        base_preference=1.0,
         regularization=0.235,
         frequency_scaling=1.0,
         propensity_power=0.3,
@@ -94,8 +95,8 @@ def main() -> int:
                     f"{metrics['NDCG@10']:.4f}",
                     f"{report.seconds:.1f}",
                     f"rank {settings.rank}, {settings.iterations} sweeps, α {settings.alpha:.3g}, "
-                    f"λ {settings.regularization:g}, scaling {settings.frequency_scaling:g}, "
-                    f"propensity {settings.propensity_power:g}",
+                    f"preference {settings.base_preference:g}, λ {settings.regularization:g}, "
+                    f"scaling {settings.frequency_scaling:g}, propensity {settings.propensity_power:g}",
                     ", ".join(failed) or ("" if arguments.validate else "reached"),
                 )
     console.print(table)

@@ -1,8 +1,10 @@
 """Alternating least squares for implicit feedback (Hu, Koren, Volinsky 2008), three engines behind one interface.
 
-`numpy` and `implicit` fit on one machine, Spark MLlib on a cluster. All minimise the same weighted squares: preference 1
-with confidence 1 + alpha·w for each observed user-item pair of weight w, preference 0 with confidence 1 for all others.
-They differ in the ridge term, n_r being the observations of row r and n̄ their mean over all users and items:
+`numpy` and `implicit` fit on one machine, Spark MLlib on a cluster. All minimise weighted squares: preference 0 with
+confidence 1 for all user-item pairs, and preference 1 with confidence alpha·w for each observed one of weight w. Among all
+pairs an observed one has preference 1 in the two libraries, as Hu et al. have it, and `base_preference` in `numpy`: 1, or 0 as
+Rendle et al. 2022. With 0 an observation of little weight says little; with 1 it says that the item is liked, in whatever way
+it was found. They differ in the ridge term too, n_r being the observations of row r and n̄ their mean over all users and items:
 
 - MLlib: λ·n_r (ALS-WR).
 - `implicit`: λ·n̄ for every row.
@@ -16,8 +18,8 @@ recommender learning from missing-not-at-random implicit feedback", with power 0
 
 Where items come and go, what was done long ago says little. With a half-life h a pair whose last event has the age t keeps the
 share f = (1 + (2^(1/1.5) − 1)·t/h)^−1.5, a power of time as what people come back to is (Anderson & Schooler 1991, "Reflections
-of the environment in memory"). `numpy` takes f of the pair as observed and 1 − f as not: f weighs its term of the squares and
-its part in n_r, so that what has faded away weighs as little as what never was. The libraries of the other two know pairs
+of the environment in memory"). `numpy` takes f of the pair as observed and 1 − f as not: f weighs what the pair adds to the
+squares and to n_r, so that what has faded away weighs as little as what never was. The libraries of the other two know pairs
 either as observed or as not and have f·w in place of w. `recency.choose` finds the half-life, and with it how large the ridge
 has to be beside what users have in common (`common_scale`).
 """
@@ -62,7 +64,7 @@ class AlsReport:
     """What a fit did. `seconds` is the whole of it, reading and writing included.
 
     What `fold_in.fold_in` needs: the ridge term of a user with n observations is `ridge + ridge_per_observation · n`, and
-    each observation's weight was multiplied by `inverse_propensity(n of the items, propensity_power)`.
+    each observation's weight was multiplied by `inverse_propensity(n of the items, propensity_power)`; and `base_preference`.
     """
 
     engine: str
@@ -73,6 +75,7 @@ class AlsReport:
     ridge: float
     ridge_per_observation: float
     propensity_power: float
+    base_preference: float
     half_life_days: float
     regularization: float
 
@@ -155,9 +158,15 @@ def fit_als(
         ridge.constant,
         ridge.per_observation,
         settings.propensity_power,
+        base_preference_of(engine, settings),
         half_life_days,
         regularization,
     )
+
+
+def base_preference_of(engine: str, settings: AlsSettings) -> float:
+    """Preference of an observed pair among all pairs: the setting for `numpy`, 1 for the libraries."""
+    return settings.base_preference if engine == "numpy" else 1.0
 
 
 def _nothing_left(name: str, settings: AlsSettings) -> ValueError:
@@ -330,7 +339,9 @@ def factorize_exactly(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: Al
     """
     excess = _unbiased(weights, settings)
     excess.data *= np.float32(settings.alpha) * fresh.data
-    by_user, by_item = Entries(excess, fresh.data), _transposed(excess, fresh)
+    preference = fresh.copy()
+    preference.data *= np.float32(settings.base_preference)
+    by_user, by_item = Entries(excess, preference.data), _transposed(excess, preference)
     n_users, n_items = (np.asarray(fresh.sum(axis=axis, dtype=np.float64)).ravel() for axis in (1, 0))
     unit = settings.model_copy(update={"regularization": 1.0})
     user_ridge, item_ridge = ridges_of(float(n_users.sum()), weights.shape, unit, settings.frequency_scaling)
@@ -354,13 +365,13 @@ def factorize_exactly(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: Al
 def common_scale(entries: Entries, user_ridge: npt.NDArray[np.float64], item_ridge: npt.NDArray[np.float64]) -> float:
     """The λ with which users who are all alike give items vectors as long as theirs, of entries by user and ridges at λ = 1.
 
-    Near zero a half-sweep is x = R⁻¹By/λ with B the right sides f + s and R the ridges, float64 (users,) and (items,): factors
+    Near zero a half-sweep is x = R⁻¹By/λ with B the right sides p + s and R the ridges, float64 (users,) and (items,): factors
     grow from it along the singular vectors of X = R_u^-½·B·R_i^-½ whose singular value is above λ. This is the length of Xᵀ1
     beside that of 1, at most the largest singular value; that one itself is no measure, since some rare items that weigh much
     by their inverse propensity may have it to themselves.
     """
     excess = entries.excess
-    wanted = sp.csr_matrix((entries.observed + excess.data, excess.indices, excess.indptr), excess.shape)
+    wanted = sp.csr_matrix((entries.preference + excess.data, excess.indices, excess.indptr), excess.shape)
     across = sp.diags(1 / np.sqrt(user_ridge)) @ wanted @ sp.diags(1 / np.sqrt(item_ridge))
     return float(np.linalg.norm(across.T @ np.ones(across.shape[0])) / np.sqrt(across.shape[0]))
 
@@ -373,11 +384,11 @@ def _unbiased(weights: sp.csr_matrix, settings: AlsSettings) -> sp.csr_matrix:
     return found
 
 
-def _transposed(excess: sp.csr_matrix, fresh: sp.csr_matrix) -> Entries:
-    by_item, observed = excess.T.tocsr(), fresh.T.tocsr()
+def _transposed(excess: sp.csr_matrix, preference: sp.csr_matrix) -> Entries:
+    by_item, theirs = excess.T.tocsr(), preference.T.tocsr()
     by_item.sort_indices()
-    observed.sort_indices()
-    return Entries(by_item, observed.data)
+    theirs.sort_indices()
+    return Entries(by_item, theirs.data)
 
 
 def _factorize_implicit(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings) -> Fit:

@@ -21,12 +21,17 @@ def gram(items: FloatArray) -> npt.NDArray[np.float64]:
 
 
 def fold_in(
-    gram: FloatArray, items: FloatArray, weights: FloatArray, alpha: float, regularization: float | FloatArray
+    gram: FloatArray,
+    items: FloatArray,
+    weights: FloatArray,
+    alpha: float,
+    base_preference: float,
+    regularization: float | FloatArray,
 ) -> npt.NDArray[np.float32]:
-    """Vectors of users from what they had, without a fit (Hu, Koren, Volinsky 2008, eq. 4).
+    """Vectors of users from what they had, without a fit (Hu, Koren, Volinsky 2008, eq. 4, where `base_preference` is 1).
 
-    x = (YᵀY + Σ alpha·w·y·yᵀ + ridge·I)⁻¹ Σ (1 + alpha·w)·y over the user's items. `gram` is YᵀY (d, d) of all items,
-    `items` (..., k, d) the vectors of the user's items, `weights` (..., k) theirs, 0 where a list is padded,
+    x = (YᵀY + Σ alpha·w·y·yᵀ + ridge·I)⁻¹ Σ (base_preference + alpha·w)·y over the user's items. `gram` is YᵀY (d, d) of all
+    items, `items` (..., k, d) the vectors of the user's items, `weights` (..., k) theirs, 0 where a list is padded,
     `regularization` the ridge, one or (...,): `AlsReport.ridge + AlsReport.ridge_per_observation · n`. Returns float32
     (..., d): one user and many users are the same call.
     """
@@ -34,5 +39,5 @@ def fold_in(
     w = np.asarray(weights, np.float64)
     ridge = np.asarray(regularization, np.float64)[..., None, None] * np.eye(y.shape[-1])
     left = gram + np.swapaxes(y, -1, -2) @ (alpha * w[..., None] * y) + ridge
-    right = np.swapaxes(y, -1, -2) @ np.where(w > 0, 1 + alpha * w, 0.0)[..., None]
+    right = np.swapaxes(y, -1, -2) @ np.where(w > 0, base_preference + alpha * w, 0.0)[..., None]
     return np.linalg.solve(left, right)[..., 0].astype(np.float32)

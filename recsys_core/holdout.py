@@ -218,6 +218,7 @@ def holdout_snapshot(
         als_gram=gram(vectors),
         als_version="holdout",
         als_alpha=settings.als.alpha,
+        als_base_preference=models.als.base_preference,
         als_regularization=models.als.ridge,
         als_regularization_per_item=models.als.ridge_per_observation,
         als_item_weights=models.als_item_weights,

@@ -1,7 +1,7 @@
 """The half-sweep of ALS: every row's ridge regression on the other side's vectors, solved exactly, many rows at a time.
 
-Row r with the entries Ω_r and the ridge ρ_r solves (YᵀY + Σ_Ω s·y·yᵀ + ρ_r·I) x = Σ_Ω (f + s)·y, s an entry's confidence beyond
-that of a pair that was not observed, f its share of having been observed (f = 1: Hu, Koren, Volinsky 2008, eq. 4). With
+Row r with the entries Ω_r and the ridge ρ_r solves (YᵀY + Σ_Ω s·y·yᵀ + ρ_r·I) x = Σ_Ω (p + s)·y, s an entry's confidence beyond
+that of all pairs and p its preference among all pairs (1: Hu, Koren, Volinsky 2008, eq. 4; 0: Rendle et al. 2022). With
 YᵀY = QΛQᵀ and everything rotated by Q, the part that all rows share is the diagonal D_r = Λ + ρ_r, whatever the row's ridge. A
 row of fewer entries than factors is then solved in its entries instead of the factors: (D + YᵀSY)⁻¹Yᵀ = D⁻¹Yᵀ(I + S·YD⁻¹Yᵀ)⁻¹,
 a system as small as the row.
@@ -38,10 +38,10 @@ class _Shared:
 
 @dataclass(frozen=True)
 class Entries:
-    """The observed pairs of a side: `excess`, CSR float32 (rows, n), is s of each, `observed`, float32 in its order, is f."""
+    """The observed pairs of a side: `excess`, CSR float32 (rows, n), is s of each, `preference`, float32 in its order, is p."""
 
     excess: sp.csr_matrix
-    observed: npt.NDArray[np.float32]
+    preference: npt.NDArray[np.float32]
 
 
 def solve_rows(
@@ -113,7 +113,7 @@ def _solve_block(
     s = np.where(within, excess.data[place], 0)
     y = shared.vectors[excess.indices[place]]
     y *= within[..., None]
-    c = np.where(within, entries.observed[place] + s, 0)
+    c = np.where(within, entries.preference[place] + s, 0)
     if longest < dimension:
         root = np.sqrt(diagonal)
         y /= root[:, None, :]
@@ -141,5 +141,5 @@ def _solve_long(entries: Entries, row: int, shared: _Shared, diagonal: npt.NDArr
         piece = slice(at, min(at + step, end))
         y, s = shared.vectors[excess.indices[piece]], excess.data[piece]
         left += y.T @ (y * s[:, None])
-        right += y.T @ (entries.observed[piece] + s)
+        right += y.T @ (entries.preference[piece] + s)
     return np.linalg.solve(left, right).astype(np.float32)

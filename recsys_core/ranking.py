@@ -50,7 +50,7 @@ class Snapshot:
         als_items: float32 (n, rank), the ALS item factors.
         als_gram: float64 (rank, rank), the factors' YᵀY.
         als_version: data version of the factors; user factors of another version are not used with them.
-        als_alpha: confidence parameter of the fold-in.
+        als_alpha, als_base_preference: confidence and preference of an item in the fold-in.
         als_regularization, als_regularization_per_item: its ridge for a user of n items is the first + n × the second.
         als_item_weights: float32 (n,), what an interaction with each item weighed in the fit; None: all the same.
         popular: float32 (n,), popularity of the window, >= 0.
@@ -72,6 +72,7 @@ class Snapshot:
     popular: np.ndarray
     similar: np.ndarray
     indexes: Mapping[Metric, Searchable]
+    als_base_preference: float = 1.0
     als_regularization_per_item: float = 0.0
     als_item_weights: np.ndarray | None = None
     ranking: RankingSettings = field(default_factory=RankingSettings)
@@ -300,7 +301,8 @@ def with_fold_in(snapshot: Snapshot, users: Users) -> np.ndarray:
     ridge = snapshot.als_regularization + snapshot.als_regularization_per_item * held.sum(axis=1)
     weights = held if snapshot.als_item_weights is None else held * snapshot.als_item_weights[last]
     factors = users.als.copy()
-    factors[unknown] = fold_in(snapshot.als_gram, snapshot.als_items[last], weights, snapshot.als_alpha, ridge)
+    vectors, alpha, preference = snapshot.als_items[last], snapshot.als_alpha, snapshot.als_base_preference
+    factors[unknown] = fold_in(snapshot.als_gram, vectors, weights, alpha, preference, ridge)
     return factors
 
 

@@ -1,9 +1,9 @@
-"""How fast interactions go stale, and how far factors may follow single ones: found on the last day of a window itself.
+"""How fast interactions go stale, and how far factors may follow single ones: found on the last days of a window itself.
 
 News and posts live for hours, what a shop sells for months; a half-life of the wrong order costs a factor model half of its
 ranking. And of news everybody takes the same: best for them is a ridge under which little else is left. So factors
-of what was known before the window's last day are fitted with each half-life and each ridge in turn, and what users took first
-on that day says which of them foretells best.
+of what was known before each of the window's last days are fitted with each half-life and each ridge in turn, and what users
+took first on these days says which of them foretells best.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 import scipy.sparse as sp
 
 from recsys_core import progress
-from recsys_core.als import AlsReport, factorize_exactly, fit_als, not_faded
+from recsys_core.als import AlsReport, base_preference_of, factorize_exactly, fit_als, not_faded
 from recsys_core.events import DAY_MS, ITEM_ID, USER_ID, day_key
 from recsys_core.lake import Lake
 from recsys_core.metrics import per_user, rank_all
@@ -32,11 +32,13 @@ from recsys_core.tables import INTERACTIONS
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+SPANS = 2
+"""Last days that are foretold. What is best for one day of news may lie beyond the ridge that leaves something on another."""
 TESTED_USERS = 5_000
-"""Most users whose last day is foretold."""
+"""Most users of whom a day is foretold."""
 FITTED_USERS = 20_000
 """Most users that factors are fitted to, those among them: memory and time are bounded whatever the window holds."""
-RANK, ITERATIONS = 32, 10
+RANK, ITERATIONS = 32, 5
 """Most factors and sweeps of these fits."""
 
 
@@ -66,27 +68,31 @@ def fit_window(
 
 
 def choose(lake: Lake, window: ds.Dataset | None, end: int, settings: AlsSettings, engine: str) -> Chosen:
-    """What foretells the last day of a window of interactions best.
+    """What foretells the last SPANS days of a window of interactions best.
 
     That is the one of `settings.half_lives_days`, and for the engine `numpy` of `settings.regularization_floors`, with the
-    highest NDCG@10; where nobody came back, the first of each. Where few users did, the last day is the last 2, 4, … days.
+    highest NDCG@10, of which each day counts alike; where nobody came back, the first of each. Where few users did, a day
+    is 2, 4, … days.
     """
     floors = settings.regularization_floors if engine == "numpy" else (0.0,)
     candidates = [Chosen(*pair) for pair in product(settings.half_lives_days, floors)]
     if len(candidates) == 1 or window is None:
         return candidates[0]
-    start, days, users = validation_span(window, end, TESTED_USERS)
-    if not days:
+    pasts = _pasts(lake, window, end)
+    if not pasts:
         return candidates[0]
-    past = _past(lake, window, start, users)
-    if past is None:
-        return candidates[0]
-    small = settings.model_copy(update={"rank": min(settings.rank, RANK), "iterations": min(settings.iterations, ITERATIONS)})
+    small = settings.model_copy(
+        update={
+            "rank": min(settings.rank, RANK),
+            "iterations": min(settings.iterations, ITERATIONS),
+            "base_preference": base_preference_of(engine, settings),
+        }
+    )
     scores = []
     with progress.task("half-life and ridge of ALS", len(candidates)) as bar:
         for tried, candidate in enumerate(candidates, 1):
             with progress.reporting_to(progress.silent):
-                scores.append(_foretold(past, candidate, small, engine).mean())
+                scores.append(np.mean([_foretold(past, candidate, small, engine).mean() for past in pasts]))
             bar.update(tried)
     return candidates[int(np.argmax(scores))]
 
@@ -108,6 +114,19 @@ class _Past:
     tested: npt.NDArray[np.int64]
     seen: sp.csr_matrix
     relevant: sp.csr_matrix
+
+
+def _pasts(lake: Lake, window: ds.Dataset, end: int) -> list[_Past]:
+    """The moments before the last SPANS days of a window that ended at `end` (ms), newest first; of a short window fewer."""
+    found = []
+    for _ in range(SPANS):
+        start, days, users = validation_span(window, end, TESTED_USERS)
+        past = _past(lake, window, start, users) if days else None
+        if past is None:
+            break
+        found.append(past)
+        window, end = window.filter(ds.field("first_ts") < start), start
+    return found
 
 
 def _past(lake: Lake, window: ds.Dataset, moment: int, returning: pa.Array) -> _Past | None:

@@ -514,6 +514,7 @@ def _snapshot_of(manifest: Manifest, files: Mapping[str, Buffer], where: str) ->
             als_gram=array(ALS_GRAM_FILE, (als_items.shape[1], als_items.shape[1])),
             als_version=str(als.get("version", "")),
             als_alpha=float(als.get("alpha", 1.0)),
+            als_base_preference=float(als.get("base_preference", 1.0)),
             als_regularization=float(als.get("regularization", 0.0)),
             als_regularization_per_item=float(als.get("regularization_per_item", 0.0)),
             als_item_weights=array(ALS_ITEM_WEIGHTS_FILE, (items.num_rows,)) if ALS_ITEM_WEIGHTS_FILE in files else None,

@@ -96,7 +96,16 @@ class AlsSettings(Section):
     )
     rank: int = Field(64, ge=1, description="number of factors")
     iterations: int = Field(10, ge=1, description="alternating sweeps")
-    alpha: float = Field(2.0, gt=0, description="confidence of an interaction of weight w is 1 + alpha·w")
+    alpha: float = Field(
+        2.0, gt=0, description="confidence of an interaction of weight w, beyond the 1 of all pairs, is alpha·w"
+    )
+    base_preference: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="preference of an interaction in that 1 of all pairs (`numpy`): 0 as Rendle et al. 2022, 1 as Hu et al. "
+        "2008 and the other engines",
+    )
     regularization: float = Field(
         2.0, gt=0, description="λ for each observation, as MLlib scales it; on one machine λ × mean observations is the mean"
     )
@@ -113,7 +122,7 @@ class AlsSettings(Section):
         (0.0, 16.0, 4.0, 1.0, 0.25, 0.0625),
         min_length=1,
         description="days after its last event in which half of an interaction fades away, beside the decay of its events; "
-        "0: nothing does. Of several that one is taken that foretells the window's last day best",
+        "0: nothing does. Of several that one is taken that foretells the window's last days best",
     )
     regularization_floors: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (0.0, 1.0, 2.0),

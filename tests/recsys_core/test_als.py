@@ -83,7 +83,7 @@ def test_all_engines_rank_far_better_than_popularity_and_like_each_other(lake, s
     popular = rank_all(np.ones((1500, 1), np.float32), popularity[:, None].astype(np.float32), train, 10)
     ndcg = {"popularity": evaluate(popular, test, [10], popularity, 600)["ndcg@10"]}
     for engine in ENGINES:
-        fit(lake, files, engine, spark, rank=8, iterations=10, alpha=5.0, regularization=0.1)
+        fit(lake, files, engine, spark, rank=8, iterations=10, alpha=5.0, regularization=0.1, base_preference=1.0)
         users, items = matrix_order(lake, "users", 1500), matrix_order(lake, "items", 600)
         ndcg[engine] = evaluate(rank_all(users, items, train, 10), test, [10], popularity, 600)["ndcg@10"]
     for engine in ENGINES:
@@ -113,7 +113,7 @@ def test_every_engine_writes_the_same_rows(lake, spark, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_user_vectors_solve_their_own_normal_equations(lake, spark, engine):
-    """Confidence 1 + alpha·w and the documented ridge: folding a fitted user in again gives the fitted vector back."""
+    """Confidence, preference and the documented ridge: folding a fitted user in again gives the fitted vector back."""
     train, _ = taste(users=80, items=40, rank=3, per_user=8, seed=4)
     train.data = np.random.default_rng(0).uniform(0.2, 3, train.nnz).astype(np.float32)
     files = write_interactions(lake, pairs_of(train))
@@ -121,11 +121,15 @@ def test_user_vectors_solve_their_own_normal_equations(lake, spark, engine):
     users, items = matrix_order(lake, "users", 80), matrix_order(lake, "items", 40)
     weights = train.toarray()
     ridge = report.ridge + report.ridge_per_observation * train.getnnz(axis=1)
-    folded = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), weights, 2.0, ridge)
-    relative = np.linalg.norm(folded - users, axis=1) / np.linalg.norm(users, axis=1)
-    assert np.median(relative) < 0.01
-    without_weights = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), weights > 0, 2.0, ridge)
-    assert np.median(np.linalg.norm(without_weights - users, axis=1) / np.linalg.norm(users, axis=1)) > 0.05
+
+    def off(weights: np.ndarray, preference: float) -> float:
+        folded = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), weights, 2.0, preference, ridge)
+        return float(np.median(np.linalg.norm(folded - users, axis=1) / np.linalg.norm(users, axis=1)))
+
+    assert report.base_preference == (0.0 if engine == "numpy" else 1.0), "the libraries have 1, whatever the settings say"
+    assert off(weights, report.base_preference) < 0.01
+    assert off(weights > 0, report.base_preference) > 0.05
+    assert off(weights, 1 - report.base_preference) > 0.05
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -136,9 +140,10 @@ def test_with_a_propensity_users_are_folded_in_with_the_item_weights_of_their_fi
     users, items = matrix_order(lake, "users", 80), matrix_order(lake, "items", 40)
     weights = train.toarray() * inverse_propensity(train.getnnz(axis=0), report.propensity_power)
     ridge = report.ridge + report.ridge_per_observation * train.getnnz(axis=1)
-    folded = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), weights, 2.0, ridge)
+    preference = report.base_preference
+    folded = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), weights, 2.0, preference, ridge)
     assert np.median(np.linalg.norm(folded - users, axis=1) / np.linalg.norm(users, axis=1)) < 0.01
-    alike = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), train.toarray(), 2.0, ridge)
+    alike = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), train.toarray(), 2.0, preference, ridge)
     assert np.median(np.linalg.norm(alike - users, axis=1) / np.linalg.norm(users, axis=1)) > 0.05
 
 
@@ -182,18 +187,19 @@ def test_with_a_half_life_libraries_fit_faded_weights(lake, spark, engine):
     assert np.abs(alike @ alike.T - found @ found.T).max() > 0.02
 
 
-def test_with_a_half_life_numpy_takes_what_has_faded_of_a_pair_as_not_observed(lake):
+@pytest.mark.parametrize("preference", [0.0, 0.4, 1.0])
+def test_with_a_half_life_numpy_takes_what_has_faded_of_a_pair_as_not_observed(lake, preference):
     files, train, left = aged_pairs(lake)
-    settings = AlsSettings(rank=4, iterations=60, alpha=2.0, regularization=0.2, propensity_power=0.0)
+    weighed = {"propensity_power": 0.0, "base_preference": preference}
+    settings = AlsSettings(rank=4, iterations=60, alpha=2.0, regularization=0.2, **weighed)
     report = fit_als(lake, files, "als_factors", KEY, settings, None, "numpy", half_life_days=3.0)
     users, items = matrix_order(lake, "users", 40), matrix_order(lake, "items", 20).astype(np.float64)
     f, w = left.toarray(), train.toarray()
     ridge = Ridge(report.ridge, report.ridge_per_observation).of(f.sum(axis=1))
     assert ridge.sum() == pytest.approx(ridges_of(f.sum(), (40, 20), settings, 1.0)[0].of(f.sum(axis=1)).sum())
     for user in range(40):
-        confidence = f[user] * (1 + 2 * w[user]) + (1 - f[user])
-        left_side = (items * confidence[:, None]).T @ items + ridge[user] * np.eye(4)
-        expected = np.linalg.solve(left_side, items.T @ (f[user] * (1 + 2 * w[user]) * (w[user] > 0)))
+        left_side = (items * (1 + f[user] * 2 * w[user])[:, None]).T @ items + ridge[user] * np.eye(4)
+        expected = np.linalg.solve(left_side, items.T @ (f[user] * (preference + 2 * w[user]) * (w[user] > 0)))
         np.testing.assert_allclose(users[user], expected, atol=0.01 * np.abs(users).max())
 
 
@@ -203,14 +209,15 @@ def common_scale_of(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsS
     n = [np.asarray(fresh.sum(axis=axis)).ravel() for axis in (1, 0)]
     unit = settings.model_copy(update={"regularization": 1.0})
     ridges = ridges_of(float(n[0].sum()), weights.shape, unit, settings.frequency_scaling)
-    return common_scale(Entries(excess, fresh.data), ridges[0].of(n[0]), ridges[1].of(n[1]))
+    return common_scale(Entries(excess, settings.base_preference * fresh.data), ridges[0].of(n[0]), ridges[1].of(n[1]))
 
 
-def test_where_users_are_alike_and_took_the_same_factors_grow_below_that_regularization_and_vanish_above_it():
+@pytest.mark.parametrize("preference", [0.0, 1.0])
+def test_where_users_are_alike_and_took_the_same_factors_grow_below_that_regularization_and_vanish_above_it(preference):
     weights = sp.csr_matrix(np.ones((40, 5), np.float32))
     fresh = weights.copy()
     fresh.data[:] = 0.3
-    settings = AlsSettings(rank=4, iterations=60, alpha=2.0, propensity_power=0.0)
+    settings = AlsSettings(rank=4, iterations=60, alpha=2.0, propensity_power=0.0, base_preference=preference)
     least = common_scale_of(weights, fresh, settings)
     lengths = {
         share: np.abs(
@@ -340,22 +347,23 @@ def test_reading_factors_that_were_never_made_says_so(lake):
         read_factors(lake, "als_factors", KEY, "users")
 
 
-def test_fold_in_is_the_closed_form_for_one_user_and_for_many():
+@pytest.mark.parametrize("base", [0.0, 1.0])
+def test_fold_in_is_the_closed_form_for_one_user_and_for_many(base):
     rng = np.random.default_rng(8)
     items = rng.normal(size=(20, 3))
     weights = np.array([1.0, 0.5])
-    confidence, preference = np.ones(20), np.zeros(20)
+    confidence, wanted = np.ones(20), np.zeros(20)
     confidence[[4, 9]] += 3.0 * weights
-    preference[[4, 9]] = 1
+    wanted[[4, 9]] = base + 3.0 * weights
     left = items.T @ np.diag(confidence) @ items + 0.7 * np.eye(3)
-    expected = np.linalg.solve(left, items.T @ np.diag(confidence) @ preference)
-    one = fold_in(gram(items), items[[4, 9]], weights, alpha=3.0, regularization=0.7)
+    expected = np.linalg.solve(left, items.T @ wanted)
+    one = fold_in(gram(items), items[[4, 9]], weights, alpha=3.0, base_preference=base, regularization=0.7)
     assert one == pytest.approx(expected, rel=1e-5)
 
     padded = np.stack([items[[4, 9, 0]], items[[1, 2, 3]]])
-    many = fold_in(gram(items), padded, np.array([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]]), 3.0, np.array([0.7, 0.2]))
+    many = fold_in(gram(items), padded, np.array([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]]), 3.0, base, np.array([0.7, 0.2]))
     assert many[0] == pytest.approx(expected, rel=1e-5)
-    assert many[1] == pytest.approx(fold_in(gram(items), items[[1, 2, 3]], np.ones(3), 3.0, 0.2), rel=1e-5)
+    assert many[1] == pytest.approx(fold_in(gram(items), items[[1, 2, 3]], np.ones(3), 3.0, base, 0.2), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +393,7 @@ def test_with_frequency_scaling_users_are_folded_in_with_the_ridge_of_their_fit(
     some = n > 0
     assert report.ridge_per_observation > 0
     ridge = report.ridge + report.ridge_per_observation * n
-    folded = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), train.toarray(), 2.0, ridge)
+    folded = fold_in(gram(items), np.broadcast_to(items, (80, 40, 4)), train.toarray(), 2.0, report.base_preference, ridge)
     relative = np.linalg.norm(folded - users, axis=1)[some] / np.linalg.norm(users, axis=1)[some]
     assert np.median(relative) < 0.01
 

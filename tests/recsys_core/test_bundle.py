@@ -169,7 +169,14 @@ def test_a_published_release_loads_as_what_was_assembled_and_is_not_served_yet(m
     assert loaded.items.equals(snapshot.items)
     for name in ("als_items", "als_gram", "popular"):
         assert (getattr(loaded, name) == getattr(snapshot, name)).all()
-    for name in ("als_version", "als_alpha", "als_regularization", "als_regularization_per_item", "release_id"):
+    for name in (
+        "als_version",
+        "als_alpha",
+        "als_base_preference",
+        "als_regularization",
+        "als_regularization_per_item",
+        "release_id",
+    ):
         assert getattr(loaded, name) == getattr(snapshot, name)
     for metric, index in snapshot.indexes.items():
         queries = snapshot.als_items[:5]

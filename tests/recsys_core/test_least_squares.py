@@ -38,7 +38,7 @@ def closed_form(entries: Entries, vectors: np.ndarray, ridge: np.ndarray) -> np.
     y = vectors.astype(np.float64)
     excess = entries.excess
     found = np.zeros((excess.shape[0], y.shape[1]))
-    wanted = sp.csr_matrix((entries.observed + excess.data, excess.indices, excess.indptr), excess.shape).toarray()
+    wanted = sp.csr_matrix((entries.preference + excess.data, excess.indices, excess.indptr), excess.shape).toarray()
     for row, s in enumerate(excess.toarray()):
         found[row] = np.linalg.solve(y.T @ ((1 + s)[:, None] * y) + ridge[row] * np.eye(y.shape[1]), y.T @ wanted[row])
     return found

@@ -178,15 +178,16 @@ def test_trends_leave_out_what_is_unknown_or_unavailable(trend: Trend) -> None:
     assert trend.part[100] == pytest.approx(np.log1p(9) / np.log1p(50))
 
 
-def test_users_without_factor_are_folded_in_and_others_keep_theirs(snapshot: Snapshot) -> None:
+@pytest.mark.parametrize("preference", [0.0, 1.0])
+def test_users_without_factor_are_folded_in_and_others_keep_theirs(snapshot: Snapshot, preference: float) -> None:
     everyone = users(snapshot, 6)
-    factors = with_fold_in(snapshot, everyone)
+    factors = with_fold_in(replace(snapshot, als_base_preference=preference), everyone)
     np.testing.assert_array_equal(factors[[0, 3]], everyone.als[[0, 3]])
     assert not factors[[2, 5]].any(), "nothing is known of these"
     last = everyone.last_items[1][everyone.last_items[1] >= 0]
     y = snapshot.als_items[last].astype(np.float64)
     left = snapshot.als_gram + snapshot.als_alpha * y.T @ y + snapshot.als_regularization * np.eye(y.shape[1])
-    expected = np.linalg.solve(left, (1 + snapshot.als_alpha) * y.sum(axis=0))
+    expected = np.linalg.solve(left, (preference + snapshot.als_alpha) * y.sum(axis=0))
     np.testing.assert_allclose(factors[1], expected, rtol=1e-3, atol=1e-5)
 
 

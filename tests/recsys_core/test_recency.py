@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from builders import INTERACTIONS_SCHEMA
 
+from recsys_core import recency
 from recsys_core.events import DAY_MS, day_key, key_start_ms
 from recsys_core.recency import Chosen, choose, fit_window
 from recsys_core.settings import AlsSettings
@@ -17,7 +18,7 @@ USERS = 400
 
 
 def window(lake, news: bool, day_before: bool = True) -> None:
-    """Users with five items of their topic a month ago, three since three days ago and two on the last day.
+    """Users with five items of their topic a month ago, three three days ago and two on each of the last two days.
 
     Of news what was taken lately did not exist a month ago. Else items stay, and what was taken three days ago was a whim: of
     any topic.
@@ -27,7 +28,7 @@ def window(lake, news: bool, day_before: bool = True) -> None:
     for user in range(USERS):
         home = int(random.integers(TOPICS))
         taken: set[str] = set()
-        for count, ago in ((5, 30.0), (3, 3.0), (2, 0.5)):
+        for count, ago in ((5, 30.0), (3, 3.0), (2, 1.5), (2, 0.5)):
             topic = int(random.integers(TOPICS)) if ago == 3.0 and not news else home
             first = ITEMS if news and ago < 30 else 0
             there = [f"t{topic}-{item}" for item in range(first, first + ITEMS)]
@@ -68,6 +69,35 @@ def test_the_ridge_is_raised_where_that_foretells_better_and_for_numpy_alone(lak
     loose = {"regularization": 1e-4, "regularization_floors": (0.0, 0.1)}
     assert chosen(lake, **loose).floor == 0.1
     assert chosen(lake, "implicit", **loose).floor == 0.0
+
+
+def test_the_last_two_days_are_foretold_and_count_alike(lake, monkeypatch):
+    window(lake, news=False)
+    [last, before] = recency._pasts(lake, lake.dataset("interactions", [DAY]), END)
+    assert (last.age_ms.min() // DAY_MS, before.age_ms.min() // DAY_MS) == (0, 0)
+    assert last.relevant.nnz == before.relevant.nnz == 2 * USERS, "two items of each user and day, none of another day"
+    assert (last.weights.nnz, before.weights.nnz) == (10 * USERS, 8 * USERS)
+    scores = {8.0: {10: 0.5, 8: 0.1}, 1.0: {10: 0.3, 8: 0.4}, 0.0: {10: 0.1, 8: 0.3}}
+
+    def foretold(past, candidate, *_):
+        return np.full(len(past.tested), scores[candidate.half_life_days][past.weights.nnz // USERS])
+
+    monkeypatch.setattr(recency, "_foretold", foretold)
+    assert chosen(lake).half_life_days == 1.0
+
+
+def test_small_fits_have_the_preference_of_the_engine(lake, monkeypatch):
+    window(lake, news=False)
+    had = set()
+
+    def foretold(past, _, settings, engine):
+        had.add((engine, settings.base_preference))
+        return np.zeros(len(past.tested))
+
+    monkeypatch.setattr(recency, "_foretold", foretold)
+    for engine in ("numpy", "implicit", "spark"):
+        chosen(lake, engine, base_preference=0.3)
+    assert had == {("numpy", 0.3), ("implicit", 1.0), ("spark", 1.0)}
 
 
 def test_where_nobody_came_back_or_nothing_was_there_the_first_one_is_taken(lake):
