@@ -1,6 +1,6 @@
 """The served ranking on a news clickstream: what the scoring path of serving finds, its weights tuned by the evaluation.
 
-    python benchmarks/served_ranking_globo.py FOLDER [--users 4000] [--output FILE]
+    python benchmarks/served_ranking_globo.py FOLDER [--users 4000] [--engine implicit] [--output FILE]
 
 FOLDER holds the Globo clicks by the hour (clicks_hour_000.csv.gz …). Hours 0–215 are known, hours 216–221 and 216–239 are
 predicted, for sampled users seen before, with every known item ranked and what a user clicked before left out. Everything is
@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--users", type=int, default=4000)
+    parser.add_argument("--engine", choices=["numpy", "implicit"], default="numpy", help="of ALS; numpy is that of one machine")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     settings = load_settings()
@@ -128,10 +129,10 @@ def main() -> None:
         write_tables(lake, read_clicks(arguments.folder), before, settings)
         print(f"tables: {time.perf_counter() - started:.0f} s", flush=True)
         started = time.perf_counter()
-        fitted = fit_holdout(lake, before, DAY, settings, None, "implicit")
+        fitted = fit_holdout(lake, before, DAY, settings, None, arguments.engine)
         print(f"ALS: {time.perf_counter() - started:.0f} s", flush=True)
         started = time.perf_counter()
-        tuned = tune(validation_cases(lake, before, settings, None, "implicit"), settings.ranking)
+        tuned = tune(validation_cases(lake, before, settings, None, arguments.engine), settings.ranking)
         print(f"validation models and tuning: {time.perf_counter() - started:.0f} s", flush=True)
         for name, hours in (("next 6 hours", 6), ("next day", 24)):
             started = time.perf_counter()
