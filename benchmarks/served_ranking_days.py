@@ -1,6 +1,6 @@
 """The served ranking where taste rules more than the hour: the same tuner on films and on a company's articles.
 
-    python benchmarks/served_ranking_days.py FOLDER
+    python benchmarks/served_ranking_days.py FOLDER [--engine implicit]
 
 FOLDER holds `ml-100k/ml-100k.inter` and `deskdrop/users_interactions.csv.gz`; one that is missing is left out. The last four
 weeks of MovieLens-100k and the last week of Deskdrop are predicted from everything before, by the evaluation's own path: ALS,
@@ -45,11 +45,12 @@ def clicks_of(rows: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--engine", choices=["numpy", "implicit"], default="numpy", help="of ALS; numpy is that of one machine")
+    arguments = parser.parse_args()
     settings = load_settings()
     for name, read, days in (("MovieLens-100k", movielens, 28), ("Deskdrop", deskdrop, 7)):
         try:
-            clicks = clicks_of(read(folder))
+            clicks = clicks_of(read(arguments.folder))
         except FileNotFoundError as error:
             print(f"{name} left out: {error}")
             continue
@@ -60,8 +61,8 @@ def main() -> None:
             write_tables(lake, clicks, before, settings)
             started = time.perf_counter()
             split = time_split(lake, before, day, settings.evaluation.max_users, HISTORY, 24 * days)
-            fitted = fit_holdout(lake, before, day, settings, None, "implicit")
-            tuned = tune(validation_cases(lake, before, settings, None, "implicit"), settings.ranking)
+            fitted = fit_holdout(lake, before, day, settings, None, arguments.engine)
+            tuned = tune(validation_cases(lake, before, settings, None, arguments.engine), settings.ranking)
             found = compare(lake, day, split, fitted, tuned, settings)
             report(f"{name}, last {days} days", split, found, time.perf_counter() - started)
             print(f"  tuned on {tuned.users} users at {tuned.moments} moments {tuned.note}")

@@ -20,8 +20,8 @@ Where items come and go, what was done long ago says little. With a half-life h 
 share f = (1 + (2^(1/1.5) − 1)·t/h)^−1.5, a power of time as what people come back to is (Anderson & Schooler 1991, "Reflections
 of the environment in memory"). `numpy` takes f of the pair as observed and 1 − f as not: f weighs what the pair adds to the
 squares and to n_r, so that what has faded away weighs as little as what never was. The libraries of the other two know pairs
-either as observed or as not and have f·w in place of w. `recency.choose` finds the half-life, and with it how large the ridge
-has to be beside what users have in common (`common_scale`).
+either as observed or as not and have f·w in place of w. `recency.choose` finds the half-life, and with it λ for `numpy`, in
+units of what users have in common (`common_scale`): the λ that is right for weights of 5 leaves nothing of weights of a half.
 """
 
 from __future__ import annotations
@@ -117,13 +117,13 @@ def fit_als(
     spark: Callable[[], SparkSession] | None,
     engine: str,
     half_life_days: float = 0.0,
-    floor: float = 0.0,
+    relative_regularization: float = 0.0,
 ) -> AlsReport:
     """Factorise interactions and replace partition `key` of `<table>_users` and `<table>_items`.
 
     `files` are Parquet files of the lake with the columns user_id, item_id and weight (> 0), one row for a pair, and with a
     half-life last_ts (ms): pairs fade as the module's first lines say, by the time from their last event to the newest of all.
-    0: no half-life. `floor` is the least λ, in units of `common_scale` (`numpy` alone).
+    0: no half-life. `relative_regularization` is λ in units of `common_scale` (`numpy` alone), 0: `settings.regularization`.
     The tables have the columns id string, n int32 (observations in the fit), factor list of `rank` float32. A pair
     counts when its user has `min_user_interactions` and its item `min_item_interactions` before any pair is left out.
 
@@ -139,7 +139,9 @@ def fit_als(
     if not files:
         raise ValueError(f"{name}: no interactions to fit, there is no file of them")
     if engine in ("numpy", "implicit"):
-        users, items, observations, fitted = _fit_one_machine(lake, files, table, key, settings, engine, half_life_days, floor)
+        users, items, observations, fitted = _fit_one_machine(
+            lake, files, table, key, settings, engine, half_life_days, relative_regularization
+        )
         ridge, regularization = fitted.ridge, fitted.regularization
     elif engine == "spark":
         if spark is None:
@@ -217,7 +219,7 @@ def _fit_one_machine(
     settings: AlsSettings,
     engine: str,
     half_life_days: float,
-    floor: float,
+    relative_regularization: float,
 ) -> tuple[int, int, int, Fit]:
     """Users, items, observations, and the fit."""
     name = f"{table}, partition {key!r}"
@@ -227,7 +229,7 @@ def _fit_one_machine(
     if not observations:
         raise _nothing_left(name, settings)
     if engine == "numpy":
-        fit = factorize_exactly(data.weights, data.fresh, settings, floor)
+        fit = factorize_exactly(data.weights, data.fresh, settings, relative_regularization)
     else:
         fit = _factorize_implicit(data.weights, data.fresh, settings)
     sides: tuple[tuple[Side, pa.Array, npt.NDArray[np.float32], npt.NDArray[np.int64]], ...] = (
@@ -331,8 +333,10 @@ def _frequent(data: _Interactions, settings: AlsSettings) -> _Interactions:
     )
 
 
-def factorize_exactly(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings, floor: float = 0.0) -> Fit:
-    """Each half-sweep solved exactly, with the λ of the settings or, where that is more, `floor` times `common_scale`.
+def factorize_exactly(
+    weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: AlsSettings, relative_regularization: float = 0.0
+) -> Fit:
+    """Each half-sweep solved exactly, with λ of `relative_regularization` times `common_scale`; 0: that of the settings.
 
     `weights` and `fresh`, what is left of each pair, are CSR float32 (users, items) of the same pairs. Items start from a
     normal distribution of standard deviation START_DEVIATION/√rank (Rendle et al. 2022, section 4.2).
@@ -347,8 +351,8 @@ def factorize_exactly(weights: sp.csr_matrix, fresh: sp.csr_matrix, settings: Al
     user_ridge, item_ridge = ridges_of(float(n_users.sum()), weights.shape, unit, settings.frequency_scaling)
     of_users, of_items = user_ridge.of(n_users), item_ridge.of(n_items)
     regularization = settings.regularization
-    if floor:
-        regularization = max(regularization, floor * common_scale(by_user, of_users, of_items))
+    if relative_regularization:
+        regularization = relative_regularization * common_scale(by_user, of_users, of_items)
     random = np.random.default_rng(settings.seed)
     items = random.standard_normal((weights.shape[1], settings.rank), np.float32)
     items *= np.float32(START_DEVIATION / np.sqrt(settings.rank))

@@ -114,9 +114,11 @@ def top_k(scores: npt.NDArray[np.float32], k: int, mask: sp.csr_matrix | None = 
     if not width or not rows:
         return ids
     threshold = np.partition(scores, n - width, axis=1)[:, n - width, None]
-    taken = scores > threshold
-    tied = scores == threshold
-    taken |= tied & (np.cumsum(tied, axis=1) <= width - np.count_nonzero(taken, axis=1)[:, None])
+    taken = scores >= threshold
+    if np.count_nonzero(taken) > rows * width:
+        above = scores > threshold
+        tied = taken & ~above
+        taken = above | (tied & (np.cumsum(tied, axis=1) <= width - np.count_nonzero(above, axis=1)[:, None]))
     best = np.nonzero(taken)[1].reshape(rows, width)
     values = np.take_along_axis(scores, best, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")

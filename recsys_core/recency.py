@@ -1,9 +1,9 @@
 """How fast interactions go stale, and how far factors may follow single ones: found on the last days of a window itself.
 
 News and posts live for hours, what a shop sells for months; a half-life of the wrong order costs a factor model half of its
-ranking. And of news everybody takes the same: best for them is a ridge under which little else is left. So factors
-of what was known before each of the window's last days are fitted with each half-life and each ridge in turn, and what users
-took first on these days says which of them foretells best.
+ranking. And of news everybody takes the same: best for them is a ridge under which little else is left, where tastes differ one
+under which much is. So factors of what was known before each of the window's last days are fitted with each half-life and each
+ridge in turn, and what users took first on these days says which of them foretells best.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ RANK, ITERATIONS = 32, 5
 
 
 class Chosen(NamedTuple):
-    """Of a fit: days after which half of an interaction is left (0: all), and the least λ in units of `als.common_scale`."""
+    """Of a fit: days after which half of an interaction is left (0: all), and λ in units of `als.common_scale`.
+
+    λ of 0 stands for that of the settings.
+    """
 
     half_life_days: float
-    floor: float
+    relative_regularization: float
 
 
 def fit_window(
@@ -64,18 +67,18 @@ def fit_window(
     """
     table, key = window
     chosen = choose(lake, lake.dataset(table, [key]), end, settings, engine)
-    return fit_als(lake, lake.files(table, [key]), *into, settings, spark, engine, chosen.half_life_days, chosen.floor)
+    return fit_als(lake, lake.files(table, [key]), *into, settings, spark, engine, *chosen)
 
 
 def choose(lake: Lake, window: ds.Dataset | None, end: int, settings: AlsSettings, engine: str) -> Chosen:
     """What foretells the last SPANS days of a window of interactions best.
 
-    That is the one of `settings.half_lives_days`, and for the engine `numpy` of `settings.regularization_floors`, with the
+    That is the one of `settings.half_lives_days`, and for the engine `numpy` of `settings.relative_regularizations`, with the
     highest NDCG@10, of which each day counts alike; where nobody came back, the first of each. Where few users did, a day
     is 2, 4, … days.
     """
-    floors = settings.regularization_floors if engine == "numpy" else (0.0,)
-    candidates = [Chosen(*pair) for pair in product(settings.half_lives_days, floors)]
+    ridges = settings.relative_regularizations if engine == "numpy" else ()
+    candidates = [Chosen(*pair) for pair in product(settings.half_lives_days, ridges or (0.0,))]
     if len(candidates) == 1 or window is None:
         return candidates[0]
     pasts = _pasts(lake, window, end)
@@ -174,6 +177,6 @@ def _foretold(past: _Past, candidate: Chosen, settings: AlsSettings, engine: str
     if engine != "numpy":
         weights.data *= fresh.data
         fresh.data = np.ones_like(fresh.data)
-    fit = factorize_exactly(weights, fresh, settings, candidate.floor)
+    fit = factorize_exactly(weights, fresh, settings, candidate.relative_regularization)
     top = rank_all(fit.users[past.tested], fit.items, past.seen, 10)
     return per_user(top, past.relevant, [10])["ndcg@10"]

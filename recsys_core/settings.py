@@ -107,7 +107,10 @@ class AlsSettings(Section):
         "2008 and the other engines",
     )
     regularization: float = Field(
-        2.0, gt=0, description="λ for each observation, as MLlib scales it; on one machine λ × mean observations is the mean"
+        2.0,
+        gt=0,
+        description="λ for each observation, as MLlib scales it; on one machine λ × mean observations is the mean. Of `numpy` "
+        "where `relative_regularizations` is empty",
     )
     frequency_scaling: float = Field(
         1.0, ge=0, le=1, description="share of that ridge in proportion to a row's frequency (`numpy`); 0: equal for all rows"
@@ -124,11 +127,10 @@ class AlsSettings(Section):
         description="days after its last event in which half of an interaction fades away, beside the decay of its events; "
         "0: nothing does. Of several that one is taken that foretells the window's last days best",
     )
-    regularization_floors: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        (0.0, 1.0, 2.0),
-        min_length=1,
-        description="least λ, in units of the one with which users who are all alike give items vectors as long as theirs "
-        "(`numpy`); of several one is taken together with the half-life",
+    relative_regularizations: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.25, 1.0, 2.0),
+        description="λ of `numpy` in units of the one with which users who are all alike give items vectors as long as theirs; "
+        "of several one is taken together with the half-life",
     )
     seed: int = Field(7, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")

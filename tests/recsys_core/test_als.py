@@ -229,19 +229,17 @@ def test_where_users_are_alike_and_took_the_same_factors_grow_below_that_regular
     assert lengths[1.1] < 1e-5
 
 
-def test_a_floor_raises_the_regularization_to_so_many_times_that_of_users_who_are_alike_and_never_lowers_it():
+def test_the_relative_regularization_is_so_many_times_that_of_users_who_are_alike():
     weights, _ = taste(users=60, items=30, rank=2, per_user=6, seed=4)
     fresh = weights.copy()
     settings = AlsSettings(rank=4, iterations=2, regularization=0.01, propensity_power=0.0)
     least = common_scale_of(weights, fresh, settings)
-    raised = factorize_exactly(weights, fresh, settings, 0.5)
-    assert raised.regularization == pytest.approx(0.5 * least)
-    by_hand = factorize_exactly(weights, fresh, settings.model_copy(update={"regularization": raised.regularization}))
-    np.testing.assert_array_equal(raised.items, by_hand.items)
-    assert raised.ridge == by_hand.ridge
-    assert factorize_exactly(weights, fresh, settings.model_copy(update={"regularization": 2 * least}), 0.5).regularization == (
-        2 * least
-    )
+    half = factorize_exactly(weights, fresh, settings, 0.5)
+    assert half.regularization == pytest.approx(0.5 * least)
+    by_hand = factorize_exactly(weights, fresh, settings.model_copy(update={"regularization": half.regularization}))
+    np.testing.assert_array_equal(half.items, by_hand.items)
+    assert half.ridge == by_hand.ridge
+    assert factorize_exactly(weights, fresh, settings).regularization == 0.01
 
 
 def test_the_inverse_propensity_halves_for_four_times_the_interactions_and_keeps_the_mean_weight():

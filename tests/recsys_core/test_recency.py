@@ -6,6 +6,7 @@ import pytest
 from builders import INTERACTIONS_SCHEMA
 
 from recsys_core import recency
+from recsys_core.als import fit_als
 from recsys_core.events import DAY_MS, day_key, key_start_ms
 from recsys_core.recency import Chosen, choose, fit_window
 from recsys_core.settings import AlsSettings
@@ -45,7 +46,7 @@ def window(lake, news: bool, day_before: bool = True) -> None:
 
 
 def chosen(lake, engine: str = "numpy", **settings) -> Chosen:
-    als = AlsSettings(rank=8, **{"half_lives_days": CANDIDATES, "regularization_floors": (0.0,), **settings})
+    als = AlsSettings(rank=8, **{"half_lives_days": CANDIDATES, "relative_regularizations": (), **settings})
     return choose(lake, lake.dataset("interactions", [DAY]), END, als, engine)
 
 
@@ -64,11 +65,11 @@ def test_of_what_stays_nothing_fades(lake, day_before, engine):
     assert chosen(lake, engine).half_life_days == 0.0
 
 
-def test_the_ridge_is_raised_where_that_foretells_better_and_for_numpy_alone(lake):
+def test_the_ridge_is_the_one_that_foretells_best_and_for_numpy_alone(lake):
     window(lake, news=False)
-    loose = {"regularization": 1e-4, "regularization_floors": (0.0, 0.1)}
-    assert chosen(lake, **loose).floor == 0.1
-    assert chosen(lake, "implicit", **loose).floor == 0.0
+    for ridges in ((1e-4, 0.1), (0.1, 50.0)):
+        assert chosen(lake, relative_regularizations=ridges).relative_regularization == 0.1
+        assert chosen(lake, "implicit", relative_regularizations=ridges).relative_regularization == 0.0
 
 
 def test_the_last_two_days_are_foretold_and_count_alike(lake, monkeypatch):
@@ -101,7 +102,7 @@ def test_small_fits_have_the_preference_of_the_engine(lake, monkeypatch):
 
 
 def test_where_nobody_came_back_or_nothing_was_there_the_first_one_is_taken(lake):
-    als = AlsSettings(half_lives_days=(2.0, 0.0), regularization_floors=(0.5, 0.0))
+    als = AlsSettings(half_lives_days=(2.0, 0.0), relative_regularizations=(0.5, 1.0))
     assert choose(lake, None, END, als, "numpy") == (2.0, 0.5)
     once = [{"user_id": "u", "item_id": "i", "weight": 1.0, "n_events": 1, "first_ts": END - 1, "last_ts": END - 1}]
     lake.write("interactions", DAY, pa.Table.from_pylist(once, schema=INTERACTIONS_SCHEMA))
@@ -110,9 +111,11 @@ def test_where_nobody_came_back_or_nothing_was_there_the_first_one_is_taken(lake
 
 def test_the_fit_of_a_window_has_what_it_asks_for(lake):
     window(lake, news=True)
-    als = AlsSettings(rank=8, half_lives_days=CANDIDATES, regularization=1e-4, regularization_floors=(0.0, 0.1))
+    als = AlsSettings(rank=8, half_lives_days=CANDIDATES, relative_regularizations=(50.0, 0.1))
     wanted = choose(lake, lake.dataset("interactions", [DAY]), END, als, "numpy")
     report = fit_window(lake, ("interactions", DAY), END, ("als_factors", DAY), als, None, "numpy")
     assert report.half_life_days == wanted.half_life_days
-    assert (report.regularization > 1e-4) == (wanted.floor > 0)
+    assert wanted.relative_regularization == 0.1
+    by_hand = fit_als(lake, lake.files("interactions", [DAY]), "others", DAY, als, None, "numpy", *wanted)
+    assert report.regularization == by_hand.regularization
     assert (report.users, report.items) == (USERS, 2 * TOPICS * ITEMS)
