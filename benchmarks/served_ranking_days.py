@@ -2,9 +2,10 @@
 
     python benchmarks/served_ranking_days.py FOLDER [--engine implicit]
 
-FOLDER holds `ml-100k/ml-100k.inter` and `deskdrop/users_interactions.csv.gz`; one that is missing is left out. The last four
-weeks of MovieLens-100k and the last week of Deskdrop are predicted from everything before, by the evaluation's own path: ALS,
-weights tuned on the days before, ranking and metrics. Every event counts the same.
+FOLDER holds `ml-100k/ml-100k.inter` and `deskdrop/users_interactions.csv.gz`; one that is missing is left out. Each of the last
+four times four weeks of MovieLens-100k and the last week of Deskdrop are predicted from everything before, by the evaluation's
+own path: ALS, weights tuned on the days before, ranking and metrics. Every event counts the same. What the factor models are
+worth is said by the same weights without theirs.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 from served_ranking_globo import report, write_tables
 
-from recsys_core.evaluation import compare
+from recsys_core.evaluation import SERVED, compare
 from recsys_core.events import DAY_MS, day_key, key_start_ms
 from recsys_core.holdout import HISTORY, fit_holdout, time_split, validation_cases
 from recsys_core.lake import Lake
-from recsys_core.settings import load_settings
+from recsys_core.settings import Settings, load_settings
 from recsys_core.tuning import tune
+
+NO_FACTORS = {"als_weight": 0.0, "two_tower_weight": 0.0, "session_weight": 0.0}
 
 
 def movielens(folder: Path) -> pd.DataFrame:
@@ -48,24 +52,34 @@ def main() -> None:
     parser.add_argument("--engine", choices=["numpy", "implicit"], default="numpy", help="of ALS; numpy is that of one machine")
     arguments = parser.parse_args()
     settings = load_settings()
-    for name, read, days in (("MovieLens-100k", movielens, 28), ("Deskdrop", deskdrop, 7)):
+    for name, read, days, times in (("MovieLens-100k", movielens, 28, 4), ("Deskdrop", deskdrop, 7, 1)):
         try:
             clicks = clicks_of(read(arguments.folder))
         except FileNotFoundError as error:
             print(f"{name} left out: {error}")
             continue
-        day = day_key(int(clicks.ts.max()) - (days - 1) * DAY_MS)
-        before = day_key(key_start_ms(day) - DAY_MS)
-        with tempfile.TemporaryDirectory() as home:
-            lake = Lake(home)
-            write_tables(lake, clicks, before, settings)
-            started = time.perf_counter()
-            split = time_split(lake, before, day, settings.evaluation.max_users, HISTORY, 24 * days)
-            fitted = fit_holdout(lake, before, day, settings, None, arguments.engine)
-            tuned = tune(validation_cases(lake, before, settings, None, arguments.engine), settings.ranking)
-            found = compare(lake, day, split, fitted, tuned, settings)
-            report(f"{name}, last {days} days", split, found, time.perf_counter() - started)
-            print(f"  tuned on {tuned.users} users at {tuned.moments} moments {tuned.note}")
+        for back in range(times):
+            end = int(clicks.ts.max()) - back * days * DAY_MS
+            predict(name, clicks[clicks.ts <= end], days, settings, arguments.engine)
+
+
+def predict(name: str, clicks: pd.DataFrame, days: int, settings: Settings, engine: str) -> None:
+    """Print how the last `days` of the clicks are ranked from those before."""
+    day = day_key(int(clicks.ts.max()) - (days - 1) * DAY_MS)
+    before = day_key(key_start_ms(day) - DAY_MS)
+    with tempfile.TemporaryDirectory() as home:
+        lake = Lake(home)
+        write_tables(lake, clicks, before, settings)
+        started = time.perf_counter()
+        split = time_split(lake, before, day, settings.evaluation.max_users, HISTORY, 24 * days)
+        fitted = fit_holdout(lake, before, day, settings, None, engine)
+        tuned = tune(validation_cases(lake, before, settings, None, engine), settings.ranking)
+        found = compare(lake, day, split, fitted, tuned, settings)
+        report(f"{name}, {days} days from {day}", split, found, time.perf_counter() - started)
+        without = replace(tuned, ranking=tuned.ranking.model_copy(update=NO_FACTORS))
+        rest = compare(lake, day, split, fitted, without, settings).metrics[SERVED]["ndcg@10"]
+        print(f"  {'served without factor models':28}{rest:9.4f}")
+        print(f"  tuned on {tuned.users} users at {tuned.moments} moments {tuned.note}")
 
 
 if __name__ == "__main__":
