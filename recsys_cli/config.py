@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from rich.table import Table
 from rich.text import Text
 
+from recsys_core.masking import MASK, is_secret_name, masked, masked_text
 from recsys_core.settings import Section, Settings
 
 HEADER = """\
@@ -41,7 +42,7 @@ MAPPING_EXAMPLE = """
 
 
 def documented_toml(settings: Settings) -> str:
-    """All settings as the text of a `recsys.toml`, each after a comment that says what it does."""
+    """All settings as the text of a `recsys.toml`, each after a comment that says what it does. Secrets are not in it."""
     lines = [HEADER]
     for name, field, value in _fields(settings):
         if not isinstance(value, Section) and name != "mappings":
@@ -64,7 +65,7 @@ def settings_table(settings: Settings) -> Table:
         rows = [(f"{section}.{n}", f, v) for n, f, v in _fields(value)] if isinstance(value, Section) else [(section, _, value)]
         for name, field, current in rows:
             changed = current != field.get_default(call_default_factory=True)
-            shown = Text("unset" if current is None else _show(current), style="bold yellow" if changed else "")
+            shown = Text("unset" if current is None else _show(masked(current)), style="bold yellow" if changed else "")
             made.add_row(name, shown, field.description or "")
     return made
 
@@ -77,7 +78,9 @@ def explain_invalid(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             lines.append(f"{name}: there is no such setting (`recsys config` lists them)")
         else:
-            lines.append(f"{name} = {problem['input']!r}: {problem['msg']}")
+            secret = any(is_secret_name(str(part)) for part in problem["loc"])
+            given = MASK if secret else repr(masked(problem["input"]))
+            lines.append(f"{name} = {given}: {masked_text(problem['msg'])}")
     return "\n".join(lines)
 
 
@@ -88,7 +91,8 @@ def _fields(model: BaseModel) -> Iterator[tuple[str, FieldInfo, Any]]:
 
 def _setting(name: str, field: FieldInfo, value: Any) -> list[str]:
     comment = [f"# {field.description}"] if field.description else []
-    return [*comment, f"# {name} =" if value is None else f"{name} = {_toml(value)}"]
+    shown = value if isinstance(value, SecretStr) else masked(value)
+    return [*comment, f"# {name} =" if value is None else f"{name} = {_toml(shown)}"]
 
 
 def _show(value: Any) -> str:
@@ -104,8 +108,6 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, date):
         return value.isoformat()
-    if isinstance(value, BaseModel):
-        return _toml(value.model_dump(exclude_none=True))
     if isinstance(value, Enum):
         return _toml(value.value)
     if isinstance(value, SecretStr):

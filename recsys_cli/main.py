@@ -54,7 +54,9 @@ class _Commands(TyperGroup):
                 raise
             from rich.console import Console
 
-            Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+            from recsys_core.masking import masked_text
+
+            Console(stderr=True).print(masked_text(message), style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
 
@@ -219,6 +221,7 @@ def simulate(
     from recsys_cli.console import showing_progress
     from recsys_core.lake import Lake
     from recsys_core.landing import Landing
+    from recsys_core.masking import masked_text
     from recsys_core.progress import track
     from recsys_core.simulate import Simulation, SimulationConfig
 
@@ -236,7 +239,7 @@ def simulate(
         else:
             made.write_landing(Landing(lake))
         made.write_truth(settings.home / "truth")
-    target = f"topic {settings.kafka.topic}" if kafka else f"{settings.lake_uri}/landing"
+    target = f"topic {settings.kafka.topic}" if kafka else f"{masked_text(settings.lake_uri)}/landing"
     typer.echo(f"A clickstream of {days} days is in {target}; its truth is in {settings.home / 'truth'}.")
 
 
@@ -296,11 +299,12 @@ def _mapping(settings: Settings, path: str, name: str | None, catalog: bool, col
 
 def _show_ingested(report: Any, kind: str, settings: Settings) -> None:
     from recsys_cli.console import table
+    from recsys_core.masking import masked_text
 
     rows: list[dict[str, object]] = [{"": "rows read", "count": report.rows_read}]
     rows.append({"": "items kept" if kind == "catalog" else "events landed", "count": report.landed})
     rows += [{"": f"quarantined: {reason}", "count": count} for reason, count in sorted(report.quarantined.items())]
-    _console().print(table(f"Ingested into {settings.lake_uri} in {report.seconds:.1f} s", rows))
+    _console().print(table(f"Ingested into {masked_text(settings.lake_uri)} in {report.seconds:.1f} s", rows))
 
 
 @app.command()

@@ -29,21 +29,23 @@ Reason = Annotated[str, typer.Option(help="Why; kept in the pointer file.")]
 def list_releases(home: Home = None) -> None:
     """All releases, newest first: how the served ranking did, what the gate said, and which one is served."""
     from recsys_cli.console import table
+    from recsys_core.masking import masked_text
 
     settings, releases, console = _open(home)
+    where = masked_text(releases.uri)
     pointer = releases.champion()
     rows = [_row(releases, settings, name, pointer) for name in sorted(releases.names(), reverse=True)]
     if rows:
         console.print(
             table(
-                f"Releases in {releases.uri}",
+                f"Releases in {where}",
                 rows,
                 ["release", "role", "two-tower", settings.gate.metric, "gate"],
                 whole="release",
             )
         )
     else:
-        console.print(f"There is no release in {releases.uri}: `recsys up` and materialize `release`.", soft_wrap=True)
+        console.print(f"There is no release in {where}: `recsys up` and materialize `release`.", soft_wrap=True)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import smtplib
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import EmailMessage
@@ -58,8 +59,9 @@ class Webhook:
                 session.mount(scheme, HTTPAdapter(max_retries=retry))
             try:
                 body = {"text": alert.text, "id": alert.id}
-                session.post(self.settings.webhook_url, json=body, timeout=self.settings.timeout_seconds).raise_for_status()
-            except requests.RequestException as error:
+                url = self.settings.webhook_url.get_secret_value()
+                session.post(url, json=body, timeout=self.settings.timeout_seconds).raise_for_status()
+            except (requests.RequestException, ValueError) as error:
                 # The address of a webhook is a secret; the error's text would tell it.
                 raise NotDelivered(f"webhook: {type(error).__name__}") from None
 
@@ -81,7 +83,7 @@ class Mail:
         try:
             with smtplib.SMTP(settings.smtp_host, settings.smtp_port, timeout=settings.timeout_seconds) as server:
                 if settings.smtp_starttls:
-                    server.starttls()
+                    server.starttls(context=ssl.create_default_context())
                 if settings.smtp_user:
                     server.login(settings.smtp_user, settings.smtp_password.get_secret_value())
                 server.send_message(message)
@@ -91,7 +93,7 @@ class Mail:
 
 def channels(settings: AlertSettings) -> Iterator[Channel]:
     """The channels that the settings name."""
-    if settings.webhook_url:
+    if settings.webhook_url.get_secret_value():
         yield Webhook(settings)
     if settings.smtp_host and settings.email_to:
         yield Mail(settings)

@@ -23,6 +23,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys_core.masking import masked_text
+
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
 
@@ -78,7 +80,7 @@ def timed_name() -> str:
 
 def _missing_message(table: str, keys: list[str], uri: str) -> str:
     shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-    return f"table {table!r} under {uri} has no partition {shown}: materialize it first"
+    return f"table {table!r} under {masked_text(uri)} has no partition {shown}: materialize it first"
 
 
 def _is_local(fs: fsspec.AbstractFileSystem) -> bool:

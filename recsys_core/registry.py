@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from recsys_core.masking import masked_text
 from recsys_core.release import Manifest
 from recsys_core.settings import Settings
 
@@ -96,7 +97,7 @@ class RegistryRun:
         """Datasets of the run: `sources` by table with `partition` and `data_version`, under the lake `uri`."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        inputs = []
+        inputs, uri = [], masked_text(uri)
         for table, source in sources.items():
             partition, version = source.get("partition", ""), source["data_version"]
             dataset = Dataset(f"{table}/{partition}", version[:_LONGEST_DIGEST], "uri", f"{uri}/{table}/{partition}")
@@ -176,8 +177,8 @@ class Registry:
     def run_url(self, experiment_id: str, run_id: str) -> str:
         """The run's page where a server shows it, else its id and the database."""
         if self.uri.startswith(("http://", "https://")):
-            return f"{self.uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-        return f"{run_id} in {self.uri}"
+            return f"{masked_text(self.uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+        return f"{run_id} in {masked_text(self.uri)}"
 
     # -- versions and aliases -----------------------------------------------------------------------------------
 
@@ -195,7 +196,7 @@ class Registry:
 
         A release that was made while MLflow was away is registered first, without a run. Raises RegistryError.
         """
-        version = self.find(manifest.release_id) or self._create(manifest, release_uri, release_uri, None)
+        version = self.find(manifest.release_id) or self._create(manifest, release_uri, masked_text(release_uri), None)
         self._set_alias(CHAMPION, version)
         challenger = self.resolve(CHALLENGER)
         if challenger is not None and challenger.version == version.version:
@@ -242,7 +243,7 @@ class Registry:
 
     def _create(self, manifest: Manifest, release_uri: str, source: str, run_id: str | None) -> Version:
         model = self._settings.model
-        tags = {RELEASE_ID: manifest.release_id, DAY: manifest.day, RELEASE_URI: release_uri}
+        tags = {RELEASE_ID: manifest.release_id, DAY: manifest.day, RELEASE_URI: masked_text(release_uri)}
 
         def create(client: MlflowClient) -> ModelVersion:
             _unless_it_exists(lambda: client.create_registered_model(model))
@@ -318,7 +319,7 @@ class Registry:
             return work(self._made)
         except failures as error:
             first_line = str(error).strip().split("\n", 1)[0][:_LONGEST_MESSAGE]
-            raise RegistryError(f"MLflow at {self.uri}: {type(error).__name__}: {first_line}") from error
+            raise RegistryError(masked_text(f"MLflow at {self.uri}: {type(error).__name__}: {first_line}")) from error
 
     def _mlflow(self) -> tuple[type[MlflowClient], tuple[type[Exception], ...]]:
         """The client's class and what it raises. A server that is away is given up after a second call, not after minutes."""

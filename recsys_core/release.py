@@ -15,7 +15,8 @@
 A release without a two-tower model has no `two_tower/`, and `notes` of its manifest says why.
     <releases>/champion.json                                    which release is served, replaced atomically
 
-A reader trusts nothing: size and sha256 of each file, then shapes and id maps against each other.
+A reader trusts nothing: the names in manifest and pointer, size and sha256 of each file, then shapes and id maps against
+each other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import sys
 import time
@@ -43,6 +45,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from recsys_core.index import ExactIndex, Metric, Searchable, VectorIndex
 from recsys_core.lake import open_filesystem, write_atomically
+from recsys_core.masking import masked_text
 from recsys_core.ranking import Snapshot
 from recsys_core.settings import RankingSettings
 from recsys_core.tower import TowerError, UserTower
@@ -52,6 +55,13 @@ CHAMPION = "champion.json"
 SCHEMA_VERSION = 1
 KEPT_CHAMPIONS = 20
 NPY_HEADER_BYTES = 4096
+COPIED_BYTES = 1 << 20
+"""Bytes of a file that are copied and hashed in one step."""
+FETCHED_BYTES = 1 << 25
+"""Bytes that one request to an object store fetches."""
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}){0,7}")
+"""Names inside a release: parts joined by `/`, none of which is empty, hidden, `..` or could mean another place anywhere."""
+RELEASE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 CHECKED_TOGETHER = 1 << 18
 """Values of an array that are checked in one step."""
 
@@ -73,6 +83,10 @@ INDEX_FILES: dict[Metric, str] = {"inner_product": "index/inner_product.faiss", 
 
 class ReleaseError(Exception):
     """A release can't be used; the message names the release, the file and what is wrong with it."""
+
+
+class StoreAway(ReleaseError):
+    """The store of the releases does not answer, or not with what was asked for; the message has its reason."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,15 @@ class Manifest:
     notes: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        """Raises ReleaseError when a name could reach outside of the release's folder, or a file lacks its size or sha256."""
+        check_release_id(self.release_id)
+        for name, expected in self.files.items():
+            if not FILE_NAME.fullmatch(name) or name.split("/")[0] in (MANIFEST, *LocalFiles.OWN):
+                raise ReleaseError(f"release {self.release_id}: {MANIFEST} lists {name!r}, which can't be a file of a release")
+            if not (isinstance(expected, dict) and type(expected.get("bytes")) is int and type(expected.get("sha256")) is str):
+                raise ReleaseError(f"release {self.release_id}: {MANIFEST} does not say bytes and sha256 of {name}")
+
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
 
@@ -111,9 +134,25 @@ class Manifest:
         if version != SCHEMA_VERSION:
             raise ReleaseError(f"{where}: {MANIFEST} has schema version {version!r}, this process reads {SCHEMA_VERSION}")
         try:
+            _check_types(raw)
             return cls(**raw)
         except TypeError as error:
             raise ReleaseError(f"{where}: {MANIFEST} does not fit its schema: {error}") from error
+
+
+def _check_types(raw: Mapping[str, Any]) -> None:
+    """Raises TypeError when a member of a manifest is not of its kind."""
+    numbers = (int, float)
+    kinds: dict[str, Any] = {"release_id": str, "day": str, "created_at": numbers, "schema_version": int}
+    for name, value in raw.items():
+        if not isinstance(value, kinds.get(name, dict)):
+            raise TypeError(f"{name} is {value!r:.100}")
+
+
+def check_release_id(release_id: object) -> None:
+    """Raises ReleaseError when an id could name another place than a folder of the releases."""
+    if not isinstance(release_id, str) or not RELEASE_NAME.fullmatch(release_id):
+        raise ReleaseError(f"{release_id!r:.100} can't be the id of a release")
 
 
 @dataclass(frozen=True)
@@ -129,28 +168,47 @@ class Pointer:
 
 
 class Releases:
-    """The releases under a path or URI."""
+    """The releases under a path or URI. Whatever its store raises is StoreAway."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
         self.fs, self.root = open_filesystem(uri)
 
     def path(self, *parts: str) -> str:
+        """A place in the store. Raises ReleaseError when a part could name one outside of it."""
+        for part in parts:
+            if not FILE_NAME.fullmatch(part):
+                raise ReleaseError(f"{part!r:.100} can't be a release or a file of one")
         return "/".join((self.root, *parts))
+
+    @contextmanager
+    def reached(self, what: str) -> Iterator[None]:
+        """The adapter of the store: what it raises of `what` is StoreAway, but for a file that is not there.
+
+        Clients of object stores raise classes of their own (botocore, aiohttp), which no caller can list.
+        """
+        try:
+            yield
+        except (ReleaseError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except Exception as error:
+            reason = masked_text(f"{self.uri}: {what}: {type(error).__name__}: {error}")
+            raise StoreAway(f"the store of the releases does not answer as it should: {reason}") from error
 
     # -- writing ------------------------------------------------------------------------------------------------
 
     def write(self, manifest: Manifest, snapshot: Snapshot) -> Manifest:
         """Write `snapshot` as a new release and return its completed manifest. A release is never written twice."""
-        folder = self.path(manifest.release_id)
-        if self.fs.exists(f"{folder}/{MANIFEST}"):
-            raise ReleaseError(f"release {manifest.release_id} exists already; releases are immutable")
-        files = {}
-        for name, data in _files_of(snapshot):
-            write_atomically(self.fs, f"{folder}/{name}", data)
-            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        complete = Manifest(**{**asdict(manifest), "files": files})
-        write_atomically(self.fs, f"{folder}/{MANIFEST}", complete.to_bytes())
+        release_id = manifest.release_id
+        with self.reached(f"writing release {release_id}"):
+            if self.fs.exists(self.path(release_id, MANIFEST)):
+                raise ReleaseError(f"release {release_id} exists already; releases are immutable")
+            files = {}
+            for name, data in _files_of(snapshot):
+                write_atomically(self.fs, self.path(release_id, name), data)
+                files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            complete = Manifest(**{**asdict(manifest), "files": files})
+            write_atomically(self.fs, self.path(release_id, MANIFEST), complete.to_bytes())
         return complete
 
     def promote(self, release_id: str, reason: str = "") -> Pointer:
@@ -186,7 +244,8 @@ class Releases:
     def _point(self, release_id: str, reason: str, previous: tuple[str, ...]) -> Pointer:
         digest = hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest()
         pointer = Pointer(release_id, digest, time.time(), reason, previous)
-        write_atomically(self.fs, self.path(CHAMPION), json.dumps(asdict(pointer), indent=2).encode())
+        with self.reached(f"writing {CHAMPION}"):
+            write_atomically(self.fs, self.path(CHAMPION), json.dumps(asdict(pointer), indent=2).encode())
         return pointer
 
     def remove(self, release_id: str) -> None:
@@ -194,21 +253,30 @@ class Releases:
         champion = self.champion()
         if champion and champion.release_id == release_id:
             raise ReleaseError(f"release {release_id} is the champion")
-        self.fs.rm_file(self.path(release_id, MANIFEST))
-        self.fs.rm(self.path(release_id), recursive=True)
-        self.fs.invalidate_cache()
+        with self.reached(f"removing release {release_id}"):
+            self.fs.rm_file(self.path(release_id, MANIFEST))
+            self.fs.rm(self.path(release_id), recursive=True)
+            self.fs.invalidate_cache()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     def champion(self) -> Pointer | None:
         """The pointer, None when nothing was promoted yet. Raises ReleaseError when it can't be read."""
         try:
-            raw = json.loads(self.fs.cat_file(self.path(CHAMPION)))
-            return Pointer(**{**raw, "previous": tuple(raw.get("previous", ()))})
+            with self.reached(CHAMPION):
+                data = self.fs.cat_file(self.path(CHAMPION))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ReleaseError(f"{self.uri}/{CHAMPION} is not a pointer: {error}") from error
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise ReleaseError(f"{masked_text(self.uri)}/{CHAMPION} is not a pointer: {error}") from error
+        try:
+            raw = json.loads(data)
+            pointer = Pointer(**{**raw, "previous": tuple(raw.get("previous", ()))})
+            for name in (pointer.release_id, *pointer.previous):
+                check_release_id(name)
+        except (ValueError, TypeError, AttributeError, ReleaseError) as error:
+            raise ReleaseError(f"{masked_text(self.uri)}/{CHAMPION} is not a pointer: {error}") from error
+        return pointer
 
     def list(self) -> list[Manifest]:
         """The manifests of all complete releases, oldest first."""
@@ -218,19 +286,21 @@ class Releases:
         """The release of a day that was made last. Raises ReleaseError when there is none."""
         names = [name for name in self.names() if name.startswith(f"{day}.")]
         if not names:
-            raise ReleaseError(f"there is no release of {day} under {self.uri}")
+            raise ReleaseError(f"there is no release of {day} under {masked_text(self.uri)}")
         return max(names, key=lambda name: self.manifest(name).created_at)
 
     def names(self) -> Sequence[str]:
         """The ids of all complete releases."""
-        self.fs.invalidate_cache()
-        if not self.fs.exists(self.root):
-            return []
-        names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=True))
-        return [name for name in names if self.fs.exists(self.path(name, MANIFEST))]
+        with self.reached("listing them"):
+            self.fs.invalidate_cache()
+            if not self.fs.exists(self.root):
+                return []
+            names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=True))
+            return [name for name in names if RELEASE_NAME.fullmatch(name) and self.fs.exists(self.path(name, MANIFEST))]
 
     def manifest(self, release_id: str) -> Manifest:
         """The manifest of a release. Raises ReleaseError."""
+        check_release_id(release_id)
         data = self._bytes(release_id, MANIFEST)
         manifest = Manifest.from_bytes(data, f"release {release_id}")
         if manifest.release_id != release_id:
@@ -241,7 +311,7 @@ class Releases:
         """The items of a release. Raises ReleaseError."""
         try:
             table = pq.read_table(pa.BufferReader(self._bytes(release_id, ITEMS_FILE)), columns=["item_id"])
-        except (pa.ArrowInvalid, KeyError) as error:
+        except (pa.ArrowInvalid, OSError, KeyError) as error:
             raise ReleaseError(f"release {release_id}: {ITEMS_FILE} is no table of items: {error}") from error
         ids: Sequence[str] = table["item_id"].to_pylist()
         return ids
@@ -249,9 +319,9 @@ class Releases:
     def load(self, release_id: str, manifest_sha256: str | None = None, local: Path | None = None) -> tuple[Manifest, Snapshot]:
         """Read and verify a release. Raises ReleaseError that names the file at fault.
 
-        With `local`, a folder on this machine, the files are brought there and mapped into memory: the processes that load
-        the release share its pages, and its deletion at the source does no harm. What was verified there is not hashed again
-        as long as its size, time and inode stay.
+        With `local`, a folder on this machine that belongs to the readers, the files are copied there and mapped into memory:
+        the processes that load the release share its pages, and what becomes of its files at the source, deletion and writing
+        in place included, does no harm. What was verified there is not hashed again as long as its size, time and inode stay.
         """
         manifest = self.manifest(release_id)
         if manifest_sha256 and hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest() != manifest_sha256:
@@ -280,11 +350,10 @@ class Releases:
 
     def _bytes(self, release_id: str, name: str) -> bytes:
         try:
-            return bytes(self.fs.cat_file(self.path(release_id, name)))
+            with self.reached(f"release {release_id}: {name}"):
+                return bytes(self.fs.cat_file(self.path(release_id, name)))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ReleaseError(f"release {release_id}: {name} is missing") from error
-        except OSError as error:
-            raise ReleaseError(f"release {release_id}: {name} can't be read: {error}") from error
 
 
 def check_file(release_id: str, name: str, expected: Mapping[str, Any], size: int, sha256: Callable[[], str]) -> None:
@@ -296,19 +365,26 @@ def check_file(release_id: str, name: str, expected: Mapping[str, Any], size: in
 
 
 class LocalFiles:
-    """A release's files in a folder of this machine: fetched or linked, verified once, mapped into memory."""
+    """A release's files in a folder of this machine: copied and verified once, mapped into memory.
+
+    They are copies even where the store lies on the same file system. A mapped file that somebody cuts short kills the
+    process that reads it (SIGBUS), and the store's files are open to `cp` and `rsync --inplace`; these are the server's own.
+    """
+
+    OWN = ("lock", "verified.json")
+    """What else is in the folder; no file of a release may have these names."""
 
     def __init__(self, releases: Releases, manifest: Manifest, local: Path) -> None:
         self._releases = releases
         self._manifest = manifest
         self._folder = local / manifest.release_id
-        self._mark = self._folder / "verified.json"
+        self._lock, self._mark = (self._folder / name for name in self.OWN)
 
     def fetch(self) -> dict[str, memoryview]:
         """The mapped files by name. One process at a time fetches, the others find what it brought. Raises ReleaseError."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(self._folder / "lock", "w") as lock, _exclusive(lock):
+            with open(self._lock, "w") as lock, _exclusive(lock):
                 return self._bring_all()
         except OSError as error:
             raise ReleaseError(
@@ -325,15 +401,10 @@ class LocalFiles:
         if missing:
             # The interpreter is free while a thread hashes; the largest files first, so that the threads end together.
             with ThreadPoolExecutor(os.cpu_count(), "verify") as threads:
-                list(threads.map(self._bring_verified, sorted(missing, key=lambda name: -int(files[name]["bytes"]))))
+                list(threads.map(self._bring, sorted(missing, key=lambda name: -int(files[name]["bytes"]))))
             verified = {name: _stamp(self._folder / name, expected) for name, expected in files.items()}
             write_atomically(LocalFileSystem(), str(self._mark), json.dumps(verified).encode())
         return {name: _mapped(self._folder / name) for name in files}
-
-    def _bring_verified(self, name: str) -> None:
-        path = self._folder / name
-        self._bring(name, path)
-        self._verify(name, path, self._manifest.files[name])
 
     def _verified_before(self) -> dict[str, list[Any]]:
         try:
@@ -342,38 +413,44 @@ class LocalFiles:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _bring(self, name: str, path: Path) -> None:
-        """A hard link where the file lies on this file system, else a copy. A half-made copy has another name."""
-        source = self._releases.path(self._manifest.release_id, name)
+    def _bring(self, name: str) -> None:
+        """Copy a file, hashing what is written. It gets its name once it is whole and verified, and is then read-only."""
+        path, expected = self._folder / name, self._manifest.files[name]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        if isinstance(self._releases.fs, LocalFileSystem):
-            if not os.path.isfile(source):
-                raise ReleaseError(f"release {self._manifest.release_id}: {name} is missing")
-            try:
-                os.link(source, path)
-                return
-            except OSError:  # another file system, or one without links
-                pass
         half = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            self._releases.fs.get_file(source, str(half))
+            size, sha256 = self._copied(name, half)
+            check_file(self._manifest.release_id, name, expected, size, lambda: sha256)
+            half.chmod(0o444)
             half.replace(path)
-        except FileNotFoundError as error:
-            raise ReleaseError(f"release {self._manifest.release_id}: {name} is missing") from error
         finally:
             half.unlink(missing_ok=True)
 
-    def _verify(self, name: str, path: Path, expected: Mapping[str, Any]) -> None:
-        def sha256() -> str:
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-
+    def _copied(self, name: str, to: Path) -> tuple[int, str]:
+        """Bytes and sha256 of a file of the store as it was copied."""
+        release_id, size, digest = self._manifest.release_id, 0, hashlib.sha256()
         try:
-            check_file(self._manifest.release_id, name, expected, path.stat().st_size, sha256)
-        except ReleaseError:
-            path.unlink()
-            raise
+            with self._releases.reached(f"release {release_id}: {name}"):
+                source = self._opened(name)
+            with source, open(to, "wb", buffering=0) as target:
+                while block := self._block(source, name):
+                    target.write(block)
+                    digest.update(block)
+                    size += len(block)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ReleaseError(f"release {release_id}: {name} is missing") from error
+        return size, digest.hexdigest()
+
+    def _opened(self, name: str) -> IO[bytes]:
+        path = self._releases.path(self._manifest.release_id, name)
+        if isinstance(self._releases.fs, LocalFileSystem):
+            return open(path, "rb", buffering=0)
+        found: IO[bytes] = self._releases.fs.open(path, "rb", block_size=FETCHED_BYTES)
+        return found
+
+    def _block(self, source: IO[bytes], name: str) -> bytes:
+        with self._releases.reached(f"release {self._manifest.release_id}: {name}"):
+            return source.read(COPIED_BYTES)
 
 
 @contextmanager
@@ -387,9 +464,9 @@ def _exclusive(lock: IO[str]) -> Iterator[None]:
 
 
 def _stamp(path: Path, expected: Mapping[str, Any]) -> list[Any]:
-    """What tells that a verified file has not been touched since."""
+    """What tells that a verified file has not been touched since, and has no other name by which it might be."""
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, expected["sha256"]]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_nlink, expected["sha256"]]
 
 
 def _mapped(path: Path) -> memoryview:

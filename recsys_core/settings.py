@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from recsys_core.masking import masked_text
+
 HOME_VARIABLE = "RECSYS_HOME"
 CONFIG_VARIABLE = "RECSYS_CONFIG"
 DEFAULT_HOME = ".recsys"
@@ -22,7 +24,7 @@ DEFAULT_HOME = ".recsys"
 class Section(BaseModel):
     """A table of `recsys.toml`; a name it does not know is an error, not a silent no-op."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class LakeSettings(Section):
@@ -321,7 +323,7 @@ class RedisSettings(Section):
     def _has_nodes(self) -> RedisSettings:
         wrong = [node for node in self.nodes if not node.rpartition(":")[2].isdigit() or not node.rpartition(":")[0]]
         if wrong:
-            raise ValueError(f"every node is host:port, got {', '.join(wrong)}")
+            raise ValueError(f"every node is host:port, got {', '.join(map(masked_text, wrong))}")
         if self.mode != "standalone" and not self.nodes:
             raise ValueError(f"mode {self.mode} needs the host:port of at least one node in `nodes`")
         return self
@@ -374,7 +376,9 @@ class ServingSettings(Section):
     rank_timeout_ms: int = Field(250, ge=1, description="deadline of one computed answer; a lower tier answers after it")
     batch_timeout_ms: int = Field(10_000, ge=1, description="the same for a part of a RecommendBatch")
     pointer_poll_seconds: float = Field(1.0, gt=0, description="how often the champion pointer is looked at")
-    reflection: bool = Field(True, description="offer gRPC server reflection")
+    reflection: bool | None = Field(
+        None, description="offer gRPC server reflection, to callers without a token too; unset: where no tokens are set"
+    )
     processes: int = Field(1, ge=0, le=256, description="serving processes on the one port; 0: one a core")
     max_concurrent: int = Field(256, ge=1, description="calls under way in a process; more are refused as RESOURCE_EXHAUSTED")
     drain_seconds: float = Field(5.0, ge=0, description="what calls under way get to finish after SIGTERM")
@@ -440,12 +444,14 @@ class KubernetesSettings(Section):
 
 
 class AlertSettings(Section):
-    webhook_url: str = Field("", description="Slack-compatible webhook; better given as RECSYS_ALERTS__WEBHOOK_URL")
+    webhook_url: SecretStr = Field(
+        SecretStr(""), description="Slack-compatible webhook, a secret; better given as RECSYS_ALERTS__WEBHOOK_URL"
+    )
     email_to: list[str] = Field(default_factory=list, description="addresses that get alerts by mail")
     email_from: str = Field("recsys@localhost", description="sender of the mails")
     smtp_host: str = Field("", description="mail server; empty: no mail")
     smtp_port: int = Field(25, ge=1, le=65535, description="its port")
-    smtp_starttls: bool = Field(False, description="encrypt the connection to it")
+    smtp_starttls: bool = Field(False, description="encrypt the connection to it, whose certificate is then verified")
     smtp_user: str = Field("", description="user at the mail server, when it wants one")
     smtp_password: SecretStr = Field(SecretStr(""), description="given as RECSYS_ALERTS__SMTP_PASSWORD")
     timeout_seconds: float = Field(5.0, gt=0, description="of one attempt to deliver")
@@ -497,7 +503,12 @@ class Settings(BaseSettings):
     """All sections. Build it with `load_settings`, which finds the home and the configuration files."""
 
     model_config = SettingsConfigDict(
-        env_prefix="RECSYS_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+        env_prefix="RECSYS_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
+        hide_input_in_errors=True,
     )
 
     home: Path = Field(Path(DEFAULT_HOME), description="folder of everything this installation writes")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from recsys_core.masking import MaskedFormatter, masked_text, one_line
 from recsys_core.settings import ServingSettings
 
 REQUEST_ID = "x-request-id"
@@ -81,7 +82,7 @@ class Tracing:
             self._provider.shutdown()
 
 
-class JsonLines(logging.Formatter):
+class JsonLines(MaskedFormatter):
     """A record as one JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -89,7 +90,7 @@ class JsonLines(logging.Formatter):
             "ts": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": masked_text(record.getMessage()),
         }
         fields: Mapping[str, Any] = getattr(record, "fields", {})
         line |= fields
@@ -98,12 +99,12 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-class TextLines(logging.Formatter):
+class TextLines(MaskedFormatter):
     """A record as a line for people, with its fields behind the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: Mapping[str, Any] = getattr(record, "fields", {})
-        return super().format(record) + "".join(f" {name}={value}" for name, value in fields.items())
+        return super().format(record) + "".join(f" {name}={one_line(str(value))}" for name, value in fields.items())
 
 
 def set_up_logging(settings: ServingSettings) -> None:

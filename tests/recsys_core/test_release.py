@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import replace
-from pathlib import Path
+import os
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from snapshots import make_manifest, make_snapshot, with_two_tower
 from towers import random_inputs
 
 from recsys_core.index import VectorIndex, build_index
 from recsys_core.ranking import Snapshot
-from recsys_core.release import CHAMPION, MANIFEST, Manifest, Pointer, ReleaseError, Releases, new_release_id
+from recsys_core.release import CHAMPION, MANIFEST, Manifest, Pointer, ReleaseError, Releases, StoreAway, new_release_id
 from recsys_core.settings import IndexSettings, RankingSettings
 
 NAME = "2026-01-01.a"
@@ -271,3 +277,179 @@ def test_a_single_wrong_value_anywhere_in_an_array_is_refused(
         releases.write(make_manifest(broken), broken)
         with pytest.raises(ReleaseError, match=reason):
             releases.load(broken.release_id)
+
+
+OUTSIDE = [
+    "/etc/cron.d/x",
+    "../x",
+    "a/../../x",
+    "..",
+    ".",
+    "",
+    "a//b",
+    "a/",
+    "/",
+    "..\\x",
+    "C:\\x",
+    "C:x",
+    "a\\..\\x",
+    "~/x",
+    "a\0b",
+    "a\nb",
+]
+"""Names that are no file of a release, on any system."""
+
+
+def with_file(releases: Releases, name: object, entry: object = None) -> None:
+    """Add a file to the manifest."""
+    path = file_of(releases, MANIFEST)
+    raw = json.loads(path.read_text())
+    raw["files"][name] = entry or {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, ".hidden", "als/.x", "manifest.json", "verified.json", "lock", "é", "a" * 300])
+def test_a_manifest_that_names_what_is_no_file_of_its_folder_is_refused(releases: Releases, name: str, tmp_path: Path) -> None:
+    with_file(releases, name)
+    with pytest.raises(ReleaseError, match="can't be a file of a release"):
+        releases.load(NAME, local=tmp_path / "local")
+    assert not (tmp_path / "local").exists(), "nothing is written before the names are checked"
+
+
+@given(st.text(max_size=40) | st.text("./\\ab:~\0", max_size=12))
+def test_a_name_is_refused_or_lies_in_the_folder_of_the_release(name: str) -> None:
+    raw = json.loads(make_manifest(make_small()).to_bytes()) | {"files": {name: {"bytes": 1, "sha256": "0"}}}
+    try:
+        Manifest.from_bytes(json.dumps(raw).encode(), "release x")
+    except ReleaseError:
+        return
+    folder = Path("/srv/releases") / NAME
+    for path in (PurePosixPath(folder, name), PureWindowsPath("C:/srv", name)):
+        assert ".." not in path.parts
+    assert Path(os.path.normpath(folder / name)).is_relative_to(folder)
+    assert PureWindowsPath("C:/srv", name).is_relative_to("C:/srv")
+    assert name.isprintable()
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*Manifest.__dataclass_fields__, "more"]),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text(max_size=5)
+        | st.lists(st.integers(), max_size=2)
+        | st.just({"a": None}),
+        min_size=1,
+    )
+)
+def test_a_manifest_of_any_shape_is_read_or_refused_and_nothing_else(changes: dict[str, object]) -> None:
+    raw = json.loads(make_manifest(make_small()).to_bytes()) | changes
+    with suppress(ReleaseError):
+        Manifest.from_bytes(json.dumps(raw).encode(), "release x")
+
+
+@pytest.mark.parametrize(
+    "entry", [{"bytes": "1", "sha256": "x"}, {"bytes": 1}, {"sha256": "x"}, [1], {"bytes": True, "sha256": "x"}]
+)
+def test_a_manifest_without_size_or_checksum_of_a_file_is_refused(releases: Releases, entry: object) -> None:
+    with_file(releases, "more.npy", entry)
+    with pytest.raises(ReleaseError, match=r"bytes and sha256 of more\.npy"):
+        releases.load(NAME)
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "a/b"])
+def test_an_id_that_is_no_folder_of_the_releases_is_refused_everywhere(releases: Releases, name: str) -> None:
+    Path(releases.path(CHAMPION)).write_text(json.dumps(asdict(Pointer(name, "0", 1.0))))
+    with pytest.raises(ReleaseError, match="can't be the id of a release"):
+        releases.champion()
+    file_of(releases, CHAMPION).unlink(missing_ok=True)
+    for call in (releases.load, releases.manifest, releases.promote, releases.remove, releases.item_ids):
+        with pytest.raises(ReleaseError):
+            call(name)
+
+
+def test_a_foreign_folder_among_the_releases_is_no_release(releases: Releases) -> None:
+    for name in (".git", "my notes", "ä"):
+        (Path(releases.root) / name).mkdir()
+        (Path(releases.root) / name / MANIFEST).write_text("{}")
+    assert releases.names() == [NAME]
+
+
+def test_local_files_are_copies_that_nobody_writes(releases: Releases, tmp_path: Path) -> None:
+    """A hard link or a link by name would be cut short with the store's file, which kills who has it mapped."""
+    manifest, read = releases.load(NAME, local=tmp_path / "local")
+    before = read.als_items.copy()
+    for name in manifest.files:
+        own = tmp_path / "local" / NAME / name
+        assert not own.is_symlink()
+        assert own.stat().st_nlink == 1
+        assert not own.stat().st_mode & 0o222
+        with open(file_of(releases, name), "r+b") as file:
+            file.truncate(0)
+    np.testing.assert_array_equal(read.als_items, before)
+    assert releases.load(NAME, local=tmp_path / "local")[1].items.num_rows == read.items.num_rows, "what is there is verified"
+
+
+def test_a_local_file_that_is_linked_to_another_place_is_copied_again(releases: Releases, tmp_path: Path) -> None:
+    releases.load(NAME, local=tmp_path / "local")
+    own = tmp_path / "local" / NAME / "popular.npy"
+    os.link(own, tmp_path / "other")
+    releases.load(NAME, local=tmp_path / "local")
+    assert own.stat().st_nlink == 1
+
+
+def test_a_copy_that_fails_leaves_nothing_half_made(releases: Releases, tmp_path: Path) -> None:
+    path = file_of(releases, "popular.npy")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ReleaseError, match=r"popular\.npy has"):
+        releases.load(NAME, local=tmp_path / "local")
+    left = {p.name for p in (tmp_path / "local").rglob("*") if p.is_file()}
+    assert not [name for name in left if name.endswith(".part") or name in ("popular.npy", "verified.json")]
+
+
+class Broken:
+    """A file system whose every call raises."""
+
+    protocol = ("far",)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getattr__(self, name: str) -> object:
+        def call(*_: object, **__: object) -> None:
+            raise self.error
+
+        return call
+
+
+class EndpointConnectionError(Exception):
+    """Like botocore's: no OSError."""
+
+
+@pytest.mark.parametrize(
+    "error", [EndpointConnectionError("no route"), PermissionError("403"), TimeoutError("late"), TypeError("x"), KeyError("y")]
+)
+def test_whatever_the_store_raises_is_one_exception(releases: Releases, snapshot: Snapshot, error: Exception) -> None:
+    releases.fs = Broken(error)
+    other = replace(snapshot, release_id="2026-01-02.b")
+    for call in (
+        releases.champion,
+        releases.names,
+        releases.list,
+        releases.roll_back,
+        lambda: releases.manifest(NAME),
+        lambda: releases.load(NAME),
+        lambda: releases.promote(NAME),
+        lambda: releases.remove(NAME),
+        lambda: releases.item_ids(NAME),
+        lambda: releases.newest_of("2026-01-01"),
+        lambda: releases.write(make_manifest(other), other),
+    ):
+        with pytest.raises(StoreAway, match=str(error).strip("'")):
+            call()
+
+
+@cache
+def make_small() -> Snapshot:
+    return make_snapshot(NAME, items=12, rank=4)
