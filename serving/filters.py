@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections import OrderedDict
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +18,11 @@ from recsys_core.ranking import Snapshot
 from serving.validation import EVERY_ITEM, ItemFilter
 
 KEPT_MASKS = 64
+KEPT_BYTES = 64 << 20
+"""Masks of the filters that were asked for last: so many, and so many bytes of them."""
+ROWS_AT_ONCE = 1 << 14
+OWN_COLUMNS = ("item_id", "title", "category", "price", "available", "attributes")
+"""Columns that are no attributes."""
 
 
 class ItemFilters:
@@ -24,21 +31,20 @@ class ItemFilters:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._masks: OrderedDict[ItemFilter, np.ndarray] = OrderedDict()
-        self._columns: dict[str, tuple[np.ndarray, dict[str, int]]] = {}
         self._lock = threading.Lock()
+        self._kept = min(KEPT_MASKS, max(1, KEPT_BYTES // max(1, snapshot.items.num_rows)))
 
     def mask(self, wanted: ItemFilter) -> np.ndarray | None:
         """The items that may be returned, availability included; None when all that are available may."""
         if wanted == EVERY_ITEM:
             return None
         with self._lock:
-            mask = self._masks.pop(wanted, None)
-            if mask is None:
-                mask = self._made(wanted)
-            self._masks[wanted] = mask
-            while len(self._masks) > KEPT_MASKS:
+            if wanted not in self._masks:
+                self._masks[wanted] = self._made(wanted)
+            self._masks.move_to_end(wanted)
+            while len(self._masks) > self._kept:
                 self._masks.popitem(last=False)
-            return mask
+            return self._masks[wanted]
 
     def known(self, wanted: ItemFilter) -> np.ndarray | None:
         """The mask if it is there already, else None: for callers that can't wait for it to be made."""
@@ -65,8 +71,7 @@ class ItemFilters:
         if wanted.max_price is not None:
             mask &= self._prices <= wanted.max_price
         for name, values in wanted.attributes:
-            codes, known = self._attribute(name)
-            mask &= np.isin(codes, [known[value] for value in values if value in known])
+            mask &= self._with_attribute(name, values)
         mask.setflags(write=False)
         return mask
 
@@ -91,31 +96,48 @@ class ItemFilters:
         chosen = np.fromiter((name in exact or name.startswith(below) for name in names), bool, len(names))
         return np.append(chosen, False)[codes]
 
-    def _attribute(self, name: str) -> tuple[np.ndarray, dict[str, int]]:
-        """Code of each item's value of an attribute, -1 for none, and the codes by value."""
-        if name not in self._columns:
-            if not self._columns:
-                self._read_attributes()
-            nothing: tuple[np.ndarray, dict[str, int]] = (np.full(self._snapshot.items.num_rows, -1, np.int32), {})
-            return self._columns.get(name, nothing)
-        return self._columns[name]
-
-    def _read_attributes(self) -> None:
-        """All attributes of the catalogue: its own further columns, and the members of the JSON objects in `attributes`."""
+    def _with_attribute(self, name: str, values: Collection[str]) -> np.ndarray:
+        """The items that have one of the values, in a further column of the catalogue or as a member of `attributes`."""
         items = self._snapshot.items
-        columns: dict[str, tuple[np.ndarray, dict[str, int]]] = {}
-        for name in items.column_names:
-            if name not in ("item_id", "title", "category", "price", "available", "attributes"):
-                codes, values = _coded(pc.cast(items[name], pa.string()))
-                columns[name] = codes, {value: code for code, value in enumerate(values)}
-        texts = items["attributes"].to_pylist() if "attributes" in items.column_names else []
-        for row, text in enumerate(texts):
-            for name, value in _members(text):
-                if name not in columns:
-                    columns[name] = np.full(len(texts), -1, np.int32), {}
-                codes, known = columns[name]
-                codes[row] = known.setdefault(_written(value), len(known))
-        self._columns = columns or {"": (np.full(items.num_rows, -1, np.int32), {})}
+        chosen = np.zeros(items.num_rows, bool)
+        if name in items.column_names and name not in OWN_COLUMNS:
+            written = pc.cast(items[name], pa.string())
+            found = pc.is_in(written, value_set=pa.array(values, pa.string()))
+            chosen |= pc.fill_null(found, False).to_numpy()
+        chosen[self._members.rows(name, values)] = True
+        return chosen
+
+    @cached_property
+    def _members(self) -> Members:
+        items = self._snapshot.items
+        return Members(items["attributes"] if "attributes" in items.column_names else pa.chunked_array([], pa.string()))
+
+
+class Members:
+    """Which items have which value of which attribute, of JSON objects; of a list each value counts.
+
+    Kept are the row and a hash of 64 bits for each value that an item has, 12 bytes, whatever the number of names: a release
+    may have thousands of them. Of ten million values two are confused with a probability of 3 in a million.
+    """
+
+    def __init__(self, texts: pa.ChunkedArray) -> None:
+        hashes, rows = array("q"), array("i")
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            for row, text in enumerate(texts.slice(start, ROWS_AT_ONCE).to_pylist(), start):
+                for name, value in _members(text):
+                    for one in value if isinstance(value, list) else (value,):
+                        hashes.append(hash((name, _written(one))))
+                        rows.append(row)
+        order = np.argsort(np.frombuffer(hashes, np.int64))
+        self._hashes = np.frombuffer(hashes, np.int64)[order]
+        self._rows = np.frombuffer(rows, np.int32)[order]
+
+    def rows(self, name: str, values: Iterable[str]) -> np.ndarray:
+        """The rows that have one of the values, in no order."""
+        wanted = np.array([hash((name, value)) for value in values], np.int64)
+        first, after = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
+        found = [self._rows[start:end] for start, end in zip(first, after, strict=True)]
+        return np.concatenate(found) if found else np.empty(0, np.int32)
 
 
 def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

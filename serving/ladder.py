@@ -252,6 +252,8 @@ class Ladder:
     def _allowed(self, loaded: Loaded, wanted: ItemFilter) -> tuple[Snapshot, np.ndarray | None]:
         """The snapshot to rank with and the mask of a filter; unavailable items are in only when it asks for them."""
         mask = loaded.filters.mask(wanted)
+        if mask is not None and not mask.any():
+            self.counts["filters_without_items"] += 1
         return (loaded.with_unavailable if wanted.include_unavailable else loaded.snapshot), mask
 
     def _stale(self, call: Call, user_id: str, state: UserState, record: UserRecord) -> bytes | None:

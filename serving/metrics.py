@@ -28,6 +28,8 @@ EVENTS = {
     "ranking_skipped": "answers not computed because ranking is too slow",
     "unexpected_failures": "faults of the server itself",
     "dropped_writes": "answers not written to the cache because too many writes were under way",
+    "filters_without_items": "filters that no item of the release passes, such as an unknown category or attribute",
+    "dropped_reports": "reports to the supervisor that it did not take in time",
     "late_scores": "two-tower scores that came too late or not at all",
     "shed": "calls refused because too many were under way",
     "refused_releases": "releases that were not taken",

@@ -181,6 +181,10 @@ def _filter(request: Any, settings: Settings) -> ItemFilter:
     for name, bound in bounds.items():
         if math.isnan(bound):
             raise InvalidRequest(f"filter.{name} is not a number")
+    if len(bounds) == 2 and bounds["min_price"] > bounds["max_price"]:
+        raise InvalidRequest(
+            f"filter.min_price is {bounds['min_price']} and filter.max_price {bounds['max_price']}; no price is between them"
+        )
     if len(wanted.attributes) > MAX_ATTRIBUTES:
         raise InvalidRequest(f"filter.attributes holds {len(wanted.attributes)} attributes; {MAX_ATTRIBUTES} are allowed")
     attributes = []

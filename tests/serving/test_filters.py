@@ -5,20 +5,28 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from snapshots import make_snapshot
 from worlds import World, eventually
 
 from recsys_core.online import UserRecord
+from recsys_core.ranking import Snapshot
 from serving import recsys_pb2 as pb
 from serving.client import Diversity, Filter, Recommendation, RecsysError
+from serving.filters import ItemFilters
 from serving.server import STREAM_WINDOW
+from serving.validation import ItemFilter
 
 COLOURS = ("red", "blue", "green")
 
@@ -28,7 +36,12 @@ def shop(empty_world: World) -> World:
     """500 items with prices 0, 1, 2, …, a colour and a size; every seventh without a price; 3 and 4 unavailable."""
     snapshot = make_snapshot(unavailable=(3, 4))
     items = snapshot.items
-    attributes = [orjson.dumps({"colour": COLOURS[i % 3], "size": i % 4, "new": i % 2 == 0}).decode() for i in range(500)]
+    attributes = [
+        orjson.dumps(
+            {"colour": COLOURS[i % 3], "size": i % 4, "new": i % 2 == 0, "categories": [f"of 5/{i % 5}", f"of 6/{i % 6}"]}
+        ).decode()
+        for i in range(500)
+    ]
     prices = pa.array([None if i % 7 == 0 else float(i) for i in range(500)], pa.float64())
     items = items.set_column(items.schema.get_field_index("price"), "price", prices)
     items = items.set_column(items.schema.get_field_index("attributes"), "attributes", pa.array(attributes))
@@ -57,6 +70,8 @@ class TestFilters:
             ({"colour": ["red", "blue"]}, lambda i: i % 3 in (0, 1)),
             ({"size": ["2"]}, lambda i: i % 4 == 2),
             ({"new": ["true"], "colour": ["green"]}, lambda i: i % 2 == 0 and i % 3 == 2),
+            ({"categories": ["of 5/1"]}, lambda i: i % 5 == 1),
+            ({"categories": ["of 5/1", "of 6/2"]}, lambda i: i % 5 == 1 or i % 6 == 2),
         ],
     )
     def test_any_attribute_of_the_catalogue_can_be_asked_for(self, shop: World, attributes: dict, holds) -> None:
@@ -70,9 +85,23 @@ class TestFilters:
         assert found
         assert all(50 <= i <= 450 and i % 3 == 1 and i % 5 in (2, 3) for i in found)
 
-    @pytest.mark.parametrize("attributes", [{"colour": ["violet"]}, {"weight": ["1"]}])
-    def test_what_no_item_has_is_an_empty_answer(self, shop: World, attributes: dict) -> None:
+    @pytest.mark.parametrize("attributes", [{"colour": ["violet"]}, {"weight": ["1"]}, {"categories": ["of 5"]}])
+    def test_what_no_item_has_is_an_empty_answer_that_is_counted(self, shop: World, attributes: dict) -> None:
         assert numbers(shop.client.recommend("ann", filter=Filter(attributes=attributes))) == []
+        assert shop.server.metrics.events["filters_without_items"] == 1
+
+    @pytest.mark.parametrize("call", ["recommend", "similar", "trending", "batch"])
+    def test_prices_between_which_there_is_none_are_refused_by_name(self, shop: World, call: str) -> None:
+        wanted = Filter(min_price=3, max_price=2)
+        ask = {
+            "recommend": lambda: shop.client.recommend("ann", filter=wanted),
+            "similar": lambda: shop.client.similar_items("item-1", filter=wanted),
+            "trending": lambda: shop.client.trending(filter=wanted),
+            "batch": lambda: shop.client.recommend_batch(["ann"], filter=wanted),
+        }[call]
+        with pytest.raises(RecsysError, match=r"INVALID_ARGUMENT.*filter\.min_price is 3\.0 and filter\.max_price 2\.0"):
+            ask()
+        assert len(shop.client.recommend("ann", filter=Filter(min_price=50, max_price=50)).items) == 1
 
     def test_unavailable_items_come_only_when_they_are_asked_for(self, shop: World) -> None:
         everything = Filter(include_unavailable=True)
@@ -94,6 +123,80 @@ class TestFilters:
     def test_similar_items_of_the_same_category(self, world: World) -> None:
         found = world.client.similar_items("item-21", 30, same_category=True)
         assert {item.category for item in found} == {"sports/balls"}
+
+
+def with_attributes(texts: list[str | None], **columns: list[object]) -> ItemFilters:
+    """Filters over items of which only the attributes matter."""
+    items = pa.table(
+        {
+            "item_id": [f"item-{i}" for i in range(len(texts))],
+            "category": pa.nulls(len(texts), pa.string()),
+            "attributes": pa.array(texts, pa.string()),
+            **columns,
+        }
+    )
+    return ItemFilters(cast(Snapshot, SimpleNamespace(items=items, available=np.ones(len(texts), bool))))
+
+
+def passing(filters: ItemFilters, name: str, *values: str) -> list[int]:
+    mask = filters.mask(ItemFilter(attributes=((name, values),)))
+    assert mask is not None
+    return np.flatnonzero(mask).tolist()
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text("ab", max_size=2)
+)
+members = st.dictionaries(st.sampled_from("xyz"), scalars | st.lists(scalars, max_size=3) | st.just({"x": 1}), max_size=3)
+
+
+class TestAttributes:
+    @given(st.lists(st.none() | members, min_size=1, max_size=8))
+    def test_an_item_passes_where_one_of_its_values_is_asked_for(self, of_items: list[dict | None]) -> None:
+        filters = with_attributes([None if one is None else orjson.dumps(one).decode() for one in of_items])
+        for name in "xyz":
+            values = [one.get(name, []) if one else [] for one in of_items]
+            written = [[written_as(v) for v in (value if isinstance(value, list) else [value])] for value in values]
+            for asked in {text for texts in written for text in texts} | {"none of them"}:
+                assert passing(filters, name, asked) == [row for row, texts in enumerate(written) if asked in texts]
+
+    def test_text_that_is_no_object_has_no_attributes(self) -> None:
+        filters = with_attributes(["", "{", "[1]", '"x"', "null", '{"x": "1"}'])
+        assert passing(filters, "x", "1") == [5]
+
+    def test_a_further_column_of_the_catalogue_is_an_attribute(self) -> None:
+        filters = with_attributes([None] * 3, brand=["a", None, "b"], size=[1, 2, 3])
+        assert passing(filters, "brand", "a", "b") == [0, 2]
+        assert passing(filters, "size", "2") == [1]
+        assert passing(filters, "title", "2") == []
+
+    def test_thousands_of_names_cost_what_the_values_cost(self) -> None:
+        """A column of codes for each of 5,000 names took 400 MB."""
+        filters = with_attributes([f'{{"name-{i % 5000}": "value-{i}", "colour": "{COLOURS[i % 3]}"}}' for i in range(20_000)])
+        tracemalloc.start()
+        try:
+            assert len(passing(filters, "colour", "red")) == 6667
+            assert passing(filters, "name-7", "value-5007") == [5007]
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 20e6
+
+    def test_masks_that_are_kept_are_bounded_by_their_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("serving.filters.KEPT_BYTES", 4000)
+        filters = with_attributes([f'{{"x": "{i}"}}' for i in range(1000)])
+        wanted = [ItemFilter(attributes=(("x", (str(i),)),)) for i in range(20)]
+        for one in wanted:
+            assert filters.mask(one) is not None
+        assert sum(filters.known(one) is not None for one in wanted) == 4
+
+
+def written_as(value: object) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
 class TestDiversity:
