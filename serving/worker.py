@@ -1,6 +1,6 @@
-"""One of several serving processes: settings come on stdin, readiness and numbers go to stdout, a line each.
+"""One of several serving processes: settings come on stdin, readiness and numbers go to stdout, together in a line.
 
-It ends on SIGTERM, and when its supervisor is gone and stdin therefore ends.
+It ends on SIGTERM, and when its supervisor is gone and stdin therefore ends. One that stands still does not hold it up.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 
 from recsys_core.settings import Settings
+from serving.metrics import Metrics
 from serving.server import Server, run, set_up_logging, settle, without_pandas
 
 log = logging.getLogger(__name__)
@@ -31,9 +33,9 @@ async def work(settings: Settings) -> None:
     try:
         address = await server.start()
         settle()
-        _say({"ready": address})
+        reports = Reports(sys.stdout.fileno(), server.metrics)
         while not stopping.is_set():
-            _say({"numbers": server.metrics.snapshot()})
+            reports.send({"ready": address, "numbers": server.metrics.snapshot()})
             try:
                 await asyncio.wait_for(stopping.wait(), NUMBERS_SECONDS)
             except TimeoutError:
@@ -49,9 +51,31 @@ def _read_on(stopping: asyncio.Event) -> None:
         stopping.set()
 
 
-def _say(message: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+class Reports:
+    """Lines to the supervisor, each the newest state of all. Sending never waits: it happens on the event loop.
+
+    A line that the pipe takes only a part of is finished before another one begins; until then others are dropped and counted.
+    """
+
+    def __init__(self, pipe: int, metrics: Metrics) -> None:
+        os.set_blocking(pipe, False)
+        self._pipe = pipe
+        self._metrics = metrics
+        self._unsent = b""
+
+    def send(self, message: dict[str, object]) -> None:
+        self._write()
+        if self._unsent:
+            self._metrics.events["dropped_reports"] += 1
+            return
+        self._unsent = json.dumps(message).encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
+        """Write what the pipe takes now. A supervisor that is gone is seen at stdin."""
+        with suppress(BlockingIOError, BrokenPipeError):
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self._pipe, self._unsent) :]
 
 
 def main() -> int:
