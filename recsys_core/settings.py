@@ -391,10 +391,22 @@ class ServingSettings(Section):
         description="variable that holds a bearer token -> methods that it opens, `*` for all; empty: no tokens",
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="port of Prometheus metrics at /metrics; 0: none")
+    health_port: int = Field(
+        0, ge=0, le=65535, description="further port for the health service alone, without TLS, for probes; 0: none"
+    )
     log_format: Literal["text", "json"] = Field("text", description="of the lines on stderr")
     log_sample: float = Field(0.0, ge=0, le=1, description="share of the calls that are logged; failed ones a hundredfold")
     otlp_endpoint: str = Field("", description="OpenTelemetry collector such as http://127.0.0.1:4317; empty: no traces")
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of calls traced, unless the caller's trace decides")
+
+    @model_validator(mode="after")
+    def _has_both_files_of_tls(self) -> ServingSettings:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            there, absent = ("tls_certificate", "tls_key") if self.tls_certificate else ("tls_key", "tls_certificate")
+            raise ValueError(f"{there} is set and {absent} is not: a certificate and its key go together")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("tls_client_ca asks for certificates of clients, which needs TLS: set tls_certificate and tls_key")
+        return self
 
 
 class TensorFlowServingSettings(Section):

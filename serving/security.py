@@ -21,27 +21,42 @@ class MissingSecret(ValueError):
 def server_credentials(settings: ServingSettings) -> grpc.ServerCredentials | None:
     """TLS of the server, with client certificates when there is a CA for them; None without a certificate.
 
-    Raises OSError when a file can't be read.
+    Raises OSError, which names the setting, when a file can't be read or is none of its kind.
     """
     if not settings.tls_certificate:
         return None
-    pair = (Path(settings.tls_key).read_bytes(), Path(settings.tls_certificate).read_bytes())
-    ca = Path(settings.tls_client_ca).read_bytes() if settings.tls_client_ca else None
+    pair = (_pem(settings, "tls_key", "PRIVATE KEY"), _pem(settings, "tls_certificate", "CERTIFICATE"))
+    ca = _pem(settings, "tls_client_ca", "CERTIFICATE") if settings.tls_client_ca else None
     return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
 
 
+def _pem(settings: ServingSettings, name: str, kind: str) -> bytes:
+    path = Path(getattr(settings, name))
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise OSError(f"serving.{name} names {path}, which can't be read: {error.strerror}") from error
+    if f"{kind}-----".encode() not in data:
+        raise OSError(f"serving.{name} names {path}, which holds no {kind.lower()} in PEM format")
+    return data
+
+
 class Tokens:
-    """The bearer tokens and what each may call."""
+    """The bearer tokens and what each may call. White space around a token is no part of it, here and in a call."""
 
     def __init__(self, methods: Mapping[str, Sequence[str]], environment: Mapping[str, str] = os.environ) -> None:
         """`methods` maps the name of a variable that holds a token to the methods that it opens.
 
-        Raises MissingSecret when a variable is not set.
+        Raises MissingSecret when a variable is not set, or holds what no call can present.
         """
-        absent = [name for name in methods if not environment.get(name)]
+        tokens = {name: environment.get(name, "").strip() for name in methods}
+        absent = [name for name, token in tokens.items() if not token]
         if absent:
             raise MissingSecret(f"serving.tokens names {', '.join(absent)}, which the environment does not set")
-        self._opened = [(environment[name].encode(), frozenset(opened)) for name, opened in methods.items()]
+        odd = [name for name, token in tokens.items() if not (token.isascii() and token.isprintable())]
+        if odd:
+            raise MissingSecret(f"the token in {', '.join(odd)} has characters that no header can carry")
+        self._opened = [(tokens[name].encode(), frozenset(opened)) for name, opened in methods.items()]
 
     def __bool__(self) -> bool:
         return bool(self._opened)

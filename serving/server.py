@@ -57,6 +57,17 @@ MAX_METADATA_BYTES = 16 * 1024
 MAX_PENDING = 20_000
 """Calls that wait in gRPC for their turn. Beyond it gRPC ends calls as CANCELLED, so the limit of calls under way, which says
 RESOURCE_EXHAUSTED, has to come first."""
+HANDSHAKE_MS = 10_000
+"""What a new connection has to say its first words in."""
+IDLE_MS = 5 * 60_000
+"""A connection without a call for so long is closed; its client connects again by itself with the next call."""
+AGE_MS = 10 * 60_000
+"""A connection so old is asked to be made anew, so that new servers get their share of the clients. gRPC spreads the moments by
+a tenth; calls and streams under way on it go on to their ends."""
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
+"""A silent connection is asked for a sign of life so often, and closed when none comes in this time."""
+PINGS_MS = 10_000
+"""Clients may ask for one as often as this."""
 STREAM_WINDOW = 16
 """Requests of one stream that are worked on at a time."""
 SWITCH_SECONDS = 0.0005
@@ -389,6 +400,8 @@ class Server:
         self.champion = Champion(Releases(settings.releases_uri), settings, self.metrics)
         self.ladder = Ladder(self.champion, self.store, settings, self.metrics)
         self._health = Health()
+        self._probed = health.aio.HealthServicer()
+        self._probes: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._server: grpc.aio.Server | None = None
         self._tell_numbers_of_the_moment()
@@ -411,6 +424,7 @@ class Server:
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
                 ("grpc.server.max_pending_requests", MAX_PENDING),
                 ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
+                *_connection_limits(),
             ]
         )
         recommender = Recommender(self.champion, self.ladder, self._settings)
@@ -419,15 +433,16 @@ class Server:
         self.store.crowd = Crowd(lambda: gate.open_calls + self._health.watchers)
         self.metrics.gauges["calls_waiting"] = self.store.crowd.waiting
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if self._settings.serving.reflection:
+        if self._reflects():
             from grpc_reflection.v1alpha import reflection
 
             reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        address = self._bind(server)
-        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
+        address = self._bind(server, self._settings.serving.port, self._credentials)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING, LIVE)
         await self._tell_health()
         await server.start()
         self._server = server
+        await self._start_probes()
         if await self.champion.look():
             await self._tell_health()
         self._tasks = [
@@ -439,23 +454,40 @@ class Server:
             task.add_done_callback(_log_end)
         return address
 
-    def _bind(self, server: grpc.aio.Server) -> str:
-        host, wanted = self._settings.serving.host, self._settings.serving.port
+    def _reflects(self) -> bool:
+        """Reflection answers callers without a token, so that it is to be asked for where tokens are."""
+        wanted = self._settings.serving.reflection
+        return not self._tokens if wanted is None else wanted
+
+    async def _start_probes(self) -> None:
+        """The health service on a port of its own: the probes of Kubernetes and Docker speak no TLS."""
+        port = self._settings.serving.health_port
+        if port:
+            self._probes = grpc.aio.server(options=[("grpc.so_reuseport", int(self._shared_port)), *_connection_limits()])
+            health_pb2_grpc.add_HealthServicer_to_server(self._probed, self._probes)
+            self._bind(self._probes, port, None)
+            await self._probes.start()
+
+    def _bind(self, server: grpc.aio.Server, wanted: int, credentials: grpc.ServerCredentials | None) -> str:
+        host = self._settings.serving.host
         try:
-            if self._credentials is None:
+            if credentials is None:
                 port = server.add_insecure_port(f"{host}:{wanted}")
             else:
-                port = server.add_secure_port(f"{host}:{wanted}", self._credentials)
+                port = server.add_secure_port(f"{host}:{wanted}", credentials)
         except RuntimeError as error:
             raise OSError(f"can't listen on {host}:{wanted}, is something else there? ({error})") from error
         return f"{host}:{port}"
 
     async def stop(self, grace: float | None = None) -> None:
         """Say NOT_SERVING, wait for balancers to see it, let calls under way finish, release everything."""
-        await self._health.enter_graceful_shutdown()
+        for told in (self._health, self._probed):
+            await told.enter_graceful_shutdown()
         if self._server is not None:
             await asyncio.sleep(self._settings.serving.linger_seconds)
             await self._server.stop(self._settings.serving.drain_seconds if grace is None else grace)
+        if self._probes is not None:
+            await self._probes.stop(None)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -471,8 +503,12 @@ class Server:
     async def _tell_health(self) -> None:
         serving = health_pb2.HealthCheckResponse.SERVING
         status = serving if self.champion.current else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE):
-            await self._health.set(name, status)
+        await self._set_health(status, "", SERVICE)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus, *services: str) -> None:
+        for told in (self._health, self._probed):
+            for name in services:
+                await told.set(name, status)
 
     async def _log_counts(self) -> None:
         logged: dict[str, int] = {}
@@ -482,6 +518,19 @@ class Server:
             if counts != logged:
                 log.info("since the start: %s", ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
                 logged = counts
+
+
+def _connection_limits() -> list[tuple[str, int]]:
+    """What becomes of silent, idle and old connections."""
+    return [
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", IDLE_MS),
+        ("grpc.max_connection_age_ms", AGE_MS),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", PINGS_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
 
 
 def _log_end(task: asyncio.Task[None]) -> None:

@@ -13,6 +13,7 @@ import yaml
 from deployment import DEPLOY, assert_valid, is_setting, label, program, read_yaml, settings_of
 
 from recsys_core.settings import load_settings
+from serving.server import LIVE
 
 K8S = DEPLOY / "k8s"
 OVERLAYS = ("production", "small")
@@ -145,9 +146,12 @@ def test_no_pod_is_root_or_may_become_it_or_writes_to_its_image(overlay: list[di
 
 def test_a_server_takes_calls_once_it_says_serving_and_is_not_restarted_for_lack_of_a_release() -> None:
     server = container(named(written(), "Deployment/serving"))
-    for probe in ("startupProbe", "readinessProbe"):
-        assert server[probe]["grpc"]["port"] == 50051
-    assert "grpc" not in server["livenessProbe"]
+    asked = {probe: server[f"{probe}Probe"]["grpc"] for probe in ("startup", "readiness", "liveness")}
+    port = int(next(v["value"] for v in server["env"] if v["name"] == "RECSYS_SERVING__HEALTH_PORT"))
+    assert {probe: how["port"] for probe, how in asked.items()} == dict.fromkeys(asked, port)
+    assert asked["readiness"].get("service", "") == "", "the whole server, which needs a release"
+    assert asked["startup"]["service"] == asked["liveness"]["service"] == LIVE, "the process, which does not"
+    assert port in [p["containerPort"] for p in server["ports"]]
     deployment = named(written(), "Deployment/serving")["spec"]
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
 

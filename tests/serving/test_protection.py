@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from certificates import make_certificates
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from snapshots import make_snapshot
 from typer.testing import CliRunner, Result
 from worlds import RedisServer, World, eventually
 
 from recsys_cli.main import app
-from recsys_core.settings import Settings
+from recsys_cli.processes import free_port
+from recsys_cli.stack import serving_health
+from recsys_core.settings import ServingSettings, Settings
 from serving import recsys_pb2 as pb
 from serving.client import ClientOptions, RecsysClient, RecsysError, Tls
 from serving.metrics import registry
-from serving.security import MissingSecret, Tokens
+from serving.security import MissingSecret, Tokens, server_credentials
+
+HEALTH_SCRIPT = Path(__file__).parents[2] / "deploy" / "health.py"
 
 SECRET = "kR8-very-secret"
 
@@ -74,15 +84,58 @@ class TestTokens:
         stub = health_pb2_grpc.HealthStub(guarded.client._channel)
         assert stub.Check(health_pb2.HealthCheckRequest(), timeout=60).status == health_pb2.HealthCheckResponse.SERVING
 
+    @pytest.mark.parametrize("padding", ["\n", "\r\n", " \t"])
+    def test_white_space_around_a_token_of_the_environment_is_no_part_of_it(
+        self, make_world, monkeypatch: pytest.MonkeyPatch, padding: str
+    ) -> None:
+        monkeypatch.setenv("APP_TOKEN", padding + SECRET + padding)
+        world = make_world(tokens={"APP_TOKEN": ["*"]})
+        with RecsysClient(world.address, options=ClientOptions(timeout=60, token=SECRET)) as client:
+            assert len(client.recommend("ann")) == 10
+
+    @pytest.mark.parametrize("token", ["\n", "  ", ""])
+    def test_a_token_that_is_blank_is_none(self, token: str) -> None:
+        with pytest.raises(MissingSecret, match=r"serving\.tokens names A, which the environment does not set"):
+            Tokens({"A": ["*"]}, {"A": token})
+
+    @pytest.mark.parametrize("token", ["a\nb", "schlüssel", "a\0b"])
+    def test_a_token_that_no_call_could_present_is_refused_at_the_start(self, token: str) -> None:
+        with pytest.raises(MissingSecret, match="the token in A has characters that no header can carry") as caught:
+            Tokens({"A": ["*"]}, {"A": token})
+        assert token not in str(caught.value)
+
+    @pytest.mark.parametrize(("wanted", "offered"), [(None, False), (True, True), (False, False)])
+    def test_reflection_is_off_with_tokens_unless_it_is_asked_for(
+        self, make_world, monkeypatch: pytest.MonkeyPatch, wanted: bool | None, offered: bool
+    ) -> None:
+        monkeypatch.setenv("APP_TOKEN", SECRET)
+        world = make_world(tokens={"APP_TOKEN": ["*"]}, reflection=wanted)
+        assert reflects(world.address) == offered
+
     def test_a_token_that_the_environment_lacks_is_named_and_its_value_never_is(self) -> None:
         with pytest.raises(MissingSecret, match=r"serving\.tokens names B, which the environment does not set"):
             Tokens({"A": ["*"], "B": ["*"]}, {"A": SECRET})
         assert SECRET not in repr(ClientOptions(token=SECRET))
 
 
+def reflects(address: str) -> bool:
+    with grpc.insecure_channel(address) as channel:
+        try:
+            return bool(ProtoReflectionDescriptorDatabase(channel).get_services())
+        except grpc.RpcError as error:
+            return error.code() is not grpc.StatusCode.UNIMPLEMENTED
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_certificates(tmp_path_factory.mktemp("tls"))
+
+
+def probe(port: int, service: str) -> int:
+    """What the kubelet asks: the standard check, without TLS."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
+    return int(answer.status)
 
 
 def tls_client(world: World, folder: Path, name: str = "") -> RecsysClient:
@@ -110,6 +163,49 @@ class TestTls:
         for name in ("", "stranger"):
             with tls_client(world, certificates, name) as client, pytest.raises(RecsysError, match="UNAVAILABLE"):
                 client.recommend("ann")
+
+    def test_probes_reach_the_health_service_and_nothing_else_without_tls(self, make_world, certificates: Path) -> None:
+        files = {"tls_certificate": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem"}
+        port = free_port(0)
+        world = make_world(health_port=port, **{name: str(certificates / file) for name, file in files.items()})
+        for service in ("", "live"):
+            assert probe(port, service) == health_pb2.HealthCheckResponse.SERVING
+        assert serving_health(f"127.0.0.1:{port}") == "SERVING"
+        command = [sys.executable, str(HEALTH_SCRIPT), "grpc", f"127.0.0.1:{port}", "live"]
+        assert subprocess.run(command, timeout=30, check=False).returncode == 0
+        with RecsysClient(f"127.0.0.1:{port}", options=ClientOptions(timeout=5, attempts=1)) as plain:
+            with pytest.raises(RecsysError, match="UNIMPLEMENTED"):
+                plain.recommend("ann")
+        world.stop_later().result(60)
+        with pytest.raises(grpc.RpcError):
+            probe(port, "live")
+
+    @pytest.mark.parametrize("wrong", ["absent.pem", "", "server.key"])
+    @pytest.mark.parametrize("name", ["tls_certificate", "tls_key", "tls_client_ca"])
+    def test_a_file_of_tls_that_is_none_is_told_by_its_setting(self, certificates: Path, name: str, wrong: str) -> None:
+        files = {"tls_certificate": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem"}
+        files[name] = "ca.pem" if (name, wrong) == ("tls_key", "server.key") else wrong
+        settings = ServingSettings.model_construct(**{key: str(certificates / file) for key, file in files.items()})
+        with pytest.raises(OSError, match=rf"serving\.{name} names .*, which (can't be read|holds no)"):
+            server_credentials(settings)
+
+    @pytest.mark.parametrize(
+        ("given", "told"),
+        [
+            ({"tls_certificate": "a.pem"}, "tls_certificate is set and tls_key is not"),
+            ({"tls_key": "a.key"}, "tls_key is set and tls_certificate is not"),
+            ({"tls_client_ca": "ca.pem"}, "tls_client_ca asks for certificates of clients"),
+        ],
+    )
+    def test_half_a_pair_is_one_red_line(self, given: dict, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RECSYS_HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        for name, value in given.items():
+            monkeypatch.setenv(f"RECSYS_SERVING__{name.upper()}", value)
+        answer = CliRunner().invoke(app, ["serve"])
+        assert answer.exit_code == 2
+        assert told in answer.stderr
+        assert len(answer.stderr.strip().splitlines()) == 1
 
     def test_the_command_line_calls_by_tls_and_with_a_token_of_the_environment(
         self, make_world, certificates: Path, monkeypatch: pytest.MonkeyPatch
@@ -196,6 +292,66 @@ class TestLimits:
         with RecsysClient(world.address, options=ClientOptions(timeout=5, attempts=1)) as client:
             assert client.recommend("ann").tier == "POPULAR", "a lower tier in time instead of a better one too late"
         go_on.set()
+
+
+def connected(address: str, first: bytes = b"") -> socket.socket:
+    host, _, port = address.rpartition(":")
+    made = socket.create_connection((host, int(port)), timeout=60)
+    made.sendall(first)
+    return made
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""What a client of HTTP/2 says first: the preface and its settings."""
+
+
+class TestConnections:
+    @pytest.mark.parametrize("first", [b"", PREFACE[:10], PREFACE], ids=["silent", "half", "idle"])
+    def test_one_that_says_nothing_is_closed_and_one_that_calls_is_not(
+        self, make_world, monkeypatch: pytest.MonkeyPatch, first: bytes
+    ) -> None:
+        monkeypatch.setattr("serving.server.HANDSHAKE_MS", 500)
+        monkeypatch.setattr("serving.server.IDLE_MS", 500)
+        world = make_world()
+        with connected(world.address, first) as silent:
+            while silent.recv(4096):
+                world.client.recommend("ann")
+
+    def test_clients_do_not_notice_that_an_old_one_is_made_anew(self, make_world, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("serving.server.AGE_MS", 200)
+        world = make_world()
+        until = time.monotonic() + 2.0
+
+        def call(at: int) -> None:
+            with RecsysClient(world.address, options=ClientOptions(timeout=60, attempts=1)) as client:
+                while time.monotonic() < until:
+                    client.recommend(f"user-{at}")
+
+        def users() -> Iterator[str]:
+            while time.monotonic() < until:
+                yield "ann"
+                time.sleep(0.02)
+
+        def stream() -> int:
+            with RecsysClient(world.address, options=ClientOptions(timeout=60, attempts=1)) as client:
+                return len(list(client.recommend_stream(users())))
+
+        seen: set[int] = set()
+        with ThreadPoolExecutor(5) as pool:
+            calling, streamed = [pool.submit(call, at) for at in range(4)], pool.submit(stream)
+            while not all(one.done() for one in calling):
+                seen |= peers(world)
+        for one in calling:
+            one.result()
+        assert streamed.result() > 10
+        assert len(seen) > 5, "connections to one address are shared, and were made anew some times"
+
+
+def peers(world: World) -> set[int]:
+    """The ports of those who are connected to the server now."""
+    port = int(world.address.rpartition(":")[2])
+    connections = psutil.Process().net_connections("tcp")
+    return {c.raddr.port for c in connections if c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port}
 
 
 class TestTheEnd:
