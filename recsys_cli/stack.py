@@ -59,12 +59,16 @@ RECSYS = (sys.executable, "-m", "recsys_cli.main")
 
 @dataclass(frozen=True)
 class Service:
-    """A part of the stack. `where` is its address; a broker's is read from `address_file` once it has chosen one."""
+    """A part of the stack. `where` is its address; a broker's is read from `address_file` once it has chosen one.
+
+    `health` is where it says how it is, if that is another address.
+    """
 
     name: str
     command: list[str]
     where: str
     address_file: str = ""
+    health: str = ""
 
     def address(self) -> str:
         """Where it answers, empty while that is not known."""
@@ -99,9 +103,11 @@ def up(settings: Settings, console: Console) -> int:
 def plan(settings: Settings, console: Console) -> tuple[list[Service], dict[str, str]]:
     """The services of a home, on free ports, and the environment that all of them get."""
     home = settings.home.absolute()
-    redis_port = _port(_redis_port(settings), "redis", console)
-    serving_port = _port(settings.serving.port, "serving", console)
-    web_port = _port(settings.dagster.port, "webserver", console)
+    ports = _Ports(console)
+    redis_port = ports.take(_redis_port(settings), "redis")
+    serving_port = ports.take(settings.serving.port, "serving")
+    web_port = ports.take(settings.dagster.port, "webserver")
+    health_port = ports.take(settings.serving.health_port, "health of serving")
     broker_file = run_folder(home) / "broker.address"
     broker_file.unlink(missing_ok=True)
     environment = {
@@ -111,8 +117,12 @@ def plan(settings: Settings, console: Console) -> tuple[list[Service], dict[str,
         "RECSYS_REDIS__URL": f"redis://{LOOPBACK}:{redis_port}/0",
         "RECSYS_SERVING__HOST": LOOPBACK,
         "RECSYS_SERVING__PORT": str(serving_port),
+        "RECSYS_SERVING__HEALTH_PORT": str(health_port),
         "PYTHONUNBUFFERED": "1",
     }
+    for name, wanted in (("serving", settings.serving.metrics_port), ("stream", settings.stream.metrics_port)):
+        if wanted:
+            environment[f"RECSYS_{name.upper()}__METRICS_PORT"] = str(ports.take(wanted, f"metrics of {name}"))
     if config := os.environ.get(CONFIG_VARIABLE):
         environment[CONFIG_VARIABLE] = str(Path(config).absolute())
     workspace = ["-w", str(_project_file("workspace.yaml"))]
@@ -121,7 +131,7 @@ def plan(settings: Settings, console: Console) -> tuple[list[Service], dict[str,
         Service("redis", redis_command(home, redis_port), environment["RECSYS_REDIS__URL"]),
         Service("broker", [*RECSYS, "kafka", "up", "--or-embedded", "--address-file", str(broker_file)], "", str(broker_file)),
         Service("stream", [*RECSYS, "stream"], ""),
-        Service("serving", [*RECSYS, "serve"], f"{LOOPBACK}:{serving_port}"),
+        Service("serving", [*RECSYS, "serve"], f"{LOOPBACK}:{serving_port}", health=f"{LOOPBACK}:{health_port}"),
         Service("webserver", web, f"http://{LOOPBACK}:{web_port}"),
         Service("daemon", [*_dagster("dagster._daemon"), "run", *workspace], ""),
     ]
@@ -167,7 +177,7 @@ def check(service: Service, pid: int | None) -> str:
     elif service.name == "webserver":
         works = _web_answers(f"{where}/server_info")
     elif service.name == "serving":
-        health = serving_health(where)
+        health = serving_health(service.health or where)
         if health == "NOT_SERVING":
             return "up, without a release to serve"
         works = health == "SERVING"
@@ -222,11 +232,21 @@ def _pid(home: Path, name: str) -> int | None:
     return int(text) if text else None
 
 
-def _port(wanted: int, name: str, console: Console) -> int:
-    port = free_port(wanted)
-    if wanted and port != wanted:
-        console.print(f"port {wanted} is taken; {name} gets {port}", highlight=False)
-    return port
+class _Ports:
+    """Ports of one stack: each is given once, and what is taken is replaced and told."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._given: set[int] = set()
+
+    def take(self, wanted: int, name: str) -> int:
+        port = free_port(0 if wanted in self._given else wanted)
+        while port in self._given:
+            port = free_port(0)
+        self._given.add(port)
+        if wanted and port != wanted:
+            self._console.print(f"port {wanted} is taken; {name} gets {port}", highlight=False)
+        return port
 
 
 def _redis_port(settings: Settings) -> int:
@@ -365,17 +385,17 @@ def serving_process(home: Path, env: Mapping[str, str] | None = None, port: int 
     `env` is added to this process's environment, for instance RECSYS_REDIS__URL. 0: any free port.
     Raises StackError with the end of the server's output when it does not start.
     """
-    port = free_port(port)
-    address = f"{LOOPBACK}:{port}"
+    port, health_port = free_port(port), free_port()
     own = {
         HOME_VARIABLE: str(home.absolute()),
         "RECSYS_SERVING__HOST": LOOPBACK,
         "RECSYS_SERVING__PORT": str(port),
+        "RECSYS_SERVING__HEALTH_PORT": str(health_port),
         **(env or {}),
     }
     with running("serving", home, [*RECSYS, "serve"], own) as check_alive:
-        wait_until(lambda: serving_health(address) == "SERVING", "serving", seconds, check_alive)
-        yield address
+        wait_until(lambda: serving_health(f"{LOOPBACK}:{health_port}") == "SERVING", "serving", seconds, check_alive)
+        yield f"{LOOPBACK}:{port}"
 
 
 def serving_health(address: str) -> str:

@@ -150,6 +150,17 @@ def _gauges(of_processes: Sequence[Mapping[str, float]]) -> Iterator[GaugeMetric
         yield GaugeMetricFamily(f"recsys_{name}", name.replace("_", " "), value=merged)
 
 
+def serve_metrics(host: str, port: int, snapshots: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+    """Answer Prometheus on a port, from a thread. Raises OSError, which names the port and its setting, when it is taken."""
+    from prometheus_client import start_http_server
+
+    try:
+        start_http_server(port, host, registry(snapshots))
+    except OSError as error:
+        reason = f"is something else there? serving.metrics_port chooses another one ({error})"
+        raise OSError(f"can't serve metrics on {host}:{port}, {reason}") from error
+
+
 def registry(snapshots: Callable[[], Sequence[Mapping[str, Any]]]) -> CollectorRegistry:
     """A registry of only these numbers."""
     made = CollectorRegistry(auto_describe=False)

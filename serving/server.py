@@ -29,7 +29,7 @@ from serving.champion import Champion, Loaded, NotReady, Refused
 from serving.crowd import Crowd
 from serving.explain import asset_versions
 from serving.ladder import Ladder, UnknownItem
-from serving.metrics import Metrics, registry
+from serving.metrics import Metrics, serve_metrics
 from serving.ranker import TooSlow
 from serving.security import MissingSecret, Tokens, server_credentials
 from serving.store import LiveTrends, Store
@@ -465,10 +465,12 @@ class Server:
         if port:
             self._probes = grpc.aio.server(options=[("grpc.so_reuseport", int(self._shared_port)), *_connection_limits()])
             health_pb2_grpc.add_HealthServicer_to_server(self._probed, self._probes)
-            self._bind(self._probes, port, None)
+            self._bind(self._probes, port, None, "health_port")
             await self._probes.start()
 
-    def _bind(self, server: grpc.aio.Server, wanted: int, credentials: grpc.ServerCredentials | None) -> str:
+    def _bind(
+        self, server: grpc.aio.Server, wanted: int, credentials: grpc.ServerCredentials | None, setting: str = "port"
+    ) -> str:
         host = self._settings.serving.host
         try:
             if credentials is None:
@@ -476,7 +478,8 @@ class Server:
             else:
                 port = server.add_secure_port(f"{host}:{wanted}", credentials)
         except RuntimeError as error:
-            raise OSError(f"can't listen on {host}:{wanted}, is something else there? ({error})") from error
+            reason = f"is something else there? serving.{setting} chooses another one ({error})"
+            raise OSError(f"can't listen on {host}:{wanted}, {reason}") from error
         return f"{host}:{port}"
 
     async def stop(self, grace: float | None = None) -> None:
@@ -546,11 +549,8 @@ async def serve(settings: Settings, on_ready: Callable[[str], None] = lambda _: 
     server = Server(settings)
     try:
         address = await server.start()
-        if settings.serving.metrics_port:
-            from prometheus_client import start_http_server
-
-            numbers = registry(lambda: [server.metrics.snapshot()])
-            start_http_server(settings.serving.metrics_port, settings.serving.host, numbers)
+        if port := settings.serving.metrics_port:
+            serve_metrics(settings.serving.host, port, lambda: [server.metrics.snapshot()])
         settle()
         log.info("serving on %s", address)
         on_ready(address)

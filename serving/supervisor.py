@@ -11,13 +11,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from pydantic import SecretStr
 
 from recsys_core.settings import Settings
-from serving.metrics import registry
+from serving.metrics import serve_metrics
 
 log = logging.getLogger(__name__)
 
@@ -97,16 +97,16 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     count = settings.serving.processes or os.cpu_count() or 1
-    with reserved_port(settings.serving.host, settings.serving.port) as held:
-        port = held.getsockname()[1]
+    with ExitStack() as held:
+        port = held.enter_context(reserved_port(settings.serving.host, settings.serving.port)).getsockname()[1]
+        if settings.serving.health_port:
+            held.enter_context(reserved_port(settings.serving.host, settings.serving.health_port, "health_port"))
         serving = settings.serving.model_copy(update={"port": port, "processes": 1, "metrics_port": 0})
         of_workers = settings.model_copy(update={"serving": serving})
         workers = [Worker(k, of_workers) for k in range(count)]
-        if settings.serving.metrics_port:
-            from prometheus_client import start_http_server
-
-            numbers = registry(lambda: [worker.snapshot for worker in workers if worker.snapshot])
-            start_http_server(settings.serving.metrics_port, settings.serving.host, numbers)
+        if metrics_port := settings.serving.metrics_port:
+            snapshots = lambda: [worker.snapshot for worker in workers if worker.snapshot]  # noqa: E731
+            serve_metrics(settings.serving.host, metrics_port, snapshots)
         keeping = [asyncio.create_task(_keep(worker, stopping)) for worker in workers]
         stopped = asyncio.create_task(stopping.wait())
         started = asyncio.gather(*(worker.ready.wait() for worker in workers))
@@ -129,7 +129,7 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> None
                 log.error("%d processes did not end within %.0f s and are killed", len(late), limit)
                 for worker in workers:
                     worker.kill()
-            ended = await asyncio.gather(*keeping, stopped, return_exceptions=True)
+            ended = await asyncio.gather(*keeping, stopped, started, return_exceptions=True)
         for error in ended:
             if isinstance(error, Exception):
                 raise error
@@ -153,8 +153,8 @@ async def _keep(worker: Worker, stopping: asyncio.Event) -> None:
             return
 
 
-def reserved_port(host: str, port: int) -> socket.socket:
-    """A socket that holds the port for the processes and takes no connections itself. Raises OSError."""
+def reserved_port(host: str, port: int, setting: str = "port") -> socket.socket:
+    """A socket that holds the port for the processes and takes no connections itself. Raises OSError that names the setting."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     held = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -162,5 +162,6 @@ def reserved_port(host: str, port: int) -> socket.socket:
         held.bind((host.strip("[]"), port))
     except OSError as error:
         held.close()
-        raise OSError(f"can't listen on {host}:{port}, is something else there? ({error})") from error
+        reason = f"is something else there? serving.{setting} chooses another one ({error})"
+        raise OSError(f"can't listen on {host}:{port}, {reason}") from error
     return held

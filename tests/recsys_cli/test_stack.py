@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -135,6 +136,42 @@ def test_a_taken_port_is_replaced_by_a_free_one() -> None:
         taken = server.getsockname()[1]
         assert free_port(taken) not in (0, taken)
     assert free_port(taken) == taken
+
+
+def test_every_port_of_a_stack_is_replaced_when_it_is_taken_and_given_once(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    with contextlib.ExitStack() as held:
+        taken = [held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)]
+        settings = load_settings(
+            tmp_path,
+            serving={"metrics_port": taken[0], "health_port": taken[1]},
+            stream={"metrics_port": taken[0]},
+            dagster={"port": taken[2]},
+        )
+        _, environment = stack.plan(settings, console)
+    names = ["SERVING__PORT", "SERVING__METRICS_PORT", "SERVING__HEALTH_PORT", "STREAM__METRICS_PORT"]
+    given = [int(environment[f"RECSYS_{name}"]) for name in names]
+    assert len({*given, *taken}) == len(given) + len(taken)
+    told = shown.getvalue()
+    for port, name in zip(
+        [taken[0], taken[0], *taken[1:]], ["serving", "stream", "health of serving", "webserver"], strict=True
+    ):
+        assert f"port {port} is taken; " in told
+        assert f"{name} gets " in told
+
+
+def test_a_port_that_two_parts_want_goes_to_the_first(tmp_path: Path) -> None:
+    port = free_port()
+    settings = load_settings(tmp_path, serving={"metrics_port": port}, stream={"metrics_port": port})
+    _, environment = stack.plan(settings, Console(quiet=True))
+    assert environment["RECSYS_SERVING__METRICS_PORT"] == str(port)
+    assert environment["RECSYS_STREAM__METRICS_PORT"] not in ("0", str(port))
+
+
+def test_a_stack_without_metrics_opens_no_port_for_them(tmp_path: Path) -> None:
+    _, environment = stack.plan(load_settings(tmp_path), Console(quiet=True))
+    assert not [name for name in environment if name.endswith("METRICS_PORT")]
 
 
 def test_the_second_stack_of_a_home_is_told_who_runs(tmp_path: Path) -> None:

@@ -83,6 +83,32 @@ def test_a_taken_port_is_said_and_is_exit_code_1(empty_world: World, tmp_path: P
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("name", ["metrics_port", "health_port"])
+def test_a_taken_port_of_metrics_or_probes_is_said_with_its_setting(
+    empty_world: World, tmp_path: Path, name: str, processes: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        ended = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path / "never")],
+            env={
+                **os.environ,
+                **environment(empty_world, 0),
+                f"RECSYS_SERVING__{name.upper()}": port,
+                "RECSYS_SERVING__PROCESSES": processes,
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert f"127.0.0.1:{port}" in ended.stderr
+    assert f"serving.{name}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_it_imports_nothing_heavy() -> None:
     code = (
         "import sys, serving.server, serving.client\n"
