@@ -567,7 +567,7 @@ class _Session:
         for pause in _pauses():
             try:
                 if letters:
-                    self._dead_letters.send(letters)
+                    self._metrics.dead_letters_refused.inc(self._dead_letters.send(letters))
                 break
             except KafkaException as error:
                 log.warning("dead letters were not taken and are sent again: %s", error.args[0].str())
