@@ -119,9 +119,8 @@ class DeadLetterQueue:
             if error is not None:
                 errors.append((letter, error))
 
-        for letter in letters:
-            if error := self._offer(letter, max_key, max_value, partial(delivered, letter)):
-                errors.append((letter, error))
+        offered = [(letter, self._offer(letter, max_key, max_value, partial(delivered, letter))) for letter in letters]
+        errors.extend((letter, error) for letter, error in offered if error)
         left = self._producer.flush(SEND_SECONDS) if letters else 0
         for _, error in errors:
             if error.fatal():

@@ -33,6 +33,7 @@ from recsys_core.recompute import Differences, Recomputation
 from recsys_core.redis_client import Script, client, run_calls
 from recsys_core.settings import Settings
 from recsys_core.tombstones import Tombstones
+from streaming.arrival import Arrivals
 from streaming.decode import decode
 from streaming.rebuild_lock import RebuildLock
 from streaming.sink import RedisSink
@@ -195,6 +196,7 @@ class TopicSource:
     def __init__(self, settings: Settings, topic: Topic, since_ms: int) -> None:
         self._settings = settings
         self._topic = topic
+        self._arrivals = Arrivals(topic.name)
         group = f"recsys-rebuild-{uuid.uuid4().hex}"
         more = {"group_id": group, "enable_auto_commit": False, "enable_partition_eof": True}
         self._consumer = Consumer(client_config(settings.kafka, **more))
@@ -237,9 +239,9 @@ class TopicSource:
     def _decoded(self, messages: list[Message]) -> Batch:
         partition = np.fromiter([m.partition() for m in messages], np.int64, len(messages))
         offset = np.fromiter([m.offset() for m in messages], np.int64, len(messages))
-        appended = np.fromiter([m.timestamp()[1] for m in messages], np.int64, len(messages))
         values = [m.value() for m in messages]
-        decoded = decode(values, self._settings.events, self._settings.kafka.max_message_bytes, appended)
+        max_bytes = self._settings.kafka.max_message_bytes
+        decoded = decode(values, self._settings.events, max_bytes, self._arrivals.of(messages))
         for number in np.unique(partition).tolist():
             self._next[number] = int(offset[partition == number][-1]) + 1
         return Batch(decoded.events, partition[decoded.rows], offset[decoded.rows])

@@ -125,7 +125,7 @@ def test_every_rule_names_what_is_wrong_with_a_row_and_a_good_row_has_no_reason(
 
 TEXTS = st.one_of(st.none(), st.sampled_from(["", "a", LONG, "é" * 128, "view", "x" * 256, "x" * 257]), st.text(max_size=3))
 ROWS = st.fixed_dictionaries(
-    {name: TEXTS for name in ("event_id", "user_id", "item_id", "session_id", "device", "country", "recommendation_id")}
+    dict.fromkeys(("event_id", "user_id", "item_id", "session_id", "device", "country", "recommendation_id"), TEXTS)
     | {
         "event_type": st.one_of(st.just("view"), TEXTS),
         "ts": st.one_of(

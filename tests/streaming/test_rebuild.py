@@ -16,7 +16,6 @@ from stream_world import World, wait_for
 
 import streaming.rebuild
 import streaming.rebuild_lock
-
 from recsys_core.events import now_ms
 from recsys_core.lake import Lake
 from recsys_core.online import user_key
