@@ -50,11 +50,12 @@ def rebuild(
     from recsys_cli.processes import StackError
     from recsys_core.settings import load_settings
     from streaming.rebuild import rebuild as run
+    from streaming.rebuild_lock import RebuildRefused
     from streaming.topics import TopicError
 
     try:
         done = run(load_settings(context.obj), _since_ms(since), source is Source.LANDING)
-    except TopicError as error:
+    except (TopicError, RebuildRefused) as error:
         raise StackError(str(error)) from error
     found = done.differences
     facts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -45,6 +46,9 @@ EVENT_SCHEMA = pa.schema(
 MISSING_TS = -(2**63)
 EARLIEST_TS = 631_152_000_000
 """1990-01-01: an event before it has a broken clock or a wrong unit."""
+
+NOT_FINITE = f"{VALUE} is not a finite number"
+"""A NaN passes every comparison that it should fail, wherever the value is used."""
 
 MINUTE_MS = 60_000
 HOUR_MS = 60 * MINUTE_MS
@@ -122,6 +126,7 @@ def invalid_reasons(
     rules.append(("missing or unreadable ts", ts == MISSING_TS))
     rules.append(("ts before 1990: wrong unit or broken clock", ts < EARLIEST_TS))
     rules.append(("ts in the future", ts > latest))
+    rules.append((NOT_FINITE, ~_numpy(pc.fill_null(pc.is_finite(events[VALUE]), True))))
     first = np.full(len(ts), -1, np.int64)
     for number in range(len(rules) - 1, -1, -1):
         first[rules[number][1]] = number
@@ -148,7 +153,9 @@ def invalid_reason(event: Mapping[str, Any], settings: EventSettings, now: int) 
         return "missing or unreadable ts"
     if ts < EARLIEST_TS:
         return "ts before 1990: wrong unit or broken clock"
-    return "ts in the future" if ts > now + settings.max_future_minutes * MINUTE_MS else None
+    if ts > now + settings.max_future_minutes * MINUTE_MS:
+        return "ts in the future"
+    return NOT_FINITE if event[VALUE] is not None and not math.isfinite(event[VALUE]) else None
 
 
 def _is_longer(text: str, size: int) -> bool:

@@ -6,7 +6,8 @@
     recs:{<user_id>}   string: the answer, see `AnswerEncoder`
     trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score by half-life, …], …]}
 
-The braces are Redis Cluster hash tags: both keys of a user live in one slot and are read in one round trip.
+The braces are Redis Cluster hash tags: both keys of a user live in one slot and are read in one round trip. A brace in an
+id is escaped (`hash_tag`).
 """
 
 from __future__ import annotations
@@ -116,14 +117,29 @@ _MAX_SHORT_ID = 119
 """Bytes of an id up to which the lengths in the wire format of its item are single bytes."""
 
 
+def hash_tag(user_id: str) -> str:
+    """A user id as it stands between the braces of a key: another text for each id, without a closing brace in it.
+
+    A cluster hashes what lies before the first closing brace, and the whole key where that is nothing.
+    """
+    if "{" in user_id or "}" in user_id:
+        return user_id.replace("{", "{0").replace("}", "{1")
+    return user_id
+
+
+def encoded_hash_tag(user_id: bytes) -> bytes:
+    """`hash_tag` of an encoded id."""
+    return hash_tag(user_id.decode()).encode() if b"{" in user_id or b"}" in user_id else user_id
+
+
 def user_key(user_id: str, area: str = "user") -> str:
     """Key of the user's record."""
-    return f"{area}:{{{user_id}}}"
+    return f"{area}:{{{hash_tag(user_id)}}}"
 
 
 def recs_key(user_id: str) -> str:
     """Key of the user's cached answer."""
-    return f"recs:{{{user_id}}}"
+    return f"recs:{{{hash_tag(user_id)}}}"
 
 
 class CorruptValue(ValueError):

@@ -17,6 +17,7 @@ from recsys_core.events import (
     HOUR_MS,
     ITEM_ID,
     MINUTE_MS,
+    NOT_FINITE,
     RECOMMENDATION_ID,
     SESSION_ID,
     TS,
@@ -173,6 +174,7 @@ def _reason(settings: EventSettings) -> Column:
     known = F.col(EVENT_TYPE).isin(sorted(settings.weights))
     rules.append((~F.coalesce(known, F.lit(False)), "unknown event_type"))
     rules.append((F.col(TS) < EARLIEST_TS, "ts before 1990: wrong unit or broken clock"))
+    rules.append((F.isnan(VALUE) | (F.abs(VALUE) == float("inf")), NOT_FINITE))
     return F.coalesce(*(F.when(applies, text) for applies, text in rules))
 
 

@@ -19,6 +19,8 @@ from redis.asyncio import Redis
 from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisError
 
+from recsys_core.online import encoded_hash_tag
+
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 2.0
@@ -212,7 +214,7 @@ class Pipelined:
     def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
         """Give `sink` two replies for each user: HMGET of the record's fields, GET of the cached answer."""
         one = self._one
-        data = b"".join([one % (len(u) + 7, u, len(u) + 7, u) for u in user_ids])
+        data = b"".join([one % (len(u) + 7, u, len(u) + 7, u) for u in map(encoded_hash_tag, user_ids)])
         if not self._reads.send(data, 2 * len(user_ids), sink):
             task = asyncio.create_task(self._connect_and_send(data, 2 * len(user_ids), sink))
             self._tasks.add(task)
@@ -257,8 +259,8 @@ class ThroughClient:
 
     async def _read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
         commands: list[tuple[bytes, ...]] = []
-        for user_id in user_ids:
-            commands += ((b"HMGET", b"user:{%b}" % user_id, *self._fields), (b"GET", b"recs:{%b}" % user_id))
+        for user in map(encoded_hash_tag, user_ids):
+            commands += ((b"HMGET", b"user:{%b}" % user, *self._fields), (b"GET", b"recs:{%b}" % user))
         try:
             replies = await self.call(commands)
         except OSError as error:

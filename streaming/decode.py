@@ -1,11 +1,14 @@
 """Messages to events: JSON of schema v1 in columns, and a reason for each message that is no event.
 
-Many values are parsed together by Arrow. Whatever Arrow might read otherwise than one by one (a broken value, two
-values in one message, a wrong type) is found beforehand or makes its slice be parsed again value by value.
+What a message is, `_row` says: a JSON object by the letter of the standard, nested at most MAX_DEPTH deep. Many values are
+parsed together by Arrow. Whatever Arrow might read otherwise (a broken value, two values in one message, a wrong type, NaN,
+deep nesting, a number beyond a double) is found beforehand or makes its slice be parsed again value by value.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +30,20 @@ FEW = 128
 _NULLABLE = pa.schema([pa.field(f.name, f.type) for f in EVENT_SCHEMA])
 _COLUMNS = pa.schema([pa.field(VERSION, pa.int64()), *_NULLABLE])
 _BLOCK = 64 << 20
+MAX_DEPTH = 1024
+"""Objects and lists within one another, as many as orjson reads."""
+_NO_NUMBER = re.compile(rb"(?:NaN|Inf(?:inity)?)[,}\]\s]")
+"""What Arrow takes for a number, and the standard does not. Text that looks like it costs time and nothing else."""
+_MAY_BE_HUGE = re.compile(rb"\d{200}|[eE]\+?\d{3}")
+_STRING_OR_NUMBER = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?(?:"|\Z)|-?(?:0|[1-9]\d*+)(?:\.\d++)?+(?:[eE][+-]?\d++)?+', re.DOTALL)
 _MAX_INT = 2**63
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(_COLUMNS.names, ((str,), "a string")),
     **dict.fromkeys((VERSION, TS), ((int,), "an integer")),
-    VALUE: ((int, float), "a number"),
+    VALUE: ((int, float), "a finite number"),
 }
 """What each known field may be, and how that is called."""
+_VALUE_AT = _COLUMNS.get_field_index(VALUE)
 _FIELDS = tuple((name, *_KINDS[name]) for name in _COLUMNS.names)
 _WRONG_VERSION = f"schema version is not {SCHEMA_VERSION}"
 
@@ -105,10 +115,17 @@ def _parse_together(values: Sequence[bytes | None], max_bytes: int) -> pa.Table 
     except TypeError:
         return None
     lengths = np.fromiter(map(len, values), np.int64, len(values))  # type: ignore[arg-type]
-    if int(lengths.max()) > max_bytes or int(lengths.min()) == 0 or lines.count(b"\n") != len(values) - 1:
+    longest = int(lengths.max())
+    if longest > max_bytes or int(lengths.min()) == 0 or lines.count(b"\n") != len(values) - 1:
         return None
-    firsts = np.frombuffer(lines, np.uint8)[np.concatenate([[0], np.cumsum(lengths + 1)[:-1]])]
-    if (firsts != ord("{")).any() or b"\\u" in lines or not _is_text(lines):
+    # Between a closing and an opening brace no object goes on, so that none reaches over the end of its message.
+    ends = np.cumsum(lengths + 1) - 1
+    text = np.frombuffer(lines, np.uint8)
+    if (text[ends - lengths] != ord("{")).any() or (text[ends - 1] != ord("}")).any():
+        return None
+    if (b"\\" in lines and b"\\u" in lines) or not _is_text(lines) or _may_hold_nan(lines, text):
+        return None
+    if longest > 2 * MAX_DEPTH and _is_deep(values):
         return None
     try:
         table = pj.read_json(
@@ -118,7 +135,27 @@ def _parse_together(values: Sequence[bytes | None], max_bytes: int) -> pa.Table 
         )
     except pa.ArrowInvalid:
         return None
-    return table if table.num_rows == len(values) and table.schema.equals(_COLUMNS) else None
+    if table.num_rows != len(values) or not table.schema.equals(_COLUMNS):
+        return None
+    value = pc.add(table[VALUE], 0.0)
+    if not pc.all(pc.is_finite(value), min_count=0).as_py():
+        return None
+    return table.set_column(_VALUE_AT, _COLUMNS.field(_VALUE_AT), value)
+
+
+def _may_hold_nan(lines: bytes, text: np.ndarray) -> bool:
+    """Whether NaN or an infinity may stand where a number does; `text` are the bytes of `lines`."""
+    at = np.flatnonzero((text[:-3] == ord("N")) | (text[:-3] == ord("I")))
+    begins = ((text[at + 1] == ord("a")) & (text[at + 2] == ord("N"))) | (
+        (text[at + 1] == ord("n")) & (text[at + 2] == ord("f"))
+    )
+    return bool(begins.any()) and _NO_NUMBER.search(lines) is not None
+
+
+def _is_deep(values: Sequence[bytes | None]) -> bool:
+    """Whether one of the values may be nested deeper than MAX_DEPTH, which takes two bytes for each level."""
+    long = (value for value in values if value and len(value) > 2 * MAX_DEPTH)
+    return any(value.count(b"{") + value.count(b"[") > MAX_DEPTH for value in long)
 
 
 def _is_text(data: bytes) -> bool:
@@ -149,10 +186,7 @@ def _row(value: bytes | None, max_bytes: int) -> dict[str, Any]:
         raise ValueError("no value")
     if len(value) > max_bytes:
         raise ValueError(f"value longer than {max_bytes} bytes")
-    try:
-        found = orjson.loads(value)
-    except orjson.JSONDecodeError:
-        raise ValueError("not JSON") from None
+    found = _loads(value)
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
     row: dict[str, Any] = {}
@@ -167,7 +201,26 @@ def _row(value: bytes | None, max_bytes: int) -> dict[str, Any]:
             if "\0" in field:
                 raise ValueError(f"{name} holds a NUL character")
         elif name == VALUE:
-            row[name] = float(field)
+            # Adding zero makes one zero of two.
+            row[name] = float(field) + 0.0
         elif not -_MAX_INT <= field < _MAX_INT:
             raise ValueError(f"{name} out of range")
     return row
+
+
+def _loads(value: bytes) -> Any:
+    """The JSON of a message. A number beyond a double is valid JSON: where no number is wanted, nobody minds it."""
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return orjson.loads(_STRING_OR_NUMBER.sub(_without_huge, value) if _MAY_BE_HUGE.search(value) else value)
+    except orjson.JSONDecodeError:
+        raise ValueError("not JSON") from None
+
+
+def _without_huge(found: re.Match[bytes]) -> bytes:
+    """A string or number as it is, but `true` for a number beyond a double, which is of no type that a known field has."""
+    token = found[0]
+    return token if token.startswith(b'"') or math.isfinite(float(token)) else b"true"

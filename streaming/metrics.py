@@ -61,7 +61,10 @@ class StreamMetrics:
         self.quick = counter(
             "quick_total", "Messages among them that took the fast path, as they do when the worker has caught up"
         )
-        self.dead_letters = counter("dead_letters_total", "Messages sent to the dead-letter topic", ("reason",))
+        self.dead_letters = counter("dead_letters_total", "Messages that are no event", ("reason",))
+        self.dead_letters_refused = counter(
+            "dead_letters_refused_total", "Messages among them that the dead-letter topic refuses; the quarantine has them"
+        )
         self.fence_hits = counter("fence_hits_total", "Updates of users and trend buckets that had been applied before")
         self.unkeyed = counter("unkeyed_total", "Events without a message key: their user's order is not kept")
         self.redis_retries = counter("redis_retries_total", "Batches tried again because Redis failed")

@@ -33,13 +33,16 @@ from recsys_core.recompute import Differences, Recomputation
 from recsys_core.redis_client import Script, client, run_calls
 from recsys_core.settings import Settings
 from recsys_core.tombstones import Tombstones
+from streaming.arrival import Arrivals
 from streaming.decode import decode
+from streaming.rebuild_lock import RebuildLock
 from streaming.sink import RedisSink
 from streaming.topics import Topic, TopicError, find_topic
 
 log = logging.getLogger(__name__)
 
 AREA = "rebuild-"
+"""What the keys of every rebuild begin with; its token follows."""
 KINDS = ("user", "trend")
 ROUNDS = 20
 KEYS_AT_ONCE = 500
@@ -89,7 +92,8 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
     """Make the live state again from the events that the brokers took at `since_ms` or later.
 
     A user's record is replaced by what these events give; fields of the batch layer stay. Raises TopicError without a
-    topic, KafkaException and redis.RedisError when one of them is away: run it again then.
+    topic, RebuildRefused while another rebuild runs, KafkaException and redis.RedisError when one of them is away: run it
+    again then.
     """
     started = time.monotonic()
     admin = AdminClient(client_config(settings.kafka))
@@ -97,11 +101,23 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
     if topic is None:
         raise TopicError(f"there is no topic {settings.kafka.topic}")
     redis = client(settings.redis)
+    try:
+        with RebuildLock(redis) as lock:
+            return _rebuild(settings, topic, since_ms, from_landing, redis, lock, started)
+    finally:
+        redis.close()
+
+
+def _rebuild(
+    settings: Settings, topic: Topic, since_ms: int, from_landing: bool, redis: Any, lock: RebuildLock, started: float
+) -> RebuildReport:
+    area = f"{AREA}{lock.token}-"
     sources = {number: f"{topic.identity}.{number}" for number in range(topic.partitions)}
-    sink = RedisSink(redis, settings, AREA)
+    sink = RedisSink(redis, settings, area)
     computed = Recomputation(settings)
     tombstones = Tombstones.read(Lake(settings.lake_uri))
-    _remove_leftovers(redis)
+    # Whoever left them has no lock any more.
+    _remove(redis, AREA)
     source = LandingSource(settings, topic, since_ms) if from_landing else TopicSource(settings, topic, since_ms)
     moved = dict.fromkeys(KINDS, 0)
     waiting: dict[str, list[bytes]] = {}
@@ -110,13 +126,14 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
         for turn in range(1, ROUNDS + 1):
             touched: dict[str, set[bytes]] = {kind: set(waiting.get(kind, ())) for kind in KINDS}
             for read in source.read():
+                lock.check()
                 batch = read.take(~tombstones.covers(read.events)) if tombstones else read
                 events += batch.rows
-                _apply(sink, computed, batch, sources, touched if turn > 1 else None)
+                _apply(sink, computed, batch, sources, area, touched if turn > 1 else None)
             for kind in KINDS:
-                every = redis.scan_iter(match=f"{AREA}{kind}:*", count=KEYS_AT_ONCE)
+                every = redis.scan_iter(match=f"{area}{kind}:*", count=KEYS_AT_ONCE)
                 keys, before = (every if turn == 1 else touched[kind]), set(waiting.get(kind, ()))
-                done, waiting[kind] = _promote(redis, keys, kind, settings.cache.feature_ttl_seconds)
+                done, waiting[kind] = _promote(redis, lock, keys, area, kind, settings.cache.feature_ttl_seconds)
                 moved[kind] += done if turn == 1 else len(before - set(waiting[kind]))
             left = sum(map(len, waiting.values()))
             log.info("round %d: %d events so far, %d users and buckets are to be tried again", turn, events, left)
@@ -124,11 +141,10 @@ def rebuild(settings: Settings, since_ms: int, from_landing: bool = False) -> Re
                 break
     finally:
         source.close()
-        _remove_leftovers(redis)
+        _remove(redis, area)
     announce_sources(redis, list(sources.values()), settings, now_ms())
     oldest = now_ms() - (settings.stream.trend_hours - 1) * HOUR_MS
     found = computed.differences(redis, oldest)
-    redis.close()
     return RebuildReport(events, moved["user"], moved["trend"], turn, time.monotonic() - started, found)
 
 
@@ -137,6 +153,7 @@ def _apply(
     computed: Recomputation,
     batch: Batch,
     sources: dict[int, str],
+    area: str,
     touched: dict[str, set[bytes]] | None,
 ) -> None:
     """Apply a batch beside the live keys and compute it; `touched` gets the keys that were changed, by kind."""
@@ -144,29 +161,32 @@ def _apply(
     if prepared is not None:
         sink.apply(prepared, sources, now_ms())
         if touched is not None:
-            touched["user"].update(user_key(user, f"{AREA}user").encode() for user in prepared.users.users)
-            buckets = (bucket_key(sources[c.partition], c.bucket, f"{AREA}trend") for c in prepared.counts)
+            touched["user"].update(user_key(user, f"{area}user").encode() for user in prepared.users.users)
+            buckets = (bucket_key(sources[c.partition], c.bucket, f"{area}trend") for c in prepared.counts)
             touched["trend"].update(key.encode() for key in buckets)
     for number in np.unique(batch.partition).tolist():
         own = batch.take(batch.partition == number)
         computed.add(own.events, sources[number], own.offset.tolist())
 
 
-def _promote(redis: Any, keys: Iterable[bytes], kind: str, ttl_seconds: int) -> tuple[int, list[bytes]]:
+def _promote(
+    redis: Any, lock: RebuildLock, keys: Iterable[bytes], area: str, kind: str, ttl_seconds: int
+) -> tuple[int, list[bytes]]:
     """Put what was made in the place of the live keys. Returns how many were, and those whose live one is further."""
     moved = 0
     waiting: list[bytes] = []
     remaining = iter(keys)
     while some := list(islice(remaining, KEYS_AT_ONCE)):
-        calls = [PROMOTE.call([key.removeprefix(AREA.encode()), key], kind, ttl_seconds) for key in some]
+        lock.check()
+        calls = [PROMOTE.call([key.removeprefix(area.encode()), key], kind, ttl_seconds) for key in some]
         answers = run_calls(redis, calls, [PROMOTE])
         moved += sum(answers)
         waiting += [key for key, answer in zip(some, answers, strict=True) if not answer]
     return moved, waiting
 
 
-def _remove_leftovers(redis: Any) -> None:
-    for key in redis.scan_iter(match=f"{AREA}*", count=KEYS_AT_ONCE):
+def _remove(redis: Any, area: str) -> None:
+    for key in redis.scan_iter(match=f"{area}*", count=KEYS_AT_ONCE):
         redis.delete(key)
 
 
@@ -176,6 +196,7 @@ class TopicSource:
     def __init__(self, settings: Settings, topic: Topic, since_ms: int) -> None:
         self._settings = settings
         self._topic = topic
+        self._arrivals = Arrivals(topic.name)
         group = f"recsys-rebuild-{uuid.uuid4().hex}"
         more = {"group_id": group, "enable_auto_commit": False, "enable_partition_eof": True}
         self._consumer = Consumer(client_config(settings.kafka, **more))
@@ -218,9 +239,9 @@ class TopicSource:
     def _decoded(self, messages: list[Message]) -> Batch:
         partition = np.fromiter([m.partition() for m in messages], np.int64, len(messages))
         offset = np.fromiter([m.offset() for m in messages], np.int64, len(messages))
-        appended = np.fromiter([m.timestamp()[1] for m in messages], np.int64, len(messages))
         values = [m.value() for m in messages]
-        decoded = decode(values, self._settings.events, self._settings.kafka.max_message_bytes, appended)
+        max_bytes = self._settings.kafka.max_message_bytes
+        decoded = decode(values, self._settings.events, max_bytes, self._arrivals.of(messages))
         for number in np.unique(partition).tolist():
             self._next[number] = int(offset[partition == number][-1]) + 1
         return Batch(decoded.events, partition[decoded.rows], offset[decoded.rows])

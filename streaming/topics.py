@@ -9,7 +9,15 @@ from functools import lru_cache
 from hashlib import blake2b
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ConfigSource,
+    NewTopic,
+    ResourceType,
+)
 
 from recsys_core.events import HOUR_MS
 from recsys_core.kafka_config import SILENT, client_config, topic_identity
@@ -29,23 +37,27 @@ class Topic:
     name: str
     identity: str
     partitions: int
+    replication: int = 1
 
 
 def find_topic(admin: AdminClient, name: str, seconds: float = ADMIN_SECONDS) -> Topic | None:
     """The topic, None when there is none. Raises KafkaException when the brokers do not answer.
 
-    The embedded broker has no topic ids; there the identity is made of the name.
+    The embedded broker has no topic ids, and its offsets start over with it: there the identity is made of the name and of what
+    differs between two starts, where the broker lies in its memory and the port that it was given.
     """
     if is_embedded(admin):
-        partitions = len(admin.list_topics(name, timeout=seconds).topics[name].partitions)
-        return Topic(name, blake2b(name.encode(), digest_size=4).hexdigest(), partitions)
+        cluster = admin.list_topics(name, timeout=seconds)
+        start = f"{cluster.cluster_id} {sorted(map(str, cluster.brokers.values()))} {name}"
+        return Topic(name, blake2b(start.encode(), digest_size=4).hexdigest(), len(cluster.topics[name].partitions))
     try:
         found = admin.describe_topics(TopicCollection([name]), request_timeout=seconds)[name].result()
     except KafkaException as error:
         if error.args[0].code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID):
             return None
         raise
-    return Topic(name, topic_identity(found.topic_id.get_most_significant_bits()), len(found.partitions))
+    replication = min((len(partition.replicas) for partition in found.partitions), default=1)
+    return Topic(name, topic_identity(found.topic_id.get_most_significant_bits()), len(found.partitions), replication)
 
 
 @lru_cache(maxsize=8)
@@ -56,6 +68,9 @@ def is_embedded(admin: AdminClient) -> bool:
 
 def init_topics(settings: KafkaSettings) -> list[Topic]:
     """Make the topics that are missing and bring retention and message size of the others up to date.
+
+    Every other setting of a topic stays as it is. Where three or more copies are kept, two have to have a message before it
+    counts as taken, unless the topic says otherwise.
 
     The broker's time of arrival becomes the time of a message, by which the archive is cut and the future is judged.
     Raises TopicError when a topic has another number of partitions: users would move to other partitions, and the order
@@ -72,7 +87,8 @@ def init_topics(settings: KafkaSettings) -> list[Topic]:
     for name, partitions in ((settings.topic, settings.partitions), (settings.dead_letter_topic, 1)):
         found = find_topic(admin, name)
         if found is None:
-            _create(admin, NewTopic(name, partitions, settings.replication, config=wanted))
+            config = {**wanted, **_preferred(settings.replication)}
+            _create(admin, NewTopic(name, partitions, settings.replication, config=config))
             found = _await_topic(admin, name)
         elif found.partitions != partitions and name == settings.topic:
             raise TopicError(
@@ -80,7 +96,7 @@ def init_topics(settings: KafkaSettings) -> list[Topic]:
                 "partition. Set kafka.partitions to what there is, or make a topic of another name and read both"
             )
         else:
-            _alter(admin, name, wanted)
+            _alter(admin, name, wanted, _preferred(found.replication))
         made.append(found)
     return made
 
@@ -103,12 +119,21 @@ def _await_topic(admin: AdminClient, name: str) -> Topic:
     raise TopicError(f"{name} was made, and the brokers do not know it after {ADMIN_SECONDS:.0f} s")
 
 
-def _alter(admin: AdminClient, name: str, wanted: Mapping[str, str]) -> None:
+def _preferred(replication: int) -> dict[str, str]:
+    """Settings that a topic gets unless it has its own."""
+    return {"min.insync.replicas": "2"} if replication >= 3 else {}
+
+
+def _alter(admin: AdminClient, name: str, wanted: Mapping[str, str], preferred: Mapping[str, str]) -> None:
     resource = ConfigResource(ResourceType.TOPIC, name)
     current = admin.describe_configs([resource], request_timeout=ADMIN_SECONDS)[resource].result()
-    if all(key in current and current[key].value == value for key, value in wanted.items()):
-        return
-    changed = ConfigResource(ResourceType.TOPIC, name)
-    for key, value in wanted.items():
-        changed.set_config(key, value)
-    admin.alter_configs([changed], request_timeout=ADMIN_SECONDS)[changed].result()
+    own = {key for key, entry in current.items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
+    chosen = {**{key: value for key, value in preferred.items() if key not in own}, **wanted}
+    changes = [
+        ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET)
+        for key, value in chosen.items()
+        if key not in current or current[key].value != value
+    ]
+    if changes:
+        changed = ConfigResource(ResourceType.TOPIC, name, incremental_configs=changes)
+        admin.incremental_alter_configs([changed], request_timeout=ADMIN_SECONDS)[changed].result()

@@ -38,6 +38,7 @@ from recsys_core.live_trends import announce_sources
 from recsys_core.settings import Settings
 from recsys_core.tombstones import Tombstones
 from streaming.archive import Archive
+from streaming.arrival import Arrivals
 from streaming.batches import Pipeline, Position, Row, Taken, Work, by_partition, taken_rows
 from streaming.connections import REDIS_SECONDS, consumer_config, redis_for_writes
 from streaming.dead_letters import DeadLetter, DeadLetterQueue
@@ -146,6 +147,7 @@ class _Session:
         self._quick_redis = redis_for_writes(settings, QUICK_SECONDS)
         self._quick_sink = RedisSink(self._quick_redis, settings)
         self._dead_letters = DeadLetterQueue(settings.kafka)
+        self._arrivals = Arrivals(topic.name, told=embedded)
         self._admin = AdminClient(client_config(settings.kafka))
         self._lake = Lake(settings.lake_uri, settings.lake.keep_versions)
         self._tombstones = Tombstones({})
@@ -239,7 +241,7 @@ class _Session:
         n = len(messages)
         partition = np.fromiter([m.partition() for m in messages], np.int64, n)
         offset = np.fromiter([m.offset() for m in messages], np.int64, n)
-        appended = np.fromiter([m.timestamp()[1] for m in messages], np.int64, n)
+        appended = self._arrivals.of(messages)
         for number in np.unique(partition).tolist():
             position = self._positions.get(number)
             if position is None:
@@ -315,7 +317,8 @@ class _Session:
         events = []
         settings, max_bytes = self._settings.events, self._settings.kafka.max_message_bytes
         for message in messages:
-            number, offset, appended, value = message.partition(), message.offset(), message.timestamp()[1], message.value()
+            number, offset, value = message.partition(), message.offset(), message.value()
+            appended = self._arrivals.of_one(message)
             position = None if number is None else self._positions.get(number)
             if number is None or offset is None or position is None or offset < position.seen:
                 return None
@@ -567,7 +570,7 @@ class _Session:
         for pause in _pauses():
             try:
                 if letters:
-                    self._dead_letters.send(letters)
+                    self._metrics.dead_letters_refused.inc(self._dead_letters.send(letters))
                 break
             except KafkaException as error:
                 log.warning("dead letters were not taken and are sent again: %s", error.args[0].str())

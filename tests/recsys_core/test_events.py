@@ -1,6 +1,11 @@
+import math
+
 import pyarrow as pa
 import pytest
 from builders import event, event_table
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from recsys_core.events import (
     HOUR_MS,
@@ -101,6 +106,10 @@ RULES = [
     ({"user_id": "", "item_id": "", "event_type": "?", "ts": 0}, "missing user_id"),
     ({"item_id": LONG, "event_id": "", "device": LONG}, "item_id longer than 256 bytes"),
     ({"event_type": "?", "ts": None}, "unknown event_type"),
+    ({"value": math.nan}, "value is not a finite number"),
+    ({"value": -math.inf}, "value is not a finite number"),
+    ({"value": 1.7e308}, None),
+    ({"value": math.nan, "ts": 0}, "ts before 1990: wrong unit or broken clock"),
 ]
 
 
@@ -112,6 +121,26 @@ def test_every_rule_names_what_is_wrong_with_a_row_and_a_good_row_has_no_reason(
     assert invalid_reasons(table.to_batches()[0], EventSettings(), NOW).to_pylist() == expected
     assert invalid_reasons(pa.concat_tables([table, table]), EventSettings(), NOW).to_pylist() == expected * 2
     assert [invalid_reason(row, EventSettings(), NOW) for row in table.to_pylist()] == expected
+
+
+TEXTS = st.one_of(st.none(), st.sampled_from(["", "a", LONG, "é" * 128, "view", "x" * 256, "x" * 257]), st.text(max_size=3))
+ROWS = st.fixed_dictionaries(
+    dict.fromkeys(("event_id", "user_id", "item_id", "session_id", "device", "country", "recommendation_id"), TEXTS)
+    | {
+        "event_type": st.one_of(st.just("view"), TEXTS),
+        "ts": st.one_of(
+            st.none(), st.just(NOW), st.integers(NOW + HOUR_MS - 2, NOW + HOUR_MS + 2), st.integers(-(2**63), 2**63 - 1)
+        ),
+        "value": st.one_of(st.none(), st.floats()),
+    }
+)
+
+
+@given(st.lists(ROWS, min_size=1, max_size=20))
+@hypothesis_settings(deadline=None, max_examples=100)
+def test_one_row_is_judged_as_it_is_among_others(rows):
+    together = invalid_reasons(event_table(*rows), EventSettings(), NOW).to_pylist()
+    assert together == [invalid_reason(row, EventSettings(), NOW) for row in rows]
 
 
 def test_limits_and_types_come_from_the_settings_and_the_clock_is_that_of_now():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from redis.crc import key_slot
 from snapshots import make_snapshot, with_two_tower
 
 from recsys_core.features import OnlineFeatures
@@ -19,6 +21,7 @@ from recsys_core.online import (
     CorruptValue,
     TrendingValue,
     UserRecord,
+    encoded_hash_tag,
     recs_key,
     user_key,
     users_of,
@@ -43,6 +46,32 @@ def encode_one(positions: list[int], scores: list[float], release: str = "r1", a
 def test_both_keys_of_a_user_share_their_hash_tag() -> None:
     assert user_key("ann") == "user:{ann}"
     assert recs_key("ann") == "recs:{ann}"
+
+
+def read_back(tag: str) -> str:
+    """The id of a hash tag."""
+    return re.sub(r"\{[01]", lambda found: "{}"[int(found[0][1])], tag)
+
+
+BRACED = st.text(st.one_of(st.sampled_from("{}{}01"), st.characters(exclude_categories=["Cs"])), min_size=1, max_size=12)
+
+
+@given(BRACED)
+@example("}")
+@example("}x")
+@example("}{")
+@example("{")
+@example("{}")
+@example("{1")
+@example("{{0}}1")
+def test_all_keys_of_a_user_lie_in_one_slot_and_are_of_no_other_user(user: str) -> None:
+    keys = [user_key(user), recs_key(user), user_key(user, "rebuild-1234-user")]
+    assert len({key_slot(key.encode()) for key in keys}) == 1
+    area, tag = user_key(user)[:6], user_key(user)[6:-1]
+    assert (area, read_back(tag)) == ("user:{", user)
+    assert tag.encode() == encoded_hash_tag(user.encode())
+    if not {"{", "}"} & set(user):
+        assert keys[:2] == [f"user:{{{user}}}", f"recs:{{{user}}}"]
 
 
 @settings(deadline=None)

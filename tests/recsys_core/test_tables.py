@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pyarrow as pa
 import pytest
@@ -187,22 +188,25 @@ CHANGES = [
     {"user_id": "", "item_id": None, "event_id": None, "event_type": "?"},
     {"item_id": LONG, "event_id": ""},
     {"country": LONG, "device": LONG, "event_type": "?"},
+    *({"value": bad} for bad in (math.nan, math.inf, -math.inf, -0.0, 1.7e308)),
+    {"value": math.nan, "event_type": "?"},
 ]
 
 
 def test_spark_and_arrow_judge_every_row_alike(lake, build):
     rows = []
     for number, (change, moment) in enumerate(itertools.product(CHANGES, (f"{DAY}T10:00", "1989-12-31T23:00"))):
-        rows.append(event(f"e{number}", "u", "i", moment, value=float(number)) | change)
+        made = event(f"e{number}", "u", "i", moment) | change
+        rows.append(made | {"ts": made["ts"] + number})
     reasons = invalid_reasons(event_table(*rows), EVENTS).to_pylist()
-    assert len(set(reasons)) == 13
+    assert len(set(reasons)) == 14
     land(lake, *rows)
     keys = [f"{DAY}T10", "1989-12-31T23"]
     for key in keys:
         build([key])
-    judged = {row["value"]: row["reason"] for row in rows_of(lake, CLICKS_QUARANTINE, lake.keys(CLICKS_QUARANTINE))}
-    judged |= {row["value"]: None for row in rows_of(lake, CLICKS_HOURLY, keys)}
-    assert [judged[float(number)] for number in range(len(rows))] == reasons
+    judged = {row["ts"]: row["reason"] for row in rows_of(lake, CLICKS_QUARANTINE, lake.keys(CLICKS_QUARANTINE))}
+    judged |= {row["ts"]: None for row in rows_of(lake, CLICKS_HOURLY, keys)}
+    assert [judged[row["ts"]] for row in rows] == reasons
 
 
 def test_bad_rows_are_kept_in_the_quarantine_of_their_hour_and_touch_nothing_else(lake, build):

