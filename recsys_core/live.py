@@ -28,9 +28,13 @@ from recsys_core.settings import Settings
 
 USERS_A_CALL = 32
 """Users of one call on a Redis that is no cluster: the server does nothing else for about 0.2 ms."""
-HEADER = np.dtype([(name, "<f8") for name in ("first", "last", "oldest", "newest", "session", "since", "events", "kept")])
+HEADER = np.dtype([(name, "<f8") for name in ("first", "last", "oldest", "latest", "session", "since", "events", "kept")])
+"""What an update says beside its actions: first and last offset, the oldest action, the latest moment, the session's start and
+events, all events, and how many actions there are."""
 ONE_HEADER = struct.Struct("<8d")
 """HEADER of one update."""
+NEVER = 2**62
+"""Later than any moment."""
 
 GUARD_LUA = """
 local known = tonumber(ARGV[1])
@@ -47,11 +51,16 @@ UPDATE_LUA = (
     MERGE_LUA
     + GUARD_LUA
     + """
+local function newest_of(inside)
+  local ends = string.find(inside, ']', 1, true) or 0
+  if string.byte(inside, ends - 14) == 44 then return tonumber(string.sub(inside, ends - 13, ends - 1)) or 0 end
+  return tonumber(string.match(string.sub(inside, 1, ends - 1), '(%d+)$') or 0)
+end
 local fence, keep, gap, ttl, now = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local out = {0}
 for i = 1, n do
   local key, update = KEYS[i], ARGV[6 + i]
-  local first, last, oldest, newest, session, since, count, kept = struct.unpack('<dddddddd', update)
+  local first, last, oldest, latest, session, since, count, kept = struct.unpack('<dddddddd', update)
   local old = redis.pcall('HMGET', key, 'last', 'last_ts', 'stream', fence)
   if old.err then
     redis.call('DEL', key)
@@ -66,7 +75,7 @@ for i = 1, n do
   else
     local actions, last_ts = string.sub(update, 65), tonumber(old[2] or 0) or 0
     local before = inside(old[1])
-    if before ~= '' and oldest <= last_ts then
+    if before ~= '' and oldest <= newest_of(before) then
       actions = merge(actions, before, keep)
     elseif before ~= '' and kept < keep then
       actions = actions .. ',' .. head(before, keep - kept)
@@ -76,7 +85,7 @@ for i = 1, n do
     if within == 0 or session > last_ts + gap then start, within = session, since else within = within + count end
     local expires = now - refreshed > ttl / 100
     if expires then refreshed = now end
-    redis.call('HSET', key, 'last', '[' .. actions .. ']', 'last_ts', math.max(last_ts, newest),
+    redis.call('HSET', key, 'last', '[' .. actions .. ']', 'last_ts', math.max(last_ts, latest),
       'stream', struct.pack('<dddd', total + count, start, within, refreshed), fence, last)
     if expires then redis.call('EXPIRE', key, ttl) end
   end
@@ -100,20 +109,29 @@ class Batch:
         events: EVENT_SCHEMA.
         partition: int64 (n,), Kafka partition.
         offset: int64 (n,), ascending within each partition.
+        arrived: int64 (n,), ms, when the broker took each. None where nobody is known to have a clock that is ahead.
     """
 
     events: pa.Table
     partition: np.ndarray
     offset: np.ndarray
+    arrived: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
         return int(self.events.num_rows)
 
+    @property
+    def moments(self) -> np.ndarray:
+        """When each was done, int64 (n,), ms: its `ts`, or its arrival where the sender's clock is ahead."""
+        ts: np.ndarray = self.events[TS].to_numpy()
+        return ts if self.arrived is None else np.minimum(ts, self.arrived)
+
     def take(self, rows: np.ndarray) -> Batch:
         """Some of the events, by position or mask."""
         at = np.flatnonzero(rows) if rows.dtype == bool else rows
-        return Batch(self.events.take(pa.array(at)), self.partition[at], self.offset[at])
+        arrived = None if self.arrived is None else self.arrived[at]
+        return Batch(self.events.take(pa.array(at)), self.partition[at], self.offset[at], arrived)
 
 
 class LiveEvent(NamedTuple):
@@ -125,6 +143,12 @@ class LiveEvent(NamedTuple):
     item_id: str
     event_type: str
     ts: int
+    arrived: int = NEVER
+
+    @property
+    def moment(self) -> int:
+        """See `Batch.moments`."""
+        return min(self.ts, self.arrived)
 
 
 @dataclass(frozen=True)
@@ -173,13 +197,15 @@ def user_updates(batch: Batch, keep: int, gap_ms: int) -> UserUpdates:
     ts = batch.events[TS].to_numpy()
     order = np.argsort(group, kind="stable")
     sorted_group, sorted_ts, sorted_offset = group[order], ts[order], batch.offset[order]
+    moments = sorted_ts if batch.arrived is None else np.minimum(sorted_ts, batch.arrived[order])
     starts = _starts(sorted_group)
     ends = np.append(starts[1:], len(order))
     header = np.empty(len(starts), HEADER)
     header["first"], header["last"] = sorted_offset[starts], sorted_offset[ends - 1]
     header["events"] = ends - starts
-    begin = _session_begins(sorted_ts, starts, ends, gap_ms)
-    header["session"], header["since"] = sorted_ts[begin], ends - begin
+    begin = _session_begins(moments, starts, ends, gap_ms)
+    header["session"], header["since"] = moments[begin], ends - begin
+    header["latest"] = np.maximum.reduceat(moments, starts)
     newest_first = _distinct(batch, order[np.lexsort((-sorted_ts, sorted_group))], group, ts)
     kept_starts = _starts(group[newest_first])
     sizes = np.diff(np.append(kept_starts, len(newest_first)))
@@ -187,7 +213,7 @@ def user_updates(batch: Batch, keep: int, gap_ms: int) -> UserUpdates:
     kept = newest_first[rank < keep]
     sizes = np.minimum(sizes, keep)
     bounds = np.concatenate([[0], np.cumsum(sizes)])
-    header["newest"], header["oldest"], header["kept"] = ts[kept[bounds[:-1]]], ts[kept[bounds[1:] - 1]], sizes
+    header["oldest"], header["kept"] = ts[kept[bounds[1:] - 1]], sizes
     some = batch.events.select([ITEM_ID, EVENT_TYPE, TS]).take(pa.array(kept))
     texts = action_texts(some[ITEM_ID], some[EVENT_TYPE], some[TS])
     joined = pc.binary_join(pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), texts), ",").cast(pa.binary())
@@ -212,20 +238,22 @@ def _payload(events: Sequence[LiveEvent], keep: int, gap_ms: int) -> bytes:
     """HEADER and actions of the events of one user and partition, in the order of their offsets."""
     if len(events) == 1:
         [only] = events
-        head = ONE_HEADER.pack(only.offset, only.offset, only.ts, only.ts, only.ts, 1, 1, 1)
+        moment = only.moment
+        head = ONE_HEADER.pack(only.offset, only.offset, only.ts, moment, moment, 1, 1, 1)
         return head + action_text(only.item_id, only.event_type, only.ts)
-    latest, begin = events[0].ts, 0
-    for at, event in enumerate(events):
-        if event.ts > latest + gap_ms:
+    moments = [event.moment for event in events]
+    latest, begin = moments[0], 0
+    for at, moment in enumerate(moments):
+        if moment > latest + gap_ms:
             begin = at
-        latest = max(latest, event.ts)
+        latest = max(latest, moment)
     actions = sorted({(-event.ts, action_text(event.item_id, event.event_type, event.ts)) for event in events})[:keep]
     head = ONE_HEADER.pack(
         events[0].offset,
         events[-1].offset,
         -actions[-1][0],
-        -actions[0][0],
-        events[begin].ts,
+        latest,
+        moments[begin],
         len(events) - begin,
         len(events),
         len(actions),

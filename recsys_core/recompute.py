@@ -68,25 +68,25 @@ class Recomputation:
         self.buckets: dict[tuple[str, int], Counter[str]] = {}
         self.bucket_fences: dict[tuple[str, int], int] = {}
 
-    def add(self, events: pa.Table, source: str, offsets: Sequence[int]) -> None:
-        """Add events (EVENT_SCHEMA) of one source in the order of their `offsets`."""
+    def add(self, events: pa.Table, source: str, offsets: Sequence[int], arrived: Sequence[int] | None = None) -> None:
+        """Add events (EVENT_SCHEMA) of one source in the order of their `offsets`; `arrived` as in `live.Batch`."""
         columns = [events[name].to_pylist() for name in (USER_ID, ITEM_ID, EVENT_TYPE, TS)]
-        for user, item, kind, ts, offset in zip(*columns, offsets, strict=True):
-            self._add_to_user(self.users.setdefault(user, UserState()), item, kind, ts)
+        for user, item, kind, ts, offset, came in zip(*columns, offsets, arrived or columns[-1], strict=True):
+            self._add_to_user(self.users.setdefault(user, UserState()), item, kind, ts, min(ts, came))
             self.users[user].fences[source] = offset
             bucket = (source, ts // self._bucket_ms)
             self.buckets.setdefault(bucket, Counter())[item] += round(SCALE * self._weights[kind])
             self.bucket_fences[bucket] = offset
 
-    def _add_to_user(self, state: UserState, item: str, kind: str, ts: int) -> None:
+    def _add_to_user(self, state: UserState, item: str, kind: str, ts: int, moment: int) -> None:
         action = (-ts, action_text(item, kind, ts))
         if action not in state.actions:
             state.actions = sorted([*state.actions, action])[: self._keep]
-        if state.events == 0 or ts > state.last_ts + self._gap_ms:
-            state.session_start, state.session_events = ts, 0
+        if state.events == 0 or moment > state.last_ts + self._gap_ms:
+            state.session_start, state.session_events = moment, 0
         state.session_events += 1
         state.events += 1
-        state.last_ts = max(state.last_ts, ts)
+        state.last_ts = max(state.last_ts, moment)
 
     def differences(self, redis: Any, trends_since_ms: int = 0) -> Differences:
         """Compare with Redis; buckets that began before `trends_since_ms` may have expired and are left out."""

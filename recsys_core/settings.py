@@ -326,6 +326,11 @@ class RedisSettings(Section):
             raise ValueError(f"every node is host:port, got {', '.join(map(masked_text, wrong))}")
         if self.mode != "standalone" and not self.nodes:
             raise ValueError(f"mode {self.mode} needs the host:port of at least one node in `nodes`")
+        if self.mode == "cluster" and self.wait_replicas:
+            raise ValueError(
+                "wait_replicas is for a single master: in mode cluster a batch goes to many masters, and none can say what the "
+                "replicas of another one have. Set it to 0, and min-replicas-to-write in the servers' own configuration"
+            )
         return self
 
 

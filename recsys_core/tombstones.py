@@ -33,6 +33,8 @@ TOMBSTONES = "tombstones"
 NEW, MERGED = "new", "merged"
 USER_HASH, FORGOTTEN_AT = "user_hash", "forgotten_at"
 MERGED_SCHEMA = pa.schema([pa.field(USER_HASH, pa.binary(32), False), pa.field(FORGOTTEN_AT, pa.int64(), False)])
+REREAD_SECONDS = 2.0
+"""How often those who take events in all the time look for new removals."""
 MERGE_AT = 200
 """New removals that are merged into a file: as many names a reader lists with one request of any store."""
 KEEP_SECONDS = 600

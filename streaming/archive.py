@@ -4,15 +4,16 @@ A file ends before an offset that is a multiple of `archive_rows`, and before a 
 later interval of `archive_seconds`. Messages carry both, so any worker that starts at a border makes the same files. A
 file is also ended when its interval is over and the partition ends with it: a later message has a later time then, and
 would have ended it as well. What the landing zone holds already is not written again.
+
+The end of a partition is where Kafka says that a reader is at it. That is beyond the last message where the end holds
+none: a transaction's marker takes an offset, and so does what was aborted or deleted.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,13 +22,8 @@ import pyarrow as pa
 from recsys_core.landing import ARCHIVE_SCHEMA, OFFSET, QUARANTINE_SCHEMA, Landing, OffsetRange
 from recsys_core.settings import StreamSettings
 
-log = logging.getLogger(__name__)
-
 GRACE_MS = 5_000
 """How far this machine's clock may be ahead of the broker's."""
-MAX_WRITES = 4
-"""Files that wait to be written before `add` waits."""
-RETRY_SECONDS = 1.0
 MAX_CONTENT = 4096
 """Bytes of a rejected message that the quarantine keeps."""
 
@@ -59,23 +55,45 @@ class Messages:
     rejected: Sequence[Rejected]
 
 
+@dataclass(frozen=True)
+class _Closed:
+    """A file that is complete."""
+
+    held: OffsetRange
+    offsets: list[np.ndarray]
+    events: list[pa.Table]
+    rejected: list[Rejected]
+
+
 @dataclass
 class _Open:
-    """The file that a partition is in: from offset `first`, so far up to before `next`."""
+    """The file that a partition is in.
+
+    Attributes:
+        held: where it begins.
+        next: before this offset everything was added.
+        interval: of its messages, None while there are none.
+        at_end: whether the partition ends at `next`.
+        reached: when that was noted, ms.
+        known: files beyond it that are there already.
+        closed: files before it that are to be written.
+    """
 
     held: OffsetRange
     next: int
     epoch: int
     interval: int | None = None
+    at_end: bool = False
+    reached: int = 0
     offsets: list[np.ndarray] = field(default_factory=list)
     events: list[pa.Table] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     known: list[OffsetRange] = field(default_factory=list)
-    writing: deque[tuple[int, Future[None]]] = field(default_factory=deque)
+    closed: deque[_Closed] = field(default_factory=deque)
 
 
 class Archive:
-    """Archives the partitions that this worker has. Its methods are called by one thread; files are written by another."""
+    """Archives the partitions that this worker has. One thread adds messages and writes files; the others may ask and drop."""
 
     def __init__(self, landing: Landing, topic: str, identity: str, settings: StreamSettings) -> None:
         self._landing = landing
@@ -84,8 +102,6 @@ class Archive:
         self._rows = settings.archive_rows
         self._interval_ms = settings.archive_seconds * 1000
         self._open: dict[int, _Open] = {}
-        self._writer = ThreadPoolExecutor(1, "archive")
-        self._stopping = threading.Event()
         self._lock = threading.Lock()
         self.files = 0
 
@@ -110,10 +126,15 @@ class Archive:
             self._open[partition] = _Open(held, offset, epoch, known=[r for r in known if r.first >= offset])
 
     def drop(self, partitions: Sequence[int]) -> None:
-        """Forget partitions that another worker has now; it starts at the last border."""
+        """Forget partitions that another worker has now; it starts at the last border that is written."""
         with self._lock:
             for partition in partitions:
                 self._open.pop(partition, None)
+
+    def next(self, partition: int) -> int | None:
+        """The offset before which everything was added. None for a partition that is not archived here."""
+        found = self._open.get(partition)
+        return None if found is None else found.next
 
     def durable(self, partition: int) -> int | None:
         """Before this offset everything is in files. None for a partition that is not archived here."""
@@ -121,12 +142,10 @@ class Archive:
             found = self._open.get(partition)
             if found is None:
                 return None
-            while found.writing and found.writing[0][1].done():
-                found.writing.popleft()[1].result()
-            return found.writing[0][0] if found.writing else found.held.first
+            return found.closed[0].held.first if found.closed else found.held.first
 
     def add(self, partition: int, messages: Messages, epoch: int) -> None:
-        """Add the messages of a partition; those before its position were added before. Waits while many files do.
+        """Add the messages of a partition; those before its position were added before.
 
         Those of another assignment are left out: another worker has them, and the file would have a gap before them.
         """
@@ -147,23 +166,49 @@ class Archive:
                 self._close(found, self._before(found, int(offset[end])))
             at = end
 
-    def tick(self, now_ms: int, end_of: Callable[[int], int]) -> None:
-        """End the files whose interval is over when nothing came after what they hold.
+    def reach(self, partition: int, end: int, now_ms: int) -> None:
+        """Note that the partition ends before the offset `end`, and that all messages before it were added."""
+        found = self._open.get(partition)
+        if found is None or end < found.next:
+            return
+        while found.known and end > found.known[0].first:
+            self._skip(found)
+        if (border := end // self._rows * self._rows) > found.held.first:
+            self._close(found, border)
+        if not found.at_end:
+            found.reached = now_ms
+        found.next, found.at_end = max(end, found.next), True
 
-        `end_of` asks the brokers for the end of a partition, now: a worker that was frozen, and does not know yet that
-        others went on, would end its file in the middle of an interval.
-        """
-        for partition, found in list(self._open.items()):
-            if found.interval is None or found.next == found.held.first:
+    def cut(self, partition: int, first: int) -> None:
+        """Go on at the offset `first`: the brokers do not have what is between, and no file says that it were nothing."""
+        found = self._open.get(partition)
+        if found is not None and first > found.next:
+            self._close(found, found.next)
+            self._begin(found, first)
+            found.known = [held for held in found.known if held.last >= first]
+
+    def tick(self, now_ms: int) -> None:
+        """End the files whose interval is over where the partition ends with what they hold."""
+        for found in list(self._open.values()):
+            if not found.at_end or found.next == found.held.first:
                 continue
-            over = now_ms > (found.interval + 1) * self._interval_ms + GRACE_MS
-            if over and end_of(partition) == found.next:
+            interval = found.reached // self._interval_ms if found.interval is None else found.interval
+            if now_ms > (interval + 1) * self._interval_ms + GRACE_MS:
                 self._close(found, found.next)
 
-    def close(self) -> None:
-        """Finish the files that are being written; what is open is dropped."""
-        self._stopping.set()
-        self._writer.shutdown(wait=True)
+    def write(self) -> bool:
+        """Write the files that are complete, one after the other. Returns whether there were any.
+
+        What the store raises goes on; the files that were not written stay, for another call.
+        """
+        wrote = False
+        for partition, found in list(self._open.items()):
+            while found.closed and self._open.get(partition) is found:
+                self._write(found.closed[0])
+                wrote = True
+                with self._lock:
+                    found.closed.popleft()
+        return wrote
 
     def _border(self, found: _Open, offset: np.ndarray, appended: np.ndarray, at: int) -> int:
         """The position from `at` on whose message begins a new file; the number of messages when none does."""
@@ -193,7 +238,7 @@ class Archive:
         held = found.held
         with self._lock:
             found.held = OffsetRange(held.topic, held.identity, held.partition, first, first)
-            found.next, found.interval = first, None
+            found.next, found.interval, found.at_end = first, None, False
             found.offsets, found.events, found.rejected = [], [], []
 
     def _take(self, found: _Open, messages: Messages, at: int, end: int) -> None:
@@ -204,48 +249,30 @@ class Archive:
             found.events.append(messages.events.slice(start, stop - start))
         found.offsets.append(offsets)
         found.rejected += [r for r in messages.rejected if first <= r.offset <= last]
-        found.next = last + 1
+        found.next, found.at_end = last + 1, False
 
     def _close(self, found: _Open, end: int) -> None:
-        """Write what the file holds, up to before `end`, and begin the next one there."""
+        """Complete the file, up to before `end`, and begin the next one there."""
         held = found.held
         if end > held.first:
             whole = OffsetRange(held.topic, held.identity, held.partition, held.first, end - 1)
-            self._wait_for_writer()
-            written = self._writer.submit(self._write, whole, found.offsets, found.events, found.rejected)
             with self._lock:
-                found.writing.append((held.first, written))
+                found.closed.append(_Closed(whole, found.offsets, found.events, found.rejected))
         self._begin(found, end)
 
-    def _wait_for_writer(self) -> None:
-        with self._lock:
-            writing = [future for found in self._open.values() for _, future in found.writing if not future.done()]
-        if len(writing) >= MAX_WRITES:
-            writing[0].result()
-
-    def _write(self, held: OffsetRange, offsets: list[np.ndarray], events: list[pa.Table], rejected: list[Rejected]) -> None:
-        """Write a file, again and again while the store does not take it: nothing is committed meanwhile.
-
-        Only what is not there yet is written: a worker that was thought dead may have ended this file elsewhere.
-        """
-        table = pa.concat_tables(events) if events else ARCHIVE_SCHEMA.empty_table()
-        taken = np.concatenate(offsets) if offsets else np.empty(0, np.int64)
+    def _write(self, file: _Closed) -> None:
+        """Write what is not there yet of a file: a worker that was thought dead may have ended this file elsewhere."""
+        held = file.held
+        table = pa.concat_tables(file.events) if file.events else ARCHIVE_SCHEMA.empty_table()
+        taken = np.concatenate(file.offsets) if file.offsets else np.empty(0, np.int64)
         rows = table[OFFSET].to_numpy()
-        while not self._stopping.is_set():
-            try:
-                for part in held.without(self._landing.archived(held.topic)):
-                    start, end = _within(rows, part.first, part.last)
-                    refused = [r for r in rejected if part.first <= r.offset <= part.last]
-                    messages = _within(taken, part.first, part.last)
-                    some = table.slice(start, end - start)
-                    count = messages[1] - messages[0]
-                    self._landing.write_archive(part, count, some, quarantine_rows(held.topic, refused))
-                    self.files += 1
-                return
-            except OSError as error:
-                log.warning("the archive of %s can't be written and is tried again: %s", held.name, error)
-                self._stopping.wait(RETRY_SECONDS)
-        raise InterruptedError(f"stopped before {held.name} was written")
+        for part in held.without(self._landing.archived(held.topic)):
+            start, end = _within(rows, part.first, part.last)
+            refused = [r for r in file.rejected if part.first <= r.offset <= part.last]
+            messages = _within(taken, part.first, part.last)
+            some = table.slice(start, end - start)
+            self._landing.write_archive(part, messages[1] - messages[0], some, quarantine_rows(held.topic, refused))
+            self.files += 1
 
 
 def _within(sorted_offsets: np.ndarray, first: int, last: int) -> tuple[int, int]:

@@ -28,6 +28,8 @@ class Position:
         epoch: consumption that was taken before this assignment has a lower one.
         redis_from: offset from which events are applied to Redis; those before it had been.
         seen: the next offset to be taken from Kafka.
+        end: where the partition ended when it was last taken to its end, -1 when it never was.
+        told: the last such end that was passed on.
         applied: before it everything is in Redis.
         persisted: `applied` as Redis itself knows it.
         committed: what the group knows.
@@ -42,6 +44,8 @@ class Position:
     persisted: int
     committed: int = -1
     lag: int = 0
+    end: int = -1
+    told: int = -1
 
 
 @dataclass(frozen=True)

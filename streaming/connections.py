@@ -1,18 +1,83 @@
-"""How a worker is connected: its consumer, and a Redis client that hides no lost connection."""
+"""How a worker is connected: Kafka clients whose failures are one exception, and Redis clients that hide no lost connection."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from confluent_kafka import KafkaException
 from hiredis import pack_command
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 
 from recsys_core.kafka_config import client_config
 from recsys_core.redis_client import CONNECT_SECONDS, Script, client
 from recsys_core.settings import Settings
 
 REDIS_SECONDS = 30.0
+REDIS_FAILURES = (RedisError, RedisClusterException)
+"""What redis-py raises: a cluster that can't be connected is no RedisError to it."""
+SAME_LINE_SECONDS = 30.0
+
+
+class BrokerFailure(Exception):
+    """Kafka did not do what it was asked, for whatever reason: to be asked again, or to start over."""
+
+
+@contextmanager
+def asking_kafka(what: str) -> Iterator[None]:
+    """Makes one exception of all that a Kafka client raises; RuntimeError is that of one that was closed."""
+    try:
+        yield
+    except KafkaException as error:
+        raise BrokerFailure(f"{what}: {error.args[0].str() if error.args else error}") from error
+    except (RuntimeError, SystemError) as error:
+        raise BrokerFailure(f"{what}: {error}") from error
+
+
+class Kafka:
+    """A Kafka client, each of whose methods raises BrokerFailure where the client's raises anything of its own.
+
+    What a callback of the worker raises while it is called by one of them is passed on as it is.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            with asking_kafka(name):
+                return method(*args, **kwargs)
+
+        self.__dict__[name] = ask
+        return ask
+
+
+class OnceInAWhile(logging.Filter):
+    """Passes a line on when it was not said in the last SAME_LINE_SECONDS: librdkafka says each failed attempt to connect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See logging.Filter."""
+        now = time.monotonic()
+        self._said = {line: at for line, at in self._said.items() if at > now - SAME_LINE_SECONDS}
+        line = record.getMessage().partition("]: ")[2].partition(" (after ")[0] or record.getMessage()
+        return self._said.setdefault(line, now) == now
+
+
+def kafka_log() -> logging.Logger:
+    """Where the Kafka clients of a worker say what they meet."""
+    log = logging.getLogger("streaming.librdkafka")
+    if not log.filters:
+        log.addFilter(OnceInAWhile())
+    return log
 
 
 def redis_for_writes(settings: Settings, seconds: float = REDIS_SECONDS) -> Any:
@@ -89,7 +154,8 @@ def consumer_config(settings: Settings, embedded: bool) -> dict[str, Any]:
             settings.kafka,
             group_id=stream.group,
             enable_auto_commit=False,
-            auto_offset_reset="earliest",
+            auto_offset_reset="error",
+            enable_partition_eof=True,
             partition_assignment_strategy="cooperative-sticky",
             session_timeout_ms=session_ms,
             heartbeat_interval_ms=max(100, session_ms // 10),

@@ -166,7 +166,7 @@ def _apply(
             touched["trend"].update(key.encode() for key in buckets)
     for number in np.unique(batch.partition).tolist():
         own = batch.take(batch.partition == number)
-        computed.add(own.events, sources[number], own.offset.tolist())
+        computed.add(own.events, sources[number], own.offset.tolist(), None if own.arrived is None else own.arrived.tolist())
 
 
 def _promote(
@@ -244,7 +244,7 @@ class TopicSource:
         decoded = decode(values, self._settings.events, max_bytes, self._arrivals.of(messages))
         for number in np.unique(partition).tolist():
             self._next[number] = int(offset[partition == number][-1]) + 1
-        return Batch(decoded.events, partition[decoded.rows], offset[decoded.rows])
+        return Batch(decoded.events, partition[decoded.rows], offset[decoded.rows], appended[decoded.rows])
 
     def skip_to(self, number: int, offset: int) -> None:
         """Go on at `offset` of a partition."""
@@ -281,7 +281,8 @@ class LandingSource:
             with self._landing.lake.fs.open(path, "rb") as source:
                 table: pa.Table = pq.read_table(source)
             offset = table[OFFSET].to_numpy()
-            yield Batch(table.select(EVENT_SCHEMA.names), np.full(len(offset), held.partition, np.int64), offset)
+            partition, by_now = (np.full(len(offset), value, np.int64) for value in (held.partition, now_ms()))
+            yield Batch(table.select(EVENT_SCHEMA.names), partition, offset, by_now)
         yield from self._rest.read()
 
     def close(self) -> None:

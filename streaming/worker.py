@@ -1,12 +1,15 @@
 """A worker of the speed layer: Kafka to users' records and trends in Redis, and to the archive in the landing zone.
 
-Three threads hand batches on: one takes messages from Kafka, one parses and sums them up, one writes. Each batch is as
-large as what arrived while the one before it was on its way: a single event when the worker has caught up, tens of
-thousands when it is behind. A handful takes the fast path: the thread that takes them writes them to Redis itself, and
-the archive has them a moment later. Nothing is kept between batches but positions, so a worker that starts serves at once.
+Three threads hand batches on: one takes messages from Kafka, one parses and sums them up, one writes to Redis. Each batch is
+as large as what arrived while the one before it was on its way: a single event when the worker has caught up, tens of
+thousands when it is behind. A handful takes the fast path: the thread that takes them writes them to Redis itself.
+Nothing is kept between batches but positions, so a worker that starts serves at once. The archive is a thread that nobody
+waits for (`archiver`).
 
-A worker is given its partitions by the consumer group, but starts where Redis and the archive are (`progress`, names of
-archive files). The group's committed offset follows behind both and is for those who watch.
+A worker is given its partitions by the consumer group, but starts where Redis is (`progress`), as the archive does where its
+files end. The group's committed offset follows behind both and is for those who watch.
+
+No neighbour ends a worker: what Kafka or Redis raise, it waits out or starts over from.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -32,19 +35,27 @@ from recsys_core.events import EVENT_TYPE, ITEM_ID, TS, USER_ID, now_ms
 from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, forget_heartbeat, write_heartbeat
 from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
-from recsys_core.landing import Landing
 from recsys_core.live import Batch, LiveEvent
 from recsys_core.live_trends import announce_sources
 from recsys_core.settings import Settings
-from recsys_core.tombstones import Tombstones
-from streaming.archive import Archive
+from streaming.archiver import Archiver, Assigned
 from streaming.arrival import Arrivals
-from streaming.batches import Pipeline, Position, Row, Taken, Work, by_partition, taken_rows
-from streaming.connections import REDIS_SECONDS, consumer_config, redis_for_writes
+from streaming.batches import Pipeline, Position, Row, Taken, Work, by_partition
+from streaming.connections import (
+    REDIS_FAILURES,
+    REDIS_SECONDS,
+    BrokerFailure,
+    Kafka,
+    asking_kafka,
+    consumer_config,
+    kafka_log,
+    redis_for_writes,
+)
 from streaming.dead_letters import DeadLetter, DeadLetterQueue
 from streaming.decode import FEW, decode, decode_one
+from streaming.forgotten import ForgottenUsers
 from streaming.metrics import StreamMetrics
-from streaming.progress import StateLost, advance, check_kept, read_positions
+from streaming.progress import StateLost, Trail, advance, check_kept, read_positions
 from streaming.sink import RedisSink
 from streaming.topics import Topic, find_topic, is_embedded
 
@@ -57,19 +68,16 @@ CAUGHT_UP = 1000
 """A batch of fewer messages was all there was."""
 QUICK_SECONDS = 0.25
 """How long the thread that takes messages waits for Redis; then the other threads do, and are waited for."""
-GATHER_SECONDS = 0.25
-"""How long messages that took the fast path are gathered for the archive."""
-MAX_UNARCHIVED = 20_000
-"""Messages that the archive has not taken; no more take the fast path until it has."""
 PAUSE_SECONDS = 5.0
 """How long a batch waits to be handed on before consumption is paused, which gives up what was fetched ahead."""
 COMMIT_SECONDS = 1.0
 TOPIC_SECONDS = 1.0
 """How often the topic's identity is looked at."""
 DRAIN_SECONDS = 10.0
-TICK_SECONDS = 0.5
-END_SECONDS = 2.0
-"""Deadline of asking for the end of a partition."""
+END_SECONDS = 0.5
+"""How often the end of a partition is passed on once it is reached."""
+ASK_SECONDS = 30.0
+"""Deadline of a question to the brokers when partitions are assigned."""
 RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 5.0
 SWITCH_SECONDS = 0.001
@@ -99,34 +107,62 @@ class Worker:
         # What was imported stays: looking through all of it for garbage would hold up messages for a tenth of a second.
         gc.freeze()
         self.metrics.serve(self.settings.stream.metrics_port)
+        kafka_log().setLevel(logging.NOTSET)
+        lake = Lake(self.settings.lake_uri, self.settings.lake.keep_versions)
+        forgotten = ForgottenUsers(lake)
+        forgotten.begin()
+        pauses = _pauses()
         while not self._stopping.is_set():
-            found = self._wait_for_topic()
-            if found is None:
-                return
-            session = _Session(self.settings, *found, self.metrics, self._stopping, self.name)
+            started = time.monotonic()
             try:
-                session.run()
+                self._work(lake, forgotten)
             except (StartOver, StateLost) as reason:
+                self._say(reason)
+            except (BrokerFailure, *REDIS_FAILURES) as reason:
+                self._say(reason)
+                self._stopping.wait(next(pauses))
+            except Exception as reason:
                 self.metrics.restarts.labels(type(reason).__name__).inc()
-                log.warning("starting over: %s", reason)
-            finally:
-                session.close()
+                log.exception("starting over after a failure that nothing foresaw")
+                self._stopping.wait(next(pauses))
+            if time.monotonic() - started > MAX_RETRY_SECONDS:
+                pauses = _pauses()
+        forgotten.close()
+
+    def _say(self, reason: Exception) -> None:
+        if self._stopping.is_set():
+            log.warning("stopped while a neighbour was away, the next worker repeats some work: %s", reason)
+        else:
+            self.metrics.restarts.labels(type(reason).__name__).inc()
+            log.warning("starting over: %s", reason)
+
+    def _work(self, lake: Lake, forgotten: ForgottenUsers) -> None:
+        """Work on the topic that there is until that is no longer possible. Raises what made it so."""
+        found = self._wait_for_topic()
+        if found is None:
+            return
+        session = _Session(self.settings, *found, self.metrics, self._stopping, self.name, lake, forgotten)
+        try:
+            session.run()
+        finally:
+            session.close()
 
     def _wait_for_topic(self) -> tuple[Topic, bool] | None:
         """The topic, and whether the broker is the embedded one. None when the worker was stopped before there was one."""
-        admin = AdminClient(client_config(self.settings.kafka))
+        admin = AdminClient(client_config(self.settings.kafka), logger=kafka_log())
         name = self.settings.kafka.topic
         told = False
         while not self._stopping.is_set():
             try:
-                topic = find_topic(admin, name)
-                if topic is not None:
-                    return topic, is_embedded(admin)
+                with asking_kafka(self.settings.kafka.bootstrap_servers):
+                    topic = find_topic(admin, name)
+                    if topic is not None:
+                        return topic, is_embedded(admin)
                 if not told:
                     log.warning("there is no topic %s; `recsys kafka init` makes it", name)
                     told = True
-            except KafkaException as error:
-                log.warning("%s does not answer: %s", self.settings.kafka.bootstrap_servers, error.args[0].str())
+            except BrokerFailure as error:
+                log.warning("the brokers do not answer: %s", error)
             self._stopping.wait(TOPIC_SECONDS)
         return None
 
@@ -135,7 +171,15 @@ class _Session:
     """The work on one incarnation of the topic."""
 
     def __init__(
-        self, settings: Settings, topic: Topic, embedded: bool, metrics: StreamMetrics, stopping: threading.Event, name: str
+        self,
+        settings: Settings,
+        topic: Topic,
+        embedded: bool,
+        metrics: StreamMetrics,
+        stopping: threading.Event,
+        name: str,
+        lake: Lake,
+        forgotten: ForgottenUsers,
     ) -> None:
         self._settings = settings
         self._topic = topic
@@ -146,24 +190,22 @@ class _Session:
         self._sink = RedisSink(self._redis, settings)
         self._quick_redis = redis_for_writes(settings, QUICK_SECONDS)
         self._quick_sink = RedisSink(self._quick_redis, settings)
+        self._trail = None if self._sink.follows else Trail(self._redis)
         self._dead_letters = DeadLetterQueue(settings.kafka)
         self._arrivals = Arrivals(topic.name, told=embedded)
-        self._admin = AdminClient(client_config(settings.kafka))
-        self._lake = Lake(settings.lake_uri, settings.lake.keep_versions)
-        self._tombstones = Tombstones({})
-        self._archive: Archive | None = None
-        if settings.stream.archive:
-            self._archive = Archive(Landing(self._lake), topic.name, topic.identity, settings.stream)
+        self._admin = AdminClient(client_config(settings.kafka), logger=kafka_log())
+        self._forgotten = forgotten
+        self._archiver = Archiver(settings, topic, embedded, lake, self._arrivals) if settings.stream.archive else None
         self._positions: dict[int, Position] = {}
         self._lock = threading.Lock()
         self._epoch = 0
         self._pipe = Pipeline()
-        self._unarchived: list[Row] = []
         self._held: list[Message] = []
         self._paused = False
         self._asked: Any = None
-        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "archive": 0.0, "gathered": 0.0}
-        self._consumer = Consumer(consumer_config(settings, embedded), logger=log)
+        self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "ends": 0.0}
+        config = {**consumer_config(settings, embedded), "on_commit": self._on_commit}
+        self._consumer = Kafka(Consumer(config, logger=kafka_log()))
         self._threads = [
             threading.Thread(target=self._guarded, args=(step,), name=step.__name__, daemon=True)
             for step in (self._prepare_all, self._write_all)
@@ -180,6 +222,8 @@ class _Session:
         caught_up = True
         for thread in self._threads:
             thread.start()
+        if self._archiver is not None:
+            self._archiver.begin()
         self._consumer.subscribe(
             [self._topic.name], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
@@ -198,6 +242,8 @@ class _Session:
     def close(self) -> None:
         """End the threads, say how far the partitions are, and leave the group."""
         self._pipe.stopping.set()
+        if self._stopping.is_set():
+            kafka_log().setLevel(logging.CRITICAL)  # the brokers may be stopped as well
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -206,13 +252,17 @@ class _Session:
                 self._write_progress()
                 self._commit(asynchronous=False)
                 forget_heartbeat(self._redis, self._name)
-        except (RedisError, KafkaException, StateLost) as error:
+        except (*REDIS_FAILURES, BrokerFailure, StateLost) as error:
             log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
         with self._lock:
             self._positions.clear()
-        self._consumer.close()
-        if self._archive is not None:
-            self._archive.close()
+        try:
+            self._consumer.close()
+        except BrokerFailure as error:
+            log.info("the group is left to find out: %s", error)
+        if self._archiver is not None:
+            self._archiver.close()
+        self._sink.close()
         self._quick_sink.close()
         self._quick_redis.close()
         self._redis.close()
@@ -221,21 +271,34 @@ class _Session:
         """What there is, at most a batch; waits a moment for a first message."""
         held, self._held = self._held, []
         first = self._consumer.poll(0 if held else POLL_SECONDS)
-        messages = [*held, *([first] if first is not None else [])]
+        messages = [*held, *([first] if first is not None and self._is_message(first) else [])]
         if messages:
-            messages += self._consumer.consume(self._settings.stream.batch_events, 0)
-        return [message for message in messages if self._is_message(message)]
+            more = self._consumer.consume(self._settings.stream.batch_events, 0)
+            messages += [message for message in more if self._is_message(message)]
+        return messages
 
     def _is_message(self, message: Message) -> bool:
         error = message.error()
         if error is None:
             return True
+        if error.code() == KafkaError._PARTITION_EOF:
+            self._note_end(message.partition(), message.offset())
+            return False
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+            raise StartOver(f"{self._topic.name}/{message.partition()}: {error.str()}")
         if error.fatal():
-            raise KafkaException(error)
+            raise BrokerFailure(error.str())
         if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID, KafkaError.OFFSET_OUT_OF_RANGE):
             self._due["topic"] = 0.0
-        log.warning("Kafka: %s", error.str())
+        kafka_log().warning("Kafka: %s", error.str())
         return False
+
+    def _note_end(self, number: int | None, offset: int | None) -> None:
+        """A partition ends before an offset, and what was taken of it until now is all before that."""
+        with self._lock:
+            position = None if number is None else self._positions.get(number)
+            if position is not None and offset is not None:
+                position.end = offset
 
     def _taken(self, messages: list[Message]) -> Taken:
         n = len(messages)
@@ -272,7 +335,7 @@ class _Session:
 
     def _pause(self) -> None:
         if not self._paused:
-            log.warning("Redis or the archive is slow; consumption pauses")
+            log.warning("Redis is slow; consumption pauses")
             self._consumer.pause(self._consumer.assignment())
             self._paused = True
             self._metrics.paused.set(1)
@@ -290,8 +353,7 @@ class _Session:
 
         That is where every trouble is dealt with. What of them is in Redis already changes nothing there.
         """
-        few = len(messages) <= FEW and len(self._unarchived) < MAX_UNARCHIVED
-        if not few or not self._pipe.empty or self._settings.redis.wait_replicas:
+        if len(messages) > FEW or not self._pipe.empty or self._settings.redis.wait_replicas:
             return False
         read = self._read_few(messages)
         if read is None:
@@ -300,13 +362,16 @@ class _Session:
         of = {event.partition: self._positions[event.partition] for event in events}
         sources = {number: position.source for number, position in of.items()}
         known = {number: position.persisted for number, position in of.items()}
+        upto = {number: offset + 1 for number, offset, _, _ in rows if number in of}
         try:
-            hits = self._quick_sink.apply_few(events, sources, known, now_ms()) if events else 0
-        except RedisError as error:
+            hits = self._quick_sink.apply_few(events, sources, known, now_ms(), upto) if events else 0
+        except REDIS_FAILURES as error:
             log.info("Redis did not take a handful at once: %s", error)
             return False
         if hits is None:
             return False
+        if self._quick_sink.follows:
+            self._keep(upto)
         self._metrics.fence_hits.inc(hits)
         self._finish_few(rows, sum(message.key() is None for message in messages))
         return True
@@ -315,6 +380,7 @@ class _Session:
         """The messages, and the events among them that are to be applied. None when one of them is no event, or not ours."""
         rows: list[Row] = []
         events = []
+        forgotten = self._forgotten.covered()
         settings, max_bytes = self._settings.events, self._settings.kafka.max_message_bytes
         for message in messages:
             number, offset, value = message.partition(), message.offset(), message.value()
@@ -328,8 +394,8 @@ class _Session:
                 return None
             rows.append((number, offset, appended, value))
             user, ts = event[USER_ID], event[TS]
-            if offset >= position.redis_from and not self._tombstones.covers_one(user, ts):
-                events.append(LiveEvent(number, offset, user, event[ITEM_ID], event[EVENT_TYPE], ts))
+            if offset >= position.redis_from and not forgotten.covers_one(user, ts):
+                events.append(LiveEvent(number, offset, user, event[ITEM_ID], event[EVENT_TYPE], ts, appended))
         return rows, events
 
     def _finish_few(self, rows: list[Row], unkeyed: int) -> None:
@@ -340,8 +406,8 @@ class _Session:
                 position = self._positions[number]
                 position.seen = offset + 1
                 position.applied = max(position.applied, offset + 1)
-            if self._archive is not None:
-                self._unarchived += rows
+        if self._archiver is not None:
+            self._archiver.offer_rows(rows)
         self._metrics.latency.observe_few([max(visible - appended, 0) for _, _, appended, _ in rows])
         self._metrics.messages.inc(len(rows))
         self._metrics.quick.inc(len(rows))
@@ -351,19 +417,27 @@ class _Session:
         if unkeyed:
             self._metrics.unkeyed.inc(unkeyed)
 
+    def _keep(self, positions: Mapping[int, int]) -> None:
+        """Redis has these positions."""
+        with self._lock:
+            for number, offset in positions.items():
+                if (position := self._positions.get(number)) is not None:
+                    position.persisted = max(position.persisted, offset)
+
     # -- partitions -------------------------------------------------------------------------------------------------
 
-    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_assign(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [p.partition for p in partitions]
         sources = {number: f"{self._topic.identity}.{number}" for number in numbers}
-        committed = {p.partition: p for p in consumer.committed(partitions, timeout=30)}
+        committed = {p.partition: p for p in self._consumer.committed(partitions, timeout=ASK_SECONDS)}
         found = self._patiently(lambda: read_positions(self._redis, list(sources.values())))
         # Only a replay brings back what a user did before being forgotten, and a replay begins here.
-        self._tombstones = Tombstones.read(self._lake)
+        self._forgotten.refresh()
         self._epoch += 1
         starts = []
         for number in numbers:
-            low, high = consumer.get_watermark_offsets(TopicPartition(self._topic.name, number), timeout=30)
+            place = TopicPartition(self._topic.name, number)
+            low, high = self._consumer.get_watermark_offsets(place, timeout=ASK_SECONDS)
             position, start = self._start(number, sources[number], found[sources[number]], committed.get(number), low, high)
             with self._lock:
                 self._positions[number] = position
@@ -371,13 +445,13 @@ class _Session:
         kept = {position.source: position.redis_from for position in self._positions.values()}
         self._patiently(lambda: advance(self._redis, kept, self._settings.cache.feature_ttl_seconds))
         self._patiently(lambda: announce_sources(self._redis, list(sources.values()), self._settings, now_ms()))
-        consumer.incremental_assign(starts)
+        self._consumer.incremental_assign(starts)
         log.info("has partitions %s", sorted(self._positions))
 
     def _start(
         self, number: int, source: str, marker: int | None, group: TopicPartition | None, low: int, high: int
     ) -> tuple[Position, int]:
-        """Where a partition starts: where Redis is, or where the archive is if that is earlier.
+        """Where a partition starts: where Redis is. The archive reads by itself what it is behind.
 
         A committed offset counts only where nothing is archived, and only of this incarnation of the topic.
         """
@@ -386,32 +460,35 @@ class _Session:
             committed = group.offset
         if marker is None and committed >= 0:
             log.warning("Redis does not know of %s, which was read up to %d: applying all of it again", source, committed)
-        redis_from = low if marker is None else max(low, marker)
-        start = redis_from
-        if self._archive is not None:
-            landed, known = self._archive.landed(number)
-            archive_from = max(low, landed if landed is not None else max(committed, low))
-            self._archive.start(number, archive_from, known, self._epoch)
-            start = min(start, archive_from)
+        redis_from = start = low if marker is None else max(low, marker)
         if start > high:
             log.error("%s ends at offset %d and was read up to %d: the brokers lost messages", source, high, start)
             start = high
+        if self._archiver is not None:
+            self._archiver.assign(number, Assigned(self._epoch, low, committed, start))
         return Position(source, self._epoch, redis_from, start, redis_from, redis_from, committed), start
 
-    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         self._drain()
         try:
             self._write_progress()
             self._commit(asynchronous=False)
-        except (RedisError, KafkaException) as error:
+        except (*REDIS_FAILURES, BrokerFailure) as error:
             log.warning("progress could not be written before partitions went: %s", error)
         self._forget(partitions)
-        consumer.incremental_unassign(partitions)
+        self._consumer.incremental_unassign(partitions)
 
-    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         log.warning("the group gave partitions %s to others", sorted(p.partition for p in partitions))
         self._forget(partitions)
-        consumer.incremental_unassign(partitions)
+        self._consumer.incremental_unassign(partitions)
+
+    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        """What the group did not take is committed again."""
+        with self._lock:
+            for place in partitions:
+                if (error or place.error) and place.partition in self._positions:
+                    self._positions[place.partition].committed = -1
 
     def _forget(self, partitions: Sequence[TopicPartition]) -> None:
         numbers = [p.partition for p in partitions]
@@ -419,9 +496,8 @@ class _Session:
             for number in numbers:
                 self._positions.pop(number, None)
                 self._metrics.lag.labels(str(number)).set(0)
-            self._unarchived = [row for row in self._unarchived if row[0] not in numbers]
-        if self._archive is not None:
-            self._archive.drop(numbers)
+        if self._archiver is not None:
+            self._archiver.drop(numbers)
 
     def _drain(self) -> None:
         """Wait until what was handed on is written, for a while; not for what the threads have been told to give up."""
@@ -434,7 +510,7 @@ class _Session:
         for pause in _pauses():
             try:
                 return call()
-            except RedisError as error:
+            except REDIS_FAILURES as error:
                 if self._stopping.is_set():
                     raise
                 log.warning("Redis: %s; trying again", error)
@@ -474,11 +550,12 @@ class _Session:
         decoded = decode(taken.values, self._settings.events, kafka.max_message_bytes, taken.appended)
         with self._lock:
             positions = {n: p for n, p in self._positions.items() if p.epoch <= taken.epoch}
-        batch = Batch(decoded.events, taken.partition[decoded.rows], taken.offset[decoded.rows])
+        rows = decoded.rows
+        batch = Batch(decoded.events, taken.partition[rows], taken.offset[rows], taken.appended[rows])
         redis_from = np.full(max([*positions, int(taken.partition.max())]) + 1, np.iinfo(np.int64).max)
         for number, position in positions.items():
             redis_from[number] = position.redis_from
-        new = (batch.offset >= redis_from[batch.partition]) & ~self._tombstones.covers(batch.events)
+        new = (batch.offset >= redis_from[batch.partition]) & ~self._forgotten.covered().covers(batch.events)
         sources = {number: position.source for number, position in positions.items()}
         prepared = self._sink.prepare(batch if new.all() else batch.take(new), sources, now_ms())
         letters = [
@@ -486,7 +563,7 @@ class _Session:
             for row, reason in decoded.rejected
             if taken.offset[row] >= redis_from[taken.partition[row]]
         ]
-        archive = by_partition(taken, decoded, batch) if self._archive is not None else {}
+        archive = by_partition(taken, decoded, batch) if self._archiver is not None else {}
         return Work(taken, prepared, archive, letters, positions, batch.rows)
 
     def _letter(self, taken: Taken, row: int, reason: str) -> DeadLetter:
@@ -506,21 +583,21 @@ class _Session:
             self._write_now_and_then()
 
     def _write(self, work: Work) -> None:
-        """Redis, dead letters, archive: in this order, each repeated until it is done, then the positions."""
-        self._to_redis(work)
-        self._to_dead_letters(work.letters)
-        if self._archive is not None:
-            self._archive_gathered(self._archive)
-            for number, messages in work.archive.items():
-                if number in work.positions:
-                    self._archive.add(number, messages, work.positions[number].epoch)
+        """Dead letters, Redis, archive: in this order, the first two each repeated until it is done.
+
+        Redis is last of those, since its position says that the dead letters are sent as well.
+        """
         taken = work.taken
+        ends = {number: taken.offset[taken.partition == number] for number in work.positions}
+        upto = {number: int(own[-1]) + 1 for number, own in ends.items() if len(own)}
+        self._to_dead_letters(work.letters)
+        self._to_redis(work, upto)
+        if self._archiver is not None:
+            self._archiver.offer_parsed(work.archive, {number: position.epoch for number, position in work.positions.items()})
         visible = now_ms()
         with self._lock:
-            for number, position in work.positions.items():
-                own = taken.offset[taken.partition == number]
-                if len(own):
-                    position.applied = max(position.applied, int(own[-1]) + 1)
+            for number, offset in upto.items():
+                work.positions[number].applied = max(work.positions[number].applied, offset)
         self._metrics.latency.observe(np.maximum(visible - taken.appended, 0))
         self._metrics.messages.inc(len(taken.values))
         self._metrics.events.inc(work.events)
@@ -529,32 +606,20 @@ class _Session:
         if unkeyed := sum(message.key() is None for message in taken.messages):
             self._metrics.unkeyed.inc(unkeyed)
 
-    def _archive_gathered(self, archive: Archive) -> None:
-        """What took the fast path since the last time, many messages together: a column costs as much for one."""
-        with self._lock:
-            rows, self._unarchived = self._unarchived, []
-            epochs = {number: position.epoch for number, position in self._positions.items()}
-        if not rows:
-            return
-        taken = taken_rows(rows)
-        decoded = decode(taken.values, self._settings.events, self._settings.kafka.max_message_bytes, taken.appended)
-        batch = Batch(decoded.events, taken.partition[decoded.rows], taken.offset[decoded.rows])
-        for number, messages in by_partition(taken, decoded, batch).items():
-            archive.add(number, messages, epochs[number])
-
-    def _to_redis(self, work: Work) -> None:
+    def _to_redis(self, work: Work, upto: Mapping[int, int]) -> None:
         if work.prepared is None:
             return
         sources = {number: position.source for number, position in work.positions.items()}
-        known = {position.source: position.persisted for position in work.positions.values()}
         for pause in _pauses():
+            known = {number: position.persisted for number, position in work.positions.items()}
             try:
-                check_kept(self._redis, known)
-                hits = self._sink.apply(work.prepared, sources, now_ms())
+                hits = self._sink.apply(work.prepared, sources, now_ms(), known, upto)
                 self._wait_for_replicas()
                 self._metrics.fence_hits.inc(hits)
+                if self._sink.follows:
+                    self._keep(upto)
                 return
-            except RedisError as error:
+            except REDIS_FAILURES as error:
                 self._metrics.redis_retries.inc()
                 log.warning("Redis did not take a batch, it is tried again: %s", error)
                 self._pipe.stopping.wait(pause)
@@ -563,7 +628,7 @@ class _Session:
 
     def _wait_for_replicas(self) -> None:
         wanted = self._settings.redis.wait_replicas
-        if wanted and (have := self._redis.wait(wanted, int(REDIS_SECONDS * 1000))) < wanted:
+        if wanted and (have := self._sink.wait(wanted, REDIS_SECONDS)) < wanted:
             raise RedisError(f"{have} of {wanted} replicas have the batch")
 
     def _to_dead_letters(self, letters: list[DeadLetter]) -> None:
@@ -581,15 +646,8 @@ class _Session:
             self._metrics.dead_letters.labels(letter.reason).inc()
 
     def _write_now_and_then(self) -> None:
-        """Positions, files whose time is over, and the heartbeat."""
+        """Positions and the heartbeat."""
         now = time.monotonic()
-        if self._archive is not None and now >= self._due["gathered"]:
-            self._due["gathered"] = now + GATHER_SECONDS
-            self._archive_gathered(self._archive)
-        if self._archive is not None and now >= self._due["archive"]:
-            self._due["archive"] = now + TICK_SECONDS
-            self._archive.tick(now_ms(), self._end_of)
-            self._metrics.archive_files.set(self._archive.files)
         try:
             if now >= self._due["progress"]:
                 self._due["progress"] = now + COMMIT_SECONDS
@@ -597,17 +655,8 @@ class _Session:
             if now >= self._due["heartbeat"]:
                 self._due["heartbeat"] = now + self._settings.stream.heartbeat_seconds
                 self._heartbeat()
-        except RedisError as error:
+        except REDIS_FAILURES as error:
             log.warning("Redis does not take the worker's progress: %s", error)
-
-    def _end_of(self, number: int) -> int:
-        """End of a partition by the brokers, now; -1 while they do not answer."""
-        try:
-            place = TopicPartition(self._topic.name, number)
-            return int(self._consumer.get_watermark_offsets(place, timeout=END_SECONDS)[1])
-        except KafkaException as error:
-            log.info("the brokers do not answer: %s", error.args[0].str())
-            return -1
 
     def _write_progress(self) -> None:
         with self._lock:
@@ -615,6 +664,8 @@ class _Session:
             known = {p.source: p.persisted for p in self._positions.values()}
         if not ahead:
             return
+        if self._trail is not None:
+            ahead = self._trail.follow(time.monotonic(), ahead)
         check_kept(self._redis, known)
         advance(self._redis, ahead, self._settings.cache.feature_ttl_seconds)
         with self._lock:
@@ -633,8 +684,13 @@ class _Session:
     # -- now and then -----------------------------------------------------------------------------------------------
 
     def _keep_house(self) -> None:
-        """Commit, measure the lag, and look whether the topic is still the one that it was."""
+        """Commit, measure the lag, pass ends on, and look whether the topic is still the one that it was."""
         now = time.monotonic()
+        if self._archiver is not None:
+            self._archiver.alive()
+        if now >= self._due["ends"]:
+            self._due["ends"] = now + END_SECONDS
+            self._pass_ends()
         if now >= self._due["commit"]:
             self._due["commit"] = now + COMMIT_SECONDS
             self._commit(asynchronous=True)
@@ -646,11 +702,23 @@ class _Session:
             self._due["topic"] = now + TOPIC_SECONDS
             self._asked = _ask_in_background(self._admin, self._topic.name)
 
+    def _pass_ends(self) -> None:
+        """Ends of partitions beyond their last message, to Redis' positions and the archive, once all before is on its way."""
+        if self._held or not self._pipe.empty:
+            return
+        with self._lock:
+            reached = {n: p for n, p in self._positions.items() if p.end > p.told and p.end >= p.seen}
+            for position in reached.values():
+                position.applied = max(position.applied, position.end)
+                position.told = position.end
+        if reached and self._archiver is not None:
+            self._archiver.offer_ends({number: position.end for number, position in reached.items()})
+
     def _check_topic(self, asked: Any) -> None:
         try:
             found = asked.result()
-        except KafkaException as error:
-            log.info("the brokers do not answer: %s", error.args[0].str())
+        except BrokerFailure as error:
+            log.info("the brokers do not answer: %s", error)
             return
         if found is None:
             raise StartOver(f"the topic {self._topic.name} was deleted")
@@ -661,17 +729,18 @@ class _Session:
         offsets = []
         with self._lock:
             for number, position in self._positions.items():
-                durable = self._archive.durable(number) if self._archive is not None else None
-                safe = position.persisted if durable is None else min(position.persisted, durable)
+                safe = position.persisted
+                if self._archiver is not None:
+                    safe = min(safe, self._archiver.durable(number))
                 if safe > position.committed:
                     position.committed = safe
                     offsets.append(TopicPartition(self._topic.name, number, safe, self._topic.identity))
-        if offsets and asynchronous:
-            self._consumer.commit(offsets=offsets, asynchronous=True)
-        elif offsets:
-            self._consumer.commit(offsets=offsets, asynchronous=False)
+        if offsets:
+            self._consumer.commit(offsets=offsets, asynchronous=asynchronous)
 
     def _measure_lag(self) -> None:
+        if self._archiver is not None:
+            self._metrics.archive_files.set(self._archiver.files)
         with self._lock:
             for number, position in self._positions.items():
                 _, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic.name, number), cached=True)
@@ -693,8 +762,9 @@ def _ask_in_background(admin: AdminClient, name: str) -> Any:
 
     def ask() -> None:
         try:
-            answer.set_result(find_topic(admin, name))
-        except KafkaException as error:
+            with asking_kafka(name):
+                answer.set_result(find_topic(admin, name))
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever reads the answer
             answer.set_exception(error)
 
     threading.Thread(target=ask, name="topic", daemon=True).start()

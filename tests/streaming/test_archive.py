@@ -45,7 +45,7 @@ def run(folder: Path, batches: list[tuple[int, int]], start: int = 0) -> dict[st
 
 def files_of(archive: Archive, folder: Path) -> dict[str, bytes]:
     """What is in the landing zone and the quarantine of a lake once all is written."""
-    archive._writer.shutdown(wait=True)
+    archive.write()
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
 
 
@@ -91,7 +91,7 @@ def test_what_a_zombie_archived_in_part_is_completed_and_not_doubled(tmp_path: P
     archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
     archive.start(3, 0, [], 1)
     archive.add(3, messages(0, 100), 1)
-    archive._writer.shutdown(wait=True)
+    archive.write()
     held = landing.archived(TOPIC)
     assert [(r.first, r.last) for r in held] == [(0, 29), (30, 59)]
     assert offset_faults(held) == []
@@ -113,11 +113,13 @@ def test_a_file_ends_when_its_interval_is_over_and_nothing_came(tmp_path: Path) 
     archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
     archive.start(3, 0, [], 1)
     archive.add(3, messages(0, 30), 1)
-    archive.tick(START + 60_000, lambda _: 30)
+    archive.tick(START + 60_000 + GRACE_MS + 1)
+    assert not archive.write()
+    archive.reach(3, 30, START + 30_000)
+    archive.tick(START + 60_000)
+    assert not archive.write()
+    archive.tick(START + 60_000 + GRACE_MS + 1)
     assert archive.durable(3) == 0
-    archive.tick(START + 60_000 + GRACE_MS + 1, lambda _: 31)
-    assert archive.durable(3) == 0
-    archive.tick(START + 60_000 + GRACE_MS + 1, lambda _: 30)
-    archive._writer.shutdown(wait=True)
+    assert archive.write()
     assert archive.durable(3) == 30
     assert [(r.first, r.last) for r in landing.archived(TOPIC)] == [(0, 29)]

@@ -161,11 +161,12 @@ def test_a_worker_that_starts_again_repeats_nothing(world: Callable[..., World])
     one = world(stream={"archive_rows": 100_000, "archive_seconds": 3600})
     chance = random.Random(3)
     one.send(*(one.event(chance) for _ in range(500)))
-    for _ in range(2):
+    for taken in (500, 1):
         with in_this_process(one.settings) as worker:
             one.settle(landing=False)
-            wait_for("all messages are taken", lambda: worker.metrics.messages._value.get() == 500)
+            wait_for("all messages are taken", lambda: worker.metrics.messages._value.get() == taken)
             assert worker.metrics.fence_hits._value.get() == 0
+        one.send(one.event(chance))
     assert one.landing.archived() == []
 
 
