@@ -142,7 +142,7 @@ class Ladder:
             last_ts = int(acted)
         else:
             return None
-        found = first_items(value, loaded.release, count, now - self._fresh_ms, last_ts)
+        found = first_items(value, loaded.release, count, now, now - self._fresh_ms, last_ts)
         if found is None:
             return None
         self.counts["CACHE"] += 1
@@ -284,7 +284,7 @@ class Ladder:
 
     def _is_fresh(self, answer: CachedAnswer, state: UserState, now: int) -> bool:
         """Whether a cached answer is young enough and the user has not acted since."""
-        return now - answer.computed_at <= self._fresh_ms and state.last_ts <= answer.computed_at
+        return answer.is_fresh(now, now - self._fresh_ms, state.last_ts)
 
     def _kept(self, call: Call, user_id: str, answer: CachedAnswer, unwanted: Collection[str]) -> tuple[bytes, int]:
         """Wire format and number of the first `count` items that are still served and not unwanted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -88,14 +89,14 @@ def test_every_truncation_is_corrupt() -> None:
 
 def test_an_answer_of_another_format_is_corrupt() -> None:
     value = encode_one([0], [1.0])
-    with pytest.raises(CorruptValue, match="format 2, this process reads 1"):
-        CachedAnswer.decode(b"\x02" + value[1:])
+    with pytest.raises(CorruptValue, match="format 1, this process reads 2"):
+        CachedAnswer.decode(b"\x01" + value[1:])
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_junk_is_corrupt_or_an_answer_and_nothing_else(junk: bytes) -> None:
-    for data in (junk, b"\x01" + junk):
+    for data in (junk, b"\x02" + junk):
         try:
             found = CachedAnswer.decode(data).items()
         except CorruptValue:
@@ -107,9 +108,9 @@ def test_items_that_are_not_where_the_header_says_are_corrupt() -> None:
     value = encode_one([0, 1, 2], [3.0, 2.0, 1.0])
     ends = CachedAnswer.decode(value).ends
     at = value.index(np.asarray(ends).tobytes())
-    wrong = struct.pack("<3i", 2, 3, int(ends[-1]))
+    wrong = value[:at] + struct.pack("<3i", 2, 3, int(ends[-1])) + value[at + 12 : -4]
     with pytest.raises(CorruptValue, match="item 0"):
-        CachedAnswer.decode(value[:at] + wrong + value[at + 12 :]).items()
+        CachedAnswer.decode(wrong + struct.pack("<I", crc32(wrong))).items()
 
 
 def test_a_record_is_read_as_it_was_written() -> None:
