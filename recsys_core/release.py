@@ -119,13 +119,15 @@ class Manifest:
 @dataclass(frozen=True)
 class Pointer:
     """Which release is served. `manifest_sha256` ties it to the manifest's content, `previous` are the champions before it,
-    newest first, to which a rollback returns."""
+    newest first, to which a rollback returns, `withdrawn` the releases from which one has returned: no answer of theirs is
+    served any more."""
 
     release_id: str
     manifest_sha256: str
     promoted_at: float
     reason: str = ""
     previous: tuple[str, ...] = ()
+    withdrawn: tuple[str, ...] = ()
 
 
 class Releases:
@@ -164,7 +166,10 @@ class Releases:
         except ReleaseError:
             replaced = None
         before = (replaced.release_id, *replaced.previous) if replaced else ()
-        return self._point(release_id, reason, tuple(name for name in before if name != release_id)[:KEPT_CHAMPIONS])
+        withdrawn = replaced.withdrawn if replaced else ()
+        return self._point(
+            release_id, reason, tuple(name for name in before if name != release_id)[:KEPT_CHAMPIONS], withdrawn
+        )
 
     def roll_back(self, reason: str = "rollback") -> tuple[Pointer, dict[str, str]]:
         """Return to the champion before this one, or to the next one before it that is whole.
@@ -180,12 +185,14 @@ class Releases:
                 passed_over[release_id] = str(error)
                 continue
             assert current is not None
-            return self._point(release_id, reason, current.previous[at + 1 :]), passed_over
+            withdrawn = (current.release_id, *current.withdrawn)
+            return self._point(release_id, reason, current.previous[at + 1 :], withdrawn), passed_over
         raise ReleaseError("; ".join(["there is no earlier champion to return to", *passed_over.values()]))
 
-    def _point(self, release_id: str, reason: str, previous: tuple[str, ...]) -> Pointer:
+    def _point(self, release_id: str, reason: str, previous: tuple[str, ...], withdrawn: tuple[str, ...]) -> Pointer:
         digest = hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest()
-        pointer = Pointer(release_id, digest, time.time(), reason, previous)
+        withdrawn = tuple(dict.fromkeys(name for name in withdrawn if name != release_id))[:KEPT_CHAMPIONS]
+        pointer = Pointer(release_id, digest, time.time(), reason, previous, withdrawn)
         write_atomically(self.fs, self.path(CHAMPION), json.dumps(asdict(pointer), indent=2).encode())
         return pointer
 
@@ -204,7 +211,8 @@ class Releases:
         """The pointer, None when nothing was promoted yet. Raises ReleaseError when it can't be read."""
         try:
             raw = json.loads(self.fs.cat_file(self.path(CHAMPION)))
-            return Pointer(**{**raw, "previous": tuple(raw.get("previous", ()))})
+            lists = {name: tuple(raw.get(name, ())) for name in ("previous", "withdrawn")}
+            return Pointer(**{**raw, **lists})
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, AttributeError) as error:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from recsys_core.log_lines import TextLines
 from recsys_core.settings import ServingSettings
 
 REQUEST_ID = "x-request-id"
@@ -98,17 +99,8 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-class TextLines(logging.Formatter):
-    """A record as a line for people, with its fields behind the message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields: Mapping[str, Any] = getattr(record, "fields", {})
-        return super().format(record) + "".join(f" {name}={value}" for name, value in fields.items())
-
-
 def set_up_logging(settings: ServingSettings) -> None:
     """Logs of this process go to stderr as `serving.log_format` says."""
     handler = logging.StreamHandler()
-    text = TextLines("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
