@@ -6,11 +6,9 @@ name that it has (`sasl.password`, `fs.s3a.secret.key`). What is told by a name 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
@@ -34,9 +32,6 @@ _ASSIGNED = re.compile(
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
-
-Raised: TypeAlias = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
 def is_secret_name(name: str) -> bool:
@@ -80,19 +75,3 @@ def masked(value: Any, name: str = "") -> Any:
     if value not in (None, "") and is_secret_name(name):
         return MASK
     return masked_text(value) if isinstance(value, str) else value
-
-
-class MaskedFormatter(logging.Formatter):
-    """Lines of a log without secrets. A message stays on its line: no text from outside can look like another line."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = one_line(masked_text(record.message))
-        return super().formatMessage(record)
-
-    def formatException(self, ei: Raised) -> str:
-        return masked_text(super().formatException(ei))
-
-
-def one_line(text: str) -> str:
-    """A text with its line breaks and other control characters written as escapes."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import orjson
@@ -106,9 +107,34 @@ redis.call('EXPIRE', key, ttl)
 """KEYS: one record. ARGV: actions kept, TTL (s), then fields and values of the batch layer. Live actions stay."""
 WRITE = Script(WRITE_LUA)
 
+CLOCK_MS = 60_000
+"""Clocks of two machines may differ by so much: what is dated further ahead was dated by a wrong clock and is never fresh."""
+
+PUT_ANSWER_LUA = """
+if ARGV[3] == '1' and redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
+local held = redis.pcall('GETRANGE', KEYS[1], 0, 10)
+if type(held) == 'string' and #held == 11 and string.byte(held) == string.byte(ARGV[1]) then
+  local at = struct.unpack('<i8', held, 4)
+  if at > struct.unpack('<i8', ARGV[1], 4) then
+    local now = redis.call('TIME')
+    if at <= now[1] * 1000 + now[2] / 1000 + CLOCK_MS then return 0 end
+  end
+end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return 1
+""".replace("CLOCK_MS", str(CLOCK_MS))
+"""KEYS: answer and record of a user. ARGV: the encoded answer, TTL (s), 1 when it may lie only beside a record.
+
+Returns 1, or 0 and nothing is written: the answer that lies there is a newer one (unless a wrong clock dated it), or the
+record that it was made from is gone, because the user was forgotten meanwhile."""
+PUT_ANSWER = Script(PUT_ANSWER_LUA)
+
 _HEADER = struct.Struct("<BHqB")
 _END = struct.Struct("<i")
-_FORMAT = 1
+_CHECKSUM = struct.Struct("<I")
+_FORMAT = 2
+_WHOLE = 0x2144DF1C
+"""CRC-32 of anything with its own CRC-32 behind it (the residue of the polynomial)."""
 _ITEM_TAG = 0x0A
 _ID_TAG = 0x0A
 _SCORE_TAG = 0x15
@@ -125,11 +151,6 @@ def hash_tag(user_id: str) -> str:
     if "{" in user_id or "}" in user_id:
         return user_id.replace("{", "{0").replace("}", "{1")
     return user_id
-
-
-def encoded_hash_tag(user_id: bytes) -> bytes:
-    """`hash_tag` of an encoded id."""
-    return hash_tag(user_id.decode()).encode() if b"{" in user_id or b"}" in user_id else user_id
 
 
 def user_key(user_id: str, area: str = "user") -> str:
@@ -168,6 +189,10 @@ class CachedAnswer:
             return b""
         return self.wire[: self.ends[min(n, len(self.ends)) - 1]]
 
+    def is_fresh(self, now: int, oldest: int, last_ts: int) -> bool:
+        """Whether it was computed since `oldest`, after the user's last action and not in the future; all in ms."""
+        return max(oldest, last_ts) <= self.computed_at <= now + CLOCK_MS
+
     def items(self) -> list[tuple[str, float]]:
         """Item ids and scores. Raises CorruptValue when `wire` does not hold what `ends` says."""
         found = []
@@ -191,46 +216,45 @@ class CachedAnswer:
             version, count, computed_at, name_length = _HEADER.unpack_from(data)
             if version != _FORMAT:
                 raise CorruptValue(f"cached answer of format {version}, this process reads {_FORMAT}")
+            if crc32(data) != _WHOLE:
+                raise CorruptValue(f"cached answer of {len(data)} bytes does not have its checksum")
             at = _HEADER.size
             release_id = data[at : at + name_length].decode()
             at += name_length
             ends = np.frombuffer(data, "<i4", count, at)
         except (struct.error, ValueError) as error:
             raise CorruptValue(f"cached answer of {len(data)} bytes: {error}") from error
-        wire = data[at + 4 * count :]
+        wire = data[at + 4 * count : -_CHECKSUM.size]
         if count and len(wire) != ends[-1]:
             raise CorruptValue(f"cached answer has {len(wire)} bytes of items, its header says {ends[-1]}")
         return cls(release_id, computed_at, ends, wire)
 
 
-def first_items(value: bytes, release: bytes, count: int, oldest: int, last_ts: int) -> tuple[bytes, int] | None:
+def first_items(value: bytes, release: bytes, count: int, now: int, oldest: int, last_ts: int) -> tuple[bytes, int] | None:
     """The first `count` items of a cached answer in wire format and its `computed_at`.
 
-    None when the value is not of `release` (its id encoded), was computed before `oldest` or before `last_ts` (ms), or
-    holds fewer items: what `CachedAnswer` is for. This is the fast path of a cache hit, a few microseconds.
+    None when the value is not of `release` (its id encoded), is not fresh (see `CachedAnswer.is_fresh`), holds fewer items
+    or was changed by a byte: what `CachedAnswer` is for. This is the fast path of a cache hit, a few microseconds.
     """
     if len(value) < _HEADER.size:
         return None
     version, held, computed_at, name_length = _HEADER.unpack_from(value)
-    if version != _FORMAT or held < count or computed_at < oldest or last_ts > computed_at:
+    if version != _FORMAT or held < count or not oldest <= computed_at <= now + CLOCK_MS or last_ts > computed_at:
         return None
     ends = _HEADER.size + name_length
     if name_length != len(release) or value[_HEADER.size : ends] != release:
         return None
     start = ends + 4 * held
-    if start > len(value):
+    if start > len(value) or crc32(value) != _WHOLE:
         return None
-    last, whole = _END.unpack_from(value, ends + 4 * count - 4)[0], _END.unpack_from(value, start - 4)[0]
-    if start + whole != len(value) or not 0 <= last <= whole:
-        return None
-    return value[start : start + last], computed_at
+    return value[start : start + _END.unpack_from(value, ends + 4 * count - 4)[0]], computed_at
 
 
 class AnswerEncoder:
     """Encodes the answers of one release, many at a time, without a Python loop over items.
 
     Layout: format u8, count u16, computed_at i64 (ms), length of the release id u8, the release id, `count` end
-    offsets i32, then the items in protobuf's wire format (little-endian throughout).
+    offsets i32, the items in protobuf's wire format, and the CRC-32 of all that as u32 (little-endian throughout).
     """
 
     def __init__(self, release_id: str, item_ids: ItemIds) -> None:
@@ -250,7 +274,8 @@ class AnswerEncoder:
             local = (ends[item:last] - offset).astype("<i4")
             end = offset + (int(local[-1]) if count else 0)
             head = _HEADER.pack(_FORMAT, int(count), computed_at, len(self._release)) + self._release
-            values.append(head + local.tobytes() + data[offset:end])
+            whole = head + local.tobytes() + data[offset:end]
+            values.append(whole + _CHECKSUM.pack(crc32(whole)))
             item, offset = last, end
         return values
 
@@ -333,6 +358,11 @@ class UserRecord:
     als_version: str = ""
     als: np.ndarray | None = None
     features: OnlineFeatures | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether anything is known of the user."""
+        return bool(self.last or self.last_ts or self.seen or self.als is not None or self.features is not None)
 
     @classmethod
     def decode(cls, values: Sequence[bytes | None]) -> UserRecord:
@@ -514,15 +544,19 @@ def read_records(redis: Any, user_ids: Sequence[str], features: bool = True) -> 
     return [UserRecord.decode([*values, *missing]) for values in pipeline.execute()]
 
 
-def write_answers(redis: Any, answers: Iterable[tuple[str, bytes]], ttl_seconds: int) -> int:
-    """Write encoded answers by user id in one pipeline. `redis` is a redis-py client (standalone or cluster)."""
-    pipeline = redis.pipeline(transaction=False)
-    count = 0
-    for user_id, value in answers:
-        pipeline.execute_command("SET", recs_key(user_id), value, "EX", ttl_seconds)
-        count += 1
-    pipeline.execute()
-    return count
+def put_answer(user_id: str, value: bytes, ttl_seconds: int, beside_record: bool) -> tuple[object, ...]:
+    """The call of PUT_ANSWER that writes an encoded answer; only `beside_record` when it was made from one."""
+    return PUT_ANSWER.call([recs_key(user_id), user_key(user_id)], value, ttl_seconds, int(beside_record))
+
+
+def write_answers(redis: Any, answers: Iterable[tuple[str, bytes]], ttl_seconds: int, beside_record: bool = False) -> int:
+    """Write encoded answers by user id in one pipeline, each unless PUT_ANSWER says otherwise. Returns how many there were.
+
+    `redis` is a redis-py client (standalone or cluster). Raises redis.RedisError.
+    """
+    calls = [put_answer(user_id, value, ttl_seconds, beside_record) for user_id, value in answers]
+    run_calls(redis, calls, [PUT_ANSWER])
+    return len(calls)
 
 
 def write_records(redis: Any, records: Iterable[tuple[str, UserRecord]], ttl_seconds: int, keep: int = 5) -> int:

@@ -1,6 +1,7 @@
-"""Redis clients by configuration: standalone, Sentinel or Cluster, with TLS, ACL and reads from replicas.
+"""Redis clients by configuration: standalone, Sentinel or Cluster, with TLS and ACL.
 
-Every process makes its clients here, so that one section of the settings describes the installation to all of them.
+Every process but the serving ones, which read over connections of their own (`serving.topology`), makes its clients here, so
+that one section of the settings describes the installation to all of them.
 """
 
 from __future__ import annotations
@@ -18,47 +19,25 @@ CONNECT_SECONDS = 5.0
 def client(settings: RedisSettings, **options: Any) -> Any:
     """A redis-py client for writers and batch reads: `Redis` or `RedisCluster`. It connects at the first command.
 
-    `options` are further arguments of its connections, such as `socket_timeout` in seconds. With Sentinel it follows
-    the master over a fail-over.
+    Every failure of it is a redis.RedisError. `options` are further arguments of its connections, such as `socket_timeout`
+    in seconds. With Sentinel it follows the master over a fail-over.
     """
     import redis
 
     chosen = {"socket_connect_timeout": CONNECT_SECONDS, **_login(settings), **options}
     if settings.mode == "cluster":
-        from redis.cluster import ClusterNode, RedisCluster
+        from redis.cluster import ClusterNode
+
+        from recsys_core.redis_cluster import LazyCluster
 
         nodes = [ClusterNode(host, port) for host, port in _nodes(settings)]
-        return RedisCluster(startup_nodes=nodes, **chosen, **_tls(settings))
+        return LazyCluster(startup_nodes=nodes, **chosen, **_tls(settings))
     if settings.mode == "sentinel":
         from redis.sentinel import Sentinel
 
         watchers = Sentinel(_nodes(settings), sentinel_kwargs=_sentinel_login(settings), **chosen, **_tls(settings))
         return watchers.master_for(settings.service)
     return redis.Redis.from_url(settings.url, **chosen, **_url_tls(settings))
-
-
-def async_client(settings: RedisSettings, **options: Any) -> Any:
-    """A `redis.asyncio` client for online reads; it reads from replicas where `read_replicas` says so.
-
-    A standalone or Sentinel client shares a pool that waits for a free connection; `options` go to its connections
-    (`max_connections` to the pool).
-    """
-    import redis.asyncio as aio
-
-    chosen = {**_login(settings), **options}
-    if settings.mode == "cluster":
-        from redis.asyncio.cluster import ClusterNode, RedisCluster
-
-        nodes = [ClusterNode(host, port) for host, port in _nodes(settings)]
-        return RedisCluster(startup_nodes=nodes, read_from_replicas=settings.read_replicas, **chosen, **_tls(settings))
-    if settings.mode == "sentinel":
-        from redis.asyncio.sentinel import Sentinel
-
-        watchers = Sentinel(_nodes(settings), sentinel_kwargs=_sentinel_login(settings), **_tls(settings))
-        reader = watchers.slave_for if settings.read_replicas else watchers.master_for
-        return reader(settings.service, **chosen, **_tls(settings))
-    pool = aio.BlockingConnectionPool.from_url(settings.url, timeout=None, **chosen, **_url_tls(settings))
-    return aio.Redis.from_pool(pool)
 
 
 def is_cluster(redis: Any) -> bool:

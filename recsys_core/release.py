@@ -158,13 +158,15 @@ def check_release_id(release_id: object) -> None:
 @dataclass(frozen=True)
 class Pointer:
     """Which release is served. `manifest_sha256` ties it to the manifest's content, `previous` are the champions before it,
-    newest first, to which a rollback returns."""
+    newest first, to which a rollback returns, `withdrawn` the releases from which one has returned: no answer of theirs is
+    served any more."""
 
     release_id: str
     manifest_sha256: str
     promoted_at: float
     reason: str = ""
     previous: tuple[str, ...] = ()
+    withdrawn: tuple[str, ...] = ()
 
 
 class Releases:
@@ -222,7 +224,8 @@ class Releases:
         except ReleaseError:
             replaced = None
         before = (replaced.release_id, *replaced.previous) if replaced else ()
-        return self._point(release_id, reason, tuple(name for name in before if name != release_id)[:KEPT_CHAMPIONS])
+        withdrawn = replaced.withdrawn if replaced else ()
+        return self._point(release_id, reason, tuple(name for name in before if name != release_id)[:KEPT_CHAMPIONS], withdrawn)
 
     def roll_back(self, reason: str = "rollback") -> tuple[Pointer, dict[str, str]]:
         """Return to the champion before this one, or to the next one before it that is whole.
@@ -238,12 +241,14 @@ class Releases:
                 passed_over[release_id] = str(error)
                 continue
             assert current is not None
-            return self._point(release_id, reason, current.previous[at + 1 :]), passed_over
+            withdrawn = (current.release_id, *current.withdrawn)
+            return self._point(release_id, reason, current.previous[at + 1 :], withdrawn), passed_over
         raise ReleaseError("; ".join(["there is no earlier champion to return to", *passed_over.values()]))
 
-    def _point(self, release_id: str, reason: str, previous: tuple[str, ...]) -> Pointer:
+    def _point(self, release_id: str, reason: str, previous: tuple[str, ...], withdrawn: tuple[str, ...]) -> Pointer:
         digest = hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest()
-        pointer = Pointer(release_id, digest, time.time(), reason, previous)
+        withdrawn = tuple(dict.fromkeys(name for name in withdrawn if name != release_id))[:KEPT_CHAMPIONS]
+        pointer = Pointer(release_id, digest, time.time(), reason, previous, withdrawn)
         with self.reached(f"writing {CHAMPION}"):
             write_atomically(self.fs, self.path(CHAMPION), json.dumps(asdict(pointer), indent=2).encode())
         return pointer
@@ -271,8 +276,9 @@ class Releases:
             raise ReleaseError(f"{masked_text(self.uri)}/{CHAMPION} is not a pointer: {error}") from error
         try:
             raw = json.loads(data)
-            pointer = Pointer(**{**raw, "previous": tuple(raw.get("previous", ()))})
-            for name in (pointer.release_id, *pointer.previous):
+            lists = {name: tuple(raw.get(name, ())) for name in ("previous", "withdrawn")}
+            pointer = Pointer(**{**raw, **lists})
+            for name in (pointer.release_id, *pointer.previous, *pointer.withdrawn):
                 check_release_id(name)
         except (ValueError, TypeError, AttributeError, ReleaseError) as error:
             raise ReleaseError(f"{masked_text(self.uri)}/{CHAMPION} is not a pointer: {error}") from error

@@ -27,6 +27,7 @@ class Breaker:
         self.open = False
         self.opened = 0
         self._timeouts = 0
+        self._timed_out_at = 0.0
         self._probe_at = 0.0
 
     def allows(self) -> bool:
@@ -45,14 +46,22 @@ class Breaker:
         self.open = False
         self._timeouts = 0
 
-    def failed(self, error: Exception) -> bool:
-        """Note a failure. Returns whether it is open now."""
-        self._timeouts += 1
-        if isinstance(error, TimeoutError) and self._timeouts < TIMEOUTS_TO_OPEN:
-            return self.open
+    def failed(self, error: Exception, began: float | None = None) -> bool:
+        """Note a failure. Returns whether it is open now.
+
+        `began` is when the call was made (`time.monotonic`): calls that were under way together and time out together are
+        one timeout.
+        """
+        now = time.monotonic()
+        if isinstance(error, TimeoutError):
+            if began is None or began >= self._timed_out_at:
+                self._timeouts += 1
+                self._timed_out_at = now
+            if self._timeouts < TIMEOUTS_TO_OPEN:
+                return self.open
         if not self.open:
             log.warning("%s does not answer (%s: %s); answers come from lower tiers", self.name, type(error).__name__, error)
             self.opened += 1
         self.open = True
-        self._probe_at = time.monotonic() + PAUSE_SECONDS
+        self._probe_at = now + PAUSE_SECONDS
         return True

@@ -66,6 +66,11 @@ class Loaded:
     popular_answer: CachedAnswer = field(repr=False)
 
     @cached_property
+    def withdrawn(self) -> frozenset[str]:
+        """Releases that were rolled back: none of their answers is served any more."""
+        return frozenset(self.pointer.withdrawn)
+
+    @cached_property
     def with_unavailable(self) -> Snapshot:
         everything = copy.copy(self.snapshot)
         everything.__dict__.pop("by_popularity", None)

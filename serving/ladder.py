@@ -87,6 +87,7 @@ class Ladder:
     async def recommend(self, user_id: bytes, options: Options, remaining: Remaining = no_deadline) -> bytes:
         """A RecommendResponse. `user_id` is checked UTF-8. Raises NotReady."""
         loaded = self._champion.get()
+        options = _options_for(loaded, options)
         # Before the read: an action that comes in after it must be later than the answer that does not know it.
         now = int(time.time() * 1000)
         [raw] = await self._store.read((user_id,))
@@ -102,6 +103,7 @@ class Ladder:
     ) -> list[bytes]:
         """RecommendResponses in the order of the users. Raises NotReady."""
         loaded = self._champion.get()
+        options = _options_for(loaded, options)
         responses: list[bytes] = []
         for at in range(0, len(user_ids), BATCH_USERS):
             users = user_ids[at : at + BATCH_USERS]
@@ -142,7 +144,7 @@ class Ladder:
             last_ts = int(acted)
         else:
             return None
-        found = first_items(value, loaded.release, count, now - self._fresh_ms, last_ts)
+        found = first_items(value, loaded.release, count, now, now - self._fresh_ms, last_ts)
         if found is None:
             return None
         self.counts["CACHE"] += 1
@@ -168,7 +170,7 @@ class Ladder:
     def _from_cache(self, call: Call, user_id: str, state: UserState) -> bytes | None:
         """The cached answer, when it is fresh and holds all that is asked for."""
         answer = state.answer
-        if answer is None or call.options.needs_computing or not self._is_fresh(answer, state, call.now):
+        if answer is None or call.options.needs_computing or not self._is_fresh(call, answer, state):
             return None
         wire, items = self._kept(call, user_id, answer, call.options.excluded)
         if items < call.options.count:
@@ -259,13 +261,13 @@ class Ladder:
     def _stale(self, call: Call, user_id: str, state: UserState, record: UserRecord) -> bytes | None:
         """What is left of the cached answer when nothing better can be made; it can't serve a filter."""
         answer = state.answer
-        if answer is None or call.options.filter != EVERY_ITEM:
+        if answer is None or call.options.filter != EVERY_ITEM or answer.release_id in call.loaded.withdrawn:
             return None
         unwanted = {*call.options.excluded, *consumed(record, call.loaded.snapshot.ranking, call.options)}
         wire, items = self._kept(call, user_id, answer, unwanted)
         if not items:
             return None
-        tier = pb.CACHE if self._is_fresh(answer, state, call.now) else pb.STALE_CACHE
+        tier = pb.CACHE if self._is_fresh(call, answer, state) else pb.STALE_CACHE
         return self._response(wire, tier, answer.release_id, answer.computed_at)
 
     def _popular(self, call: Call, record: UserRecord) -> bytes:
@@ -284,9 +286,11 @@ class Ladder:
 
     # -- parts of them ------------------------------------------------------------------------------------------
 
-    def _is_fresh(self, answer: CachedAnswer, state: UserState, now: int) -> bool:
-        """Whether a cached answer is young enough and the user has not acted since."""
-        return now - answer.computed_at <= self._fresh_ms and state.last_ts <= answer.computed_at
+    def _is_fresh(self, call: Call, answer: CachedAnswer, state: UserState) -> bool:
+        """Whether a cached answer is young enough, the user has not acted since, and its release was not rolled back."""
+        return answer.release_id not in call.loaded.withdrawn and answer.is_fresh(
+            call.now, call.now - self._fresh_ms, state.last_ts
+        )
 
     def _kept(self, call: Call, user_id: str, answer: CachedAnswer, unwanted: Collection[str]) -> tuple[bytes, int]:
         """Wire format and number of the first `count` items that are still served and not unwanted.
@@ -361,6 +365,11 @@ class Ladder:
         await asyncio.gather(*self._writes)
         for ranker in (self.single, self.bulk):
             ranker.close()
+
+
+def _options_for(loaded: Loaded, options: Options) -> Options:
+    """What is asked for, without what this release takes no notice of."""
+    return options if loaded.snapshot.tower is not None else options.without_place_and_time
 
 
 def has_two_tower(users: Users) -> np.ndarray:

@@ -1,33 +1,44 @@
-"""Redis over one pipelined connection: many commands may be under way, replies come in their order.
+"""Redis over pipelined connections: many commands may be under way, replies come in their order.
 
 A general client spends more on one command than gRPC on one call; here a command is bytes that lie ready and a reply is
-what hiredis made of it. For one server (plain or TLS, with password and database) as `redis.url` names it.
+what hiredis made of it. Every failure of a connection is an OSError, and an error reply tells by `of_the_value` whether it is
+one of the server.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import hiredis
-from redis.asyncio import Redis
+from hiredis import ReplyError
 from redis.asyncio.connection import parse_url
-from redis.exceptions import RedisError
 
-from recsys_core.online import encoded_hash_tag
-
-log = logging.getLogger(__name__)
+from recsys_core.online import RECORD_FIELDS, recs_key, user_key
+from recsys_core.settings import RedisSettings
 
 CONNECT_SECONDS = 2.0
+WRONG_TYPE = "WRONGTYPE"
+REDIRECTS = ("MOVED", "ASK", "CLUSTERDOWN Hash slot not served")
+"""How replies begin by which a node of a cluster says that a key's slot is not its own, or nobody's for now."""
 
 
 class RespError(OSError):
-    """The connection is gone or the server refuses it."""
+    """The connection is gone, or the server refuses what is asked of it."""
+
+
+def of_the_value(error: ReplyError) -> bool:
+    """Whether an error reply is about the value of a key; any other is about the server or the caller's rights."""
+    return str(error).startswith(WRONG_TYPE)
+
+
+def is_redirect(error: ReplyError) -> bool:
+    """Whether a node of a cluster says that it does not have the key."""
+    return str(error).startswith(REDIRECTS)
 
 
 Sink = Callable[[list[Any] | None, Exception | None], None]
@@ -79,8 +90,8 @@ class _Protocol(asyncio.Protocol):
                     self._replies = replies
                     self._waiting.popleft()[1](whole, None)
         except (hiredis.HiredisError, IndexError) as error:
-            log.warning("Redis sent what is no reply to anything: %s", error)
-            self.close(RespError(f"Redis does not speak its protocol: {error}"))
+            said = f": {replies[-1]}" if replies and isinstance(replies[-1], ReplyError) else ""
+            self.close(RespError(f"what it sends is no reply to anything ({error}){said}"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self.close(RespError(f"the connection to Redis was lost: {error or 'closed by the server'}"))
@@ -104,60 +115,109 @@ class Login:
     cert_file: str = ""
     key_file: str = ""
 
+    @classmethod
+    def of(cls, settings: RedisSettings) -> Login:
+        """What the settings say."""
+        password = settings.password.get_secret_value()
+        return cls(settings.username, password, settings.ca_file, settings.cert_file, settings.key_file)
+
+    def tls(self) -> ssl.SSLContext:
+        """Raises OSError when a file can't be read."""
+        context = ssl.create_default_context(cafile=self.ca_file or None)
+        if self.cert_file:
+            context.load_cert_chain(self.cert_file, self.key_file or None)
+        return context
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server is and how it is greeted: `greetings` are commands that a new connection begins with."""
+
+    host: str = "localhost"
+    port: int = 6379
+    path: str = ""
+    tls: ssl.SSLContext | None = None
+    greetings: tuple[bytes, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of_url(cls, url: str, login: Login | None = None) -> Endpoint:
+        """Raises ValueError when `url` is not that of one server, OSError when a file for TLS can't be read."""
+        login = login or Login()
+        options: dict[str, Any] = dict(parse_url(url))
+        tls = None
+        if url.startswith("rediss:"):
+            tls = replace(login, ca_file=login.ca_file or options.get("ssl_ca_certs", "")).tls()
+            if options.get("ssl_cert_reqs") in ("none", "CERT_NONE"):
+                tls.check_hostname = False
+                tls.verify_mode = ssl.CERT_NONE
+        named = replace(
+            login,
+            username=login.username or options.get("username") or "",
+            password=login.password or options.get("password") or "",
+        )
+        greetings = _greetings(named)
+        if database := int(options.get("db") or 0):
+            greetings += (command(b"SELECT", b"%d" % database),)
+        host, port = options.get("host", "localhost"), int(options.get("port", 6379))
+        return cls(host, port, options.get("path", ""), tls, greetings)
+
+    @classmethod
+    def of_node(cls, host: str, port: int, login: Login, tls: ssl.SSLContext | None, *greetings: bytes) -> Endpoint:
+        """A node that a topology names."""
+        return cls(host, port, "", tls, _greetings(login) + greetings)
+
+
+def _greetings(login: Login) -> tuple[bytes, ...]:
+    if not login.password:
+        return ()
+    user = (login.username.encode(),) if login.username else ()
+    return (command(b"AUTH", *user, login.password.encode()),)
+
 
 class Connection:
     """One connection, made when it is needed. Every failure is an OSError."""
 
-    def __init__(self, url: str, login: Login | None = None) -> None:
-        """Raises ValueError when `url` is not that of one server, OSError when a file for TLS can't be read."""
-        login = login or Login()
-        options: dict[str, Any] = dict(parse_url(url))
-        self._path = options.get("path")
-        self._host, self._port = options.get("host", "localhost"), int(options.get("port", 6379))
-        self._tls: ssl.SSLContext | None = None
-        if url.startswith("rediss:"):
-            self._tls = ssl.create_default_context(cafile=login.ca_file or options.get("ssl_ca_certs"))
-            if login.cert_file:
-                self._tls.load_cert_chain(login.cert_file, login.key_file or None)
-        if self._tls is not None and options.get("ssl_cert_reqs") in ("none", "CERT_NONE"):
-            self._tls.check_hostname = False
-            self._tls.verify_mode = ssl.CERT_NONE
-        self._greetings: list[bytes] = []
-        if password := login.password or options.get("password"):
-            name = login.username or options.get("username")
-            user = [name.encode()] if name else []
-            self._greetings.append(command(b"AUTH", *user, password.encode()))
-        if database := int(options.get("db") or 0):
-            self._greetings.append(command(b"SELECT", b"%d" % database))
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
         self._protocol: _Protocol | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def send(self, data: bytes, replies: int, sink: Sink) -> bool:
-        """Send encoded commands now; `sink` gets their replies. False, and nothing sent, when there is no connection."""
+    def send(self, data: bytes, replies: int, sink: Sink) -> None:
+        """Send encoded commands, now when there is a connection; `sink` gets their replies."""
         protocol = self._protocol
-        if protocol is None or protocol.lost:
-            return False
-        protocol.send(data, replies, sink)
-        return True
+        if protocol is not None and not protocol.lost:
+            protocol.send(data, replies, sink)
+        else:
+            task = asyncio.create_task(self._connect_and_send(data, replies, sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connect_and_send(self, data: bytes, replies: int, sink: Sink) -> None:
+        try:
+            protocol = await self.connect()
+        except OSError as error:
+            sink(None, error)
+        else:
+            protocol.send(data, replies, sink)
 
     async def call(self, data: bytes, replies: int) -> list[Any]:
         """See `_Protocol.ask`. Raises OSError."""
-        await self.connect()
-        if self._protocol is None or self._protocol.lost:
-            raise RespError("the connection to Redis was lost at once")
-        return await self._protocol.ask(data, replies)
+        return await (await self.connect()).ask(data, replies)
 
-    async def connect(self) -> None:
-        """Make the connection unless there is one. Raises OSError.
+    async def connect(self) -> _Protocol:
+        """The connection, made unless there is one. Raises OSError.
 
         Callers that come while it is being made share it; one that gives up leaves it to the others.
         """
-        if self._protocol is not None and not self._protocol.lost:
-            return
-        if self._connecting is None:
-            self._connecting = asyncio.create_task(self._connect())
-            self._connecting.add_done_callback(self._made)
-        await asyncio.shield(self._connecting)
+        if self._protocol is None or self._protocol.lost:
+            if self._connecting is None:
+                self._connecting = asyncio.create_task(self._connect())
+                self._connecting.add_done_callback(self._made)
+            await asyncio.shield(self._connecting)
+        if self._protocol is None or self._protocol.lost:
+            raise RespError("the connection to Redis was lost at once")
+        return self._protocol
 
     def _made(self, task: asyncio.Task[None]) -> None:
         self._connecting = None
@@ -165,17 +225,20 @@ class Connection:
             task.exception()  # those who wait for it have it; nobody may
 
     async def _connect(self) -> None:
-        async with asyncio.timeout(CONNECT_SECONDS):
-            self._protocol = await self._greet()
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                self._protocol = await self._greet()
+        except (ValueError, RuntimeError) as error:  # of the names and of TLS in asyncio and uvloop
+            raise RespError(f"no connection to Redis can be made: {error}") from error
 
     async def _greet(self) -> _Protocol:
-        loop = asyncio.get_running_loop()
-        if self._path:
-            _, protocol = await loop.create_unix_connection(_Protocol, self._path)
+        loop, at = asyncio.get_running_loop(), self._endpoint
+        if at.path:
+            _, protocol = await loop.create_unix_connection(_Protocol, at.path)
         else:
-            _, protocol = await loop.create_connection(_Protocol, self._host, self._port, ssl=self._tls)
+            _, protocol = await loop.create_connection(_Protocol, at.host, at.port, ssl=at.tls)
         try:
-            replies = await protocol.ask(b"".join(self._greetings), len(self._greetings)) if self._greetings else []
+            replies = await protocol.ask(b"".join(at.greetings), len(at.greetings)) if at.greetings else []
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise RespError(f"Redis refuses the connection: {reply}")
@@ -187,8 +250,17 @@ class Connection:
     def drop(self) -> None:
         """Give the connection up; the next call makes a new one."""
         if self._protocol is not None:
-            self._protocol.close(RespError("the connection to Redis was given up"))
-            self._protocol = None
+            protocol, self._protocol = self._protocol, None
+            protocol.close(RespError("the connection to Redis was given up"))
+
+    async def close(self) -> None:
+        """Give up the connection, or the making of one."""
+        self.drop()
+        tasks = [*self._tasks, *([self._connecting] if self._connecting else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.drop()
 
 
 def command(*words: bytes) -> bytes:
@@ -196,38 +268,53 @@ def command(*words: bytes) -> bytes:
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
 
 
+def words_of(call: Sequence[object]) -> tuple[bytes, ...]:
+    """The words of a call (`redis_client.Script.call`) as bytes."""
+    return tuple(word if isinstance(word, bytes) else str(word).encode() for word in call)
+
+
+_NAMES = b"".join(b"$%d\r\n%b\r\n" % (len(name), name) for name in RECORD_FIELDS)
+_ONE = (
+    b"*%d\r\n$5\r\nHMGET\r\n$%%d\r\nuser:{%%b}\r\n" % (len(RECORD_FIELDS) + 2)
+    + _NAMES.replace(b"%", b"%%")
+    + b"*2\r\n$3\r\nGET\r\n$%d\r\nrecs:{%b}\r\n"
+)
+_ASKING = command(b"ASKING")
+
+
+def read_of(user_id: bytes) -> bytes:
+    """The two commands that read a user: HMGET of the record's fields, GET of the cached answer."""
+    if b"{" in user_id or b"}" in user_id:
+        name = user_id.decode()
+        return b"".join(_keyed(user_key(name).encode(), recs_key(name).encode()))
+    size = len(user_id) + 7
+    return _ONE % (size, user_id, size, user_id)
+
+
+def _keyed(record: bytes, answer: bytes) -> tuple[bytes, bytes]:
+    return command(b"HMGET", record, *RECORD_FIELDS), command(b"GET", answer)
+
+
 class Pipelined:
-    """Reads and calls over one pipelined connection to one server."""
+    """Reads and calls of one server, over three connections: what callers wait for, what is for many users, and the rest."""
 
-    def __init__(self, url: str, fields: Sequence[bytes], login: Login | None = None) -> None:
-        """Raises ValueError when `url` is not that of one server, OSError when a file for TLS can't be read."""
-        names = b"".join(b"$%d\r\n%b\r\n" % (len(field), field) for field in fields)
-        self._one = (
-            b"*%d\r\n$5\r\nHMGET\r\n$%%d\r\nuser:{%%b}\r\n" % (len(fields) + 2)
-            + names.replace(b"%", b"%%")
-            + b"*2\r\n$3\r\nGET\r\n$%d\r\nrecs:{%b}\r\n"
-        )
-        self._reads = Connection(url, login)
-        self._calls = Connection(url, login)
-        self._tasks: set[asyncio.Task[None]] = set()
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._reads = Connection(endpoint)
+        self._many = Connection(endpoint)
+        self._calls = Connection(endpoint)
 
-    def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
-        """Give `sink` two replies for each user: HMGET of the record's fields, GET of the cached answer."""
-        one = self._one
-        data = b"".join([one % (len(u) + 7, u, len(u) + 7, u) for u in map(encoded_hash_tag, user_ids)])
-        if not self._reads.send(data, 2 * len(user_ids), sink):
-            task = asyncio.create_task(self._connect_and_send(data, 2 * len(user_ids), sink))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    def read(self, user_ids: Sequence[bytes], sink: Sink, many: bool = False) -> None:
+        """Give `sink` two replies for each user, see `read_of`; with `many` those of single callers are not behind them."""
+        connection = self._many if many else self._reads
+        connection.send(b"".join([read_of(user_id) for user_id in user_ids]), 2 * len(user_ids), sink)
 
-    async def _connect_and_send(self, data: bytes, replies: int, sink: Sink) -> None:
-        try:
-            await self._reads.connect()
-        except OSError as error:
-            sink(None, error)
-            return
-        if not self._reads.send(data, replies, sink):
-            sink(None, RespError("the connection to Redis was lost at once"))
+    async def read_one(self, user_id: bytes, asking: bool) -> list[Any]:
+        """The two replies for a user; `asking` when a cluster is just moving its slot to this node. Raises OSError."""
+        name = user_id.decode()
+        record, answer = _keyed(user_key(name).encode(), recs_key(name).encode())
+        if not asking:
+            return await self._calls.call(record + answer, 2)
+        return (await self._calls.call(_ASKING + record + _ASKING + answer, 4))[1::2]
 
     async def call(self, commands: Sequence[tuple[bytes, ...]]) -> list[Any]:
         """Replies of commands, on a connection of their own. Raises OSError."""
@@ -235,52 +322,9 @@ class Pipelined:
 
     def drop(self) -> None:
         """Give the connections up; what comes next makes new ones."""
-        self._reads.drop()
-        self._calls.drop()
+        for connection in (self._reads, self._many, self._calls):
+            connection.drop()
 
     async def close(self) -> None:
-        self.drop()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-class ThroughClient:
-    """The same through a client of `redis.asyncio`, which knows Cluster and Sentinel and costs more for a command."""
-
-    def __init__(self, client: Any, fields: Sequence[bytes]) -> None:
-        self._client = client
-        self._fields = fields
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
-        """See `Pipelined.read`."""
-        task = asyncio.create_task(self._read(user_ids, sink))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
-        commands: list[tuple[bytes, ...]] = []
-        for user in map(encoded_hash_tag, user_ids):
-            commands += ((b"HMGET", b"user:{%b}" % user, *self._fields), (b"GET", b"recs:{%b}" % user))
-        try:
-            replies = await self.call(commands)
-        except OSError as error:
-            sink(None, error)
-            return
-        sink(replies, None)
-
-    async def call(self, commands: Sequence[tuple[bytes, ...]]) -> list[Any]:
-        """See `Pipelined.call`; error replies are `redis.ResponseError` here."""
-        pipeline = self._client.pipeline(transaction=False) if isinstance(self._client, Redis) else self._client.pipeline()
-        for words in commands:
-            pipeline.execute_command(*words)
-        try:
-            return list(await pipeline.execute(raise_on_error=False))
-        except RedisError as error:
-            raise RespError(str(error)) from error
-
-    def drop(self) -> None:
-        """redis-py replaces what is broken by itself."""
-
-    async def close(self) -> None:
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._client.aclose()
+        for connection in (self._reads, self._many, self._calls):
+            await connection.close()

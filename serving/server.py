@@ -430,14 +430,16 @@ class Server:
         recommender = Recommender(self.champion, self.ladder, self._settings)
         gate = Gate(recommender, self._settings, self.metrics, self._tokens, self._tracing)
         server.add_generic_rpc_handlers((gate.handlers(),))
-        self.store.crowd = Crowd(lambda: gate.open_calls + self._health.watchers)
-        self.metrics.gauges["calls_waiting"] = self.store.crowd.waiting
+        crowd = Crowd(lambda: gate.open_calls + self._health.watchers)
+        self.store.topology.follow_crowd(crowd)
+        self.metrics.gauges["calls_waiting"] = crowd.waiting
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflects():
             from grpc_reflection.v1alpha import reflection
 
             reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = self._bind(server, self._settings.serving.port, self._credentials)
+        await self.store.prepare()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING, LIVE)
         await self._tell_health()
         await server.start()

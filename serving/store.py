@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import NamedTuple
 
 from hiredis import ReplyError
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+from redis.retry import Retry
 
-from recsys_core.live_trends import LiveTrendReader
+from recsys_core.live_trends import LiveTrend, LiveTrendReader
 from recsys_core.online import (
     LAST_TS,
+    PUT_ANSWER,
     RECORD_FIELDS,
     TRENDING_KEY,
     CachedAnswer,
     CorruptValue,
     TrendingValue,
     UserRecord,
+    put_answer,
     recs_key,
     user_key,
 )
-from recsys_core.redis_client import async_client, client
+from recsys_core.redis_client import client
 from recsys_core.settings import RedisSettings
-from serving.breaker import Breaker
-from serving.crowd import Crowd
 from serving.metrics import Metrics
-from serving.resp import Login, Pipelined, ThroughClient
+from serving.node import BACKGROUND_SECONDS, NOTHING, Node, Raw, meaning
+from serving.resp import WRONG_TYPE, RespError, of_the_value, words_of
+from serving.seldom import Seldom
+from serving.topology import Shard, Topology, topology_of
 
 log = logging.getLogger(__name__)
 
-MAX_USERS = 512
-"""Users read in one round trip."""
-GATHER_SECONDS = 0.002
-GATHERED_USERS = 32
-"""While callers queue, a read waits this long for others to share its round trip, or until it is for so many users."""
-BACKGROUND_SECONDS = 1.0
-"""Deadline of what no caller waits for: trends and write-back."""
-
-T = TypeVar("T")
-Raw = tuple[Any, Any]
-"""The replies for a user: values of RECORD_FIELDS, and the cached answer."""
-NOTHING: Raw = ((None,) * len(RECORD_FIELDS), None)
-ERRORS = (ReplyError, ResponseError)
 LAST_TS_AT = RECORD_FIELDS.index(LAST_TS)
 
 
@@ -68,192 +61,125 @@ class UserState:
         return UserRecord.decode(self.values)
 
 
-class _Read:
-    """Calls that share a round trip; takes its replies."""
-
-    __slots__ = ("calls", "ended", "started", "store", "timer")
-
-    def __init__(self, store: Store, calls: list[tuple[int, asyncio.Future[list[Raw]]]]) -> None:
-        self.store = store
-        self.calls = calls
-        self.started = time.perf_counter()
-        self.timer: asyncio.TimerHandle | None = None
-        self.ended = False
-
-    def __call__(self, replies: list[Any] | None, error: Exception | None) -> None:
-        """The replies, or why there are none."""
-        if self.ended:
-            return
-        self.ended = True
-        if self.timer is not None:
-            self.timer.cancel()
-        self.store.metrics.steps["redis"].observe(time.perf_counter() - self.started)
-        if replies is None:
-            self.store.note_failure(error or TimeoutError("no answer in time"))
-            self.give_nothing()
-        else:
-            self.store.breaker.succeeded()
-            self.give(replies)
-        self.store.ended()
-
-    def give(self, replies: list[Any]) -> None:
-        at = 0
-        for users, future in self.calls:
-            if not future.done():
-                future.set_result([(replies[i], replies[i + 1]) for i in range(at, at + 2 * users, 2)])
-            at += 2 * users
-
-    def late(self) -> None:
-        self(None, TimeoutError("no answer in time"))
-
-    def give_nothing(self) -> None:
-        for users, future in self.calls:
-            if not future.done():
-                future.set_result([NOTHING] * users)
-
-
-def reader(settings: RedisSettings) -> Pipelined | ThroughClient:
-    """How the users' states are read: pipelined from one server, through redis-py from a Cluster or by Sentinel.
-
-    Raises OSError when a file for TLS can't be read.
-    """
-    if settings.mode != "standalone":
-        return ThroughClient(async_client(settings), RECORD_FIELDS)
-    password = settings.password.get_secret_value()
-    login = Login(settings.username, password, settings.ca_file, settings.cert_file, settings.key_file)
-    return Pipelined(settings.url, RECORD_FIELDS, login)
-
-
 class LiveTrends:
     """The trend of the speed layer, read in a thread: it takes some milliseconds of the processor, not of a caller."""
 
     def __init__(self, settings: RedisSettings, half_lives_hours: Sequence[float]) -> None:
-        self._redis = client(settings, socket_timeout=BACKGROUND_SECONDS)
+        once = Retry(NoBackoff(), 0)
+        self._redis = client(settings, socket_timeout=BACKGROUND_SECONDS, socket_connect_timeout=BACKGROUND_SECONDS, retry=once)
         self._reader = LiveTrendReader(half_lives_hours)
+        self._reading: asyncio.Task[LiveTrend | None] | None = None
 
     async def read(self) -> TrendingValue | None:
-        """None while there are no live buckets. Raises OSError, and CorruptValue when they can't be read."""
-        try:
-            found = await asyncio.to_thread(self._reader.read, self._redis, int(time.time() * 1000))
-        except (ResponseError, ValueError, TypeError) as error:
-            raise CorruptValue(f"live trends: {error}") from error
-        except RedisError as error:
-            raise ConnectionError(str(error)) from error
+        """None while there are no live buckets. Raises OSError, and CorruptValue when they can't be read.
+
+        A read that Redis holds up goes on in its thread; the next call waits for the same one.
+        """
+        if self._reading is None:
+            self._reading = asyncio.create_task(asyncio.to_thread(self._read))
+        async with asyncio.timeout(BACKGROUND_SECONDS):
+            await asyncio.wait([self._reading])
+        reading, self._reading = self._reading, None
+        found = reading.result()
         if found is None:
             return None
         scores = dict(zip(found.items, map(tuple, found.scores.tolist()), strict=True))
         return TrendingValue(found.computed_at, "", scores)
 
+    def _read(self) -> LiveTrend | None:
+        try:
+            return self._reader.read(self._redis, int(time.time() * 1000))
+        except RedisError as error:
+            if isinstance(error, ResponseError) and WRONG_TYPE in str(error):
+                raise CorruptValue(f"live trends: {error}") from error
+            raise ConnectionError(str(error)) from error
+        except (ValueError, TypeError) as error:
+            raise CorruptValue(f"live trends: {error}") from error
+
     def close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
         self._redis.close()
 
 
+class Circuit(NamedTuple):
+    """The breakers of all nodes: whether one is open, and how often they have opened."""
+
+    open: bool
+    opened: int
+
+
 class Store:
-    """Reads that never raise and never last longer than their deadline.
+    """Reads that never raise and never last much longer than their deadline.
 
     Attributes:
-        breaker: of Redis.
+        topology: which Redis has whose keys.
         counts: failures, skipped calls and corrupt values since the start.
-        crowd: tells whether callers queue; without one no read waits for others.
     """
 
     def __init__(
-        self,
-        settings: RedisSettings,
-        ttl_seconds: int,
-        metrics: Metrics | None = None,
-        redis: Pipelined | ThroughClient | None = None,
+        self, settings: RedisSettings, ttl_seconds: int, metrics: Metrics | None = None, topology: Topology | None = None
     ) -> None:
-        """`redis` is how it is reached, without one by a pipelined connection to the server at `settings.url`."""
+        """`topology` is how Redis is reached, without one as the settings say. Raises OSError for files of TLS."""
         self.metrics = metrics or Metrics()
         self.counts = self.metrics.events
-        self.breaker = Breaker("Redis")
-        self._redis: Pipelined | ThroughClient = redis or reader(settings)
-        self._deadline = settings.timeout_ms / 1000
+        self.topology = topology or topology_of(settings, self.metrics)
         self._ttl = ttl_seconds
-        self._waiting: list[tuple[Sequence[bytes], asyncio.Future[list[Raw]]]] = []
-        self._waiting_since = 0.0
-        self._under_way = 0
-        self._gathering: asyncio.TimerHandle | None = None
+        self._deadline = settings.timeout_ms / 1000
         self._refuses_writes = False
-        self.crowd: Crowd | None = None
+        self._corrupt = Seldom(log)
+        self._live_fails = False
+
+    @property
+    def breaker(self) -> Circuit:
+        """Of all nodes."""
+        breakers = [node.breaker for node in self.topology.nodes]
+        return Circuit(any(breaker.open for breaker in breakers), sum(breaker.opened for breaker in breakers))
+
+    async def prepare(self) -> None:
+        """Find out where the keys are, so that the first callers need not wait for it. Never raises."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BACKGROUND_SECONDS):
+                await self.topology.find()
 
     def read(self, user_ids: Sequence[bytes]) -> asyncio.Future[list[Raw]]:
-        """What Redis holds of some users; NOTHING for each when it does not answer in time.
+        """What Redis holds of some users; NOTHING for each whose server does not answer in time."""
+        layout = self.topology.layout
+        shard = layout.shard(user_ids[0]) if len(user_ids) == 1 or layout.slots is None else None
+        if shard is None:
+            return asyncio.get_running_loop().create_task(self._read_apart(user_ids))
+        return shard.reader().read(user_ids)
 
-        Calls that come while a round trip is under way share the next one. Of callers that queue most would come too late
-        for that, because gRPC hands their calls over one by one: then a round trip waits for some of them.
-        """
-        loop = asyncio.get_running_loop()
-        found: asyncio.Future[list[Raw]] = loop.create_future()
-        if not self._waiting:
-            self._waiting_since = time.perf_counter()
-        self._waiting.append((user_ids, found))
-        if not self._under_way:
-            self._send_or_gather()
-        return found
-
-    def ended(self) -> None:
-        """A round trip is over: send what has come meanwhile."""
-        self._under_way -= 1
-        if self._waiting and not self._under_way:
-            self._send_or_gather()
-
-    def _send_or_gather(self) -> None:
-        if self._gathering is None:
-            if self.crowd is not None and self.crowd.crowded():
-                self._gathering = asyncio.get_running_loop().call_later(GATHER_SECONDS, self._gathered)
+    async def _read_apart(self, user_ids: Sequence[bytes]) -> list[Raw]:
+        """Users of several shards, each asked for its own; those whose shard is not known once it is, within the deadline."""
+        if any(self.topology.layout.shard(user_id) is None for user_id in user_ids):
+            self.topology.look_soon()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._deadline):
+                    await self.topology.find()
+        parts: dict[int, tuple[Shard, list[int]]] = {}
+        for at, user_id in enumerate(user_ids):
+            shard = self.topology.layout.shard(user_id)
+            if shard is None:
+                self.counts["redis_skipped"] += 1
             else:
-                self._send_waiting()
-        elif sum(len(user_ids) for user_ids, _ in self._waiting) >= GATHERED_USERS:
-            self._gathering.cancel()
-            self._gathered()
-
-    def _gathered(self) -> None:
-        self._gathering = None
-        if self.crowd is not None:
-            self.crowd.gathered(len(self._waiting))
-        self._send_waiting()
-
-    def _send_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        while waiting:
-            taken: list[tuple[Sequence[bytes], asyncio.Future[list[Raw]]]] = []
-            users: list[bytes] = []
-            while waiting and (not taken or len(users) + len(waiting[0][0]) <= MAX_USERS):
-                call = waiting.pop(0)
-                if not call[1].done():
-                    taken.append(call)
-                    users += call[0]
-            if taken:
-                self._send(users, [(len(user_ids), future) for user_ids, future in taken])
-
-    def _send(self, users: list[bytes], calls: list[tuple[int, asyncio.Future[list[Raw]]]]) -> None:
-        read = _Read(self, calls)
-        if not self.breaker.allows():
-            self.counts["redis_skipped"] += 1
-            read.give_nothing()
-            return
-        left = self._deadline - (read.started - self._waiting_since)
-        read.timer = asyncio.get_running_loop().call_later(max(0.0, left), read.late)
-        self._under_way += 1
-        self._redis.read(users, read)
-
-    def note_failure(self, error: Exception) -> None:
-        """Count a failed call; connections that time out again and again are given up."""
-        self.counts["redis_failures"] += 1
-        if self.breaker.failed(error):
-            self._redis.drop()
+                parts.setdefault(id(shard), (shard, []))[1].append(at)
+        reads = [shard.reader().read([user_ids[at] for at in places]) for shard, places in parts.values()]
+        raws = [NOTHING] * len(user_ids)
+        for (_, places), found in zip(parts.values(), await asyncio.gather(*reads), strict=True):
+            for at, raw in zip(places, found, strict=True):
+                raws[at] = raw
+        return raws
 
     def state(self, user_id: str, raw: Raw) -> UserState:
         """A user's state from what `read` gave; values that can't be read are counted and passed over."""
         record, answer = raw
-        if isinstance(record, ERRORS):
+        if isinstance(record, ReplyError):
             self.note_corrupt(user_key(user_id), record)
             record = NOTHING[0]
         decoded = None
         try:
-            if isinstance(answer, ERRORS):
+            if isinstance(answer, ReplyError):
                 raise CorruptValue(str(answer))
             decoded = None if answer is None else CachedAnswer.decode(answer)
         except CorruptValue as error:
@@ -266,29 +192,57 @@ class Store:
         return UserState(decoded, last_ts, tuple(record))
 
     def note_corrupt(self, key: str, error: Exception) -> None:
-        """Log and count a value that can't be read."""
+        """Count a value that can't be read, and tell of it now and then."""
         self.counts["corrupt_values"] += 1
-        log.warning("Redis key %s can't be read and is passed over: %s", key, error)
+        self._corrupt.warn("Redis key %r can't be read and is passed over: %s", key, error)
 
     async def write_answers(self, answers: Iterable[tuple[str, bytes]]) -> None:
-        """Write encoded answers by user id; a failure is counted."""
-        ttl = b"%d" % self._ttl
-        commands = [(b"SET", recs_key(user_id).encode(), value, b"EX", ttl) for user_id, value in answers]
+        """Write encoded answers by user id, each beside the record that it was made from; a failure is counted."""
+        parts: dict[int, tuple[Node, list[tuple[bytes, ...]]]] = {}
+        for user_id, value in answers:
+            shard = self.topology.layout.shard(user_id.encode())
+            if shard is None:
+                self.counts["redis_skipped"] += 1
+                continue
+            words = words_of(put_answer(user_id, value, self._ttl, beside_record=True))
+            parts.setdefault(id(shard.master), (shard.master, []))[1].append(words)
         started = time.perf_counter()
-        replies = await self._call(lambda: self._redis.call(commands))
+        refused = await asyncio.gather(*(self._write(node, commands) for node, commands in parts.values()))
         self.metrics.steps["write"].observe(time.perf_counter() - started)
-        refused = [reply for reply in replies or () if isinstance(reply, ERRORS)]
+        self._note_refused([error for errors in refused for error in errors])
+
+    async def _write(self, node: Node, commands: list[tuple[bytes, ...]]) -> list[ReplyError]:
+        """The error replies."""
+        replies = await node.call(commands) or []
+        unknown = [words for words, reply in zip(commands, replies, strict=False) if _is_unknown_script(reply)]
+        if unknown:
+            text = PUT_ANSWER.text.encode()
+            again = await node.call([(b"EVAL", text, *words[2:]) for words in unknown]) or []
+            replies = [reply for reply in replies if not _is_unknown_script(reply)] + again
+        return [reply for reply in replies if type(reply) is ReplyError]
+
+    def _note_refused(self, refused: list[ReplyError]) -> None:
         self.counts["redis_failures"] += len(refused)
-        if refused and not self._refuses_writes:
-            log.warning("Redis takes no answers (%s); they are computed again and again", refused[0])
+        if refused:
+            self.topology.look_soon()
+            if not self._refuses_writes:
+                log.warning("Redis takes no answers (%s); they are computed again and again", refused[0])
         self._refuses_writes = bool(refused)
 
     async def trending(self) -> TrendingValue | None:
         """What is trending, None when there is nothing or it can't be read."""
-        replies = await self._call(lambda: self._redis.call([(b"GET", TRENDING_KEY.encode())]))
+        key = TRENDING_KEY.encode()
+        shard = self.topology.layout.shard(key)
+        if shard is None:
+            self.topology.look_soon()
+            return None
+        replies = await shard.master.call([(b"GET", key)])
         value = replies[0] if replies else None
+        if type(value) is ReplyError and not of_the_value(value):
+            shard.master.note_failure(RespError(meaning(value)))
+            return None
         try:
-            if isinstance(value, ERRORS):
+            if type(value) is ReplyError:
                 raise CorruptValue(str(value))
             return None if value is None else TrendingValue.decode(value)
         except CorruptValue as error:
@@ -315,24 +269,26 @@ class Store:
             await asyncio.sleep(seconds)
 
     async def _live_trending(self, live: LiveTrends | None) -> TrendingValue | None:
+        """None when there is none. That Redis does not answer is told of by the breakers of its nodes."""
+        if live is None:
+            return None
         try:
-            return None if live is None else await self._call(live.read)
+            found = await live.read()
         except CorruptValue as error:
             self.note_corrupt("trend:*", error)
             return None
-
-    async def _call(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        if not self.breaker.allows():
-            self.counts["redis_skipped"] += 1
-            return None
-        try:
-            async with asyncio.timeout(BACKGROUND_SECONDS):
-                result = await call()
         except OSError as error:
-            self.note_failure(error)
+            self.counts["redis_failures"] += 1
+            if not self._live_fails:
+                log.info("the live trends can't be read (%s); the last known ones stay in use", error)
+            self._live_fails = True
             return None
-        self.breaker.succeeded()
-        return result
+        self._live_fails = False
+        return found
 
     async def close(self) -> None:
-        await self._redis.close()
+        await self.topology.close()
+
+
+def _is_unknown_script(reply: object) -> bool:
+    return type(reply) is ReplyError and str(reply).startswith("NOSCRIPT")

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from recsys_core.masking import MaskedFormatter, masked_text, one_line
+from recsys_core.log_lines import TextLines
+from recsys_core.masking import masked_text
 from recsys_core.settings import ServingSettings
 
 REQUEST_ID = "x-request-id"
@@ -82,7 +83,7 @@ class Tracing:
             self._provider.shutdown()
 
 
-class JsonLines(MaskedFormatter):
+class JsonLines(logging.Formatter):
     """A record as one JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -95,21 +96,12 @@ class JsonLines(MaskedFormatter):
         fields: Mapping[str, Any] = getattr(record, "fields", {})
         line |= fields
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = masked_text(self.formatException(record.exc_info))
         return json.dumps(line)
-
-
-class TextLines(MaskedFormatter):
-    """A record as a line for people, with its fields behind the message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields: Mapping[str, Any] = getattr(record, "fields", {})
-        return super().format(record) + "".join(f" {name}={one_line(str(value))}" for name, value in fields.items())
 
 
 def set_up_logging(settings: ServingSettings) -> None:
     """Logs of this process go to stderr as `serving.log_format` says."""
     handler = logging.StreamHandler()
-    text = TextLines("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

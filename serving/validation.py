@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -62,7 +62,7 @@ NO_DIVERSITY = Diversity()
 
 @dataclass(frozen=True)
 class Context:
-    """Where the user is. `current_item` is the item that the user looks at; `excluded` of the options holds it too."""
+    """Where the user is; it changes what is recommended. `current_item` is the item that the user looks at; `excluded` of the options holds it too."""
 
     current_item: str = ""
     device: str = ""
@@ -87,10 +87,10 @@ class Options:
 
     @property
     def needs_computing(self) -> bool:
-        """Whether a cached answer can't hold what is asked for."""
+        """Whether a cached answer, which is made for no context, can't hold what is asked for."""
         return bool(
             self.filter != EVERY_ITEM
-            or self.context.current_item
+            or self.context != NO_CONTEXT
             or self.explain
             or self.diversity != NO_DIVERSITY
             or self.include_consumed
@@ -100,6 +100,11 @@ class Options:
     def plain(self) -> bool:
         """Whether the answer depends on the user and the count alone, and so may be cached."""
         return not (self.needs_computing or self.excluded)
+
+    @cached_property
+    def without_place_and_time(self) -> Options:
+        """The same for a release that takes no notice of device, country and time of the request: it has no user tower."""
+        return replace(self, context=Context(self.context.current_item)) if self.context != NO_CONTEXT else self
 
 
 def parse(kind: type[M], data: bytes) -> M:

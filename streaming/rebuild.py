@@ -241,7 +241,8 @@ class TopicSource:
         offset = np.fromiter([m.offset() for m in messages], np.int64, len(messages))
         values = [m.value() for m in messages]
         max_bytes = self._settings.kafka.max_message_bytes
-        decoded = decode(values, self._settings.events, max_bytes, self._arrivals.of(messages))
+        appended = self._arrivals.of(messages)
+        decoded = decode(values, self._settings.events, max_bytes, appended)
         for number in np.unique(partition).tolist():
             self._next[number] = int(offset[partition == number][-1]) + 1
         return Batch(decoded.events, partition[decoded.rows], offset[decoded.rows], appended[decoded.rows])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 
-from recsys_core.masking import MaskedFormatter
+from recsys_core.log_lines import set_up_text_log
 from recsys_core.settings import Settings
 from streaming.worker import Worker
 
 
 def main(settings: Settings) -> int:
     """Run a worker. Returns the exit code."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(MaskedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    set_up_text_log()
     worker = Worker(settings)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: worker.stop())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,25 +16,77 @@ import redis
 from recsys_cli.processes import wait_until
 from recsys_cli.stack import redis_binary
 
+MASTERS = 3
+
+
+class Cluster:
+    """Three masters on loopback, each with a replica or none; nodes can be killed, frozen and started again.
+
+    Attributes:
+        nodes: addresses of the masters as they were at the start.
+        replicas: address of the replica of each.
+    """
+
+    def __init__(self, home: Path, replicated: bool = False, options: Sequence[str] = ()) -> None:
+        self._home = home
+        self._options = options
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        addresses = [f"127.0.0.1:{_free()}" for _ in range(2 * MASTERS if replicated else MASTERS)]
+        self.nodes, self.replicas = addresses[:MASTERS], addresses[MASTERS:]
+        for address in addresses:
+            self.start(address)
+
+    def start(self, address: str) -> None:
+        """Start a node and wait until it answers."""
+        port = address.rpartition(":")[2]
+        folder = self._home / port
+        folder.mkdir(exist_ok=True)
+        options = ["--cluster-enabled", "yes", "--cluster-config-file", str(folder / "nodes.conf"), "--save", ""]
+        command = [str(redis_binary()), "--port", port, "--bind", "127.0.0.1", "--dir", str(folder), *options, *self._options]
+        self._running[address] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(lambda: _answers(self.node(address)), "a node", 20, lambda: None)
+
+    def node(self, address: str) -> Any:
+        """A client of one node alone."""
+        return redis.Redis(port=int(address.rpartition(":")[2]))
+
+    def join(self) -> None:
+        """Make a cluster of the nodes."""
+        _join([self.node(address) for address in self.nodes], [self.node(address) for address in self.replicas])
+
+    def master_of(self, key: str) -> str:
+        """Address of the master that has a key."""
+        slot = self.node(self.nodes[0]).execute_command("CLUSTER", "KEYSLOT", key)
+        return self.nodes[slot // (16384 // MASTERS + 1)]
+
+    def signal(self, address: str, number: int) -> None:
+        os.kill(self._running[address].pid, number)
+
+    def kill(self, address: str) -> None:
+        self.signal(address, signal.SIGKILL)
+        self._running.pop(address).wait()
+
+    def stop(self) -> None:
+        for address in list(self._running):
+            self.kill(address)
+
+
+@contextmanager
+def cluster(home: Path, replicated: bool = False, options: Sequence[str] = ()) -> Iterator[Cluster]:
+    """A running cluster; `options` are further arguments of its nodes."""
+    made = Cluster(home, replicated, options)
+    try:
+        made.join()
+        yield made
+    finally:
+        made.stop()
+
 
 @contextmanager
 def redis_cluster(home: Path) -> Iterator[list[str]]:
     """Three masters on loopback; yields their addresses."""
-    ports = [_free() for _ in range(3)]
-    servers = []
-    for port in ports:
-        folder = home / str(port)
-        folder.mkdir()
-        options = ["--cluster-enabled", "yes", "--cluster-config-file", str(folder / "nodes.conf"), "--save", ""]
-        command = [str(redis_binary()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), *options]
-        servers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-    try:
-        _join(ports)
-        yield [f"127.0.0.1:{port}" for port in ports]
-    finally:
-        for running in servers:
-            running.kill()
-            running.wait()
+    with cluster(home) as made:
+        yield made.nodes
 
 
 def _free() -> int:
@@ -45,16 +99,40 @@ def _free() -> int:
             return port
 
 
-def _join(ports: list[int]) -> None:
-    nodes = [redis.Redis(port=port) for port in ports]
+def _join(masters: list[Any], replicas: list[Any]) -> None:
+    nodes = [*masters, *replicas]
+    share = 16384 // len(masters) + 1
+    port = masters[0].connection_pool.connection_kwargs["port"]
     for node in nodes:
-        wait_until(lambda node=node: _answers(node), "a node", 20, lambda: None)
-    share = 16384 // len(nodes) + 1
-    for at, node in enumerate(nodes):
+        node.execute_command("CLUSTER", "MEET", "127.0.0.1", port)
+    for at, node in enumerate(masters):
         node.execute_command("CLUSTER", "ADDSLOTS", *range(at * share, min((at + 1) * share, 16384)))
-        node.execute_command("CLUSTER", "MEET", "127.0.0.1", ports[0])
+    count = str(len(nodes))
+    wait_until(lambda: all(_info(node)["cluster_known_nodes"] == count for node in nodes), "the cluster", 30, lambda: None)
+    for master, replica in zip(masters, replicas, strict=False):
+        name = master.execute_command("CLUSTER", "MYID")
+        wait_until(lambda replica=replica, name=name: _follows(replica, name), "a replica", 30, lambda: None)
     wait_until(lambda: all(_info(node)["cluster_state"] == "ok" for node in nodes), "the cluster", 30, lambda: None)
-    wait_until(lambda: all(_info(node)["cluster_known_nodes"] == "3" for node in nodes), "the cluster", 30, lambda: None)
+    wait_until(lambda: all(_linked(replica) for replica in replicas), "the replicas", 30, lambda: None)
+    wait_until(lambda: all(_replicas(node) == len(replicas) for node in nodes), "the replicas", 30, lambda: None)
+
+
+def _replicas(node: Any) -> int:
+    """Replicas that a node has heard of."""
+    return sum("slave" in other["flags"] for other in node.cluster("NODES").values())
+
+
+def _follows(replica: Any, master: bytes) -> bool:
+    """Whether a node has become the replica of a master; it must have heard of it before."""
+    try:
+        replica.execute_command("CLUSTER", "REPLICATE", master)
+    except redis.ResponseError:
+        return False
+    return True
+
+
+def _linked(replica: Any) -> bool:
+    return bool(replica.info("replication").get("master_link_status") == "up")
 
 
 def _info(node: Any) -> dict[str, str]:

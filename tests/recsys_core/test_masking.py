@@ -17,10 +17,11 @@ from pydantic import SecretStr, ValidationError
 from rich.console import Console
 
 from recsys_cli.config import documented_toml, explain_invalid, settings_table
-from recsys_core.masking import MASK, MaskedFormatter, masked, masked_text
+from recsys_core.log_lines import TextLines
+from recsys_core.masking import MASK, masked, masked_text
 from recsys_core.release import Releases, StoreAway
 from recsys_core.settings import KafkaSettings, RedisSettings, Section, Settings, SparkSettings
-from serving.tracing import JsonLines, TextLines
+from serving.tracing import JsonLines
 
 SECRET = "hush-9f3b7c"
 IN_URL = f"scheme://someone:{SECRET}@host.example:1234/path?part=1"
@@ -151,7 +152,7 @@ def test_no_value_of_a_parameter_that_is_named_as_a_secret_is_left(name: str, va
         assert value not in masked_text(text)
 
 
-@pytest.fixture(params=[TextLines("%(levelname)s %(name)s: %(message)s"), JsonLines(), MaskedFormatter("%(message)s")])
+@pytest.fixture(params=[TextLines("%(levelname)s %(name)s: %(message)s"), JsonLines(), TextLines()])
 def written(request: pytest.FixtureRequest) -> Iterator[tuple[logging.Logger, io.StringIO]]:
     out = io.StringIO()
     handler = logging.StreamHandler(out)

