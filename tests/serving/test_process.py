@@ -66,6 +66,23 @@ def test_a_signal_ends_it_in_order(process: tuple[subprocess.Popen[str], str], n
     assert "Traceback" not in said
 
 
+def test_files_of_the_served_release_may_be_cut_short_and_overwritten(
+    process: tuple[subprocess.Popen[str], str], empty_world: World
+) -> None:
+    """`cp` and `rsync --inplace` do that; a server that had them mapped was killed by SIGBUS."""
+    server, address = process
+    with RecsysClient(address, timeout=60) as client:
+        before = client.similar_items("item-1").items
+        for file in Path(empty_world.releases.root).rglob("*"):
+            if file.is_file():
+                with file.open("r+b") as written:
+                    written.truncate(0)
+        for at in range(500):
+            assert len(client.recommend(f"user-{at}", current_item=f"item-{at}", explain=at % 7 == 0)) == 10
+        assert client.similar_items("item-1").items == before
+    assert server.poll() is None
+
+
 def test_a_taken_port_is_said_and_is_exit_code_1(empty_world: World, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
