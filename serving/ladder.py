@@ -35,6 +35,8 @@ BATCH_USERS = 256
 """Users of a batch that are read and ranked at a time, between which other calls get their turn."""
 MICRO_BATCH = 32
 """Most users of single calls that are ranked together: a bound of the wait of the calls behind them."""
+COSTLY_USERS, COSTLY_ITEMS = 16, 1000
+"""The same for answers whose items cost more than plain ones: some 30 ms of work, after which other calls get their turn."""
 ANSWER_SHARE = 0.8
 """Of the time that the caller still waits, what an answer may be computed in; the rest is for a lower tier and the way back."""
 MAX_WRITES = 1000
@@ -82,6 +84,8 @@ class Ladder:
         timeouts = settings.serving
         self.single = Ranker("rank", self._ranked, timeouts.rank_timeout_ms / 1000, MICRO_BATCH, self.metrics)
         self.bulk = Ranker("rank-bulk", self._ranked, timeouts.batch_timeout_ms / 1000, BATCH_USERS, self.metrics)
+        self.costly = Ranker("rank-costly", self._ranked, timeouts.batch_timeout_ms / 1000, COSTLY_USERS, self.metrics)
+        self.rankers = (self.single, self.bulk, self.costly)
         self._writes: set[asyncio.Task[None]] = set()
 
     async def recommend(self, user_id: bytes, options: Options, remaining: Remaining = no_deadline) -> bytes:
@@ -95,7 +99,8 @@ class Ladder:
             if hit is not None:
                 return hit
         call = Call(loaded, options, now, remaining())
-        return (await self._answers(call, [user_id.decode()], [raw], self.single))[0]
+        ranker = self.single if options.cost == 1 else self.costly
+        return (await self._answers(call, [user_id.decode()], [raw], ranker))[0]
 
     async def recommend_batch(
         self, user_ids: Sequence[bytes], options: Options, remaining: Remaining = no_deadline
@@ -103,8 +108,11 @@ class Ladder:
         """RecommendResponses in the order of the users. Raises NotReady."""
         loaded = self._champion.get()
         responses: list[bytes] = []
-        for at in range(0, len(user_ids), BATCH_USERS):
-            users = user_ids[at : at + BATCH_USERS]
+        ranker, together = self.bulk, BATCH_USERS
+        if options.cost > 1:
+            ranker, together = self.costly, max(1, min(COSTLY_USERS, COSTLY_ITEMS // options.count))
+        for at in range(0, len(user_ids), together):
+            users = user_ids[at : at + together]
             now = int(time.time() * 1000)
             raws = await self._store.read(users)
             plain = options.plain
@@ -114,7 +122,7 @@ class Ladder:
                 call = Call(loaded, options, now, remaining())
                 some = [users[k].decode() for k in missing]
                 for k, response in zip(
-                    missing, await self._answers(call, some, [raws[k] for k in missing], self.bulk), strict=True
+                    missing, await self._answers(call, some, [raws[k] for k in missing], ranker), strict=True
                 ):
                     made[k] = response
             responses += [response for response in made if response is not None]
@@ -179,20 +187,24 @@ class Ladder:
         self, call: Call, user_ids: Sequence[str], states: Sequence[UserState], ranker: Ranker
     ) -> list[bytes]:
         records = [self._record(call, user_id, state) for user_id, state in zip(user_ids, states, strict=True)]
-        filtered = call.options.filter != EVERY_ITEM
-        wanted = [at for at, r in enumerate(records) if filtered or is_known(call.loaded.snapshot, r)]
+        # What is popular lies ready for plain answers alone; the event loop is no place to make others.
+        always = call.options.filter != EVERY_ITEM or call.options.cost > 1
+        wanted = [at for at, r in enumerate(records) if always or is_known(call.loaded.snapshot, r)]
         some = [user_ids[at] for at in wanted]
         made = await self._compute(call, some, [records[at] for at in wanted], ranker) if wanted else []
         computed = dict(zip(wanted, made, strict=True)) if made else {}
         for answer in computed.values():
             self.counts[TIER_NAMES[answer.tier]] += 1
         self._write_back([(user_ids[at], answer.value) for at, answer in computed.items() if answer.value is not None])
-        return [
-            computed[at].response
-            if at in computed
-            else self._stale(call, user_ids[at], states[at], records[at]) or self._popular(call, records[at])
-            for at in range(len(user_ids))
-        ]
+        answers = []
+        for at, user_id in enumerate(user_ids):
+            if at in computed:
+                answers.append(computed[at].response)
+            else:
+                answers.append(self._stale(call, user_id, states[at], records[at]) or self._popular(call, records[at]))
+                if call.options.cost > 1:
+                    await asyncio.sleep(0)  # let others have their turn
+        return answers
 
     async def _compute(
         self, call: Call, user_ids: Sequence[str], records: Sequence[UserRecord], ranker: Ranker
@@ -359,7 +371,7 @@ class Ladder:
     async def close(self) -> None:
         """Finish the write-backs under way, which have deadlines, and end the threads."""
         await asyncio.gather(*self._writes)
-        for ranker in (self.single, self.bulk):
+        for ranker in self.rankers:
             ranker.close()
 
 
