@@ -21,7 +21,7 @@ from recsys_core.settings import RankingSettings, Settings
 from serving import recsys_pb2 as pb
 from serving.champion import Champion, Loaded
 from serving.diversity import POOL, diversified
-from serving.explain import action_message, add_items, asset_versions, described, parts_message, weights
+from serving.explain import add_items, asset_versions, described, last_actions, parts_message, weights
 from serving.filters import ItemFilters
 from serving.metrics import Metrics
 from serving.ranker import Batch, Computed, Ranker, TooSlow
@@ -355,7 +355,7 @@ class Ladder:
         add_items(response, snapshot, loaded.trend, ranked, row, record, of_user, ranking, options.count)
         response.explanation.weights.MergeFrom(parts_message(weights(ranking)))
         response.explanation.sources.extend(asset_versions(loaded.manifest.sources))
-        response.explanation.last_actions.extend(action_message(action) for action in record.last[: ranking.last_items])
+        response.explanation.last_actions.extend(last_actions(snapshot, record, ranking))
         return response.SerializeToString()
 
     def _write_back(self, answers: Sequence[tuple[str, bytes]]) -> None:
