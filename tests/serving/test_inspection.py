@@ -96,17 +96,15 @@ def asked_as(page: str, host: str) -> int:
         return error.code
 
 
-@pytest.mark.parametrize("path", ["/", "/api/user/ann", "/api/item/item-1", "/api/release", "/nowhere"])
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "*", ""]
-)
-def test_the_page_answers_to_no_name_but_its_own(page: str, path: str, host: str) -> None:
+def test_the_page_answers_to_no_name_but_its_own(page: str) -> None:
     """The page of somebody else may give its own name this address, and then ask what it likes."""
-    request = urllib.request.Request(page + path, headers={"Host": host})
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=60)
-    assert caught.value.code == 400
-    assert b"item" not in caught.value.read()
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "*", ""):
+        for path in ("/", "/api/user/ann", "/api/item/item-1", "/api/release", "/nowhere"):
+            request = urllib.request.Request(page + path, headers={"Host": host})
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(request, timeout=60)
+            assert caught.value.code == 400, (host, path)
+            assert b"item" not in caught.value.read()
 
 
 def test_the_page_answers_to_the_names_of_this_machine_and_those_that_are_allowed(page: str) -> None:
