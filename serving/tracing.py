@@ -12,6 +12,7 @@ from typing import Any
 
 from recsys_core.masking import MaskedFormatter, masked_text, one_line
 from recsys_core.settings import ServingSettings
+from serving.background_log import BackgroundHandler
 
 REQUEST_ID = "x-request-id"
 TRACEPARENT = "traceparent"
@@ -109,7 +110,7 @@ class TextLines(MaskedFormatter):
 
 def set_up_logging(settings: ServingSettings) -> None:
     """Logs of this process go to stderr as `serving.log_format` says."""
-    handler = logging.StreamHandler()
+    handler = BackgroundHandler()
     text = TextLines("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if settings.log_format == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
