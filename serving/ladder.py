@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -187,24 +188,28 @@ class Ladder:
         self, call: Call, user_ids: Sequence[str], states: Sequence[UserState], ranker: Ranker
     ) -> list[bytes]:
         records = [self._record(call, user_id, state) for user_id, state in zip(user_ids, states, strict=True)]
-        # What is popular lies ready for plain answers alone; the event loop is no place to make others.
-        always = call.options.filter != EVERY_ITEM or call.options.cost > 1
-        wanted = [at for at, r in enumerate(records) if always or is_known(call.loaded.snapshot, r)]
+        filtered = call.options.filter != EVERY_ITEM
+        wanted = [at for at, r in enumerate(records) if filtered or is_known(call.loaded.snapshot, r)]
         some = [user_ids[at] for at in wanted]
         made = await self._compute(call, some, [records[at] for at in wanted], ranker) if wanted else []
         computed = dict(zip(wanted, made, strict=True)) if made else {}
         for answer in computed.values():
             self.counts[TIER_NAMES[answer.tier]] += 1
         self._write_back([(user_ids[at], answer.value) for at, answer in computed.items() if answer.value is not None])
-        answers = []
-        for at, user_id in enumerate(user_ids):
-            if at in computed:
-                answers.append(computed[at].response)
-            else:
-                answers.append(self._stale(call, user_id, states[at], records[at]) or self._popular(call, records[at]))
-                if call.options.cost > 1:
-                    await asyncio.sleep(0)  # let others have their turn
-        return answers
+        answers = [
+            computed[at].response if at in computed else self._stale(call, user_id, states[at], records[at])
+            for at, user_id in enumerate(user_ids)
+        ]
+        missing = [record for record, answer in zip(records, answers, strict=True) if answer is None]
+        popular = iter(await self._popular_for(call, missing, ranker) if missing else ())
+        return [next(popular) if answer is None else answer for answer in answers]
+
+    async def _popular_for(self, call: Call, records: Sequence[UserRecord], ranker: Ranker) -> list[bytes]:
+        """What is popular for some users. Plain answers lie ready; the event loop is no place to make others."""
+        if call.options.cost > 1:
+            with suppress(TooSlow):
+                return await ranker.run(lambda: [self._popular(call, record) for record in records], call.remaining)
+        return [self._popular(call, record) for record in records]
 
     async def _compute(
         self, call: Call, user_ids: Sequence[str], records: Sequence[UserRecord], ranker: Ranker

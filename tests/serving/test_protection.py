@@ -25,10 +25,11 @@ from worlds import RedisServer, World, eventually
 from recsys_cli.main import app
 from recsys_cli.processes import free_port
 from recsys_cli.stack import serving_health
+from recsys_core.online import UserRecord
 from recsys_core.settings import ServingSettings, Settings
 from serving import recsys_pb2 as pb
 from serving.client import ClientOptions, Diversity, RecsysClient, RecsysError, Tls
-from serving.ladder import Ladder
+from serving.ladder import Call, Ladder
 from serving.metrics import registry
 from serving.ranker import Batch, Computed
 from serving.security import MissingSecret, Tokens, server_credentials
@@ -291,17 +292,23 @@ class TestLimits:
         made: list[tuple[str, int]] = []
         ranked = world.server.ladder.costly._work
 
+        popular = Ladder._popular
+
         def noted(batch: Batch) -> list[Computed]:
             made.append((threading.current_thread().name, len(batch.records) * batch.options.count))
             return ranked(batch)
 
+        def noted_popular(ladder: Ladder, call: Call, record: UserRecord) -> bytes:
+            made.append((threading.current_thread().name, 1000))
+            return popular(ladder, call, record)
+
         world.server.ladder.costly._work = noted
-        monkeypatch.setattr(Ladder, "_popular", lambda *_: pytest.fail("on the event loop"))
+        monkeypatch.setattr(Ladder, "_popular", noted_popular)
         for at in range(10):
             world.put_known_user(f"known-{at}", taste=at)
         answers = world.client.recommend_batch([f"{user}-{at % 10}" for at in range(40)], 250, **asked)
         assert {answer.tier for answer in answers} == {"POPULAR" if user == "nobody" else "REALTIME_ALS_ONLY"}
-        assert len(made) == 10
+        assert len(made) == (40 if user == "nobody" else 10)
         assert {items for _, items in made} == {1000}
         assert all(name.startswith("rank-costly") for name, _ in made)
 
