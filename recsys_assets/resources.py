@@ -77,9 +77,9 @@ class Platform:
         return self._loaded[1]
 
     @contextmanager
-    def redis(self) -> Iterator[Any]:
-        """A Redis client, closed at the end."""
-        connected = client(self.settings.redis)
+    def redis(self, **options: Any) -> Iterator[Any]:
+        """A Redis client, closed at the end. `options` are those of its connections, such as `socket_timeout`."""
+        connected = client(self.settings.redis, **options)
         try:
             yield connected
         finally:

@@ -373,6 +373,8 @@ def recommend(
     with RecsysClient(address or _serving_address(home), options=_call_options(ca, certificate, key)) as client:
         answer = client.recommend(user, count, explain=explain)
     _show_answer(answer, f"For user {user}", answer.tier)
+    if answer.weights:
+        typer.echo("score = " + " + ".join(f"{weight:.2f} · {name}" for name, weight in answer.weights.items()))
 
 
 @app.command(context_settings=IDS)
@@ -401,6 +403,9 @@ def inspect(
     key: Key = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0: any free one.")] = 0,
     dagster: Annotated[str | None, typer.Option(help="URL of the Dagster web UI. Default: the running stack's.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Another name by which browsers reach the page, such as a proxy's.")
+    ] = None,
     home: Home = None,
 ) -> None:
     """Serve a page that shows why a user gets an answer, on loopback, until Ctrl-C. RECSYS_TOKEN holds the bearer token."""
@@ -412,7 +417,8 @@ def inspect(
     web = dagster or running.get("webserver", f"http://{settings.dagster.host}:{settings.dagster.port}")
     server = address or _serving_address(home)
     options = _call_options(ca, certificate, key, timeout=10.0)
-    inspection.run(settings, server, options, "127.0.0.1", port, web, lambda url: typer.echo(f"Open {url} (Ctrl-C ends it)."))
+    said = lambda url: typer.echo(f"Open {url} (Ctrl-C ends it).")  # noqa: E731
+    inspection.run(settings, server, options, "127.0.0.1", port, web, said, allow_host or ())
 
 
 def _call_options(ca: str | None, certificate: str | None, key: str | None, timeout: float = 1.0) -> ClientOptions:
@@ -441,7 +447,10 @@ def _show_answer(answer: Recommendation | SimilarItems, title: str, tier: str = 
         row: dict[str, object] = {"#": rank, "item": item.item_id}
         if titled:
             row["title"] = item.title
-        rows.append({**row, "score": item.score, **(item.parts or {})})
+        row = {**row, "score": item.score, **(item.parts or {})}
+        if any(other.moved_by for other in answer):
+            row["moved by"] = ", ".join(f"{by.title or by.item_id} (+{by.strength:.2f})" for by in item.moved_by)
+        rows.append(row)
     by = f"{tier}, " if tier else ""
     _console().print(table(f"{title} ({by}release {answer.release_id or 'none'}, {answer.milliseconds:.1f} ms)", rows))
 

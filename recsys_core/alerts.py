@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from email.message import EmailMessage
 from typing import Protocol
 
+from recsys_core.masking import masked_text, one_line
 from recsys_core.settings import AlertSettings
 
 
 class NotDelivered(Exception):
-    """A channel did not take an alert after all attempts; the message says why."""
+    """A channel did not take an alert after all attempts; the message says why.
+
+    `for_good`: it is this alert that is refused, and would be again.
+    """
+
+    def __init__(self, message: str, for_good: bool = False) -> None:
+        super().__init__(message)
+        self.for_good = for_good
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,10 @@ class Channel(Protocol):
 
     def send(self, alert: Alert) -> None:
         """Deliver one alert. Raises NotDelivered."""
+
+
+REFUSED = (400, 413, 422)
+"""Statuses by which a webhook says that it is this body that it does not want."""
 
 
 class Webhook:
@@ -63,7 +75,9 @@ class Webhook:
                 session.post(url, json=body, timeout=self.settings.timeout_seconds).raise_for_status()
             except (requests.RequestException, ValueError) as error:
                 # The address of a webhook is a secret; the error's text would tell it.
-                raise NotDelivered(f"webhook: {type(error).__name__}") from None
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                told = f"webhook: {type(error).__name__}" + (f" {status}" if status else "")
+                raise NotDelivered(told, status in REFUSED) from None
 
 
 class Mail:
@@ -77,7 +91,7 @@ class Mail:
     def send(self, alert: Alert) -> None:
         settings = self.settings
         message = EmailMessage()
-        message["Subject"] = f"recsys: {alert.title.splitlines()[0][:120]}"
+        message["Subject"] = f"recsys: {one_line(alert.title)[:120]}"
         message["From"], message["To"] = settings.email_from, ", ".join(settings.email_to)
         message.set_content(alert.text)
         try:
@@ -88,7 +102,7 @@ class Mail:
                     server.login(settings.smtp_user, settings.smtp_password.get_secret_value())
                 server.send_message(message)
         except (OSError, smtplib.SMTPException) as error:
-            raise NotDelivered(f"mail by {settings.smtp_host}:{settings.smtp_port}: {error}") from error
+            raise NotDelivered(f"mail by {settings.smtp_host}:{settings.smtp_port}: {masked_text(str(error))}") from error
 
 
 def channels(settings: AlertSettings) -> Iterator[Channel]:

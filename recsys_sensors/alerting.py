@@ -1,37 +1,52 @@
 """What is told to people: failed runs, failed checks, overdue assets and a silent stream, each once.
 
-The cursor holds up to where the event log was read and the ids of what was told last. It moves on only over what every
-channel took: what could not be delivered waits for the next tick, what was delivered is not told again.
+The cursor holds up to where the event log was read, the ids of what was told last, and what a channel did not take yet. Neither
+a part of the platform that can't be looked at nor a channel that is away keeps the rest from being told: the first is an alert
+itself, what waits for the second is sent at the next tick.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 
 import dagster as dg
 from dagster._core.definitions.freshness import FreshnessState
 
 from recsys_assets.resources import Platform
 from recsys_core.alerts import Alert, Channel, NotDelivered, channels
+from recsys_core.masking import masked_text
 from recsys_sensors.runs import PARTITION, RANGE_END, RANGE_START, stopped_by
 from recsys_sensors.stream_health import stream_alerts
 
 REMEMBERED = 1000
 """Ids of alerts that are kept."""
+WAITING = 100
+"""Alerts that are kept for a channel that is away, the newest."""
+DETAILS = 2000
+"""Characters of its details that an alert has."""
 RUNS_A_TICK = 100
 EVALUATIONS_A_TICK = 50
+UNSEEN = "unseen: "
 
 
 @dataclass
 class Told:
-    """What the cursor holds: where the logs were read up to, and `channel id` of what was delivered."""
+    """What the cursor holds.
+
+    Attributes:
+        runs, checks: where the logs were read up to.
+        standing: ids of what is wrong for as long as it lasts.
+        sent: ids of what was told.
+        waiting: by channel, what it did not take yet, oldest first.
+    """
 
     runs: str | None = None
     checks: int = -1
     standing: list[str] = field(default_factory=list)
     sent: list[str] = field(default_factory=list)
+    waiting: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cursor: str | None) -> Told:
@@ -45,38 +60,95 @@ def alerts(context: dg.SensorEvaluationContext, platform: Platform) -> dg.Sensor
     """Tells what went wrong since the last tick. The first tick only notes where the logs end."""
     first = context.cursor is None
     told = Told.of(context.cursor)
-    after = Told(told.runs, told.checks, told.standing, list(told.sent))
-    found = [*_failed_runs(context, after), *_failed_checks(context, after)]
+    found = list(_happened(context, told))
     if first:
-        return dg.SensorResult(skip_reason="alerts start from here", cursor=after.cursor())
-    now_standing = list(stream_alerts(platform)) + list(_overdue(context))
-    after.standing = [alert.id for alert in now_standing]
-    found += [alert for alert in now_standing if alert.id not in told.standing]
-    for id_ in told.standing:
-        if id_ not in after.standing:
-            found.append(Alert(f"{id_} over {len(told.sent)}", f"Right again: {id_}"))
-    used = list(channels(platform.settings.alerts))
-    try:
-        delivered = _deliver(context, used, found, after)
-    except NotDelivered as problem:
-        waiting = Told(told.runs, told.checks, told.standing, after.sent)
-        return dg.SensorResult(skip_reason=f"alerts wait for the next tick: {problem}", cursor=waiting.cursor())
-    reason = f"{delivered} alerts told" if delivered else "nothing to tell"
-    return dg.SensorResult(skip_reason=reason, cursor=after.cursor())
-
-
-def _deliver(context: dg.SensorEvaluationContext, used: list[Channel], found: Iterable[Alert], told: Told) -> int:
-    """Send what was not sent yet; `told.sent` grows with each delivery. Raises NotDelivered."""
-    delivered = 0
+        return dg.SensorResult(skip_reason="alerts start from here", cursor=replace(told, standing=[]).cursor())
+    found += _standing(context, platform, told)
     for alert in found:
-        fresh = [channel for channel in used if f"{channel.name} {alert.id}" not in told.sent]
-        for channel in fresh:
-            channel.send(alert)
-            told.sent.append(f"{channel.name} {alert.id}")
-        if fresh or not used:
-            context.log.warning(alert.text)
-            delivered += 1
-    return delivered
+        context.log.warning(alert.text)
+    problems = _deliver(context, list(channels(platform.settings.alerts)), found, told)
+    reason = f"{len(found)} alerts told" if found else "nothing to tell"
+    if problems:
+        reason = f"alerts wait for the next tick: {'; '.join(problems)}"
+    return dg.SensorResult(skip_reason=reason, cursor=told.cursor())
+
+
+def _happened(context: dg.SensorEvaluationContext, told: Told) -> Iterator[Alert]:
+    """What happened since the last tick and was not told before. Logs that can't be read are read from the same place again."""
+    for what, find in (("failed runs", _failed_runs), ("failed checks", _failed_checks)):
+        looked = replace(told)
+        found, problem = _seen(context, what, lambda find=find, looked=looked: find(context, looked))
+        if problem is None:
+            told.runs, told.checks = looked.runs, looked.checks
+        yield from _changed(told, f"{UNSEEN}{what}", [] if problem is None else [problem])
+        for alert in found:
+            if alert.id not in told.sent:
+                told.sent.append(alert.id)
+                yield alert
+
+
+def _standing(context: dg.SensorEvaluationContext, platform: Platform, told: Told) -> Iterator[Alert]:
+    """What is wrong since this tick, and what is right again. What can't be looked at stays as it was."""
+    sources: tuple[tuple[str, str, Callable[[], Iterable[Alert]]], ...] = (
+        ("the stream's health", "stream ", lambda: stream_alerts(platform)),
+        ("overdue assets", "overdue ", lambda: _overdue(context)),
+    )
+    for what, prefix, find in sources:
+        found, problem = _seen(context, what, find)
+        yield from _changed(told, f"{UNSEEN}{what}", [] if problem is None else [problem])
+        if problem is None:
+            yield from _changed(told, prefix, found)
+
+
+def _changed(told: Told, prefix: str, now: list[Alert]) -> Iterator[Alert]:
+    """Of the standing alerts whose ids begin with `prefix` those that are new, and those that are over."""
+    before = [id_ for id_ in told.standing if id_.startswith(prefix)]
+    ids = [alert.id for alert in now]
+    told.standing = [id_ for id_ in told.standing if id_ not in before] + ids
+    yield from (alert for alert in now if alert.id not in before)
+    yield from (Alert(f"{id_} is over", f"Right again: {id_}") for id_ in before if id_ not in ids)
+
+
+def _seen(
+    context: dg.SensorEvaluationContext, what: str, find: Callable[[], Iterable[Alert]]
+) -> tuple[list[Alert], Alert | None]:
+    """What `find` finds, or the alert that it can't be looked at."""
+    try:
+        return list(find()), None
+    except Exception as error:
+        context.log.exception(f"alerts can't look at {what}")
+        return [], Alert(f"{UNSEEN}{what}", f"Alerts can't look at {what}", masked_text(f"{type(error).__name__}: {error}"))
+
+
+def _deliver(context: dg.SensorEvaluationContext, used: list[Channel], found: Iterable[Alert], told: Told) -> list[str]:
+    """Send what is new and what waits on every channel. Returns why channels did not take it all; the rest is in `waiting`."""
+    new = [asdict(replace(alert, details=alert.details[:DETAILS])) for alert in found]
+    problems, waiting = [], {}
+    for channel in used:
+        left = [*told.waiting.get(channel.name, []), *new]
+        while left:
+            try:
+                channel.send(Alert(**left[0]))
+            except Exception as error:
+                if isinstance(error, NotDelivered) and not error.for_good:
+                    problems.append(str(error))
+                    break
+                context.log.exception(f"{channel.name} refuses an alert, which is passed over: {left[0]['title']}")
+            left = left[1:]
+        if left:
+            waiting[channel.name] = _newest(left)
+    told.waiting = waiting
+    return problems
+
+
+def _newest(left: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The newest WAITING alerts; of others only that they were."""
+    if len(left) <= WAITING:
+        return left
+    lost = len(left) - WAITING + 1 - (left[0]["id"] == "lost")
+    before = int(left[0]["details"]) if left[0]["id"] == "lost" else 0
+    first = Alert("lost", "So many older alerts could not be delivered here", str(before + lost))
+    return [asdict(first), *left[1 - WAITING :]]
 
 
 def _failed_runs(context: dg.SensorEvaluationContext, told: Told) -> Iterator[Alert]:

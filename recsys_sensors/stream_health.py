@@ -9,13 +9,23 @@ import dagster as dg
 from recsys_assets.resources import Platform
 from recsys_core.alerts import Alert
 from recsys_core.heartbeat import Heartbeat, read_heartbeats
+from recsys_core.masking import masked_text
 
 TOPIC = dg.AssetKey("clickstream_topic")
+LOOK_SECONDS = 2.0
+"""What Redis gets for an answer: a tick must end also while it hangs."""
+
+
+class Unseen(Exception):
+    """The heartbeats can't be read; the message says why."""
 
 
 def stream_observed(context: dg.SensorEvaluationContext, platform: Platform) -> dg.SensorResult:
     """An observation of the topic whenever a worker said something new."""
-    beats = _beats(platform)
+    try:
+        beats = _beats(platform)
+    except Unseen as error:
+        return dg.SensorResult(skip_reason=str(error), cursor=context.cursor)
     newest = max((beat.at for beat in beats), default=0)
     if str(newest) == (context.cursor or "0"):
         return dg.SensorResult(skip_reason="no worker said anything new", cursor=str(newest))
@@ -33,7 +43,7 @@ def stream_observed(context: dg.SensorEvaluationContext, platform: Platform) -> 
 
 
 def stream_alerts(platform: Platform) -> Iterator[Alert]:
-    """What is wrong with the stream now. A stack that never had a worker has no stream to be missed."""
+    """What is wrong with the stream now. A stack that never had a worker has no stream to be missed. Raises Unseen."""
     settings = platform.settings.alerts
     beats = _beats(platform)
     for beat in beats:
@@ -47,5 +57,8 @@ def stream_alerts(platform: Platform) -> Iterator[Alert]:
 
 
 def _beats(platform: Platform) -> list[Heartbeat]:
-    with platform.redis() as redis:
-        return read_heartbeats(redis)
+    try:
+        with platform.redis(socket_timeout=LOOK_SECONDS) as redis:
+            return read_heartbeats(redis)
+    except Exception as error:
+        raise Unseen(f"the stream's heartbeats can't be read: {masked_text(f'{type(error).__name__}: {error}')}") from error

@@ -19,7 +19,7 @@ import numpy as np
 from recsys_core.index import one_faiss_thread
 from recsys_core.online import AnswerEncoder, CachedAnswer, TrendingValue, UserRecord, users_of
 from recsys_core.ranking import Ranked, Snapshot, Trend, Users, rank
-from recsys_core.release import CHAMPION, Manifest, Pointer, ReleaseError, Releases
+from recsys_core.release import CHAMPION, Manifest, Pointer, ReleaseError, Releases, StoreAway
 from recsys_core.settings import Settings
 from serving.filters import ItemFilters
 from serving.metrics import Metrics
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
 """A refused release is looked at again after so long: its files may have been repaired."""
 NO_TRENDS = TrendingValue(0, "", {})
+AWAY = "the store"
+"""In the place of a release's id: no release is at fault."""
 
 
 class NotReady(LookupError):
@@ -102,6 +104,7 @@ class Champion:
         self._settings = settings
         self._trending = NO_TRENDS
         self._refused_pointer: Pointer | None = None
+        self._trouble: tuple[str, str] | None = None
         self._retry_at = 0.0
         self._thread = ThreadPoolExecutor(1, "release", initializer=_as_background)
         self._local = settings.home.absolute() / "serving" / "releases"
@@ -114,7 +117,9 @@ class Champion:
         """The release in service. Raises NotReady that says why there is none."""
         if self.current is not None:
             return self.current
-        if self.refused is not None:
+        if self._trouble is not None:
+            raise NotReady(f"no release is in service: {self._trouble[1]}")
+        if self.refused is not None and self._refused_pointer is not None:
             raise NotReady(f"no release is in service: {self.refused.reason}")
         raise NotReady("no release has been promoted yet")
 
@@ -133,17 +138,21 @@ class Champion:
             try:
                 pointer = await loop.run_in_executor(self._thread, self._releases.champion)
                 if pointer is None or not self._is_wanted(pointer):
+                    self._answered(pointer)
                     return False
                 new = await loop.run_in_executor(self._thread, self._load, pointer, self._trending)
-            except (ReleaseError, OSError) as error:
+            except StoreAway as error:
+                self._metrics.events["release_store_failures"] += 1
+                self._tell(AWAY, str(error))
+                return False
+            except ReleaseError as error:
                 self._refuse(pointer, str(error))
                 return False
-            except Exception as error:
-                log.exception("release %s could not be loaded", pointer.release_id if pointer else "?")
-                self._refuse(pointer, f"{type(error).__name__}: {error}")
+            except Exception as error:  # noqa: BLE001
+                self._refuse(pointer, f"{type(error).__name__}: {error}", error)
                 return False
             self.current = new
-            self._refused_pointer = None
+            self._answered(pointer)
             self._metrics.events["swaps"] += 1
             log.info("release %s is in service, %d items", new.snapshot.release_id, new.snapshot.items.num_rows)
             return True
@@ -153,16 +162,35 @@ class Champion:
             return False
         return pointer != self._refused_pointer or time.monotonic() >= self._retry_at
 
-    def _refuse(self, pointer: Pointer | None, reason: str) -> None:
-        """Keep the old release; say it once for each reason."""
+    def _answered(self, pointer: Pointer | None) -> None:
+        """The store has answered, and what it points to is served unless it is the one that was refused."""
+        if self._trouble is not None and self._trouble[0] == AWAY:
+            log.info("the store of the releases answers again")
+            self._trouble = None
+        if pointer is None or pointer != self._refused_pointer:
+            self._trouble = self._refused_pointer = None
+
+    def _refuse(self, pointer: Pointer | None, reason: str, fault: Exception | None = None) -> None:
+        """Keep the old release. `fault` is what should not have happened, for the log."""
         name = pointer.release_id if pointer else CHAMPION
-        if self.refused is None or (self.refused.release_id, self.refused.reason) != (name, reason):
-            kept = f"{self.current.snapshot.release_id} stays in service" if self.current else "nothing is in service"
-            log.error("%s; %s", reason, kept)
+        if self._tell(name, reason, fault):
             self._metrics.events["refused_releases"] += 1
             self.refused = Refused(name, reason, time.time())
         self._refused_pointer = pointer
         self._retry_at = time.monotonic() + RETRY_SECONDS
+
+    def _tell(self, name: str, reason: str, fault: Exception | None = None) -> bool:
+        """Say once what is wrong, until it is something else or over. Returns whether it was said.
+
+        A store that is away is one state, whatever its messages say: many hold the number of a request.
+        """
+        trouble = (name, reason)
+        if self._trouble == trouble or (self._trouble is not None and self._trouble[0] == name == AWAY):
+            return False
+        kept = f"{self.current.snapshot.release_id} stays in service" if self.current else "nothing is in service"
+        log.error("%s; %s", reason, kept, exc_info=fault)
+        self._trouble = trouble
+        return True
 
     def _load(self, pointer: Pointer, trending: TrendingValue) -> Loaded:
         kept = {pointer.release_id} | ({self.current.snapshot.release_id} if self.current else set())

@@ -47,18 +47,19 @@ class RecsysError(Exception):
 
 
 class Influence(NamedTuple):
-    """A user's action, and how strongly it speaks for an item."""
+    """A user's action, and how much it adds to an item's score."""
 
     item_id: str
     event_type: str
     ts_ms: int
     strength: float
+    title: str = ""
 
 
 class ScoredItem(NamedTuple):
     """One item. A recommendation has the later fields on `explain`; similar and trending items have titles always.
 
-    `sources` are the generators that proposed it, `moved_by` the user's last actions that speak most for it.
+    `sources` are the generators that proposed it, `moved_by` the user's last actions that add most to its score.
     """
 
     item_id: str
@@ -552,7 +553,7 @@ def _trending(response: Any, milliseconds: float) -> SimilarItems:
 
 
 def _influence(found: pb.Influence) -> Influence:
-    return Influence(found.item_id, found.event_type, found.ts_ms, found.strength)
+    return Influence(found.item_id, found.event_type, found.ts_ms, found.strength, found.title)
 
 
 def _recommendation(response: pb.RecommendResponse, milliseconds: float) -> Recommendation:

@@ -92,22 +92,40 @@ def candidate_sources(
 def moved_by(
     snapshot: Snapshot, positions: np.ndarray, record: UserRecord, settings: RankingSettings
 ) -> list[list[pb.Influence]]:
-    """For each item the user's last actions whose items are like it, strongest first."""
+    """For each item the user's last actions that raise its score, strongest first; none where the session has no weight.
+
+    The session's vector is a sum over the actions, so that each has its share of the session's part.
+    """
     positions_acted = snapshot.item_ids.positions([item for item, _, _ in record.last])
     acted = [(at, position) for at, position in enumerate(positions_acted.tolist()) if position >= 0][: settings.last_items]
-    if not acted or not len(positions):
+    if not acted or not len(positions) or settings.session_weight == 0:
         return [[] for _ in positions]
-    vectors = unit_rows(snapshot.als_items[[position for _, position in acted]])
-    recency = settings.session_decay ** np.arange(len(acted))
-    strengths = (unit_rows(snapshot.als_items[positions]) @ vectors.T) * recency
+    of_actions = np.array([position for _, position in acted])
+    vectors = unit_rows(snapshot.als_items[of_actions]) * settings.session_decay ** np.arange(len(acted))[:, None]
+    length = float(np.linalg.norm(vectors.sum(axis=0))) or 1.0
+    strengths = settings.session_weight / length * (unit_rows(snapshot.als_items[positions]) @ vectors.T)
+    titles = titles_of(snapshot, of_actions)
     influences = []
     for of_item in strengths:
         strongest = [k for k in np.argsort(-of_item)[:INFLUENCES] if of_item[k] > 0]
-        influences.append([action_message(record.last[acted[k][0]], float(of_item[k])) for k in strongest])
+        influences.append([action_message(record.last[acted[k][0]], titles[k], float(of_item[k])) for k in strongest])
     return influences
 
 
-def action_message(action: Sequence[Any], strength: float = 0.0) -> pb.Influence:
+def titles_of(snapshot: Snapshot, positions: np.ndarray) -> list[str]:
+    """Titles of some items; empty where there is none, or no item (position -1)."""
+    titles = snapshot.items["title"].take(np.maximum(positions, 0)).to_pylist()
+    return [title or "" if position >= 0 else "" for title, position in zip(titles, positions.tolist(), strict=True)]
+
+
+def last_actions(snapshot: Snapshot, record: UserRecord, settings: RankingSettings) -> list[pb.Influence]:
+    """The actions that an answer takes into account, newest first."""
+    actions = record.last[: settings.last_items]
+    titles = titles_of(snapshot, snapshot.item_ids.positions([item for item, _, _ in actions]))
+    return [action_message(action, title) for action, title in zip(actions, titles, strict=True)]
+
+
+def action_message(action: Sequence[Any], title: str, strength: float = 0.0) -> pb.Influence:
     """One of a record's last actions."""
     item, event_type, ts = action
-    return pb.Influence(item_id=item, event_type=event_type, ts_ms=int(ts), strength=strength)
+    return pb.Influence(item_id=item, event_type=event_type, ts_ms=int(ts), strength=strength, title=title)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -17,6 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -30,6 +32,7 @@ from serving.store import Store
 
 PAGE = Path(__file__).with_name("inspection.html")
 SHOWN_SEEN = 50
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
 STATUSES = {"INVALID_ARGUMENT": 400, "NOT_FOUND": 404, "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}
 HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
@@ -145,8 +148,12 @@ def asset_url(dagster_url: str, asset: str, partition: str) -> str:
     return f"{dagster_url}/assets/{asset}" + (f"?view=partitions&partition={partition}" if partition else "?view=lineage")
 
 
-def app(settings: Settings, address: str, options: ClientOptions, dagster_url: str) -> Starlette:
-    """The page and its questions, for the server at `address`."""
+def app(settings: Settings, address: str, options: ClientOptions, dagster_url: str, hosts: Sequence[str] = ()) -> Starlette:
+    """The page and its questions, for the server at `address`.
+
+    It answers under the names of this machine's loopback and under `hosts`: another name in a request is that of a page of
+    somebody else, whose name now leads here (DNS rebinding) and who would read every user's history.
+    """
 
     @asynccontextmanager
     async def lifespan(made: Starlette) -> AsyncIterator[None]:
@@ -164,7 +171,8 @@ def app(settings: Settings, address: str, options: ClientOptions, dagster_url: s
         await client.close()
         await store.close()
 
-    return Starlette(routes=[Route("/", _page)], lifespan=lifespan)
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, *hosts], www_redirect=False)
+    return Starlette(routes=[Route("/", _page)], middleware=[trusted], lifespan=lifespan)
 
 
 async def _page(request: Request) -> Response:  # noqa: ARG001
@@ -193,8 +201,12 @@ def run(
     port: int,
     dagster_url: str,
     on_ready: Callable[[str], None],
+    hosts: Sequence[str] = (),
 ) -> None:
-    """Serve the page until SIGTERM or Ctrl-C. `on_ready` gets its address. Raises OSError when the port is taken."""
+    """Serve the page until SIGTERM or Ctrl-C. `on_ready` gets its address, `hosts` are further names that it answers to.
+
+    Raises OSError when the port is taken.
+    """
     import socket
 
     import uvicorn
@@ -202,6 +214,6 @@ def run(
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind((host, port))
-    config = uvicorn.Config(app(settings, address, options, dagster_url), log_level="warning")
+    config = uvicorn.Config(app(settings, address, options, dagster_url, [host, *hosts]), log_level="warning")
     on_ready(f"http://{host}:{listening.getsockname()[1]}")
     uvicorn.Server(config).run(sockets=[listening])

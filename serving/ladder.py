@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from recsys_core.settings import RankingSettings, Settings
 from serving import recsys_pb2 as pb
 from serving.champion import Champion, Loaded
 from serving.diversity import POOL, diversified
-from serving.explain import action_message, add_items, asset_versions, described, parts_message, weights
+from serving.explain import add_items, asset_versions, described, last_actions, parts_message, weights
 from serving.filters import ItemFilters
 from serving.metrics import Metrics
 from serving.ranker import Batch, Computed, Ranker, TooSlow
@@ -35,6 +36,8 @@ BATCH_USERS = 256
 """Users of a batch that are read and ranked at a time, between which other calls get their turn."""
 MICRO_BATCH = 32
 """Most users of single calls that are ranked together: a bound of the wait of the calls behind them."""
+COSTLY_USERS, COSTLY_ITEMS = 16, 1000
+"""The same for answers whose items cost more than plain ones: some 30 ms of work, after which other calls get their turn."""
 ANSWER_SHARE = 0.8
 """Of the time that the caller still waits, what an answer may be computed in; the rest is for a lower tier and the way back."""
 MAX_WRITES = 1000
@@ -82,6 +85,8 @@ class Ladder:
         timeouts = settings.serving
         self.single = Ranker("rank", self._ranked, timeouts.rank_timeout_ms / 1000, MICRO_BATCH, self.metrics)
         self.bulk = Ranker("rank-bulk", self._ranked, timeouts.batch_timeout_ms / 1000, BATCH_USERS, self.metrics)
+        self.costly = Ranker("rank-costly", self._ranked, timeouts.batch_timeout_ms / 1000, COSTLY_USERS, self.metrics)
+        self.rankers = (self.single, self.bulk, self.costly)
         self._writes: set[asyncio.Task[None]] = set()
 
     async def recommend(self, user_id: bytes, options: Options, remaining: Remaining = no_deadline) -> bytes:
@@ -96,7 +101,8 @@ class Ladder:
             if hit is not None:
                 return hit
         call = Call(loaded, options, now, remaining())
-        return (await self._answers(call, [user_id.decode()], [raw], self.single))[0]
+        ranker = self.single if options.cost == 1 else self.costly
+        return (await self._answers(call, [user_id.decode()], [raw], ranker))[0]
 
     async def recommend_batch(
         self, user_ids: Sequence[bytes], options: Options, remaining: Remaining = no_deadline
@@ -105,8 +111,11 @@ class Ladder:
         loaded = self._champion.get()
         options = _options_for(loaded, options)
         responses: list[bytes] = []
-        for at in range(0, len(user_ids), BATCH_USERS):
-            users = user_ids[at : at + BATCH_USERS]
+        ranker, together = self.bulk, BATCH_USERS
+        if options.cost > 1:
+            ranker, together = self.costly, max(1, min(COSTLY_USERS, COSTLY_ITEMS // options.count))
+        for at in range(0, len(user_ids), together):
+            users = user_ids[at : at + together]
             now = int(time.time() * 1000)
             raws = await self._store.read(users)
             plain = options.plain
@@ -116,7 +125,7 @@ class Ladder:
                 call = Call(loaded, options, now, remaining())
                 some = [users[k].decode() for k in missing]
                 for k, response in zip(
-                    missing, await self._answers(call, some, [raws[k] for k in missing], self.bulk), strict=True
+                    missing, await self._answers(call, some, [raws[k] for k in missing], ranker), strict=True
                 ):
                     made[k] = response
             responses += [response for response in made if response is not None]
@@ -189,12 +198,20 @@ class Ladder:
         for answer in computed.values():
             self.counts[TIER_NAMES[answer.tier]] += 1
         self._write_back([(user_ids[at], answer.value) for at, answer in computed.items() if answer.value is not None])
-        return [
-            computed[at].response
-            if at in computed
-            else self._stale(call, user_ids[at], states[at], records[at]) or self._popular(call, records[at])
-            for at in range(len(user_ids))
+        answers = [
+            computed[at].response if at in computed else self._stale(call, user_id, states[at], records[at])
+            for at, user_id in enumerate(user_ids)
         ]
+        missing = [record for record, answer in zip(records, answers, strict=True) if answer is None]
+        popular = iter(await self._popular_for(call, missing, ranker) if missing else ())
+        return [next(popular) if answer is None else answer for answer in answers]
+
+    async def _popular_for(self, call: Call, records: Sequence[UserRecord], ranker: Ranker) -> list[bytes]:
+        """What is popular for some users. Plain answers lie ready; the event loop is no place to make others."""
+        if call.options.cost > 1:
+            with suppress(TooSlow):
+                return await ranker.run(lambda: [self._popular(call, record) for record in records], call.remaining)
+        return [self._popular(call, record) for record in records]
 
     async def _compute(
         self, call: Call, user_ids: Sequence[str], records: Sequence[UserRecord], ranker: Ranker
@@ -347,7 +364,7 @@ class Ladder:
         add_items(response, snapshot, loaded.trend, ranked, row, record, of_user, ranking, options.count)
         response.explanation.weights.MergeFrom(parts_message(weights(ranking)))
         response.explanation.sources.extend(asset_versions(loaded.manifest.sources))
-        response.explanation.last_actions.extend(action_message(action) for action in record.last[: ranking.last_items])
+        response.explanation.last_actions.extend(last_actions(snapshot, record, ranking))
         return response.SerializeToString()
 
     def _write_back(self, answers: Sequence[tuple[str, bytes]]) -> None:
@@ -363,7 +380,7 @@ class Ladder:
     async def close(self) -> None:
         """Finish the write-backs under way, which have deadlines, and end the threads."""
         await asyncio.gather(*self._writes)
-        for ranker in (self.single, self.bulk):
+        for ranker in self.rankers:
             ranker.close()
 
 

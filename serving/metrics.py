@@ -33,6 +33,7 @@ EVENTS = {
     "late_scores": "two-tower scores that came too late or not at all",
     "shed": "calls refused because too many were under way",
     "refused_releases": "releases that were not taken",
+    "release_store_failures": "looks at the store of the releases that it did not answer as it should",
     "swaps": "releases taken into service",
 }
 

@@ -108,16 +108,18 @@ class Parts(_message.Message):
     def __init__(self, als: _Optional[float] = ..., two_tower: _Optional[float] = ..., session: _Optional[float] = ..., trend: _Optional[float] = ..., popular: _Optional[float] = ..., others: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Influence(_message.Message):
-    __slots__ = ("item_id", "event_type", "ts_ms", "strength")
+    __slots__ = ("item_id", "event_type", "ts_ms", "strength", "title")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     EVENT_TYPE_FIELD_NUMBER: _ClassVar[int]
     TS_MS_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     event_type: str
     ts_ms: int
     strength: float
-    def __init__(self, item_id: _Optional[str] = ..., event_type: _Optional[str] = ..., ts_ms: _Optional[int] = ..., strength: _Optional[float] = ...) -> None: ...
+    title: str
+    def __init__(self, item_id: _Optional[str] = ..., event_type: _Optional[str] = ..., ts_ms: _Optional[int] = ..., strength: _Optional[float] = ..., title: _Optional[str] = ...) -> None: ...
 
 class ScoredItem(_message.Message):
     __slots__ = ("item_id", "score", "parts", "title", "category", "sources", "moved_by")

@@ -110,7 +110,7 @@ class Recommender:
         request = parse(pb.RecommendBatchRequest, data)
         options = options_of(request, self._settings)
         user_ids = list(request.user_ids)
-        check_batch(user_ids, len(user_ids), options.count, self._settings)
+        check_batch(user_ids, len(user_ids), options, self._settings)
         return joined_responses(await self._ladder.recommend_batch([u.encode() for u in user_ids], options, remaining))
 
     async def similar_items(self, data: bytes, remaining: Remaining) -> bytes:
@@ -409,7 +409,7 @@ class Server:
     def _tell_numbers_of_the_moment(self) -> None:
         champion, gauges = self.champion, self.metrics.gauges
         gauges["redis_circuit_open"] = lambda: float(self.store.breaker.open)
-        gauges["ranking_circuit_open"] = lambda: float(self.ladder.single.breaker.open or self.ladder.bulk.breaker.open)
+        gauges["ranking_circuit_open"] = lambda: float(any(ranker.breaker.open for ranker in self.ladder.rankers))
         gauges["release_age_seconds"] = lambda: time.time() - champion.current.manifest.created_at if champion.current else 0.0
         gauges["release_items"] = lambda: float(champion.current.snapshot.items.num_rows) if champion.current else 0.0
         self.metrics.info["release"] = lambda: champion.current.snapshot.release_id if champion.current else ""

@@ -13,6 +13,7 @@ from typing import Any
 from recsys_core.log_lines import TextLines
 from recsys_core.masking import masked_text
 from recsys_core.settings import ServingSettings
+from serving.background_log import BackgroundHandler
 
 REQUEST_ID = "x-request-id"
 TRACEPARENT = "traceparent"
@@ -102,6 +103,6 @@ class JsonLines(logging.Formatter):
 
 def set_up_logging(settings: ServingSettings) -> None:
     """Logs of this process go to stderr as `serving.log_format` says."""
-    handler = logging.StreamHandler()
+    handler = BackgroundHandler()
     handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -16,7 +16,9 @@ DEFAULT_COUNT = 10
 MAX_EXCLUDED = 1000
 MAX_CATEGORIES = 50
 MAX_BATCH_ITEMS = 1_000_000
-"""Most items that one RecommendBatch may ask for: users × count."""
+"""Most plain items that one RecommendBatch may ask for: users × count × the cost of an item."""
+EXPLAINED_COST, DIVERSE_COST = 100, 10
+"""What an item costs when it is explained (16–100 µs), or chosen by its difference from others (10–30); a plain one: 1–4."""
 MAX_ATTRIBUTES = 20
 MAX_VALUES = 100
 """Attributes of a filter, and values of each."""
@@ -96,6 +98,13 @@ class Options:
             or self.include_consumed
         )
 
+    @property
+    def cost(self) -> int:
+        """What an item of the answer costs, in plain ones."""
+        if self.explain:
+            return EXPLAINED_COST
+        return 1 if self.diversity == NO_DIVERSITY else DIVERSE_COST
+
     @cached_property
     def plain(self) -> bool:
         """Whether the answer depends on the user and the count alone, and so may be cached."""
@@ -138,12 +147,14 @@ def item_options_of(request: Any, settings: Settings) -> Options:
     return Options(_count(request, settings), _filter(request, settings), _excluded(request, settings))
 
 
-def check_batch(user_ids: Iterable[str], users: int, count: int, settings: Settings) -> None:
+def check_batch(user_ids: Iterable[str], users: int, options: Options, settings: Settings) -> None:
     """Raises InvalidRequest when a batch is empty, too large, or has a bad user id."""
     if not 1 <= users <= settings.serving.max_batch:
         raise InvalidRequest(f"user_ids holds {users} users; it must hold 1 to {settings.serving.max_batch}")
-    if users * count > MAX_BATCH_ITEMS:
-        raise InvalidRequest(f"user_ids × count is {users * count} items; it may be {MAX_BATCH_ITEMS} at most")
+    items, most = users * options.count, MAX_BATCH_ITEMS // options.cost
+    if items > most:
+        what = "" if options.cost == 1 else f" with {'explain' if options.explain else 'diversity'}"
+        raise InvalidRequest(f"user_ids × count is {items} items; it may be {most} at most{what}")
     _check_ids("user_ids", user_ids, settings)
 
 

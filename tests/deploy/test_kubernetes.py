@@ -18,6 +18,12 @@ from serving.server import LIVE
 K8S = DEPLOY / "k8s"
 OVERLAYS = ("production", "small")
 COMPONENT = K8S / "components" / "tensorflow-serving"
+SECRETS = {
+    "serving": "recsys-serving-secrets",
+    "stream": "recsys-stream-secrets",
+    "tensorflow-serving": "recsys-store-secrets",
+}
+"""Of each workload its own: what applications reach must not hold the keys of what writes."""
 WORKLOADS = {"Deployment", "StatefulSet"}
 NOT_MANIFESTS = {"kustomization.yaml", "executor.yaml"}
 
@@ -103,7 +109,9 @@ def test_what_a_pod_mounts_and_reads_is_there(overlay: list[dict[str, Any]]) -> 
         for volume in volumes.values():
             if "configMap" in volume:
                 assert f"ConfigMap/{volume['configMap']['name']}" in there
-        assert [source["secretRef"]["name"] for source in container(workload)["envFrom"]] == ["recsys-secrets"]
+        assert [source["secretRef"]["name"] for source in container(workload)["envFrom"]] == [
+            SECRETS[workload["metadata"]["name"]]
+        ]
         for variable in container(workload).get("env", ()):
             assert not variable["name"].startswith("RECSYS_") or is_setting(variable["name"]), variable
 

@@ -1,21 +1,28 @@
 """Alerts: told once on every channel, kept while a channel is away."""
 
+import email
 import json
 import socketserver
+import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+import redis
+from certificates import make_certificates
+from pydantic import SecretStr
 
 from recsys_assets.resources import Platform
+from recsys_cli.processes import free_port
 from recsys_cli.stack import redis_server
 from recsys_core.alerts import Alert, Mail, NotDelivered, Webhook, channels
 from recsys_core.events import MINUTE_MS
-from recsys_core.heartbeat import Heartbeat, forget_heartbeat, write_heartbeat
+from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, forget_heartbeat, write_heartbeat
 from recsys_core.settings import AlertSettings, Settings
 from recsys_sensors.alerting import alerts
 from recsys_sensors.stream_health import stream_observed
@@ -23,13 +30,15 @@ from recsys_sensors.stream_health import stream_observed
 NOW = 1_800_000_000_000
 
 
-class Hook(HTTPServer):
-    """A webhook on loopback: keeps bodies, answers 503 as often as it is told to."""
+class Hook(ThreadingHTTPServer):
+    """A webhook on loopback: keeps bodies, answers `status` as often as it is told to, refuses bodies with a word for good."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.bodies: list[dict[str, Any]] = []
         self.failures = 0
+        self.status = 503
+        self.unwanted = "\0"
 
     @property
     def url(self) -> str:
@@ -46,7 +55,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if hook.failures:
             hook.failures -= 1
-            self.send_response(503)
+            self.send_response(hook.status)
+        elif hook.unwanted in body["text"]:
+            self.send_response(400)
         else:
             hook.bodies.append(body)
             self.send_response(200)
@@ -65,14 +76,23 @@ def hook() -> Iterator[Hook]:
 
 
 @contextmanager
-def mail_server() -> Iterator[tuple[int, list[str]]]:
-    """As much of SMTP as a mail needs. Yields its port and the mails."""
+def mail_server(tls: ssl.SSLContext | None = None) -> Iterator[tuple[int, list[str]]]:
+    """As much of SMTP as a mail needs, by STARTTLS with `tls`. Yields its port and the mails."""
     mails: list[str] = []
 
     class Session(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             self.wfile.write(b"220 ready\r\n")
             while line := self.rfile.readline().strip().upper():
+                if tls and line.startswith(b"EHLO"):
+                    self.wfile.write(b"250-here\r\n250 STARTTLS\r\n")
+                    continue
+                if tls and line == b"STARTTLS":
+                    self.wfile.write(b"220 go on\r\n")
+                    with suppress(OSError):
+                        self.request = tls.wrap_socket(self.request, server_side=True)
+                        self.setup()
+                    continue
                 if line == b"DATA":
                     self.wfile.write(b"354 go on\r\n")
                     lines = []
@@ -118,6 +138,40 @@ def test_a_mail_server_that_is_away_is_not_delivered() -> None:
     settings = AlertSettings(smtp_host="127.0.0.1", smtp_port=port, email_to=["ops@shop.test"], timeout_seconds=2)
     with pytest.raises(NotDelivered, match="mail by"):
         Mail(settings).send(Alert("a", "Disk is full"))
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_certificates(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.mark.parametrize(("host", "trusted", "delivered"), [("localhost", True, True), ("localhost", False, False)])
+def test_a_mail_server_has_to_prove_who_it_is(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch, host: str, trusted: bool, delivered: bool
+) -> None:
+    """The password goes to it; somebody in between would take it."""
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    with mail_server(context) as (port, mails):
+        settings = AlertSettings(smtp_host=host, smtp_port=port, smtp_starttls=True, email_to=["ops@shop.test"])
+        if delivered:
+            Mail(settings).send(Alert("a", "Disk is full"))
+        else:
+            with pytest.raises(NotDelivered, match="CERTIFICATE_VERIFY_FAILED"):
+                Mail(settings).send(Alert("a", "Disk is full"))
+    assert bool(mails) == delivered
+
+
+@pytest.mark.parametrize("title", ["", "two\nlines", "Bcc: x\r\nBcc: y@z", "\0", "ü" * 500])
+def test_any_title_makes_a_mail_with_one_subject(title: str) -> None:
+    with mail_server() as (port, mails):
+        settings = AlertSettings(smtp_host="127.0.0.1", smtp_port=port, email_to=["ops@shop.test"])
+        Mail(settings).send(Alert("a", title))
+    headers = email.message_from_string(mails[0])
+    assert headers["Subject"].startswith("recsys:") or headers["Subject"].startswith("=?utf-8?")
+    assert headers["Bcc"] is None
 
 
 def test_the_channels_are_those_that_the_settings_name() -> None:
@@ -253,3 +307,194 @@ def test_a_heartbeat_is_an_observation_of_the_topic(ticks: Ticks) -> None:
     assert found == {"workers": 2, "events behind": 12, "events applied": 300, "seconds since the last heartbeat": 1.0}
     again = stream_observed(dg.build_sensor_context(ticks.instance, cursor=first.cursor), ticks.platform)
     assert not again.asset_events
+
+
+# -- when a part of the platform is away ------------------------------------------------------------------------------
+
+
+class Silent(socketserver.BaseRequestHandler):
+    """Takes a connection and says nothing."""
+
+    def handle(self) -> None:
+        while self.request.recv(4096):
+            pass
+
+
+class Refusing(socketserver.BaseRequestHandler):
+    """A Redis that answers whatever it is asked with an error."""
+
+    def handle(self) -> None:
+        while self.request.recv(4096):
+            self.request.sendall(b"-NOAUTH Authentication required.\r\n" * 5)
+
+
+@contextmanager
+def standing_in(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
+    """A server in the place of a part. Yields its port."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@contextmanager
+def redis_that(how: str, redis_url: str) -> Iterator[str]:
+    """The URL of a Redis that is not as it should be."""
+    if how in ("hangs", "answers errors"):
+        with standing_in(Silent if how == "hangs" else Refusing) as port:
+            yield f"redis://127.0.0.1:{port}/0"
+    elif how == "refuses":
+        yield f"redis://127.0.0.1:{free_port()}/0"
+    else:
+        with redis.Redis.from_url(redis_url) as client:
+            if how == "holds another type":
+                client.set(HEARTBEATS_KEY, "x")
+            else:
+                client.hset(HEARTBEATS_KEY, "w1", "{")
+            yield redis_url
+            client.delete(HEARTBEATS_KEY)
+
+
+def with_redis(ticks: Ticks, url: str) -> None:
+    settings = ticks.platform.settings
+    other = settings.redis.model_copy(update={"url": url})
+    ticks.platform.settings = settings.model_copy(update={"redis": other})
+
+
+@pytest.mark.parametrize("how", ["refuses", "hangs", "answers errors", "holds another type", "holds no JSON"])
+def test_redis_away_is_told_and_silences_nothing(
+    ticks: Ticks, hook: Hook, redis_url: str, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("recsys_sensors.stream_health.LOOK_SECONDS", 0.1)
+    ticks.tick()
+    with redis_that(how, redis_url) as url:
+        with_redis(ticks, url)
+        ticks.run("breaks")
+        ticks.run("table", rows="7")
+        for _ in range(2):
+            ticks.tick()
+        told = ["Alerts can't look at the stream's health", "Check failed: table: rows_are_whole", "Run of __ASSET_JOB  failed"]
+        assert sorted(hook.titles) == told
+        observed = stream_observed(dg.build_sensor_context(ticks.instance, cursor="7"), ticks.platform)
+        assert observed.skip_reason is not None
+        assert "can't be read" in str(observed.skip_reason.skip_message)
+        assert observed.cursor == "7"
+    with_redis(ticks, redis_url)
+    ticks.tick()
+    assert hook.titles[3:] == ["Right again: unseen: the stream's health"]
+
+
+def test_what_can_not_be_looked_at_is_not_right_again(ticks: Ticks, hook: Hook, redis_url: str) -> None:
+    ticks.tick()
+    with ticks.platform.redis() as client:
+        write_heartbeat(client, Heartbeat("w1", NOW - 10 * MINUTE_MS))
+    ticks.tick()
+    with_redis(ticks, f"redis://127.0.0.1:{free_port()}/0")
+    ticks.tick()
+    with_redis(ticks, redis_url)
+    ticks.tick()
+    assert hook.titles == [
+        "Stream worker w1 is silent",
+        "Alerts can't look at the stream's health",
+        "Right again: unseen: the stream's health",
+    ]
+
+
+def test_a_worker_that_is_silent_again_is_told_again(ticks: Ticks, hook: Hook) -> None:
+    ticks.tick()
+    with ticks.platform.redis() as client:
+        for at in (NOW - 10 * MINUTE_MS, NOW, NOW - 10 * MINUTE_MS, NOW):
+            write_heartbeat(client, Heartbeat("w1", at))
+            ticks.tick()
+    assert hook.titles == ["Stream worker w1 is silent", "Right again: stream silent: w1"] * 2
+
+
+@pytest.mark.parametrize("part", ["fetch_run_status_changes", "get_run_by_id", "get_freshness_state_records"])
+def test_a_part_of_dagsters_store_that_fails_is_told_and_what_it_held_is_told_later(
+    ticks: Ticks, hook: Hook, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise RuntimeError("connection of the pool postgresql://u:hush@db timed out")
+
+    ticks.tick()
+    ticks.run("breaks")
+    ticks.run("table", rows="7")
+    with monkeypatch.context() as patch:
+        patch.setattr(dg.DagsterInstance, part, away)
+        patch.setattr(dg.DagsterInstance, "freshness_enabled", True)
+        ticks.tick()
+        ticks.tick()
+        assert "Check failed: table: rows_are_whole" in hook.titles
+        assert len([title for title in hook.titles if title.startswith("Alerts can't look at")]) == 1
+    ticks.tick()
+    assert sorted(title for title in hook.titles if "lerts can't" not in title and "Right again" not in title) == [
+        "Check failed: table: rows_are_whole",
+        "Run of __ASSET_JOB  failed",
+    ]
+    assert "hush" not in json.dumps(hook.bodies)
+
+
+def with_channels(ticks: Ticks, **settings: object) -> None:
+    told = ticks.platform.settings.alerts.model_copy(update=settings)
+    ticks.platform.settings = ticks.platform.settings.model_copy(update={"alerts": told})
+
+
+@pytest.mark.parametrize("how", ["refuses", "hangs", "answers errors"])
+def test_a_channel_that_is_away_silences_no_other_and_gets_its_alerts_later(ticks: Ticks, hook: Hook, how: str) -> None:
+    ticks.tick()
+    with mail_server() as (port, mails), standing_in(Silent) as hanging:
+        mail = {"smtp_host": "127.0.0.1", "smtp_port": port, "email_to": ["ops@shop.test"], "timeout_seconds": 0.2}
+        away = {
+            "refuses": f"http://127.0.0.1:{free_port()}/hook",
+            "hangs": f"http://127.0.0.1:{hanging}/hook",
+            "answers errors": hook.url,
+        }[how]
+        hook.failures, hook.status = (1 << 30 if how == "answers errors" else 0), 404
+        with_channels(ticks, webhook_url=SecretStr(away), **mail)
+        for asset in ("breaks", "breaks", "table"):
+            ticks.run(asset, **({"rows": "7"} if asset == "table" else {}))
+            reason = ticks.tick()
+            assert reason is not None
+            assert "wait for the next tick: webhook" in reason
+        assert len(mails) == 3
+        assert hook.bodies == []
+        hook.failures = 0
+        with_channels(ticks, webhook_url=SecretStr(hook.url))
+        ticks.tick()
+        ticks.tick()
+        assert [title.split()[0] for title in hook.titles] == ["Run", "Run", "Check"]
+        assert len(mails) == 3
+
+
+def test_a_mail_server_that_is_away_silences_no_webhook(ticks: Ticks, hook: Hook) -> None:
+    with_channels(ticks, smtp_host="127.0.0.1", smtp_port=free_port(), email_to=["ops@shop.test"])
+    ticks.tick()
+    ticks.run("breaks")
+    assert "wait for the next tick: mail by" in str(ticks.tick())
+    assert len(hook.bodies) == 1
+
+
+def test_an_alert_that_a_channel_refuses_for_good_holds_up_no_other(ticks: Ticks, hook: Hook) -> None:
+    ticks.tick()
+    hook.unwanted = "Run of"
+    ticks.run("breaks")
+    ticks.run("table", rows="7")
+    ticks.tick()
+    assert hook.titles == ["Check failed: table: rows_are_whole"]
+
+
+def test_of_what_waits_for_long_the_newest_is_kept_and_the_rest_is_counted(
+    ticks: Ticks, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys_sensors.alerting.WAITING", 3)
+    ticks.tick()
+    hook.failures = 1 << 30
+    for rows in range(7):
+        ticks.run("table", rows=str(rows + 1))
+        ticks.tick()
+    hook.failures = 0
+    ticks.tick()
+    texts = [body["text"] for body in hook.bodies]
+    assert texts[0] == "So many older alerts could not be delivered here\n5"
+    assert [text.splitlines()[1] for text in texts[1:]] == ["6 rows are broken", "7 rows are broken"]

@@ -14,12 +14,11 @@ from typing import Any
 
 import grpc
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from snapshots import make_manifest, make_snapshot
 from worlds import RedisServer, World, eventually, now_ms
 
 from recsys_core.ranking import rank
-from recsys_core.release import Releases
+from recsys_core.release import LocalFiles, Releases
 from recsys_core.settings import Settings
 from serving import recsys_pb2 as pb
 from serving.client import ClientOptions, RecsysClient, RecsysError
@@ -92,19 +91,13 @@ def test_a_release_that_the_disk_has_no_room_for_is_refused_and_taken_later(
     full = threading.Event()
     full.set()
 
-    def no_links(*_: object) -> None:
-        raise OSError("not on this file system")
-
-    get_file = LocalFileSystem.get_file
-
-    def copy(self: LocalFileSystem, source: str, target: str, **options: Any) -> None:
-        if full.is_set() and source.endswith("similar.npy"):
-            Path(target).write_bytes(b"half of it")
+    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+        if full.is_set() and mode == "wb" and "similar.npy" in str(path):
+            path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
-        get_file(self, source, target, **options)
+        return open(path, mode, **options)
 
-    monkeypatch.setattr("recsys_core.release.os.link", no_links)
-    monkeypatch.setattr(LocalFileSystem, "get_file", copy)
+    monkeypatch.setattr("recsys_core.release.open", opened, raising=False)
     world.promote(make_snapshot("2026-01-02.b"))
     refused = eventually(lambda: world.client.get_release().last_refused)
     assert "No space left on device" in refused.reason
@@ -135,11 +128,11 @@ class TestLocalFiles:
         releases.write(make_manifest(snapshot), snapshot)
         return releases
 
-    def test_what_was_verified_is_not_hashed_again(
+    def test_what_was_verified_is_not_copied_and_hashed_again(
         self, releases: Releases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.load(releases, tmp_path / "local")
-        monkeypatch.setattr("recsys_core.release.hashlib.file_digest", lambda *_: 1 / 0)
+        monkeypatch.setattr(LocalFiles, "_copied", lambda *_: 1 / 0)
         _, snapshot = self.load(releases, tmp_path / "local")
         assert snapshot.items.num_rows == 500
 

@@ -18,8 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from snapshots import make_snapshot
+from typer.testing import CliRunner
 from worlds import World, eventually
 
+from recsys_cli.main import app
 from recsys_core.online import UserRecord
 from recsys_core.ranking import Snapshot
 from serving import recsys_pb2 as pb
@@ -348,3 +350,45 @@ class TestExplained:
             assert item.moved_by[0].item_id == "item-25"
             assert {"als", "session"} & set(item.sources)
         assert all(item.sources for item in answer)
+        assert [a.title for a in answer.last_actions] == ["Title 25", "Title 17"]
+        assert {m.title for item in answer for m in item.moved_by} <= {"Title 25", "Title 17"}
+
+    def test_what_the_actions_add_is_the_sessions_share_of_the_score(self, world: World) -> None:
+        last = tuple((f"item-{at}", "view", 1_000 - at) for at in (25, 17, 35))
+        world.put_record("ann", UserRecord(last=last, last_ts=1_000))
+        answer = world.client.recommend("ann", 50, explain=True)
+        assert answer.weights is not None
+        checked = 0
+        for item in answer:
+            if len(item.moved_by) == len(last):
+                assert item.parts is not None
+                share = answer.weights["session"] * item.parts["session"]
+                assert sum(m.strength for m in item.moved_by) == pytest.approx(share, abs=1e-5)
+                checked += 1
+        assert checked > 5
+
+    def test_an_influence_without_weight_is_not_claimed(self, empty_world: World) -> None:
+        snapshot = make_snapshot()
+        ranking = snapshot.ranking.model_copy(update={"session_weight": 0.0})
+        object.__setattr__(snapshot, "ranking", ranking)
+        empty_world.promote(snapshot)
+        empty_world.start()
+        empty_world.put_record("ann", UserRecord(last=(("item-25", "click", 2_000),), last_ts=2_000))
+        answer = empty_world.client.recommend("ann", 20, explain=True)
+        assert answer.weights is not None
+        assert answer.weights["session"] == 0
+        assert not [item for item in answer if item.moved_by]
+        assert [a.item_id for a in answer.last_actions] == ["item-25"]
+
+    def test_the_command_line_shows_the_weights_beside_the_parts_and_what_moved_an_item(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "250")
+        world.put_record("ann", UserRecord(last=(("item-25", "click", 2_000),), last_ts=2_000))
+        shown = CliRunner().invoke(app, ["recommend", "ann", "--explain", "--address", world.address])
+        assert shown.exit_code == 0, shown.stderr
+        assert "score = 0.70 · als + 0.30 · two_tower + 0.50 · session + 0.50 · trend + 0.10 · popular" in shown.stdout
+        assert "Title 25 (+" in shown.stdout
+        plain = CliRunner().invoke(app, ["recommend", "ann", "--address", world.address])
+        assert "score =" not in plain.stdout
+        assert "moved by" not in plain.stdout

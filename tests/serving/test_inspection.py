@@ -33,7 +33,8 @@ def page(world: World) -> Iterator[str]:
     world.put_record("ann", UserRecord(last=last, last_ts=last[0][2], seen=("item-2", "item-400")))
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app(world.settings, world.address, ClientOptions(timeout=10), "http://dagster:3000"), log_level="warning"
+        app(world.settings, world.address, ClientOptions(timeout=10), "http://dagster:3000", ["ops.shop.example"]),
+        log_level="warning",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -83,6 +84,39 @@ def test_the_release_links_to_its_assets(page: str) -> None:
     assert said["release_id"] == "2026-01-01.a"
     assert said["sources"][0]["url"] == "http://dagster:3000/assets/als_factors?view=partitions&partition=2026-01-01"
     assert said["sources"][1]["url"] == "http://dagster:3000/assets/item_catalog?view=lineage"
+
+
+def asked_as(page: str, host: str) -> int:
+    """The status of a question by a browser that believes that `host` is here."""
+    request = urllib.request.Request(f"{page}/api/user/ann", headers={"Host": host})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_page_answers_to_no_name_but_its_own(page: str) -> None:
+    """The page of somebody else may give its own name this address, and then ask what it likes."""
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "*", ""):
+        for path in ("/", "/api/user/ann", "/api/item/item-1", "/api/release", "/nowhere"):
+            request = urllib.request.Request(page + path, headers={"Host": host})
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(request, timeout=60)
+            assert caught.value.code == 400, (host, path)
+            assert b"item" not in caught.value.read()
+
+
+def test_the_page_answers_to_the_names_of_this_machine_and_those_that_are_allowed(page: str) -> None:
+    port = page.rpartition(":")[2]
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "LOCALHOST", "ops.shop.example"):
+        assert asked_as(page, host) == 200, host
+
+
+def test_what_moved_an_item_has_its_title(page: str) -> None:
+    _, said = ask(page, "/api/user/ann")
+    assert {m["title"] for item in said["answer"]["items"] for m in item["moved_by"]} <= {"Title 25", "Title 17"}
+    assert any(item["moved_by"] for item in said["answer"]["items"])
 
 
 @pytest.mark.skipif(find_browser() is None, reason=NO_BROWSER)

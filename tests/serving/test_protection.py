@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import numpy as np
 import psutil
 import pytest
 from certificates import make_certificates
@@ -24,10 +25,13 @@ from worlds import RedisServer, World, eventually
 from recsys_cli.main import app
 from recsys_cli.processes import free_port
 from recsys_cli.stack import serving_health
+from recsys_core.online import UserRecord
 from recsys_core.settings import ServingSettings, Settings
 from serving import recsys_pb2 as pb
-from serving.client import ClientOptions, RecsysClient, RecsysError, Tls
+from serving.client import ClientOptions, Diversity, RecsysClient, RecsysError, Tls
+from serving.ladder import Call, Ladder
 from serving.metrics import registry
+from serving.ranker import Batch, Computed
 from serving.security import MissingSecret, Tokens, server_credentials
 
 HEALTH_SCRIPT = Path(__file__).parents[2] / "deploy" / "health.py"
@@ -262,6 +266,64 @@ class TestLimits:
         with pytest.raises(grpc.RpcError) as caught:
             world.client._channel.unary_unary("/recsys.v1.Recommender/Recommend")(b"\x0a" * (5 << 20), timeout=60)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    @pytest.mark.parametrize(
+        ("asked", "most", "named"),
+        [
+            ({}, 1_000_000, ""),
+            ({"explain": True}, 10_000, " with explain"),
+            ({"diversity": Diversity(0.5)}, 100_000, " with diversity"),
+            ({"diversity": Diversity(max_per_category=3)}, 100_000, " with diversity"),
+        ],
+    )
+    def test_a_batch_may_be_as_large_as_its_items_are_cheap(self, world: World, asked: dict, most: int, named: str) -> None:
+        users = [f"user-{i}" for i in range(most // 500 + 1)]
+        message = f"user_ids × count is {len(users) * 500} items; it may be {most} at most{named}$"
+        with pytest.raises(RecsysError, match=f"INVALID_ARGUMENT: {message}"):
+            world.client.recommend_batch(users, 500, **asked)
+        if most <= 10_000:
+            assert len(world.client.recommend_batch(users[:-1], 500, **asked)) == most // 500
+
+    @pytest.mark.parametrize("user", ["known", "nobody"])
+    @pytest.mark.parametrize("asked", [{"explain": True}, {"diversity": Diversity(0.5, 3)}], ids=["explain", "diversity"])
+    def test_costly_answers_are_made_in_small_parts_off_the_event_loop(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, user: str, asked: dict
+    ) -> None:
+        made: list[tuple[str, int]] = []
+        ranked = world.server.ladder.costly._work
+
+        popular = Ladder._popular
+
+        def noted(batch: Batch) -> list[Computed]:
+            made.append((threading.current_thread().name, len(batch.records) * batch.options.count))
+            return ranked(batch)
+
+        def noted_popular(ladder: Ladder, call: Call, record: UserRecord) -> bytes:
+            made.append((threading.current_thread().name, 1000))
+            return popular(ladder, call, record)
+
+        world.server.ladder.costly._work = noted
+        monkeypatch.setattr(Ladder, "_popular", noted_popular)
+        for at in range(10):
+            world.put_known_user(f"known-{at}", taste=at)
+        answers = world.client.recommend_batch([f"{user}-{at % 10}" for at in range(40)], 250, **asked)
+        assert {answer.tier for answer in answers} == {"POPULAR" if user == "nobody" else "REALTIME_ALS_ONLY"}
+        assert len(made) == (40 if user == "nobody" else 10)
+        assert {items for _, items in made} == {1000}
+        assert all(name.startswith("rank-costly") for name, _ in made)
+
+    def test_others_are_answered_while_the_largest_explained_batch_is_made(self, world: World) -> None:
+        for at in range(20):
+            world.put_known_user(f"known-{at}", taste=at)
+        world.put_cached_user("ann")
+        users, took = [f"known-{at}" for at in range(20)], []
+        with RecsysClient(world.address, timeout=60) as other, ThreadPoolExecutor(1) as pool:
+            batch = pool.submit(lambda: [other.recommend_batch(users, 500, explain=True) for _ in range(5)])
+            while not batch.done():
+                took.append(world.client.recommend("ann").milliseconds)
+            assert all(item.parts for answers in batch.result() for answer in answers for item in answer)
+        assert len(took) > 50
+        assert np.percentile(took, 90) < 50
 
     def test_a_call_that_its_caller_gives_up_is_not_ranked(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         begun, go_on, ranked = threading.Event(), threading.Event(), []

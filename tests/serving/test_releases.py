@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from snapshots import make_manifest, make_snapshot
 from worlds import World, eventually
 
@@ -257,6 +259,83 @@ def test_a_repaired_release_is_taken(world: World, monkeypatch: pytest.MonkeyPat
     eventually(lambda: world.client.get_release().last_refused)
     flip_byte(path)
     eventually(lambda: serves(world, NEW))
+
+
+class EndpointConnectionError(Exception):
+    """Like that of an object store's client: no OSError."""
+
+
+def told(caplog: pytest.LogCaptureFixture, text: str) -> int:
+    return sum(text in r.getMessage() for r in caplog.records if r.name == "serving.champion")
+
+
+def test_a_store_that_is_away_is_told_when_it_goes_and_when_it_comes_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each failure has another message, as object stores give each request a number."""
+    caplog.set_level("INFO", "serving.champion")
+    events = world.server.metrics.events
+    for times in (1, 2):
+        failures = itertools.count()
+
+        def away(*_: object, failures: Iterator[int] = failures) -> bytes:
+            raise EndpointConnectionError(f"no route to https://u:hush@s3.example, request {next(failures)}")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(world.server.champion._releases.fs, "cat_file", away)
+            before = events["release_store_failures"]
+            eventually(lambda before=before: events["release_store_failures"] >= before + 3)
+            assert len(world.client.recommend("nobody")) == 10
+        eventually(lambda times=times: told(caplog, "answers again") == times)
+        assert told(caplog, f"{OLD} stays in service") == times
+    assert events["refused_releases"] == 0
+    assert world.client.get_release().last_refused is None
+    assert "hush" not in caplog.text
+    assert "Traceback" not in caplog.text
+    world.promote(make_snapshot(NEW))
+    eventually(lambda: serves(world, NEW))
+
+
+def test_a_server_that_starts_while_the_store_is_away_says_so_and_takes_the_release_later(
+    empty_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty_world.promote(make_snapshot())
+
+    def away(*_: object) -> bytes:
+        raise EndpointConnectionError("no route")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "cat_file", away)
+        empty_world.start()
+        with pytest.raises(RecsysError, match=r"UNAVAILABLE: no release is in service: .*no route"):
+            empty_world.client.recommend("ann")
+    eventually(lambda: empty_world.server.champion.current)
+    assert len(empty_world.client.recommend("ann")) == 10
+
+
+def test_an_equal_refusal_after_another_release_was_served_is_told_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_new(world)
+    flip_byte(folder(world) / "popular.npy")
+    for times in (1, 2):
+        point_at_new(world)
+        eventually(lambda times=times: world.server.metrics.events["refused_releases"] == times)
+        world.releases.promote(OLD)
+        eventually(lambda: world.server.champion._refused_pointer is None)
+    assert told(caplog, "popular.npy is corrupt") == 2
+
+
+def test_a_fault_while_loading_is_logged_once_with_its_place(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.champion.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("serving.champion.derive", lambda *_: 1 / 0)
+    world.promote(make_snapshot(NEW))
+    eventually(lambda: world.client.get_release().last_refused)
+    time.sleep(0.5)
+    assert told(caplog, "ZeroDivisionError") == 1
+    assert caplog.text.count("Traceback") == 1
 
 
 def test_without_a_release_calls_are_unavailable_until_one_is_promoted(empty_world: World) -> None:
