@@ -25,10 +25,15 @@ def stream(context: typer.Context, home: Home = None) -> None:
     """Run a worker of the speed layer until Ctrl-C. Workers of one group share the partitions of the topic."""
     context.obj = home
     if context.invoked_subcommand is None:
+        from recsys_cli.processes import StackError
         from recsys_core.settings import load_settings
+        from streaming.metrics import MetricsError
         from streaming.run import main
 
-        raise typer.Exit(main(load_settings(home)))
+        try:
+            raise typer.Exit(main(load_settings(home)))
+        except MetricsError as error:
+            raise StackError(str(error)) from error
 
 
 @app.command()

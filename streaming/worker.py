@@ -94,11 +94,11 @@ class Worker:
         self._stopping.set()
 
     def run(self) -> None:
-        """Work until `stop`."""
+        """Work until `stop`. Raises MetricsError when the port of the metrics can't be had."""
         sys.setswitchinterval(SWITCH_SECONDS)
         # What was imported stays: looking through all of it for garbage would hold up messages for a tenth of a second.
         gc.freeze()
-        self.metrics.serve(self.settings.stream.metrics_port)
+        self.metrics.serve(self.settings.stream.metrics_host, self.settings.stream.metrics_port)
         while not self._stopping.is_set():
             found = self._wait_for_topic()
             if found is None:
@@ -623,9 +623,9 @@ class _Session:
 
     def _heartbeat(self) -> None:
         with self._lock:
-            lags = [position.lag for position in self._positions.values()]
+            lags = {f"{self._topic.name}/{number}": position.lag for number, position in self._positions.items()}
             sources = [position.source for position in self._positions.values()]
-        beat = Heartbeat(self._name, now_ms(), sum(lags) if lags else -1, self._pipe.events)
+        beat = Heartbeat(self._name, now_ms(), sum(lags.values()) if lags else -1, self._pipe.events, lags)
         write_heartbeat(self._redis, beat)
         self._redis.expire(HEARTBEATS_KEY, HEARTBEATS_TTL_SECONDS)
         announce_sources(self._redis, sources, self._settings, now_ms())
