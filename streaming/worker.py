@@ -43,8 +43,9 @@ from streaming.batches import Pipeline, Position, Row, Taken, Work, by_partition
 from streaming.connections import REDIS_SECONDS, consumer_config, redis_for_writes
 from streaming.dead_letters import DeadLetter, DeadLetterQueue
 from streaming.decode import FEW, decode, decode_one
+from streaming.incarnations import add_cut, incarnation, read_cuts
 from streaming.metrics import StreamMetrics
-from streaming.progress import StateLost, advance, check_kept, read_positions
+from streaming.progress import StateLost, advance, applied_key, check_kept, read_positions
 from streaming.sink import RedisSink
 from streaming.topics import Topic, find_topic, is_embedded
 
@@ -66,6 +67,8 @@ PAUSE_SECONDS = 5.0
 COMMIT_SECONDS = 1.0
 TOPIC_SECONDS = 1.0
 """How often the topic's identity is looked at."""
+CUT_MARGIN_MS = 5_000
+"""Of a log that was cut, what came so shortly before the last position is read again: to count it twice is better than never."""
 DRAIN_SECONDS = 10.0
 TICK_SECONDS = 0.5
 END_SECONDS = 2.0
@@ -155,6 +158,7 @@ class _Session:
         if settings.stream.archive:
             self._archive = Archive(Landing(self._lake), topic.name, topic.identity, settings.stream)
         self._positions: dict[int, Position] = {}
+        self._identities: dict[int, str] = {}
         self._lock = threading.Lock()
         self._epoch = 0
         self._pipe = Pipeline()
@@ -355,48 +359,66 @@ class _Session:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [p.partition for p in partitions]
-        sources = {number: f"{self._topic.identity}.{number}" for number in numbers}
+        cuts = self._patiently(lambda: read_cuts(self._redis, self._topic.identity, numbers))
         committed = {p.partition: p for p in consumer.committed(partitions, timeout=30)}
-        found = self._patiently(lambda: read_positions(self._redis, list(sources.values())))
         # Only a replay brings back what a user did before being forgotten, and a replay begins here.
         self._tombstones = Tombstones.read(self._lake)
         self._epoch += 1
         starts = []
         for number in numbers:
             low, high = consumer.get_watermark_offsets(TopicPartition(self._topic.name, number), timeout=30)
-            position, start = self._start(number, sources[number], found[sources[number]], committed.get(number), low, high)
+            position, start = self._start(number, cuts[number], committed.get(number), low, high)
             with self._lock:
                 self._positions[number] = position
             starts.append(TopicPartition(self._topic.name, number, start))
         kept = {position.source: position.redis_from for position in self._positions.values()}
         self._patiently(lambda: advance(self._redis, kept, self._settings.cache.feature_ttl_seconds))
-        self._patiently(lambda: announce_sources(self._redis, list(sources.values()), self._settings, now_ms()))
+        self._patiently(lambda: announce_sources(self._redis, list(kept), self._settings, now_ms()))
         consumer.incremental_assign(starts)
         log.info("has partitions %s", sorted(self._positions))
 
-    def _start(
-        self, number: int, source: str, marker: int | None, group: TopicPartition | None, low: int, high: int
-    ) -> tuple[Position, int]:
+    def _start(self, number: int, cuts: list[int], group: TopicPartition | None, low: int, high: int) -> tuple[Position, int]:
         """Where a partition starts: where Redis is, or where the archive is if that is earlier.
 
-        A committed offset counts only where nothing is archived, and only of this incarnation of the topic.
+        A committed offset counts only where nothing is archived, and only of this incarnation of the partition. Where the
+        log ends before what Redis or the archive have of it, the partition goes on as another one.
         """
+        one = incarnation(self._topic.identity, number, cuts)
+        marker = self._patiently(lambda: read_positions(self._redis, [one.source]))[one.source]
         committed = -1
-        if group is not None and group.offset >= 0 and group.metadata == self._topic.identity:
+        if group is not None and group.offset >= 0 and group.metadata == one.identity:
             committed = group.offset
         if marker is None and committed >= 0:
-            log.warning("Redis does not know of %s, which was read up to %d: applying all of it again", source, committed)
-        redis_from = low if marker is None else max(low, marker)
+            log.warning("Redis does not know of %s, which was read up to %d: applying all of it again", one.source, committed)
+        landed, known = self._archive.landed(number, one.identity) if self._archive is not None else (None, [])
+        had = max(marker or 0, landed or 0, *(held.last + 1 for held in known))
+        if had > high:
+            log.error("%s ends at offset %d and was read up to %d: the brokers lost messages", one.source, high, had)
+            at = min(high, max(low, self._first_unread(number, one.source, marker)))
+            longer = self._patiently(lambda: add_cut(self._redis, self._topic.identity, number, cuts, at))
+            return self._start(number, longer, group, low, high)
+        redis_from = max(low, one.start) if marker is None else max(low, marker)
         start = redis_from
         if self._archive is not None:
-            landed, known = self._archive.landed(number)
-            archive_from = max(low, landed if landed is not None else max(committed, low))
-            self._archive.start(number, archive_from, known, self._epoch)
+            archive_from = max(low, landed if landed is not None else max(committed, one.start))
+            self._archive.start(number, archive_from, known, self._epoch, one.identity)
             start = min(start, archive_from)
-        if start > high:
-            log.error("%s ends at offset %d and was read up to %d: the brokers lost messages", source, high, start)
-            start = high
-        return Position(source, self._epoch, redis_from, start, redis_from, redis_from, committed), start
+        self._identities[number] = one.identity
+        return Position(one.source, self._epoch, redis_from, start, redis_from, redis_from, committed), start
+
+    def _first_unread(self, number: int, source: str, marker: int | None) -> int:
+        """From which offset on the messages of a partition whose log was cut came after the last ones that were read.
+
+        A position says by its expiry when it was written. Without one everything is read again.
+        """
+        if marker is None:
+            return 0
+        left_ms = self._patiently(lambda: self._redis.pttl(applied_key(source)))
+        written = now_ms() - max(0, self._settings.cache.feature_ttl_seconds * 1000 - left_ms)
+        [found] = self._consumer.offsets_for_times(
+            [TopicPartition(self._topic.name, number, written - CUT_MARGIN_MS)], timeout=30
+        )
+        return int(found.offset) if found.offset >= 0 else np.iinfo(np.int64).max
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._drain()
@@ -665,7 +687,7 @@ class _Session:
                 safe = position.persisted if durable is None else min(position.persisted, durable)
                 if safe > position.committed:
                     position.committed = safe
-                    offsets.append(TopicPartition(self._topic.name, number, safe, self._topic.identity))
+                    offsets.append(TopicPartition(self._topic.name, number, safe, self._identities[number]))
         if offsets and asynchronous:
             self._consumer.commit(offsets=offsets, asynchronous=True)
         elif offsets:
