@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from recsys_core.events import EVENT_TYPE, HOUR_MS, ITEM_ID, MINUTE_MS, TS
 from recsys_core.live import GUARD_LUA, Batch, Guard, LiveEvent, guarded
+from recsys_core.online import TrendingValue
 from recsys_core.redis_client import Script
 from recsys_core.settings import Settings
 
@@ -302,3 +303,20 @@ class LiveTrendReader:
 def live_trend(redis: Any, now_ms: int, half_lives_hours: Sequence[float]) -> LiveTrend | None:
     """The trend as of `now_ms`, read once; None while there are no live buckets."""
     return LiveTrendReader(half_lives_hours).read(redis, now_ms)
+
+
+def with_hourly(live: TrendingValue, hourly: TrendingValue | None, half_lives_hours: Sequence[float]) -> TrendingValue:
+    """The live trend, with what the hourly one knows and the speed layer does not.
+
+    Both add up the same events, one from the newest on and one up to its hour: of each score the larger is the nearer one. So a
+    handful of events, all that a speed layer knows that has just begun, leads a quiet moment only.
+    """
+    held = [] if hourly is None else [np.atleast_1d(scores) for scores in hourly.scores.values()]
+    if hourly is None or any(len(scores) != len(half_lives_hours) for scores in held):
+        return live
+    age = max(0, live.computed_at - hourly.computed_at) / HOUR_MS
+    decay = np.exp2(-age / np.asarray(half_lives_hours, np.float64))
+    scores = dict(live.scores)
+    for item, known in zip(hourly.scores, held, strict=True):
+        scores[item] = tuple(np.maximum(known * decay, scores.get(item, 0.0)).tolist())
+    return TrendingValue(live.computed_at, live.hour, scores)

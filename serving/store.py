@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from hiredis import ReplyError
 from redis.exceptions import RedisError, ResponseError
 
-from recsys_core.live_trends import LiveTrendReader
+from recsys_core.live_trends import LiveTrendReader, with_hourly
 from recsys_core.online import (
     LAST_TS,
     RECORD_FIELDS,
@@ -129,6 +129,7 @@ class LiveTrends:
 
     def __init__(self, settings: RedisSettings, half_lives_hours: Sequence[float]) -> None:
         self._redis = client(settings, socket_timeout=BACKGROUND_SECONDS)
+        self.half_lives_hours = half_lives_hours
         self._reader = LiveTrendReader(half_lives_hours)
 
     async def read(self) -> TrendingValue | None:
@@ -300,12 +301,14 @@ class Store:
     ) -> None:
         """Look every `seconds` and pass on what is new; the last known value stays in use while there is none.
 
-        `live` goes first; while it has nothing the hourly value is used.
+        `live` goes first, with what the hourly value knows beyond it; while it has nothing the hourly value is used.
         """
         known: TrendingValue | None = None
         while True:
             try:
-                found = await self._live_trending(live) or await self.trending()
+                found = await self._live_trending(live)
+                hourly = await self.trending()
+                found = with_hourly(found, hourly, live.half_lives_hours) if found and live else hourly
                 if found is not None and found != known:
                     await on_change(found)
                     known = found

@@ -68,7 +68,7 @@ COMMIT_SECONDS = 1.0
 TOPIC_SECONDS = 1.0
 """How often the topic's identity is looked at."""
 CUT_MARGIN_MS = 5_000
-"""Of a log that was cut, what came so shortly before the last position is read again: to count it twice is better than never."""
+"""Of a log that was cut, what came so shortly before the last position is read again: counted twice is better than never."""
 DRAIN_SECONDS = 10.0
 TICK_SECONDS = 0.5
 END_SECONDS = 2.0
