@@ -9,11 +9,14 @@ counted, and its heartbeat is removed by theirs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import orjson
+
+log = logging.getLogger(__name__)
 
 HEARTBEATS_KEY = "stream:heartbeats"
 STANDBY_MS = 60_000
@@ -39,11 +42,11 @@ class Heartbeat:
 
 
 def write_heartbeat(redis: Any, beat: Heartbeat) -> None:
-    """Replace what the worker said before, and remove the workers that were replaced."""
+    """Replace what the worker said before, and remove the workers that were replaced and what is no heartbeat."""
     fields = asdict(beat)
     redis.hset(HEARTBEATS_KEY, fields.pop("worker"), orjson.dumps(fields))
-    told = _told(redis)
-    if gone := {one.worker for one in told} - {one.worker for one in _current(told)}:
+    kept = {one.worker.encode() for one in read_heartbeats(redis)}
+    if gone := set(redis.hkeys(HEARTBEATS_KEY)) - kept:
         redis.hdel(HEARTBEATS_KEY, *gone)
 
 
@@ -53,17 +56,23 @@ def forget_heartbeat(redis: Any, worker: str) -> None:
 
 
 def read_heartbeats(redis: Any) -> list[Heartbeat]:
-    """The last heartbeat of every worker that was not replaced, with the partitions that no other took over, by worker."""
-    return _current(_told(redis))
+    """The last heartbeat of every worker that was not replaced, with the partitions that no other took over, by worker.
+
+    A value that is no heartbeat is passed over.
+    """
+    found = [_decoded(worker, value) for worker, value in sorted(redis.hgetall(HEARTBEATS_KEY).items())]
+    return _current([beat for beat in found if beat is not None])
 
 
-def _told(redis: Any) -> list[Heartbeat]:
-    beats = []
-    for worker, value in sorted(redis.hgetall(HEARTBEATS_KEY).items()):
+def _decoded(worker: bytes, value: bytes) -> Heartbeat | None:
+    try:
         raw = orjson.loads(value)
         numbers = int(raw["at"]), int(raw.get("lag", -1)), int(raw.get("events", 0))
-        beats.append(Heartbeat(worker.decode(), *numbers, raw.get("partitions", {})))
-    return beats
+        partitions = {str(name): int(lag) for name, lag in raw.get("partitions", {}).items()}
+        return Heartbeat(worker.decode(), *numbers, partitions)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        log.warning("the heartbeat of %r can't be read: %r", worker, value[:100])
+        return None
 
 
 def _current(beats: Sequence[Heartbeat]) -> list[Heartbeat]:

@@ -202,16 +202,29 @@ class TrendWriter:
 
 
 def announce_sources(redis: Any, sources: Sequence[str], settings: Settings, now_ms: int) -> None:
-    """Tell readers from which sources there may be buckets; those not seen for longer than a bucket is kept are removed."""
+    """Tell readers from which sources there may be buckets; those not seen for longer than a bucket is kept are removed.
+
+    What is no value of ours gives way.
+    """
     if not sources:
         return
     keep_ms = (settings.stream.trend_hours + 1) * HOUR_MS
     value = orjson.dumps([now_ms, settings.stream.bucket_minutes * MINUTE_MS, keep_ms])
-    gone = [name for name, (seen, _, _) in _sources(redis.hgetall(SOURCES_KEY)).items() if seen < now_ms - keep_ms]
+    if redis.type(SOURCES_KEY) not in (b"hash", b"none"):
+        redis.delete(SOURCES_KEY)
+    gone = [name for name, told in redis.hgetall(SOURCES_KEY).items() if _seen(name, told) < now_ms - keep_ms]
     if gone:
         redis.hdel(SOURCES_KEY, *gone)
     redis.hset(SOURCES_KEY, mapping=dict.fromkeys(sources, value))
     redis.pexpire(SOURCES_KEY, keep_ms)
+
+
+def _seen(name: bytes, told: bytes) -> int:
+    """When a source was seen, -1 for one that can't be read."""
+    try:
+        return int(_sources({name: told})[name.decode()][0])
+    except (ValueError, TypeError, IndexError):
+        return -1
 
 
 def _sources(values: Mapping[bytes, bytes]) -> dict[str, tuple[int, int, int]]:

@@ -52,7 +52,10 @@ FETCH_SECONDS = 30.0
 
 PROMOTE = Script("""
 local live, made = KEYS[1], KEYS[2]
-local function is_fence(name) return name == '' or string.sub(name, 1, 1) == '@' end
+local function is_fence(name)
+  if ARGV[1] == 'trend' then return name == '' end
+  return string.sub(name, 1, 1) == '@'
+end
 local new, old = redis.call('HGETALL', made), {}
 if #new == 0 then return 1 end
 local kind = redis.call('TYPE', live).ok

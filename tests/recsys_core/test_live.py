@@ -31,7 +31,7 @@ from recsys_core.live import (
     not_yet_applied,
     user_updates,
 )
-from recsys_core.live_trends import COUNT, LiveTrendReader, TrendWriter, announce_sources, live_trend, with_hourly
+from recsys_core.live_trends import COUNT, SOURCES_KEY, LiveTrendReader, TrendWriter, announce_sources, live_trend, with_hourly
 from recsys_core.online import STREAM, TrendingValue, UserRecord, read_records, user_key, write_records
 from recsys_core.popularity import trending_items
 from recsys_core.recompute import Recomputation
@@ -208,6 +208,17 @@ def test_trends_decay_by_each_half_life_and_add_up_over_sources(store: Any, sett
     again = reader.read(store, now)
     assert again is not None
     assert dict(zip(again.items, again.scores[:, 0].tolist(), strict=True)) == {"a": 9.0, "b": 0.5}
+
+
+@pytest.mark.parametrize("junk", [b"{", b"5", b"[]", b'["soon", 1, 2]', None])
+def test_sources_that_are_none_give_way(store: Any, settings: Settings, junk: bytes | None) -> None:
+    if junk is None:
+        store.set(SOURCES_KEY, "text")
+    else:
+        store.hset(SOURCES_KEY, "0abcdef0.7", junk)
+    announce_sources(store, ["0abcdef0.0"], settings, NOW)
+    assert store.hkeys(SOURCES_KEY) == [b"0abcdef0.0"]
+    assert live_trend(store, NOW, [1.0]) is None
 
 
 HALF_LIVES = (1.0, 0.25, 24.0)

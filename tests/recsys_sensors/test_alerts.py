@@ -260,6 +260,16 @@ def test_a_worker_that_was_killed_and_is_back_by_another_name_is_not_missed(hook
         forget_heartbeat(client, "host-101")
 
 
+def test_what_is_no_heartbeat_hides_no_other(ticks: Ticks) -> None:
+    with ticks.platform.redis() as client:
+        junk = {"a": b"{", "b": b"5", "c": b'{"lag": 1}', "d": b'{"at": "soon"}', "e": b'{"at": 1, "partitions": [1]}'}
+        client.hset(HEARTBEATS_KEY, mapping={**junk, "w1": b'{"at": 1800000000000, "lag": 3}'})
+        assert read_heartbeats(client) == [Heartbeat("w1", NOW, 3)]
+        write_heartbeat(client, Heartbeat("w2", NOW, 0))
+        assert sorted(client.hkeys(HEARTBEATS_KEY)) == [b"w1", b"w2"]
+        client.delete(HEARTBEATS_KEY)
+
+
 def test_a_worker_that_stood_by_is_missed_only_when_there_is_no_other(hook: Hook, ticks: Ticks) -> None:
     ticks.tick()
     with ticks.platform.redis() as client:
