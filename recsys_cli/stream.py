@@ -25,10 +25,15 @@ def stream(context: typer.Context, home: Home = None) -> None:
     """Run a worker of the speed layer until Ctrl-C. Workers of one group share the partitions of the topic."""
     context.obj = home
     if context.invoked_subcommand is None:
+        from recsys_cli.processes import StackError
         from recsys_core.settings import load_settings
+        from streaming.metrics import MetricsError
         from streaming.run import main
 
-        raise typer.Exit(main(load_settings(home)))
+        try:
+            raise typer.Exit(main(load_settings(home)))
+        except MetricsError as error:
+            raise StackError(str(error)) from error
 
 
 @app.command()
@@ -44,6 +49,8 @@ def rebuild(
     Exit code 1: something differs. A record is replaced by what the events since then give, so choose a time at least as
     long ago as records live.
     """
+    from confluent_kafka import KafkaException
+    from redis.exceptions import RedisClusterException, RedisError
     from rich.console import Console
 
     from recsys_cli.console import table
@@ -57,6 +64,10 @@ def rebuild(
         done = run(load_settings(context.obj), _since_ms(since), source is Source.LANDING)
     except (TopicError, RebuildRefused) as error:
         raise StackError(str(error)) from error
+    except KafkaException as error:
+        raise StackError(f"Kafka is away, run the rebuild again when it is back: {error.args[0].str()}") from error
+    except (RedisError, RedisClusterException) as error:
+        raise StackError(f"Redis is away, run the rebuild again when it is back: {error}") from error
     found = done.differences
     facts = {
         "events applied": done.events,

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from recsys_core.events import EVENT_TYPE, HOUR_MS, ITEM_ID, MINUTE_MS, TS
 from recsys_core.live import GUARD_LUA, Batch, Guard, LiveEvent, guarded
+from recsys_core.online import TrendingValue
 from recsys_core.redis_client import Script
 from recsys_core.settings import Settings
 
@@ -201,16 +202,29 @@ class TrendWriter:
 
 
 def announce_sources(redis: Any, sources: Sequence[str], settings: Settings, now_ms: int) -> None:
-    """Tell readers from which sources there may be buckets; those not seen for longer than a bucket is kept are removed."""
+    """Tell readers from which sources there may be buckets; those not seen for longer than a bucket is kept are removed.
+
+    What is no value of ours gives way.
+    """
     if not sources:
         return
     keep_ms = (settings.stream.trend_hours + 1) * HOUR_MS
     value = orjson.dumps([now_ms, settings.stream.bucket_minutes * MINUTE_MS, keep_ms])
-    gone = [name for name, (seen, _, _) in _sources(redis.hgetall(SOURCES_KEY)).items() if seen < now_ms - keep_ms]
+    if redis.type(SOURCES_KEY) not in (b"hash", b"none"):
+        redis.delete(SOURCES_KEY)
+    gone = [name for name, told in redis.hgetall(SOURCES_KEY).items() if _seen(name, told) < now_ms - keep_ms]
     if gone:
         redis.hdel(SOURCES_KEY, *gone)
     redis.hset(SOURCES_KEY, mapping=dict.fromkeys(sources, value))
     redis.pexpire(SOURCES_KEY, keep_ms)
+
+
+def _seen(name: bytes, told: bytes) -> int:
+    """When a source was seen, -1 for one that can't be read."""
+    try:
+        return int(_sources({name: told})[name.decode()][0])
+    except (ValueError, TypeError, IndexError):
+        return -1
 
 
 def _sources(values: Mapping[bytes, bytes]) -> dict[str, tuple[int, int, int]]:
@@ -302,3 +316,20 @@ class LiveTrendReader:
 def live_trend(redis: Any, now_ms: int, half_lives_hours: Sequence[float]) -> LiveTrend | None:
     """The trend as of `now_ms`, read once; None while there are no live buckets."""
     return LiveTrendReader(half_lives_hours).read(redis, now_ms)
+
+
+def with_hourly(live: TrendingValue, hourly: TrendingValue | None, half_lives_hours: Sequence[float]) -> TrendingValue:
+    """The live trend, with what the hourly one knows and the speed layer does not.
+
+    Both add up the same events, one from the newest on and one up to its hour: of each score the larger is the nearer one. So a
+    handful of events, all that a speed layer knows that has just begun, leads a quiet moment only.
+    """
+    held = [] if hourly is None else [np.atleast_1d(scores) for scores in hourly.scores.values()]
+    if hourly is None or any(len(scores) != len(half_lives_hours) for scores in held):
+        return live
+    age = max(0, live.computed_at - hourly.computed_at) / HOUR_MS
+    decay = np.exp2(-age / np.asarray(half_lives_hours, np.float64))
+    scores = dict(live.scores)
+    for item, known in zip(hourly.scores, held, strict=True):
+        scores[item] = tuple(np.maximum(known * decay, scores.get(item, 0.0)).tolist())
+    return TrendingValue(live.computed_at, live.hour, scores)

@@ -369,6 +369,7 @@ class StreamSettings(Section):
     archive_seconds: int = Field(60, ge=1, description="and where the broker's time enters another interval of this length")
     bucket_minutes: int = Field(5, ge=1, le=60, description="length of a bucket of the live trends")
     trend_hours: int = Field(24, ge=1, description="how long a bucket of the live trends is kept")
+    metrics_host: str = Field("127.0.0.1", description="address that the Prometheus metrics listen on")
     metrics_port: int = Field(0, ge=0, le=65535, description="port of the Prometheus metrics; 0: none")
     heartbeat_seconds: float = Field(5.0, gt=0, description="how often a worker writes its heartbeat and lag to Redis")
 

@@ -15,7 +15,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
-from recsys_core.live_trends import LiveTrend, LiveTrendReader
+from recsys_core.live_trends import LiveTrend, LiveTrendReader, with_hourly
 from recsys_core.online import (
     LAST_TS,
     PUT_ANSWER,
@@ -67,6 +67,7 @@ class LiveTrends:
     def __init__(self, settings: RedisSettings, half_lives_hours: Sequence[float]) -> None:
         once = Retry(NoBackoff(), 0)
         self._redis = client(settings, socket_timeout=BACKGROUND_SECONDS, socket_connect_timeout=BACKGROUND_SECONDS, retry=once)
+        self.half_lives_hours = half_lives_hours
         self._reader = LiveTrendReader(half_lives_hours)
         self._reading: asyncio.Task[LiveTrend | None] | None = None
 
@@ -254,12 +255,14 @@ class Store:
     ) -> None:
         """Look every `seconds` and pass on what is new; the last known value stays in use while there is none.
 
-        `live` goes first; while it has nothing the hourly value is used.
+        `live` goes first, with what the hourly value knows beyond it; while it has nothing the hourly value is used.
         """
         known: TrendingValue | None = None
         while True:
             try:
-                found = await self._live_trending(live) or await self.trending()
+                found = await self._live_trending(live)
+                hourly = await self.trending()
+                found = with_hourly(found, hourly, live.half_lives_hours) if found and live else hourly
                 if found is not None and found != known:
                     await on_change(found)
                     known = found

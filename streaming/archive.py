@@ -95,22 +95,22 @@ class _Open:
 class Archive:
     """Archives the partitions that this worker has. One thread adds messages and writes files; the others may ask and drop."""
 
-    def __init__(self, landing: Landing, topic: str, identity: str, settings: StreamSettings) -> None:
+    def __init__(self, landing: Landing, topic: str, settings: StreamSettings) -> None:
         self._landing = landing
         self._topic = topic
-        self._identity = identity
         self._rows = settings.archive_rows
         self._interval_ms = settings.archive_seconds * 1000
         self._open: dict[int, _Open] = {}
         self._lock = threading.Lock()
         self.files = 0
 
-    def landed(self, partition: int) -> tuple[int | None, list[OffsetRange]]:
-        """Up to before which offset the partition is archived without a gap (None: nothing is), and files beyond a gap."""
+    def landed(self, partition: int, identity: str) -> tuple[int | None, list[OffsetRange]]:
+        """Up to before which offset the partition is archived without a gap (None: nothing is), and files beyond a gap.
+
+        `identity` is that of the partition, see `incarnations`.
+        """
         ranges = [
-            held
-            for held in self._landing.archived(self._topic)
-            if held.identity == self._identity and held.partition == partition
+            held for held in self._landing.archived(self._topic) if held.identity == identity and held.partition == partition
         ]
         end: int | None = None
         for at, held in enumerate(ranges):
@@ -119,9 +119,12 @@ class Archive:
             end = max(end or 0, held.last + 1)
         return end, []
 
-    def start(self, partition: int, offset: int, known: list[OffsetRange], epoch: int) -> None:
-        """Archive a partition from `offset` on, leaving out the ranges that are there already. `epoch` is of its assignment."""
-        held = OffsetRange(self._topic, self._identity, partition, offset, offset)
+    def start(self, partition: int, offset: int, known: list[OffsetRange], epoch: int, identity: str) -> None:
+        """Archive a partition from `offset` on, leaving out the ranges that are there already.
+
+        `epoch` is of its assignment, `identity` see `landed`.
+        """
+        held = OffsetRange(self._topic, identity, partition, offset, offset)
         with self._lock:
             self._open[partition] = _Open(held, offset, epoch, known=[r for r in known if r.first >= offset])
 

@@ -57,14 +57,18 @@ class Assigned:
 
     Attributes:
         epoch: of its assignment.
+        identity: of its incarnation, in the names of its files.
+        first: where the archive begins that has no file of it.
         low: the first offset that the brokers have.
-        committed: what the group knows, -1 when nothing.
+        high: where the partition ended.
         start: from this offset on messages come through the intake.
     """
 
     epoch: int
+    identity: str
+    first: int
     low: int
-    committed: int
+    high: int
     start: int
 
 
@@ -173,11 +177,12 @@ class Archiver:
         self._settings = settings
         self._topic = topic
         self._arrivals = arrivals
-        self._archive = Archive(Landing(lake), topic.name, topic.identity, settings.stream)
+        self._archive = Archive(Landing(lake), topic.name, settings.stream)
         self._intake = Intake(settings.stream.batch_megabytes << 20)
         self._reader = _Reader(settings, topic, embedded)
         self._assigned: dict[int, Assigned] = {}
         self._begun: dict[int, int] = {}
+        self._lost: dict[int, int] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._seen_at, self._stalled_at = time.monotonic(), float("-inf")
@@ -213,6 +218,7 @@ class Archiver:
         with self._lock:
             for number in numbers:
                 self._assigned.pop(number, None)
+                self._lost.pop(number, None)
         self._archive.drop(numbers)
         self._intake.drop(numbers)
 
@@ -236,6 +242,11 @@ class Archiver:
             begun = number in self._assigned and self._begun.get(number) == self._assigned[number].epoch
         found = self._archive.durable(number) if begun else None
         return -1 if found is None else found
+
+    def lost(self) -> list[tuple[int, int]]:
+        """Partitions of which the brokers no longer have all that is archived, and up to before which offset that is."""
+        with self._lock:
+            return list(self._lost.items())
 
     def alive(self) -> None:
         """The thread that hears of the group is at work. Called by it all the time."""
@@ -278,11 +289,16 @@ class Archiver:
         with self._lock:
             new = {n: a for n, a in self._assigned.items() if self._begun.get(n) != a.epoch}
         for number, assigned in new.items():
-            landed, known = self._archive.landed(number)
-            first = max(assigned.low, landed if landed is not None else max(assigned.committed, assigned.low))
+            landed, known = self._archive.landed(number, assigned.identity)
+            had = max([landed or 0, *(held.last + 1 for held in known)])
+            if had > assigned.high and had > self._reader.ends(number)[1]:
+                with self._lock:
+                    self._lost[number] = had
+                continue
+            first = max(assigned.low, landed) if landed is not None else assigned.first
             with self._lock:
                 if self._assigned.get(number) is assigned:
-                    self._archive.start(number, first, known, assigned.epoch)
+                    self._archive.start(number, first, known, assigned.epoch, assigned.identity)
                     self._begun[number] = assigned.epoch
 
     def _behind(self) -> dict[int, int]:
@@ -356,8 +372,7 @@ class _Reader:
 
     def read(self, places: Mapping[int, int]) -> list[Message]:
         """Some messages, ends and errors; a partition that was read before goes on where the last call ended."""
-        if self._kafka is None:
-            self._kafka = Kafka(Consumer(self._config, logger=kafka_log()))
+        self._connect()
         if self._at.keys() != places.keys():
             self._kafka.assign([TopicPartition(self._topic.name, number, offset) for number, offset in places.items()])
             self._at = dict(places)
@@ -366,8 +381,13 @@ class _Reader:
 
     def ends(self, number: int) -> tuple[int, int]:
         """The first offset of a partition and its end, by the brokers, now."""
+        self._connect()
         ends: tuple[int, int] = self._kafka.get_watermark_offsets(TopicPartition(self._topic.name, number), timeout=ASK_SECONDS)
         return ends
+
+    def _connect(self) -> None:
+        if self._kafka is None:
+            self._kafka = Kafka(Consumer(self._config, logger=kafka_log()))
 
     def close(self) -> None:
         """Give the connections up; the next call makes others."""

@@ -12,6 +12,10 @@ from prometheus_client.core import HistogramMetricFamily
 LATENCY_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 300.0)
 
 
+class MetricsError(RuntimeError):
+    """The metrics can't be served; the message says where, why and what to do."""
+
+
 class LatencyHistogram:
     """Seconds from the broker's time of a message to its being visible in Redis, counted a batch at a time."""
 
@@ -74,7 +78,14 @@ class StreamMetrics:
         self.paused = gauge("paused", "1 while consumption waits for Redis")
         self.batch = gauge("batch_messages", "Messages of the last batch")
 
-    def serve(self, port: int) -> None:
-        """Answer Prometheus on a port; 0 does nothing."""
-        if port:
-            start_http_server(port, registry=self.registry)
+    def serve(self, host: str, port: int) -> None:
+        """Answer Prometheus on a port of an address; 0 does nothing. Raises MetricsError when the port can't be had."""
+        if not port:
+            return
+        try:
+            start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise MetricsError(
+                f"the metrics can't be served on {host}:{port}: {error.strerror}. "
+                "Set another stream.metrics_port (or stream.metrics_host), or 0 for none"
+            ) from error

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -35,6 +36,7 @@ from recsys_core.settings import Settings
 from recsys_core.tombstones import Tombstones
 from streaming.arrival import Arrivals
 from streaming.decode import decode
+from streaming.incarnations import incarnation, read_cuts, valid_ranges
 from streaming.rebuild_lock import RebuildLock
 from streaming.sink import RedisSink
 from streaming.topics import Topic, TopicError, find_topic
@@ -50,7 +52,10 @@ FETCH_SECONDS = 30.0
 
 PROMOTE = Script("""
 local live, made = KEYS[1], KEYS[2]
-local function is_fence(name) return name == '' or string.sub(name, 1, 1) == '@' end
+local function is_fence(name)
+  if ARGV[1] == 'trend' then return name == '' end
+  return string.sub(name, 1, 1) == '@'
+end
 local new, old = redis.call('HGETALL', made), {}
 if #new == 0 then return 1 end
 local kind = redis.call('TYPE', live).ok
@@ -112,13 +117,14 @@ def _rebuild(
     settings: Settings, topic: Topic, since_ms: int, from_landing: bool, redis: Any, lock: RebuildLock, started: float
 ) -> RebuildReport:
     area = f"{AREA}{lock.token}-"
-    sources = {number: f"{topic.identity}.{number}" for number in range(topic.partitions)}
+    cuts = read_cuts(redis, topic.identity, range(topic.partitions))
+    sources = {number: incarnation(topic.identity, number, cuts[number]).source for number in cuts}
     sink = RedisSink(redis, settings, area)
     computed = Recomputation(settings)
     tombstones = Tombstones.read(Lake(settings.lake_uri))
     # Whoever left them has no lock any more.
     _remove(redis, AREA)
-    source = LandingSource(settings, topic, since_ms) if from_landing else TopicSource(settings, topic, since_ms)
+    source = LandingSource(settings, topic, since_ms, cuts) if from_landing else TopicSource(settings, topic, since_ms)
     moved = dict.fromkeys(KINDS, 0)
     waiting: dict[str, list[bytes]] = {}
     events = 0
@@ -257,30 +263,43 @@ class TopicSource:
 
 
 class LandingSource:
-    """The archive from the files on that were written since a time, then the topic from where the archive ends."""
+    """The archive from the files on that were written since a time, then the topic from where the archive ends.
 
-    def __init__(self, settings: Settings, topic: Topic, since_ms: int) -> None:
+    Where the log of a partition was cut, what the archive has beyond the cut is no longer part of it.
+    """
+
+    def __init__(self, settings: Settings, topic: Topic, since_ms: int, cuts: Mapping[int, Sequence[int]]) -> None:
         self._landing = Landing(Lake(settings.lake_uri, settings.lake.keep_versions))
         fs = self._landing.lake.fs
+        valid = [
+            (number, one.identity, before)
+            for number in cuts
+            for one, before in valid_ranges(topic.identity, number, cuts[number])
+        ]
+        archived = self._landing.archived(topic.name)
         self._files = [
-            (held, path)
-            for held in self._landing.archived(topic.name)
-            if held.identity == topic.identity
+            (held, path, before)
+            for number, identity, before in valid
+            for held in archived
+            if (held.partition, held.identity) == (number, identity)
+            and (before is None or held.first < before)
             and fs.modified(path := self._landing.lake.path(LANDING, topic.name, f"{held.name}.parquet")).timestamp() * 1000
             >= since_ms
         ]
-        if faults := offset_faults(held for held, _ in self._files):
+        if faults := offset_faults(held for held, _, _ in self._files):
             raise TopicError("the archive is not whole: " + "; ".join(faults))
         self._rest = TopicSource(settings, topic, since_ms)
-        for held, _ in self._files:
-            self._rest.skip_to(held.partition, held.last + 1)
+        for held, _, before in self._files:
+            self._rest.skip_to(held.partition, held.last + 1 if before is None else min(held.last + 1, before))
 
     def read(self) -> Iterator[Batch]:
         """What came since the last call."""
         files, self._files = self._files, []
-        for held, path in files:
+        for held, path, before in files:
             with self._landing.lake.fs.open(path, "rb") as source:
                 table: pa.Table = pq.read_table(source)
+            if before is not None:
+                table = table.filter(pc.less(table[OFFSET], before))
             offset = table[OFFSET].to_numpy()
             partition, by_now = (np.full(len(offset), value, np.int64) for value in (held.partition, now_ms()))
             yield Batch(table.select(EVENT_SCHEMA.names), partition, offset, by_now)

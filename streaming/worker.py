@@ -54,8 +54,9 @@ from streaming.connections import (
 from streaming.dead_letters import DeadLetter, DeadLetterQueue
 from streaming.decode import FEW, decode, decode_one
 from streaming.forgotten import ForgottenUsers
+from streaming.incarnations import add_cut, incarnation, read_cuts
 from streaming.metrics import StreamMetrics
-from streaming.progress import StateLost, Trail, advance, check_kept, read_positions
+from streaming.progress import StateLost, Trail, advance, applied_key, check_kept, read_positions
 from streaming.sink import RedisSink
 from streaming.topics import Topic, find_topic, is_embedded
 
@@ -73,6 +74,8 @@ PAUSE_SECONDS = 5.0
 COMMIT_SECONDS = 1.0
 TOPIC_SECONDS = 1.0
 """How often the topic's identity is looked at."""
+CUT_MARGIN_MS = 5_000
+"""Of a log that was cut, what came so shortly before the last position is read again: counted twice is better than never."""
 DRAIN_SECONDS = 10.0
 END_SECONDS = 0.5
 """How often the end of a partition is passed on once it is reached."""
@@ -102,11 +105,11 @@ class Worker:
         self._stopping.set()
 
     def run(self) -> None:
-        """Work until `stop`."""
+        """Work until `stop`. Raises MetricsError when the port of the metrics can't be had."""
         sys.setswitchinterval(SWITCH_SECONDS)
         # What was imported stays: looking through all of it for garbage would hold up messages for a tenth of a second.
         gc.freeze()
-        self.metrics.serve(self.settings.stream.metrics_port)
+        self.metrics.serve(self.settings.stream.metrics_host, self.settings.stream.metrics_port)
         kafka_log().setLevel(logging.NOTSET)
         lake = Lake(self.settings.lake_uri, self.settings.lake.keep_versions)
         forgotten = ForgottenUsers(lake)
@@ -197,6 +200,7 @@ class _Session:
         self._forgotten = forgotten
         self._archiver = Archiver(settings, topic, embedded, lake, self._arrivals) if settings.stream.archive else None
         self._positions: dict[int, Position] = {}
+        self._identities: dict[int, str] = {}
         self._lock = threading.Lock()
         self._epoch = 0
         self._pipe = Pipeline()
@@ -428,9 +432,8 @@ class _Session:
 
     def _on_assign(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [p.partition for p in partitions]
-        sources = {number: f"{self._topic.identity}.{number}" for number in numbers}
+        cuts = self._patiently(lambda: read_cuts(self._redis, self._topic.identity, numbers))
         committed = {p.partition: p for p in self._consumer.committed(partitions, timeout=ASK_SECONDS)}
-        found = self._patiently(lambda: read_positions(self._redis, list(sources.values())))
         # Only a replay brings back what a user did before being forgotten, and a replay begins here.
         self._forgotten.refresh()
         self._epoch += 1
@@ -438,35 +441,64 @@ class _Session:
         for number in numbers:
             place = TopicPartition(self._topic.name, number)
             low, high = self._consumer.get_watermark_offsets(place, timeout=ASK_SECONDS)
-            position, start = self._start(number, sources[number], found[sources[number]], committed.get(number), low, high)
+            position, start = self._start(number, cuts[number], committed.get(number), low, high)
             with self._lock:
                 self._positions[number] = position
             starts.append(TopicPartition(self._topic.name, number, start))
         kept = {position.source: position.redis_from for position in self._positions.values()}
         self._patiently(lambda: advance(self._redis, kept, self._settings.cache.feature_ttl_seconds))
-        self._patiently(lambda: announce_sources(self._redis, list(sources.values()), self._settings, now_ms()))
+        self._patiently(lambda: announce_sources(self._redis, list(kept), self._settings, now_ms()))
         self._consumer.incremental_assign(starts)
         log.info("has partitions %s", sorted(self._positions))
 
-    def _start(
-        self, number: int, source: str, marker: int | None, group: TopicPartition | None, low: int, high: int
-    ) -> tuple[Position, int]:
+    def _start(self, number: int, cuts: list[int], group: TopicPartition | None, low: int, high: int) -> tuple[Position, int]:
         """Where a partition starts: where Redis is. The archive reads by itself what it is behind.
 
-        A committed offset counts only where nothing is archived, and only of this incarnation of the topic.
+        A committed offset counts only where nothing is archived, and only of this incarnation of the partition. Where the
+        log ends before what Redis has of it, the partition goes on as another one.
         """
+        one = incarnation(self._topic.identity, number, cuts)
+        marker = self._patiently(lambda: read_positions(self._redis, [one.source]))[one.source]
+        if marker is not None and marker > high:
+            return self._start(number, self._cut(number, cuts, marker, low, high), group, low, high)
         committed = -1
-        if group is not None and group.offset >= 0 and group.metadata == self._topic.identity:
+        if group is not None and group.offset >= 0 and group.metadata == one.identity:
             committed = group.offset
         if marker is None and committed >= 0:
-            log.warning("Redis does not know of %s, which was read up to %d: applying all of it again", source, committed)
-        redis_from = start = low if marker is None else max(low, marker)
-        if start > high:
-            log.error("%s ends at offset %d and was read up to %d: the brokers lost messages", source, high, start)
-            start = high
+            log.warning("Redis does not know of %s, which was read up to %d: applying all of it again", one.source, committed)
+        redis_from = start = max(low, one.start) if marker is None else max(low, marker)
         if self._archiver is not None:
-            self._archiver.assign(number, Assigned(self._epoch, low, committed, start))
-        return Position(source, self._epoch, redis_from, start, redis_from, redis_from, committed), start
+            archived_from = max(low, committed, one.start)
+            self._archiver.assign(number, Assigned(self._epoch, one.identity, archived_from, low, high, start))
+        self._identities[number] = one.identity
+        return Position(one.source, self._epoch, redis_from, start, redis_from, redis_from, committed), start
+
+    def _cut(self, number: int, cuts: list[int], had: int, low: int, high: int) -> list[int]:
+        """Note that the brokers lost messages of a partition, of which Redis or the archive `had` more. Returns all cuts."""
+        source = incarnation(self._topic.identity, number, cuts).source
+        log.error("%s ends at offset %d and was read up to %d: the brokers lost messages", source, high, had)
+        at = min(high, max(low, self._first_unread(number, source)))
+        return list(self._patiently(lambda: add_cut(self._redis, self._topic.identity, number, cuts, at)))
+
+    def _start_after_cut(self, number: int, had: int) -> None:
+        """The archive has more of a partition than the brokers: it goes on as another one. Raises StartOver."""
+        cuts = self._patiently(lambda: read_cuts(self._redis, self._topic.identity, [number]))[number]
+        low, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic.name, number), timeout=ASK_SECONDS)
+        self._cut(number, cuts, had, low, high)
+        raise StartOver(f"{self._topic.name}/{number} was archived up to {had} and ends at {high}")
+
+    def _first_unread(self, number: int, source: str) -> int:
+        """From which offset on the messages of a partition whose log was cut came after the last ones that were read.
+
+        A position says by its expiry when it was written. Without one everything is read again.
+        """
+        left_ms = self._patiently(lambda: self._redis.pttl(applied_key(source)))
+        if left_ms < 0:
+            return 0
+        written = now_ms() - max(0, self._settings.cache.feature_ttl_seconds * 1000 - left_ms)
+        place = TopicPartition(self._topic.name, number, written - CUT_MARGIN_MS)
+        [found] = self._consumer.offsets_for_times([place], timeout=ASK_SECONDS)
+        return int(found.offset) if found.offset >= 0 else np.iinfo(np.int64).max
 
     def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         self._drain()
@@ -674,9 +706,9 @@ class _Session:
 
     def _heartbeat(self) -> None:
         with self._lock:
-            lags = [position.lag for position in self._positions.values()]
+            lags = {f"{self._topic.name}/{number}": position.lag for number, position in self._positions.items()}
             sources = [position.source for position in self._positions.values()]
-        beat = Heartbeat(self._name, now_ms(), sum(lags) if lags else -1, self._pipe.events)
+        beat = Heartbeat(self._name, now_ms(), sum(lags.values()) if lags else -1, self._pipe.events, lags)
         write_heartbeat(self._redis, beat)
         self._redis.expire(HEARTBEATS_KEY, HEARTBEATS_TTL_SECONDS)
         announce_sources(self._redis, sources, self._settings, now_ms())
@@ -688,6 +720,8 @@ class _Session:
         now = time.monotonic()
         if self._archiver is not None:
             self._archiver.alive()
+            for number, had in self._archiver.lost():
+                self._start_after_cut(number, had)
         if now >= self._due["ends"]:
             self._due["ends"] = now + END_SECONDS
             self._pass_ends()
@@ -734,7 +768,7 @@ class _Session:
                     safe = min(safe, self._archiver.durable(number))
                 if safe > position.committed:
                     position.committed = safe
-                    offsets.append(TopicPartition(self._topic.name, number, safe, self._topic.identity))
+                    offsets.append(TopicPartition(self._topic.name, number, safe, self._identities[number]))
         if offsets:
             self._consumer.commit(offsets=offsets, asynchronous=asynchronous)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pytest
 import redis
 from hypothesis import HealthCheck, given
@@ -29,8 +31,9 @@ from recsys_core.live import (
     not_yet_applied,
     user_updates,
 )
-from recsys_core.live_trends import COUNT, LiveTrendReader, TrendWriter, announce_sources, live_trend
-from recsys_core.online import STREAM, UserRecord, read_records, user_key, write_records
+from recsys_core.live_trends import COUNT, SOURCES_KEY, LiveTrendReader, TrendWriter, announce_sources, live_trend, with_hourly
+from recsys_core.online import STREAM, TrendingValue, UserRecord, read_records, user_key, write_records
+from recsys_core.popularity import trending_items
 from recsys_core.recompute import Recomputation
 from recsys_core.redis_client import client, run_calls
 from recsys_core.settings import RedisSettings, Settings
@@ -205,6 +208,77 @@ def test_trends_decay_by_each_half_life_and_add_up_over_sources(store: Any, sett
     again = reader.read(store, now)
     assert again is not None
     assert dict(zip(again.items, again.scores[:, 0].tolist(), strict=True)) == {"a": 9.0, "b": 0.5}
+
+
+@pytest.mark.parametrize("junk", [b"{", b"5", b"[]", b'["soon", 1, 2]', None])
+def test_sources_that_are_none_give_way(store: Any, settings: Settings, junk: bytes | None) -> None:
+    if junk is None:
+        store.set(SOURCES_KEY, "text")
+    else:
+        store.hset(SOURCES_KEY, "0abcdef0.7", junk)
+    announce_sources(store, ["0abcdef0.0"], settings, NOW)
+    assert store.hkeys(SOURCES_KEY) == [b"0abcdef0.0"]
+    assert live_trend(store, NOW, [1.0]) is None
+
+
+HALF_LIVES = (1.0, 0.25, 24.0)
+
+
+@hypothesis_settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from(["view", "cart"]), st.integers(0, 20 * 60)), min_size=1, max_size=30
+    ),
+    known_from=st.integers(0, 20 * 60),
+    hourly_at=st.integers(0, 20 * 60),
+)
+def test_the_live_trend_is_the_trend_of_all_events_however_many_of_them_the_speed_layer_knows(
+    rows: list[tuple[str, str, int]], known_from: int, hourly_at: int
+) -> None:
+    """Ages are in minutes. Only where neither side has an event is it missing."""
+    weights = Settings().events.weights
+    table = pa.table(
+        [[i for i, _, _ in rows], [k for _, k, _ in rows], [NOW - age * MINUTE_MS for _, _, age in rows]],
+        ["item_id", "event_type", "ts"],
+    )
+    exact = trending_items(ds.dataset(table), NOW, weights, HALF_LIVES, 100)
+    before = trending_items(ds.dataset(table), NOW - hourly_at * MINUTE_MS, weights, HALF_LIVES, 100)
+    hourly = TrendingValue(
+        NOW - hourly_at * MINUTE_MS, "", dict(zip(before["item_id"].to_pylist(), before["scores"].to_pylist(), strict=True))
+    )
+    lately = table.filter(pc.greater_equal(table["ts"], NOW - known_from * MINUTE_MS))
+    part = trending_items(ds.dataset(lately), NOW, weights, HALF_LIVES, 100)
+    live = TrendingValue(NOW, "", dict(zip(part["item_id"].to_pylist(), part["scores"].to_pylist(), strict=True)))
+    joined = with_hourly(live, hourly, HALF_LIVES).scores
+    everything = dict(zip(exact["item_id"].to_pylist(), exact["scores"].to_pylist(), strict=True))
+    for item, scores in everything.items():
+        got = joined.get(item, (0.0,) * 3)
+        assert all(have <= true * (1 + 1e-9) for have, true in zip(got, scores, strict=True))
+        known = [age for i, _, age in rows if i == item]
+        if max(known) <= known_from or min(known) >= hourly_at:
+            assert got == pytest.approx(tuple(scores), rel=1e-9)
+
+
+@hypothesis_settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.sampled_from(IDS), st.sampled_from(["view", "cart"]), st.integers(0, 1400)), min_size=1, max_size=40)
+)
+def test_the_live_trend_is_the_hourly_one_to_the_length_of_a_bucket(
+    store: Any, settings: Settings, rows: list[tuple[str, str, int]]
+) -> None:
+    """Ages are in minutes, within what is read of the shortest reach."""
+    store.flushall()
+    length = settings.stream.bucket_minutes * MINUTE_MS
+    count(store, settings, batch([("u", item, kind, NOW - age * MINUTE_MS) for item, kind, age in rows]))
+    announce_sources(store, ["0abcdef0.0"], settings, NOW)
+    found = live_trend(store, NOW, HALF_LIVES)
+    middles = [min(NOW, int(((NOW - age * MINUTE_MS) // length + 0.5) * length)) for _, _, age in rows]
+    table = pa.table([[i for i, _, _ in rows], [k for _, k, _ in rows], middles], ["item_id", "event_type", "ts"])
+    hourly = trending_items(ds.dataset(table), NOW, settings.events.weights, HALF_LIVES, 100)
+    assert found is not None
+    live = dict(zip(found.items, found.scores.tolist(), strict=True))
+    expected = dict(zip(hourly["item_id"].to_pylist(), hourly["scores"].to_pylist(), strict=True))
+    assert live == {item: pytest.approx(scores, rel=1e-9, abs=1e-12) for item, scores in expected.items()}
 
 
 def test_a_cluster_holds_what_a_standalone_redis_holds(tmp_path: Path, settings: Settings) -> None:

@@ -22,7 +22,7 @@ from recsys_cli.processes import free_port
 from recsys_cli.stack import redis_server
 from recsys_core.alerts import Alert, Mail, NotDelivered, Webhook, channels
 from recsys_core.events import MINUTE_MS
-from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, forget_heartbeat, write_heartbeat
+from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, forget_heartbeat, read_heartbeats, write_heartbeat
 from recsys_core.settings import AlertSettings, Settings
 from recsys_sensors.alerting import alerts
 from recsys_sensors.stream_health import stream_observed
@@ -294,6 +294,46 @@ def test_a_silent_stream_worker_is_told_once_and_its_return_as_well(ticks: Ticks
         ticks.tick()
         assert hook.titles[2:] == ["The stream is 5,000,000 events behind"]
         forget_heartbeat(client, "w1")
+
+
+def test_a_worker_that_was_killed_and_is_back_by_another_name_is_not_missed(hook: Hook, ticks: Ticks) -> None:
+    ticks.tick()
+    before = {"events/0": 1_999_990, "events/1": 10}
+    with ticks.platform.redis() as client:
+        write_heartbeat(client, Heartbeat("host-100", NOW - 10 * MINUTE_MS, 2_000_000, partitions=before))
+        ticks.tick()
+        assert hook.titles == ["Stream worker host-100 is silent", "The stream is 2,000,000 events behind"]
+        write_heartbeat(client, Heartbeat("host-101", NOW, 7, partitions={"events/0": 7}))
+        ticks.tick()
+        assert hook.titles[2:] == ["Right again: stream lag"], "nobody has the other partition yet"
+        write_heartbeat(client, Heartbeat("host-101", NOW, 12, partitions={"events/0": 7, "events/1": 5}))
+        ticks.tick()
+        assert hook.titles[3:] == ["Right again: stream silent: host-100"]
+        assert [(beat.worker, beat.lag) for beat in read_heartbeats(client)] == [("host-101", 12)]
+        assert client.hkeys(HEARTBEATS_KEY) == [b"host-101"]
+        forget_heartbeat(client, "host-101")
+
+
+def test_what_is_no_heartbeat_hides_no_other(ticks: Ticks) -> None:
+    with ticks.platform.redis() as client:
+        junk = {"a": b"{", "b": b"5", "c": b'{"lag": 1}', "d": b'{"at": "soon"}', "e": b'{"at": 1, "partitions": [1]}'}
+        client.hset(HEARTBEATS_KEY, mapping={**junk, "w1": b'{"at": 1800000000000, "lag": 3}'})
+        assert read_heartbeats(client) == [Heartbeat("w1", NOW, 3)]
+        write_heartbeat(client, Heartbeat("w2", NOW, 0))
+        assert sorted(client.hkeys(HEARTBEATS_KEY)) == [b"w1", b"w2"]
+        client.delete(HEARTBEATS_KEY)
+
+
+def test_a_worker_that_stood_by_is_missed_only_when_there_is_no_other(hook: Hook, ticks: Ticks) -> None:
+    ticks.tick()
+    with ticks.platform.redis() as client:
+        write_heartbeat(client, Heartbeat("spare", NOW - 10 * MINUTE_MS))
+        ticks.tick()
+        assert hook.titles == ["Stream worker spare is silent"]
+        write_heartbeat(client, Heartbeat("other", NOW, 0, partitions={"events/0": 0}))
+        ticks.tick()
+        assert hook.titles[1:] == ["Right again: stream silent: spare"]
+        forget_heartbeat(client, "other")
 
 
 def test_a_heartbeat_is_an_observation_of_the_topic(ticks: Ticks) -> None:

@@ -33,6 +33,15 @@ def test_live_buckets_lead_and_without_them_the_hourly_value_is_used(world: Worl
     eventually(lambda: leaders(world) == ["item-400", "item-401"])
 
 
+def test_a_few_live_events_do_not_take_the_place_of_what_an_hour_has_counted(world: World) -> None:
+    half_lives = world.settings.trends.half_lives_hours
+    world.put_trend({"item-400": [50.0] * len(half_lives), "item-401": [20.0] * len(half_lives)})
+    world.redis.client.hset(live_bucket(world), mapping={"item-300": 4000, "item-401": 1000})
+    eventually(lambda: [item.item_id for item in world.client.trending(3)] == ["item-400", "item-401", "item-300"])
+    world.redis.client.hset(live_bucket(world), mapping={"item-300": 900_000})
+    eventually(lambda: leaders(world) == ["item-300", "item-400"])
+
+
 JUNK: dict[str, Callable[[World], object]] = {
     "a source that is no JSON": lambda world: world.redis.client.hset(SOURCES_KEY, SOURCE, b"{"),
     "a source that says too little": lambda world: world.redis.client.hset(SOURCES_KEY, SOURCE, b"5"),

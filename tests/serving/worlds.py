@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from snapshots import make_manifest
 from waiting import eventually
 
 from recsys_core.online import TRENDING_KEY, AnswerEncoder, TrendingValue, UserRecord, users_of, write_answers, write_records
-from recsys_core.ranking import Snapshot, Trend, rank
+from recsys_core.ranking import Scores, Snapshot, Trend, rank
 from recsys_core.release import Pointer, Releases
 from recsys_core.settings import Settings
 from serving.client import RecsysClient
@@ -151,5 +151,5 @@ class World:
     def put_cached_user(self, user_id: str, computed_at: int | None = None, taste: int = 0) -> None:
         self.put_answers({user_id: self.put_known_user(user_id, taste)}, computed_at)
 
-    def put_trend(self, scores: dict[str, float]) -> None:
+    def put_trend(self, scores: Mapping[str, Scores]) -> None:
         self.redis.client.set(TRENDING_KEY, TrendingValue(now_ms(), "2026-01-01-00", scores).encode())

@@ -35,9 +35,9 @@ def messages(start: int, end: int) -> Messages:
 def run(folder: Path, batches: list[tuple[int, int]], start: int = 0) -> dict[str, bytes]:
     """Archive batches in a lake and return the files of its landing zone and quarantine."""
     landing = Landing(Lake(str(folder)))
-    archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
-    landed, known = archive.landed(3)
-    archive.start(3, start if landed is None else landed, known, 1)
+    archive = Archive(landing, TOPIC, SETTINGS)
+    landed, known = archive.landed(3, "0abcdef0")
+    archive.start(3, start if landed is None else landed, known, 1, "0abcdef0")
     for first, end in batches:
         archive.add(3, messages(first, end), 1)
     return files_of(archive, folder)
@@ -63,7 +63,7 @@ def test_any_batches_and_a_restart_at_any_border_give_the_same_bytes(tmp_path: P
     stop = chance.randrange(12)
     pieces = list(zip([0, *cuts], [*cuts, 400], strict=True))
     run(tmp_path / "pieces", pieces[:stop])
-    landed, _ = Archive(Landing(Lake(str(tmp_path / "pieces"))), TOPIC, "0abcdef0", SETTINGS).landed(3)
+    landed, _ = Archive(Landing(Lake(str(tmp_path / "pieces"))), TOPIC, SETTINGS).landed(3, "0abcdef0")
     assert run(tmp_path / "pieces", [(landed or 0, 300), (300, 400)]) == whole
 
 
@@ -88,8 +88,8 @@ def test_what_a_zombie_archived_in_part_is_completed_and_not_doubled(tmp_path: P
         events,
         pa.table({"origin": ["clicks/3"] * 2, "row": [0, 17], "reason": ["not JSON"] * 2, "content": ["�"] * 2}),
     )
-    archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
-    archive.start(3, 0, [], 1)
+    archive = Archive(landing, TOPIC, SETTINGS)
+    archive.start(3, 0, [], 1, "0abcdef0")
     archive.add(3, messages(0, 100), 1)
     archive.write()
     held = landing.archived(TOPIC)
@@ -98,11 +98,11 @@ def test_what_a_zombie_archived_in_part_is_completed_and_not_doubled(tmp_path: P
 
 
 def test_messages_of_an_assignment_that_is_over_are_left_out(tmp_path: Path) -> None:
-    archive = Archive(Landing(Lake(str(tmp_path / "again"))), TOPIC, "0abcdef0", SETTINGS)
-    archive.start(3, 0, [], 1)
+    archive = Archive(Landing(Lake(str(tmp_path / "again"))), TOPIC, SETTINGS)
+    archive.start(3, 0, [], 1, "0abcdef0")
     archive.add(3, messages(0, 10), 1)
     archive.drop([3])
-    archive.start(3, 0, [], 2)
+    archive.start(3, 0, [], 2, "0abcdef0")
     archive.add(3, messages(10, 70), 1)
     archive.add(3, messages(0, 70), 2)
     assert files_of(archive, tmp_path / "again") == run(tmp_path / "whole", [(0, 70)])
@@ -110,8 +110,8 @@ def test_messages_of_an_assignment_that_is_over_are_left_out(tmp_path: Path) -> 
 
 def test_a_file_ends_when_its_interval_is_over_and_nothing_came(tmp_path: Path) -> None:
     landing = Landing(Lake(str(tmp_path)))
-    archive = Archive(landing, TOPIC, "0abcdef0", SETTINGS)
-    archive.start(3, 0, [], 1)
+    archive = Archive(landing, TOPIC, SETTINGS)
+    archive.start(3, 0, [], 1, "0abcdef0")
     archive.add(3, messages(0, 30), 1)
     archive.tick(START + 60_000 + GRACE_MS + 1)
     assert not archive.write()

@@ -20,6 +20,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 from stream_world import World, wait_for
+from test_decode import ODD
 from test_worker import in_this_process
 
 from recsys_core.events import DAY_MS, now_ms
@@ -29,6 +30,7 @@ from recsys_core.settings import KafkaSettings
 from streaming import archive as archive_module
 from streaming import topics as topics_module
 from streaming.dead_letters import MAX_VALUE_BYTES
+from streaming.progress import applied_key
 from streaming.rebuild import rebuild
 from streaming.topics import Topic, TopicError, find_topic, init_topics
 
@@ -74,6 +76,32 @@ def test_every_kind_of_bad_message_is_a_dead_letter_and_the_line_goes_on(world: 
         value = original.value()
         assert letter.value() == (value if value is None else value[:MAX_VALUE_BYTES])
         assert headers.get("cut_from_bytes") == (str(len(value)).encode() if len(value or b"") > MAX_VALUE_BYTES else None)
+
+
+def test_odd_json_means_the_same_live_in_a_replay_and_in_a_rebuild(world: Callable[..., World]) -> None:
+    one = world(kafka={"partitions": 1})
+    chance = random.Random(15)
+    values = [
+        orjson.dumps(one.event(chance))[:-1] + b',"%b":%b}' % (name, token) for token in ODD for name in (b"value", b"unknown")
+    ]
+    one.start()
+    for value in values:
+        one.send_raw(value, b"k", flush=chance.random() < 0.3)
+    one.send(one.event(chance))
+    one.settle()
+    one.prove()
+    accepted = sum(one.landing.archive_facts(held)["events"] for held in one.landing.archived(one.settings.kafka.topic))
+    assert len(values) / 4 < accepted < len(values)
+    one.kill(one.workers[0])
+    source = f"{one.identity()}.0"
+    one.redis.delete(applied_key(source), *one.redis.scan_iter(match=f"user:{{{one.prefix}-*"))
+    one.redis.delete(*one.redis.scan_iter(match=f"trend:{{{source}}}:*"))
+    one.send(*(one.event(chance) for _ in range(3000)))
+    one.start()
+    one.settle()
+    one.prove()
+    rebuilt = rebuild(one.settings, 0)
+    assert (rebuilt.events, rebuilt.differences.different) == (accepted + 3000, [])
 
 
 def test_an_event_without_a_message_key_counts(world: Callable[..., World]) -> None:

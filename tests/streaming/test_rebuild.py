@@ -109,6 +109,18 @@ def test_ids_with_braces_are_rebuilt_on_a_cluster(world: Callable[..., World], t
         assert {user: one.redis.hget(user_key(user), "last") for user in ODD_USERS} == written
 
 
+def test_the_count_of_an_item_is_never_taken_for_a_fence(world: Callable[..., World]) -> None:
+    one = world(kafka={"partitions": 1})
+    chance = random.Random(16)
+    one.send(*(one.event(chance, item_id=item) for item in ("@a", "@b", "a", "'", " ") for _ in range(5)))
+    one.start()
+    one.settle(landing=False)
+    [key, *_] = one.redis.scan_iter(match=f"trend:{{{one.identity()}.0}}:*")
+    one.redis.hset(key, mapping={"@a": 10**9, "@c": 1})
+    assert rebuild(one.settings, 0).differences.different == []
+    assert not one.redis.hexists(key, "@c")
+
+
 def test_a_second_rebuild_is_refused_while_one_runs_and_takes_nothing_from_it(
     world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:

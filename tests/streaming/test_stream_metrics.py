@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
+import socket
+from pathlib import Path
 
-from streaming.metrics import LATENCY_SECONDS, LatencyHistogram
+import numpy as np
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from recsys_cli.main import app
+from recsys_cli.processes import free_port
+from recsys_core.settings import StreamSettings
+from streaming.metrics import LATENCY_SECONDS, LatencyHistogram, StreamMetrics
 
 
 def test_a_handful_is_counted_as_a_batch_is() -> None:
@@ -21,3 +29,27 @@ def test_a_handful_is_counted_as_a_batch_is() -> None:
         "+Inf": len(latencies),
     }
     assert [s.value for s in one.samples if s.name.endswith("_sum")] == [pytest.approx(sum(latencies) / 1000)]
+
+
+def addresses_of(port: int) -> set[str]:
+    """Where this process listens on a port."""
+    found = psutil.Process().net_connections("tcp")
+    return {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+
+
+def test_metrics_are_for_this_machine_unless_the_settings_say_otherwise() -> None:
+    port, open_port = free_port(), free_port()
+    StreamMetrics().serve(StreamSettings().metrics_host, port)
+    StreamMetrics().serve("0.0.0.0", open_port)
+    assert (addresses_of(port), addresses_of(open_port)) == ({"127.0.0.1"}, {"0.0.0.0"})
+
+
+def test_a_port_that_is_taken_is_named_with_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("RECSYS_STREAM__METRICS_PORT", str(port))
+        refused = CliRunner().invoke(app, ["stream", "--home", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert f"the metrics can't be served on 127.0.0.1:{port}: Address already in use" in refused.output
+    assert "stream.metrics_port" in refused.output
+    assert "Traceback" not in refused.output

@@ -142,6 +142,8 @@ def test_metrics_heartbeat_and_committed_offsets_follow(world: Callable[..., Wor
             return [(b.worker, b.lag, b.events) for b in read_heartbeats(one.redis) if b.worker == "here"]
 
         wait_for("the heartbeat says so", lambda: beats() == [("here", 0, 900)])
+        [beat] = [beat for beat in read_heartbeats(one.redis) if beat.worker == "here"]
+        assert beat.partitions == {f"{one.settings.kafka.topic}/{number}": 0 for number in ends}
         assert one.redis.ttl(HEARTBEATS_KEY) > 0
         watcher = Consumer(client_config(one.settings.kafka, group_id=one.settings.stream.group))
         places = [TopicPartition(one.settings.kafka.topic, p) for p in ends]
