@@ -653,7 +653,8 @@ class _Session:
                 self._due["heartbeat"] = now + self._settings.stream.heartbeat_seconds
                 self._heartbeat()
         except REDIS_FAILURES as error:
-            log.warning("Redis does not take the worker's progress: %s", error)
+            if not self._stopping.is_set():
+                log.warning("Redis does not take the worker's progress: %s", error)
 
     def _write_progress(self) -> None:
         with self._lock:

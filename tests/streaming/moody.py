@@ -22,7 +22,7 @@ class MoodyLake(MemoryFileSystem):  # type: ignore[misc]
     protocol = ("moody",)
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
-    failure: ClassVar[Exception | None] = None
+    failure: ClassVar[type[Exception] | None] = None
     answers: ClassVar[threading.Event] = threading.Event()
 
     @classmethod
@@ -41,7 +41,7 @@ def _moody(name: str) -> Callable[..., Any]:
     def call(self: MoodyLake, *args: Any, **kwargs: Any) -> Any:
         MoodyLake.answers.wait()
         if MoodyLake.failure is not None:
-            raise MoodyLake.failure
+            raise MoodyLake.failure("a test wants it")
         return method(self, *args, **kwargs)
 
     return call
