@@ -56,7 +56,7 @@ def store(server: str) -> Iterator[Any]:
 
 
 def batch(rows: list[tuple[str, str, str, int]], first: int = 0, ahead: int = 0) -> Batch:
-    """Events (user, item, type, time) of partition 0 from an offset on; they arrive at ARRIVED, by clocks that may be `ahead`."""
+    """Events (user, item, type, time) of partition 0 from an offset on; they arrive at ARRIVED by clocks that are `ahead`."""
     rows = [(*row, ts + ahead) for *row, ts in rows]
     table = [
         {"event_id": f"e{at}", "user_id": u, "item_id": i, "event_type": k, "ts": ts} for at, (u, i, k, ts) in enumerate(rows)
