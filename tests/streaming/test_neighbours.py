@@ -57,6 +57,7 @@ def lake() -> Iterator[type[MoodyLake]]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive_module, "GRACE_MS", 100)
     monkeypatch.setattr(archiver_module, "SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(archiver_module, "CLOSE_SECONDS", 0.5)
     monkeypatch.setattr(forgotten_module, "ASK_SECONDS", 0.5)
 
 
@@ -149,7 +150,7 @@ def test_no_error_of_kafka_ends_a_worker(world: Callable[..., World], monkeypatc
     one = world()
     chance = random.Random(seed)
     with in_this_process(one.settings) as worker:
-        wait_for("it failed", lambda: one.send(*(one.event(chance) for _ in range(300))) or MoodyConsumer.failures > 9, 30)
+        wait_for("it failed", lambda: one.send(*(one.event(chance) for _ in range(300))) or MoodyConsumer.failures > 6, 30)
         MoodyConsumer.share = 0.0
         one.settle()
         assert worker.metrics.restarts.labels("BrokerFailure")._value.get() > 0
