@@ -177,11 +177,20 @@ class Landing:
         return path
 
     def archived(self, topic: str | None = None) -> list[OffsetRange]:
-        """The ranges of all archive files, or of those of one topic, in order."""
+        """The ranges of all archive files, or of those of one topic, in order. Raises what the store raises."""
         self.lake.fs.invalidate_cache()
-        root = self.lake.path(LANDING, *([topic] if topic else []))
-        paths = self.lake.fs.find(root) if self.lake.fs.exists(root) else []
+        topics = [topic] if topic else [path.rsplit("/", 1)[-1] for path in self._listed()]
+        paths = (path for one in topics for path in self._listed(one))
         return sorted(found for path in paths if (found := OffsetRange.parse(path)))
+
+    def _listed(self, *folder: str) -> list[str]:
+        """What lies in a folder of the landing zone, nothing where there is none. `exists` and `find` of fsspec say of a store
+        that is away that it is empty."""
+        try:
+            paths: list[str] = self.lake.fs.ls(self.lake.path(LANDING, *folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return paths
 
     def archive_facts(self, held: OffsetRange) -> dict[str, Any]:
         """What the footer of an archive file says of it, see ARCHIVE_METADATA."""

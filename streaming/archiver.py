@@ -27,7 +27,7 @@ from recsys_core.settings import Settings
 from streaming.archive import Archive, Messages
 from streaming.arrival import Arrivals
 from streaming.batches import Row, by_partition, taken_rows
-from streaming.connections import BrokerFailure, Kafka, consumer_config, kafka_log
+from streaming.connections import BrokerFailure, Kafka, KafkaLog, consumer_config
 from streaming.decode import decode
 from streaming.topics import Topic
 
@@ -81,14 +81,6 @@ class _Waiting:
     rows: list[Row] | None = None
     ends: Mapping[int, int] | None = None
 
-    def upto(self) -> dict[int, int]:
-        """The offset after the last one of each partition."""
-        if self.parsed is not None:
-            return {number: int(messages.offset[-1]) + 1 for number, (_, messages) in self.parsed.items()}
-        if self.rows is not None:
-            return {number: offset + 1 for number, offset, _, _ in self.rows}
-        return dict(self.ends or {})
-
 
 class Intake:
     """What waits to be archived, in the order of the topic; never waits itself.
@@ -101,6 +93,7 @@ class Intake:
         self._max_bytes = max_bytes
         self._waiting: deque[_Waiting] = deque()
         self._bytes = 0
+        self._upto: dict[int, int] = {}
         self._lock = threading.Lock()
         self.missed: dict[int, int] = {}
         self.filled = threading.Event()
@@ -109,6 +102,7 @@ class Intake:
         """Take a handful of messages as they came."""
         size = sum(MESSAGE_BYTES + len(value or b"") for *_, value in rows)
         with self._lock:
+            self._upto.update((number, offset + 1) for number, offset, _, _ in rows)
             last = self._waiting[-1] if self._waiting else None
             if last is not None and last.rows is not None and self._bytes + size <= self._max_bytes:
                 last.rows += rows
@@ -120,12 +114,14 @@ class Intake:
     def offer_parsed(self, parsed: Mapping[int, tuple[int, Messages]], size: int) -> None:
         """Take a batch: for each partition the epoch of its assignment and its messages."""
         with self._lock:
+            self._upto.update((number, int(messages.offset[-1]) + 1) for number, (_, messages) in parsed.items())
             self._put(_Waiting(size, parsed=parsed))
         self.filled.set()
 
     def offer_ends(self, ends: Mapping[int, int]) -> None:
         """Take the news that partitions end before these offsets."""
         with self._lock:
+            self._upto.update(ends)
             self._put(_Waiting(MESSAGE_BYTES, ends=ends))
 
     def take(self) -> _Waiting | None:
@@ -149,6 +145,7 @@ class Intake:
         with self._lock:
             for number in gone:
                 self.missed.pop(number, None)
+                self._upto.pop(number, None)
             for some in self._waiting:
                 if some.rows is not None:
                     some.rows = [row for row in some.rows if row[0] not in gone]
@@ -160,9 +157,8 @@ class Intake:
     def _put(self, some: _Waiting) -> None:
         """With the lock. What waits is left out when it is too much with what comes; a single batch is never."""
         if self._waiting and self._bytes + some.bytes > self._max_bytes:
-            for one in [*self._waiting, some]:
-                for number, offset in one.upto().items():
-                    self.missed[number] = max(offset, self.missed.get(number, 0))
+            for number, offset in self._upto.items():
+                self.missed[number] = max(offset, self.missed.get(number, 0))
             self._waiting.clear()
             self._bytes = 0
             return
@@ -173,13 +169,15 @@ class Intake:
 class Archiver:
     """Archives what this worker's partitions bring, in a thread of its own."""
 
-    def __init__(self, settings: Settings, topic: Topic, embedded: bool, lake: Lake, arrivals: Arrivals) -> None:
+    def __init__(
+        self, settings: Settings, topic: Topic, embedded: bool, lake: Lake, arrivals: Arrivals, kafka_log: KafkaLog
+    ) -> None:
         self._settings = settings
         self._topic = topic
         self._arrivals = arrivals
         self._archive = Archive(Landing(lake), topic.name, settings.stream)
         self._intake = Intake(settings.stream.batch_megabytes << 20)
-        self._reader = _Reader(settings, topic, embedded)
+        self._reader = _Reader(settings, topic, embedded, kafka_log)
         self._assigned: dict[int, Assigned] = {}
         self._begun: dict[int, int] = {}
         self._lost: dict[int, int] = {}
@@ -363,10 +361,11 @@ class Archiver:
 class _Reader:
     """Reads partitions from given offsets on, without a part in the group."""
 
-    def __init__(self, settings: Settings, topic: Topic, embedded: bool) -> None:
+    def __init__(self, settings: Settings, topic: Topic, embedded: bool, kafka_log: KafkaLog) -> None:
         self._config = {**consumer_config(settings, embedded), "queued.min.messages": READ_MESSAGES}
         self._config.pop("group.instance.id", None)
         self._topic = topic
+        self._log = kafka_log
         self._kafka: Any = None
         self._at: dict[int, int] = {}
 
@@ -387,7 +386,7 @@ class _Reader:
 
     def _connect(self) -> None:
         if self._kafka is None:
-            self._kafka = Kafka(Consumer(self._config, logger=kafka_log()))
+            self._kafka = Kafka(Consumer(self._config, logger=self._log))
 
     def close(self) -> None:
         """Give the connections up; the next call makes others."""

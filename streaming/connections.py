@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from redis.exceptions import NoScriptError, RedisClusterException, RedisError, R
 from recsys_core.kafka_config import client_config
 from recsys_core.redis_client import CONNECT_SECONDS, Script, client
 from recsys_core.settings import Settings
+
+log = logging.getLogger("streaming.librdkafka")
 
 REDIS_SECONDS = 30.0
 REDIS_FAILURES = (RedisError, RedisClusterException)
@@ -57,27 +60,24 @@ class Kafka:
         return ask
 
 
-class OnceInAWhile(logging.Filter):
-    """Passes a line on when it was not said in the last SAME_LINE_SECONDS: librdkafka says each failed attempt to connect."""
+class KafkaLog:
+    """Where Kafka's clients say what they meet: the same line once in SAME_LINE_SECONDS, as librdkafka says each attempt to
+    connect, and nothing once the worker is `stopping`, since the brokers may be stopped as well."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
         self._said: dict[str, float] = {}
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """See logging.Filter."""
+    def log(self, level: int, message: str, *args: object) -> None:
+        """What the clients call."""
+        text = message % args if args else message
+        line = text.partition("]: ")[2].partition(" (after ")[0] or text
         now = time.monotonic()
-        self._said = {line: at for line, at in self._said.items() if at > now - SAME_LINE_SECONDS}
-        line = record.getMessage().partition("]: ")[2].partition(" (after ")[0] or record.getMessage()
-        return self._said.setdefault(line, now) == now
-
-
-def kafka_log() -> logging.Logger:
-    """Where the Kafka clients of a worker say what they meet."""
-    log = logging.getLogger("streaming.librdkafka")
-    if not log.filters:
-        log.addFilter(OnceInAWhile())
-    return log
+        if self._stopping.is_set() or self._said.get(line, -SAME_LINE_SECONDS) > now - SAME_LINE_SECONDS:
+            return
+        self._said = {one: at for one, at in self._said.items() if at > now - SAME_LINE_SECONDS}
+        self._said[line] = now
+        log.log(level, "%s", text)
 
 
 def redis_for_writes(settings: Settings, seconds: float = REDIS_SECONDS) -> Any:

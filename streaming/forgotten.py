@@ -52,11 +52,17 @@ class ForgottenUsers:
         if self.known is None:
             log.warning("the lake is away: who was forgotten is not known, and may be taken in again from the topic")
 
+    def _learn(self, read: Tombstones) -> None:
+        """Who was forgotten stays so, also when the lake shows an empty folder."""
+        before = self.known or Tombstones({})
+        lost = {user: moment for user, moment in before.moments.items() if read.moments.get(user, -1) < moment}
+        self.known = Tombstones({**read.moments, **lost}) if lost else read
+
     def _run(self) -> None:
         while not self._stopping:
             asked = self._asked
             try:
-                self.known = self._tombstones.read()
+                self._learn(self._tombstones.read())
                 self._away = False
             except Exception as error:  # noqa: BLE001 - a store raises what it likes; what is known stays
                 if not self._away:

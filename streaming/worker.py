@@ -46,9 +46,9 @@ from streaming.connections import (
     REDIS_SECONDS,
     BrokerFailure,
     Kafka,
+    KafkaLog,
     asking_kafka,
     consumer_config,
-    kafka_log,
     redis_for_writes,
 )
 from streaming.dead_letters import DeadLetter, DeadLetterQueue
@@ -99,6 +99,7 @@ class Worker:
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.metrics = StreamMetrics()
         self._stopping = threading.Event()
+        self._kafka_log = KafkaLog(self._stopping)
 
     def stop(self) -> None:
         """Finish the batches under way and end `run`; safe in a signal handler."""
@@ -110,7 +111,6 @@ class Worker:
         # What was imported stays: looking through all of it for garbage would hold up messages for a tenth of a second.
         gc.freeze()
         self.metrics.serve(self.settings.stream.metrics_host, self.settings.stream.metrics_port)
-        kafka_log().setLevel(logging.NOTSET)
         lake = Lake(self.settings.lake_uri, self.settings.lake.keep_versions)
         forgotten = ForgottenUsers(lake)
         forgotten.begin()
@@ -144,7 +144,7 @@ class Worker:
         found = self._wait_for_topic()
         if found is None:
             return
-        session = _Session(self.settings, *found, self.metrics, self._stopping, self.name, lake, forgotten)
+        session = _Session(self.settings, *found, self.metrics, self._stopping, self.name, lake, forgotten, self._kafka_log)
         try:
             session.run()
         finally:
@@ -152,7 +152,7 @@ class Worker:
 
     def _wait_for_topic(self) -> tuple[Topic, bool] | None:
         """The topic, and whether the broker is the embedded one. None when the worker was stopped before there was one."""
-        admin = AdminClient(client_config(self.settings.kafka), logger=kafka_log())
+        admin = AdminClient(client_config(self.settings.kafka), logger=self._kafka_log)
         name = self.settings.kafka.topic
         told = False
         while not self._stopping.is_set():
@@ -183,6 +183,7 @@ class _Session:
         name: str,
         lake: Lake,
         forgotten: ForgottenUsers,
+        kafka_log: KafkaLog,
     ) -> None:
         self._settings = settings
         self._topic = topic
@@ -196,9 +197,12 @@ class _Session:
         self._trail = None if self._sink.follows else Trail(self._redis)
         self._dead_letters = DeadLetterQueue(settings.kafka)
         self._arrivals = Arrivals(topic.name, told=embedded)
-        self._admin = AdminClient(client_config(settings.kafka), logger=kafka_log())
+        self._admin = AdminClient(client_config(settings.kafka), logger=kafka_log)
         self._forgotten = forgotten
-        self._archiver = Archiver(settings, topic, embedded, lake, self._arrivals) if settings.stream.archive else None
+        self._kafka_log = kafka_log
+        self._archiver: Archiver | None = None
+        if settings.stream.archive:
+            self._archiver = Archiver(settings, topic, embedded, lake, self._arrivals, kafka_log)
         self._positions: dict[int, Position] = {}
         self._identities: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -209,7 +213,7 @@ class _Session:
         self._asked: Any = None
         self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "ends": 0.0}
         config = {**consumer_config(settings, embedded), "on_commit": self._on_commit}
-        self._consumer = Kafka(Consumer(config, logger=kafka_log()))
+        self._consumer = Kafka(Consumer(config, logger=kafka_log))
         self._threads = [
             threading.Thread(target=self._guarded, args=(step,), name=step.__name__, daemon=True)
             for step in (self._prepare_all, self._write_all)
@@ -246,8 +250,6 @@ class _Session:
     def close(self) -> None:
         """End the threads, say how far the partitions are, and leave the group."""
         self._pipe.stopping.set()
-        if self._stopping.is_set():
-            kafka_log().setLevel(logging.CRITICAL)  # the brokers may be stopped as well
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -294,7 +296,7 @@ class _Session:
             raise BrokerFailure(error.str())
         if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID, KafkaError.OFFSET_OUT_OF_RANGE):
             self._due["topic"] = 0.0
-        kafka_log().warning("Kafka: %s", error.str())
+        self._kafka_log.log(logging.WARNING, "Kafka: %s", error.str())
         return False
 
     def _note_end(self, number: int | None, offset: int | None) -> None:
@@ -688,7 +690,8 @@ class _Session:
                 self._due["heartbeat"] = now + self._settings.stream.heartbeat_seconds
                 self._heartbeat()
         except REDIS_FAILURES as error:
-            log.warning("Redis does not take the worker's progress: %s", error)
+            if not self._stopping.is_set():
+                log.warning("Redis does not take the worker's progress: %s", error)
 
     def _write_progress(self) -> None:
         with self._lock:
@@ -737,11 +740,11 @@ class _Session:
             self._asked = _ask_in_background(self._admin, self._topic.name)
 
     def _pass_ends(self) -> None:
-        """Ends of partitions beyond their last message, to Redis' positions and the archive, once all before is on its way."""
-        if self._held or not self._pipe.empty:
+        """Ends of partitions, which may be beyond the last message, to positions and archive, once all before is applied."""
+        if self._held:
             return
         with self._lock:
-            reached = {n: p for n, p in self._positions.items() if p.end > p.told and p.end >= p.seen}
+            reached = {n: p for n, p in self._positions.items() if p.end > p.told and p.end >= p.seen and p.applied >= p.seen}
             for position in reached.values():
                 position.applied = max(position.applied, position.end)
                 position.told = position.end

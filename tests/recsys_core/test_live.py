@@ -40,6 +40,7 @@ from recsys_core.settings import RedisSettings, Settings
 
 GAP_MS = 30 * MINUTE_MS
 NOW = now_ms()
+ARRIVED = NOW + 10
 IDS = ["a", "b]", '],["', "ü\\", '"x"', "[1],[2]", "c\nd"]
 
 
@@ -57,13 +58,15 @@ def store(server: str) -> Iterator[Any]:
     connected.close()
 
 
-def batch(rows: list[tuple[str, str, str, int]], first: int = 0) -> Batch:
-    """Events (user, item, type, time) of partition 0 from an offset on."""
+def batch(rows: list[tuple[str, str, str, int]], first: int = 0, ahead: int = 0) -> Batch:
+    """Events (user, item, type, time) of partition 0 from an offset on; they arrive at ARRIVED by clocks that are `ahead`."""
+    rows = [(*row, ts + ahead) for *row, ts in rows]
     table = [
         {"event_id": f"e{at}", "user_id": u, "item_id": i, "event_type": k, "ts": ts} for at, (u, i, k, ts) in enumerate(rows)
     ]
     offset = np.arange(first, first + len(rows))
-    return Batch(pa.Table.from_pylist(table, schema=EVENT_SCHEMA), np.zeros(len(rows), np.int64), offset)
+    arrived = np.full(len(rows), ARRIVED)
+    return Batch(pa.Table.from_pylist(table, schema=EVENT_SCHEMA), np.zeros(len(rows), np.int64), offset, arrived)
 
 
 def apply(redis: Any, settings: Settings, events: Batch) -> None:
@@ -98,32 +101,43 @@ events_of_users = st.lists(
 
 
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=events_of_users, cuts=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), max_size=4))
+@given(
+    rows=events_of_users,
+    cuts=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), max_size=4),
+    ahead=st.sampled_from([0, 500, 2 * GAP_MS]),
+)
 def test_any_split_with_repeats_equals_one_event_after_the_other(
-    store: Any, settings: Settings, rows: list[tuple[str, str, str, int]], cuts: list[tuple[int, int]]
+    store: Any, settings: Settings, rows: list[tuple[str, str, str, int]], cuts: list[tuple[int, int]], ahead: int
 ) -> None:
     store.flushall()
     done = 0
     for start, size in [*cuts, (0, len(rows))]:
         start = min(start, done)
         end = min(start + size, len(rows))
-        apply(store, settings, batch(rows[start:end], start))
-        count(store, settings, batch(rows[start:end], start))
+        apply(store, settings, batch(rows[start:end], start, ahead))
+        count(store, settings, batch(rows[start:end], start, ahead))
         done = max(done, end)
     computed = Recomputation(settings)
-    computed.add(batch(rows).events, "0abcdef0.0", range(len(rows)))
+    computed.add(batch(rows, 0, ahead).events, "0abcdef0.0", range(len(rows)), [ARRIVED] * len(rows))
+    assert all(user.last_ts <= ARRIVED for user in computed.users.values())
     found = computed.differences(store)
     assert (found.different, found.ahead) == ([], 0)
 
 
 @hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=events_of_users, partitions=st.lists(st.integers(0, 2), min_size=30, max_size=30), keep=st.integers(1, 5))
+@given(
+    rows=events_of_users,
+    partitions=st.lists(st.integers(0, 2), min_size=30, max_size=30),
+    came=st.lists(st.sampled_from([NOW - 2 * GAP_MS, NOW - 500, NOW + 500]), min_size=30, max_size=30),
+    keep=st.integers(1, 5),
+)
 def test_a_handful_of_events_comes_to_the_same_as_columns_of_them(
-    settings: Settings, rows: list[tuple[str, str, str, int]], partitions: list[int], keep: int
+    settings: Settings, rows: list[tuple[str, str, str, int]], partitions: list[int], came: list[int], keep: int
 ) -> None:
     of = np.array(partitions[: len(rows)], np.int64)
-    columns = Batch(batch(rows).events, of, np.arange(len(rows)) * 3)
-    events = [LiveEvent(p, 3 * at, *row) for at, (p, row) in enumerate(zip(of.tolist(), rows, strict=True))]
+    arrived = np.array(came[: len(rows)], np.int64)
+    columns = Batch(batch(rows).events, of, np.arange(len(rows)) * 3, arrived)
+    events = [LiveEvent(p, 3 * at, *row, came[at]) for at, (p, row) in enumerate(zip(of.tolist(), rows, strict=True))]
     one, other = user_updates(columns, keep, GAP_MS), few_user_updates(events, keep, GAP_MS)
     assert sorted(zip(one.partition, one.users, one.payloads, strict=True)) == sorted(
         zip(other.partition, other.users, other.payloads, strict=True)

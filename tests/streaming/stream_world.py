@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 import uuid
 from collections import Counter
@@ -87,6 +88,19 @@ def _run_worker(settings: Settings, grace_ms: int) -> None:
     worker = Worker(settings)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     worker.run()
+
+
+@contextmanager
+def in_this_process(settings: Settings) -> Iterator[Worker]:
+    worker = Worker(settings, "here")
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        thread.join(SECONDS)
+        assert not thread.is_alive()
 
 
 def workers_context() -> ForkServerContext:
@@ -246,8 +260,8 @@ class World:
         identity = self.identity()
         computed = Recomputation(self.settings)
         for event, row in zip(decoded.events.to_batches(max_chunksize=1), decoded.rows.tolist(), strict=True):
-            message = messages[row]
-            computed.add(pa.Table.from_batches([event]), f"{identity}.{message.partition()}", [message.offset() or 0])
+            message, source = messages[row], f"{identity}.{messages[row].partition()}"
+            computed.add(pa.Table.from_batches([event]), source, [message.offset() or 0], [int(appended[row])])
         found = computed.differences(self.redis)
         assert (found.different, found.ahead) == ([], 0)
         assert found.compared == len(computed.users) + len(computed.buckets)
@@ -259,7 +273,8 @@ class World:
         assert offset_faults(held) == [], [one.name for one in held]
         rows: Counter[tuple[int, int]] = Counter()
         for one in held:
-            table = pq.read_table(self.landing.lake.path("landing", one.topic, f"{one.name}.parquet"))
+            with self.landing.lake.fs.open(self.landing.lake.path("landing", one.topic, f"{one.name}.parquet"), "rb") as file:
+                table = pq.read_table(file)
             offsets = table["offset"].to_pylist()
             assert all(one.first <= offset <= one.last for offset in offsets)
             rows.update((one.partition, offset) for offset in offsets)

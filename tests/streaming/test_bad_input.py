@@ -19,9 +19,8 @@ from confluent_kafka.admin import (
     NewTopic,
     ResourceType,
 )
-from stream_world import World, wait_for
+from stream_world import World, in_this_process, wait_for
 from test_decode import ODD
-from test_worker import in_this_process
 
 from recsys_core.events import DAY_MS, now_ms
 from recsys_core.kafka_config import client_config

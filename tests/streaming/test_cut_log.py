@@ -10,8 +10,7 @@ import pytest
 import redis as redis_module
 from hypothesis import given
 from hypothesis import strategies as st
-from stream_world import World, wait_for
-from test_worker import in_this_process
+from stream_world import World, in_this_process, wait_for
 
 from recsys_core.landing import ARCHIVE_SCHEMA, OffsetRange, offset_faults
 from recsys_core.online import read_records, user_key

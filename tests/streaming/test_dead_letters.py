@@ -10,7 +10,6 @@ import pytest
 from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 from stream_world import World
-from test_worker import in_this_process
 
 from recsys_core.kafka_config import SILENT, client_config
 from recsys_core.settings import KafkaSettings

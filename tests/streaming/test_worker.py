@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import redis
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from stream_world import SECONDS, World, wait_for
+from stream_world import SECONDS, World, in_this_process, wait_for
 
 from recsys_cli.processes import free_port
 from recsys_cli.stack import redis_server
@@ -31,20 +30,6 @@ from streaming import worker as worker_module
 from streaming.broker import EmbeddedBroker
 from streaming.producer import produce
 from streaming.topics import find_topic, is_embedded
-from streaming.worker import Worker
-
-
-@contextmanager
-def in_this_process(settings: Settings) -> Iterator[Worker]:
-    worker = Worker(settings, "here")
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
-        yield worker
-    finally:
-        worker.stop()
-        thread.join(SECONDS)
-        assert not thread.is_alive()
 
 
 def test_consumption_pauses_while_redis_is_slow_and_goes_on_after_it(
@@ -166,7 +151,7 @@ def test_a_worker_that_starts_again_repeats_nothing(world: Callable[..., World])
     for taken in (500, 1):
         with in_this_process(one.settings) as worker:
             one.settle(landing=False)
-            wait_for("all messages are taken", lambda: worker.metrics.messages._value.get() == taken)
+            wait_for("all messages are taken", lambda taken=taken, worker=worker: worker.metrics.messages._value.get() == taken)
             assert worker.metrics.fence_hits._value.get() == 0
         one.send(one.event(chance))
     assert one.landing.archived() == []
