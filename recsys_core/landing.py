@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys_core.events import DAY_MS, EVENT_SCHEMA, HOUR_MS, TS, day_key, hour_key
-from recsys_core.lake import Lake, write_atomically
+from recsys_core.lake import Lake
+from recsys_core.stores import write_atomically
 from recsys_core.tombstones import TombstoneLog
 
 LANDING = "landing"

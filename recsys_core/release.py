@@ -42,9 +42,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from recsys_core.index import ExactIndex, Metric, Searchable, VectorIndex
-from recsys_core.lake import open_filesystem, write_atomically
 from recsys_core.ranking import Snapshot
 from recsys_core.settings import RankingSettings
+from recsys_core.stores import open_filesystem, write_atomically
 from recsys_core.tower import TowerError, UserTower
 
 MANIFEST = "manifest.json"
