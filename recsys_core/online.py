@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -501,7 +502,9 @@ class TrendingValue:
         """Items whose scores are no numbers are left out. Raises CorruptValue, also when that is all of them."""
         try:
             raw = orjson.loads(data)
-            scores = dict(filter(None, map(_trending_item, raw["items"])))
+            readable = dict(filter(None, map(_trending_item, raw["items"])))
+            width = Counter(map(len, readable.values())).most_common(1)
+            scores = {item: of_item for item, of_item in readable.items() if len(of_item) == width[0][0]}
             if raw["items"] and not scores:
                 raise ValueError(f"none of {len(raw['items'])} items has scores")
             return cls(int(raw["computed_at"]), str(raw["hour"]), scores)

@@ -364,8 +364,8 @@ def read_trend(lake: Lake, hour: str) -> TrendingValue:
     """Partition `hour` of `trending_items` as serving reads it."""
     found = lake.get(TRENDING_ITEMS, hour)
     table = lake.read(TRENDING_ITEMS, hour) if found.rows else None
-    scores = dict(zip(table[ITEM_ID].to_pylist(), map(tuple, table["scores"].to_pylist()), strict=True)) if table else {}
-    return TrendingValue(now_ms(), hour, scores)
+    rows = zip(table[ITEM_ID].to_pylist(), table["scores"].to_pylist(), strict=True) if table else ()
+    return TrendingValue(now_ms(), hour, {item: tuple(scores) for item, scores in rows if np.isfinite(scores).all()})
 
 
 def write_trend(redis: Any, trending: TrendingValue, ttl_seconds: int) -> None:
