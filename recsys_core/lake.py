@@ -357,7 +357,7 @@ class Lake:
 
     def keys(self, table: str) -> list[str]:
         """The partitions that exist, in order."""
-        return [name for name in self._folders(table) if self.fs.exists(self.path(table, name, POINTER))]
+        return [name for name in self.folders(table) if self.fs.exists(self.path(table, name, POINTER))]
 
     def files(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> list[str]:
         """Paths of the Parquet files of some partitions. Raises MissingPartition unless `missing_ok`."""
@@ -392,12 +392,12 @@ class Lake:
 
     def latest(self, table: str, until: str | None = None) -> str | None:
         """The last partition that exists, not later than `until`. It looks at as few pointers as it can."""
-        for name in reversed(self._folders(table)):
+        for name in reversed(self.folders(table)):
             if (until is None or name <= until) and self.fs.exists(self.path(table, name, POINTER)):
                 return name
         return None
 
-    def _folders(self, table: str) -> list[str]:
+    def folders(self, table: str) -> list[str]:
         """Names of a table's partition folders, in order, whether or not they hold a version."""
         self.fs.invalidate_cache()
         try:

@@ -75,6 +75,10 @@ class ReleaseError(Exception):
     """A release can't be used; the message names the release, the file and what is wrong with it."""
 
 
+class ChampionServes(ReleaseError):
+    """A release can't be removed because it is the champion."""
+
+
 class ChampionChanged(ReleaseError):
     """Another champion was named since the one that a promotion was decided against."""
 
@@ -230,7 +234,7 @@ class Releases:
 
         def begin(current: Pointer) -> Pointer:
             if current.release_id == release_id:
-                raise ReleaseError(f"release {release_id} is the champion")
+                raise ChampionServes(f"release {release_id} is the champion")
             return replace(current, removing=(*(name for name in current.removing if name != release_id), release_id))
 
         def end(current: Pointer) -> Pointer:
@@ -281,6 +285,11 @@ class Releases:
         said = read_pointer(self.fs, self.path(CHAMPION))
         pointer = Pointer.from_bytes(said, f"{self.uri}/{CHAMPION}") if said is not None else NO_CHAMPION
         return pointer if pointer.release_id else None
+
+    def removing(self) -> tuple[str, ...]:
+        """Releases whose removal has begun and not ended. Raises ReleaseError when the pointer can't be read."""
+        said = read_pointer(self.fs, self.path(CHAMPION))
+        return Pointer.from_bytes(said, f"{self.uri}/{CHAMPION}").removing if said is not None else ()
 
     def list(self) -> list[Manifest]:
         """The manifests of all complete releases, oldest first."""

@@ -16,8 +16,9 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import Any
 
 import fsspec
@@ -82,6 +83,12 @@ def sync_files(fs: fsspec.AbstractFileSystem, paths: Iterable[str]) -> None:
         folders[os.path.dirname(folder)] = None
     for folder in folders:
         _sync(folder)
+
+
+def written_at(entry: Mapping[str, Any]) -> float:
+    """When a file was written (seconds since 1970), by what its store calls that; `entry` is how the store lists it."""
+    written = next(entry[name] for name in ("mtime", "LastModified", "last_modified", "created") if name in entry)
+    return float(written.timestamp() if isinstance(written, datetime) else written)
 
 
 def _sync(path: str) -> None:

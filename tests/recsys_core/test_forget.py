@@ -47,7 +47,8 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def search(places: Places, user: str) -> dict[str, int]:
-    return dict(Search(places, user).run().found)
+    found = Search(places, user).run()
+    return dict(found.found + found.fixed)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def filled(places: Places, lake: Lake, redis: Any, releases: Releases, settings:
     publish_release(lake, releases, DAY, small, {})
     write_records(redis, [(user, UserRecord(last_ts=1, seen=("i1",))) for user in (GONE, STAYS)], 60)
     write_answers(redis, [(user, b"answer") for user in (GONE, STAYS)], 60)
-    with places.registry.run("als_factors", {"seen first": GONE, "seen last": STAYS}) as run:
+    with places.registry.run("als_factors", {"user_id": GONE, "seen last": STAYS}) as run:
         run.log_params({"rank": 4})
         run.log_text("reports/worst.md", f"| {GONE} | 0.0 |")
         run.log_text("reports/best.md", f"| {STAYS} | 1.0 |")
@@ -93,8 +94,8 @@ def filled(places: Places, lake: Lake, redis: Any, releases: Releases, settings:
 @pytest.mark.usefixtures("filled")
 def test_every_trace_is_removed_and_the_report_proves_it(places: Places, redis: Any) -> None:
     before = search(places, GONE)
-    in_mlflow = {"MLflow tags", "MLflow files"}
-    assert set(before) == {"landing", "quarantine", CLICKS_HOURLY, INTERACTIONS, ALS_USERS, ACTIVE_USERS, "redis", *in_mlflow}
+    places_of_rows = {"landing", "quarantine", CLICKS_HOURLY, INTERACTIONS, ALS_USERS, ACTIVE_USERS}
+    assert set(before) == {*places_of_rows, "redis", "MLflow tags"}
     assert before[CLICKS_HOURLY] == 6, "two versions of three rows"
     report = forget_user(places, GONE)
     assert report.removed == before
@@ -107,8 +108,10 @@ def test_every_trace_is_removed_and_the_report_proves_it(places: Places, redis: 
         "Redis keys": 2,
         "releases": 1,
         "MLflow runs": 1,
-        "MLflow files": 1,
+        "MLflow files": 2,
     }
+    (told,) = report.mentioned
+    assert told.startswith("MLflow file reports/worst.md of run "), "a text of others as well is for people to look at"
     assert search(places, GONE) == {}
     assert not redis.exists(user_key(GONE), recs_key(GONE))
 
@@ -224,7 +227,7 @@ def test_a_tracking_server_that_is_away_is_said_and_everything_else_goes(
     report = forget_user(cut_off, GONE)
     assert set(report.unsearched) == {"MLflow"}
     assert report.remaining == {}
-    assert set(search(places, GONE)) == {"MLflow tags", "MLflow files"}
+    assert set(search(places, GONE)) == {"MLflow tags"}
     assert filled.keys(FORGOTTEN)
 
 

@@ -105,9 +105,11 @@ def test_the_champion_is_never_removed_even_when_a_plan_names_it(landing: Landin
     publish(releases, "two", "2026-05-31", 2.0)
     planned = [Removal("release", "one", 1)]
     releases.promote("one")
-    with pytest.raises(ReleaseError, match="is the champion"):
-        remove(landing, releases, planned)
+    assert remove(landing, releases, [*planned, Removal("release", "two", 1)]) == [Removal("release", "two", 1)]
+    assert releases.names() == ["one"]
     releases.load("one")
+    with pytest.raises(ReleaseError, match="is the champion"):
+        releases.remove("one")
 
 
 def test_earlier_champions_stay_so_that_a_rollback_finds_one(landing: Landing, releases: Releases, settings: Settings) -> None:
