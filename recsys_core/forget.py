@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 
 from recsys_core import progress
 from recsys_core.events import USER_ID, now_ms
-from recsys_core.lake import STAGING, Lake, Partition
+from recsys_core.lake import STAGING, Lake, MissingPartition, Partition, PartitionChanged
 from recsys_core.landing import ENDING, LANDING, LANDING_SEEN, QUARANTINE, Landing
 from recsys_core.mentions import Named
 from recsys_core.online import recs_key, user_key
@@ -231,11 +232,20 @@ class Search:
         tables = [name for name in names if name not in NAMELESS]
         for table in progress.track(tables, "tables", len(tables)):
             for key in lake.folders(table):
-                self.found[table] += lake.revise(table, key, lambda part, t=table, k=key: self._partition(t, k, part))
+                self.found[table] += lake.revise(table, key, partial(self._partition, table, key))
             self._staged(table)
 
     def _partition(self, table: str, key: str, part: Partition | None) -> int:
         """Rows of the user in all versions of a partition; another writer that is faster makes this begin again."""
+        try:
+            return self._versions(table, key, part)
+        except (pa.ArrowException, OSError, MissingPartition) as error:
+            if self.places.lake.find(table, key) != part:
+                raise PartitionChanged(f"{table}/{key} was replaced while it was read") from error
+            self.unsearched[f"{table}/{key}"] = f"{str(error)[:200]}; make the partition again"
+            return 0
+
+    def _versions(self, table: str, key: str, part: Partition | None) -> int:
         lake, count = self.places.lake, 0
         kept = (part.version, *part.older) if part else ()
         for version, paths in lake.versions(table, key).items():
