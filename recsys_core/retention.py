@@ -165,16 +165,15 @@ def _unnamed(lake: Lake) -> Iterator[Files]:
 
 
 def _unreleased(releases: Releases) -> Iterator[Files]:
-    """Files of releases without a manifest, or whose removal has begun, and half-written ones."""
+    """Files of releases without a manifest, and half-written ones."""
     releases.fs.invalidate_cache()
-    removing = set(releases.removing())
-    whole = set(releases.names())
+    there = {*releases.names(), *releases.removing()}
     found = _find(releases.fs, releases.root)
     yield from _half_written(found)
     groups: dict[str, Files] = defaultdict(dict)
     for path, entry in found.items():
         folder, _, name = path.removeprefix(f"{releases.root}/").partition("/")
-        if name and (folder in removing or (folder not in whole and _RELEASE.fullmatch(folder))):
+        if name and folder not in there and _RELEASE.fullmatch(folder):
             groups[folder][path] = entry
     yield from groups.values()
 
@@ -191,7 +190,8 @@ def _find(fs: Any, root: str) -> Files:
 def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manifest], list[Removal]]:
     """The manifests that stay, and the releases that may go: all but the newest, the champion and those before it.
 
-    Earlier champions count among those that are still there, so that as many stay for a rollback as the policy says.
+    Earlier champions count among those that are still there, so that as many stay for a rollback as the policy says. A removal
+    that broke off is ended in any case.
     """
     made = releases.list()
     champion = releases.champion()
@@ -199,8 +199,10 @@ def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manif
     earlier = [name for name in champion.previous if name in whole] if champion else []
     names = {champion.release_id, *earlier[: policy.champions]} if champion else set()
     names |= {manifest.release_id for manifest in made[-policy.releases :]}
-    gone = [m for m in made if policy.releases and m.release_id not in names]
-    removals = [Removal("release", m.release_id, sum(int(f["bytes"]) for f in m.files.values())) for m in gone]
+    begun = set(releases.removing())
+    gone = [m for m in made if m.release_id in begun or (policy.releases and m.release_id not in names)]
+    broken_off = [Removal("release", name, 0) for name in sorted(begun - whole)]
+    removals = broken_off + [Removal("release", m.release_id, sum(int(f["bytes"]) for f in m.files.values())) for m in gone]
     return [m for m in made if m not in gone], removals
 
 
