@@ -406,7 +406,8 @@ def result_of(group: Group, claim: Claim, report: Report) -> dg.AssetCheckResult
     if not report.passed:
         metadata["reason"] = report.reason
         if report.sample:
-            metadata["failing rows"] = table(list(report.sample[0]), [list(row.values()) for row in report.sample])
+            shown = [name for name in report.sample[0] if name != USER_ID]  # Dagster's store keeps no user
+            metadata["failing rows"] = table(shown, [[row[name] for name in shown] for row in report.sample])
     return dg.AssetCheckResult(
         check_name=claim.name, asset_key=group.asset, passed=report.passed, severity=severity, metadata=metadata
     )
