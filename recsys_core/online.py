@@ -31,7 +31,7 @@ from recsys_core.settings import RankingSettings
 from recsys_core.tower import TowerInputs
 
 TRENDING_KEY = "trending"
-LARGEST_SQUARE = float(np.finfo(np.float32).max)
+LATEST_MOMENT = (1 << 63) - 1
 WRONG_TYPE = "WRONGTYPE"
 """How Redis's answer begins for a key that holds another kind of value than the command is for."""
 
@@ -337,9 +337,13 @@ class UserRecord:
         last, last_ts, seen, als, features = values
         try:
             version, vector = _factor(als) if als else ("", None)
+            actions = tuple((str(i), str(t), int(ts)) for i, t, ts in orjson.loads(last)) if last else ()
+            moment = int(last_ts) if last_ts else 0
+            if moment > LATEST_MOMENT or (actions and actions[0][2] > LATEST_MOMENT):
+                raise ValueError("an action of a time that no calendar has")
             return cls(
-                last=tuple((str(i), str(t), _moment(ts)) for i, t, ts in orjson.loads(last)) if last else (),
-                last_ts=_moment(last_ts) if last_ts else 0,
+                last=actions,
+                last_ts=moment,
                 seen=tuple(map(str, orjson.loads(seen))) if seen else (),
                 als_version=version,
                 als=vector,
@@ -368,16 +372,7 @@ def _factor(value: bytes) -> tuple[str, np.ndarray | None]:
     """Version and vector of `als`. Raises ValueError."""
     name, _, raw = value.partition(b"\0")
     version, vector = name.decode(), np.frombuffer(raw, "<f4")
-    wide = vector.astype(np.float64)
-    return (version, vector) if np.dot(wide, wide) <= LARGEST_SQUARE else ("", None)
-
-
-def _moment(value: object) -> int:
-    """Milliseconds since 1970. Raises ValueError, TypeError, OverflowError."""
-    moment = int(value)  # type: ignore[call-overload]
-    if not 0 <= moment < 1 << 63:
-        raise ValueError(f"{str(value)[:40]} is no time")
-    return int(moment)
+    return (version, vector) if math.isfinite(vector.dot(vector)) else ("", None)
 
 
 FEW_ACTIONS = 64
