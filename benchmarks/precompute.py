@@ -43,7 +43,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 from snapshots import make_manifest, make_snapshot, with_two_tower  # noqa: E402
 
-PARTS = ("read_records", "users_of", "rank", "write_answers")
+PARTS = ("read_each_record", "users_of", "rank", "write_answers")
 SEEN = 50
 
 

@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from recsys_cli.stack import redis_server
-from recsys_core.lake import open_filesystem
 from recsys_core.online import AnswerEncoder, UserRecord, users_of, write_answers, write_records
 from recsys_core.ranking import Snapshot, Trend, rank
 from recsys_core.release import Releases
 from recsys_core.settings import Settings, load_settings
+from recsys_core.stores import open_filesystem
 from serving import recsys_pb2 as pb
 
 REPOSITORY = Path(__file__).parents[1]

@@ -25,9 +25,9 @@ from rich.table import Table
 from serving_latency import METHOD, REPOSITORY, SERVING, fill, process
 
 from recsys_cli.stack import redis_server
-from recsys_core.lake import open_filesystem
 from recsys_core.release import Releases
 from recsys_core.settings import load_settings
+from recsys_core.stores import open_filesystem
 from serving import recsys_pb2 as pb
 
 sys.path.insert(0, str(REPOSITORY / "tests"))

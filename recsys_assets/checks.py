@@ -94,7 +94,15 @@ def _landing(platform: Platform, partitions: Sequence[str]) -> dict[str, Report]
     return {
         "landed_rows_are_events": validate(quality.landing_suite(platform.settings.events), rows),
         "quarantined_rows_are_few": model_quality.report_of("quarantined_rows_are_few", share),
+        "landing_files_are_readable": model_quality.report_of("landing_files_are_readable", _left_out(platform)),
     }
+
+
+def _left_out(platform: Platform) -> list[Measure]:
+    """The files of the landing zone that no hour is made from, each with the reason."""
+    reasons = platform.landing.unreadable() | dict.fromkeys(platform.landing.strangers(), "its name does not end in .parquet")
+    named = [Measure("now", path, 1, most=0, beside=why) for path, why in sorted(reasons.items())[:NEWEST_FILES]]
+    return [Measure("now", "files that are left out", len(reasons), most=0), *named]
 
 
 def _clicks(platform: Platform, hours: Sequence[str]) -> dict[str, Report]:
@@ -122,6 +130,7 @@ LANDING = Group(
     (
         Claim("landed_rows_are_events", "Rows that landed last can be events of schema v1.", warning=True),
         Claim("quarantined_rows_are_few", "At most a fifth of what arrived was rejected.", warning=True),
+        Claim("landing_files_are_readable", "Every file of the landing zone is one that hours are made from.", warning=True),
     ),
     _landing,
     _nothing,
@@ -397,7 +406,8 @@ def result_of(group: Group, claim: Claim, report: Report) -> dg.AssetCheckResult
     if not report.passed:
         metadata["reason"] = report.reason
         if report.sample:
-            metadata["failing rows"] = table(list(report.sample[0]), [list(row.values()) for row in report.sample])
+            shown = [name for name in report.sample[0] if name != USER_ID]  # Dagster's store keeps no user
+            metadata["failing rows"] = table(shown, [[row[name] for name in shown] for row in report.sample])
     return dg.AssetCheckResult(
         check_name=claim.name, asset_key=group.asset, passed=report.passed, severity=severity, metadata=metadata
     )

@@ -4,7 +4,7 @@ import dagster as dg
 
 from recsys_assets.ingestion import clicks_hourly
 from recsys_assets.partitions import daily, window_of_days
-from recsys_assets.reports import schema, table
+from recsys_assets.reports import schema, table, tell_by_partition
 from recsys_assets.resources import PlatformResource
 from recsys_core.feature_tables import build_item_features, build_training_examples, build_user_features
 from recsys_core.features import ITEM_FEATURES, TRAINING_EXAMPLES, USER_FEATURES
@@ -43,13 +43,12 @@ def interactions(context: dg.AssetExecutionContext, platform: PlatformResource) 
     settings = platform.settings
     days = list(context.partition_keys)
     made = build_interactions(platform.spark(), platform.lake, days, settings.events, settings.interactions)
+    tell_by_partition(context, made)
     return dg.MaterializeResult(
         metadata={
-            "dagster/row_count": sum(p.rows for p in made),
-            "days": len(made),
+            "days of the run": len(made),
             "window days": settings.interactions.window_days,
             "half-life days": settings.interactions.half_life_days,
-            "bytes": sum(p.bytes for p in made),
         },
         data_version=dg.DataVersion(made[0].data_version) if len(made) == 1 else None,
     )
@@ -92,8 +91,8 @@ def user_features(context: dg.AssetExecutionContext, platform: PlatformResource)
     """One row a user with an event in the window, as of the end of the day: activity, taste, last items and context."""
     days = list(context.partition_keys)
     made = build_user_features(platform.spark(), platform.lake, days, platform.settings)
-    shown = ["user_id", "user_events_1d", "user_events_window", "user_category", "device", "history"]
-    return _made(platform, USER_FEATURES, made, shown)
+    shown = ["user_events_1d", "user_events_window", "user_category", "device", "history"]
+    return _made(context, platform, USER_FEATURES, made, shown)
 
 
 @dg.asset(
@@ -115,7 +114,7 @@ def item_features(context: dg.AssetExecutionContext, platform: PlatformResource)
     days = list(context.partition_keys)
     made = build_item_features(platform.spark(), platform.lake, days, platform.settings)
     shown = ["item_id", "title", "category", "price_bucket", "item_age_days", "item_events_1d", "item_events_window"]
-    return _made(platform, ITEM_FEATURES, made, shown)
+    return _made(context, platform, ITEM_FEATURES, made, shown)
 
 
 @dg.asset(
@@ -149,25 +148,23 @@ def training_examples(context: dg.AssetExecutionContext, platform: PlatformResou
     """One row an event of the window, with the features of its user and its item as they were just before it."""
     days = list(context.partition_keys)
     made = build_training_examples(platform.spark(), platform.lake, days, platform.settings)
-    shown = ["user_id", "item_id", "event_type", "ts", "user_events_window", "user_category", "item_events_1d", "history"]
-    return _made(platform, TRAINING_EXAMPLES, made, shown)
+    shown = ["item_id", "event_type", "ts", "user_events_window", "user_category", "item_events_1d", "history"]
+    return _made(context, platform, TRAINING_EXAMPLES, made, shown)
 
 
 SAMPLE_ROWS = 5
 SAMPLE_ITEMS = 5
 
 
-def _made(platform: PlatformResource, name: str, made: list[Partition], shown: list[str]) -> dg.MaterializeResult:
-    """Rows, bytes and some rows of the last day to look at."""
+def _made(
+    context: dg.AssetExecutionContext, platform: PlatformResource, name: str, made: list[Partition], shown: list[str]
+) -> dg.MaterializeResult:
+    """Rows and bytes of each day, and some rows of the last one to look at. Who they are of is kept out of Dagster's store."""
     dataset = platform.lake.dataset(name, [made[-1].key])
     rows = dataset.head(SAMPLE_ROWS, columns=shown).to_pylist() if dataset else []
     sample = [[", ".join(v[:SAMPLE_ITEMS]) if isinstance(v, list) else v for v in row.values()] for row in rows]
+    tell_by_partition(context, made, {made[-1].key: {"sample": table(shown, sample)}})
     return dg.MaterializeResult(
-        metadata={
-            "dagster/row_count": sum(p.rows for p in made),
-            "days": len(made),
-            "bytes": sum(p.bytes for p in made),
-            "sample": table(shown, sample),
-        },
+        metadata={"days of the run": len(made)},
         data_version=dg.DataVersion(made[0].data_version) if len(made) == 1 else None,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from recsys_assets.partitions import hourly
-from recsys_assets.reports import schema, table
+from recsys_assets.reports import schema, table, tell_by_partition
 from recsys_assets.resources import PlatformResource
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE
 from recsys_core.events import EVENT_SCHEMA, hour_key
@@ -17,6 +17,7 @@ GROUP = "ingestion"
 OWNERS = ["team:data-engineering"]
 MONTH, DAY = len("2026-01"), len("2026-01-31")
 DAYS_SHOWN = 31
+FILES_SHOWN = 20
 
 clickstream_topic = dg.AssetSpec(
     "clickstream_topic",
@@ -53,6 +54,8 @@ def arrivals(platform: PlatformResource) -> Iterator[dg.ObserveResult]:
     """Rows, files and hours that are there now."""
     files = platform.landing.files()
     extent = platform.landing.extent()
+    unreadable, strangers = platform.landing.unreadable(), platform.landing.strangers()
+    left_out = [*unreadable.items(), *((path, "its name does not end in .parquet") for path in strangers)]
     yield dg.ObserveResult(
         asset_key="clickstream_landing",
         data_version=dg.DataVersion(f"{len(files)}-{sum(f.rows for f in files)}"),
@@ -63,6 +66,9 @@ def arrivals(platform: PlatformResource) -> Iterator[dg.ObserveResult]:
             "first hour": hour_key(extent[0]) if extent else "none",
             "last hour": hour_key(extent[1]) if extent else "none",
             "quarantined rows": sum(t.num_rows for t in platform.landing.quarantined()),
+            "unreadable files": len(unreadable),
+            "files that are no Parquet": len(strangers),
+            **({"left out": table(["file", "why"], left_out[:FILES_SHOWN])} if left_out else {}),
         },
     )
     catalog = platform.lake.find(CATALOG_TABLE, CATALOG_KEY)
@@ -92,13 +98,15 @@ def clicks_hourly(context: dg.AssetExecutionContext, platform: PlatformResource)
     hours = list(context.partition_keys)
     made = build_clicks_hourly(platform.spark(), platform.lake, platform.landing, hours, platform.settings.events)
     rejected = platform.lake.find_all(CLICKS_QUARANTINE, hours)
+    counts = {hour: {"quarantined rows": rejected[hour].rows if hour in rejected else 0} for hour in hours}
+    tell_by_partition(context, made, counts)
+    unreadable = platform.landing.unreadable()
     return dg.MaterializeResult(
         metadata={
-            "dagster/row_count": sum(p.rows for p in made),
-            "hours": len(made),
-            "hours without events": sum(not p.rows for p in made),
-            "quarantined rows": sum(p.rows for p in rejected.values()),
-            "bytes": sum(p.bytes for p in made),
+            "hours of the run": len(made),
+            "hours of the run without events": sum(not p.rows for p in made),
+            "unreadable landing files": len(unreadable),
+            **({"they are left out": table(["file", "why"], list(unreadable.items())[:FILES_SHOWN])} if unreadable else {}),
             **_events_by_span(made),
         },
         data_version=dg.DataVersion(made[0].data_version) if len(made) == 1 else None,

@@ -15,9 +15,11 @@ from recsys_core.catalog import names_of
 from recsys_core.evaluation import Evaluation
 from recsys_core.gate import Verdict
 from recsys_core.index import IndexReport
-from recsys_core.lake import Lake
+from recsys_core.lake import Lake, Partition
 from recsys_core.precompute import Sample
 from recsys_core.ranking import PARTS
+
+TOLD_BY_PARTITION = 2000
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> dg.MarkdownMetadataValue:
@@ -30,6 +32,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> dg.MarkdownM
 def _cell(value: object) -> str:
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def tell_by_partition(
+    context: dg.AssetExecutionContext, made: Sequence[Partition], more: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Give each partition that a run made its own rows and bytes, and `more` of it by key.
+
+    What an asset returns, Dagster keeps with every partition of the run. Of a run over very many partitions it keeps no
+    numbers of each: adding them takes time with the square of their number.
+    """
+    if len(made) > TOLD_BY_PARTITION:
+        return
+    for part in made:
+        metadata = {"dagster/row_count": part.rows, "bytes": part.bytes, **(more or {}).get(part.key, {})}
+        context.add_asset_metadata(metadata, partition_key=part.key)
 
 
 def schema(arrow: pa.Schema | dict[str, str]) -> dg.TableSchema:
@@ -90,13 +107,13 @@ def verdict_table(verdict: Verdict) -> dg.MarkdownMetadataValue:
 
 
 def recommendations_table(lake: Lake, samples: Sequence[Sample]) -> dg.MarkdownMetadataValue:
-    """Some users: what they did last, and what they get."""
+    """Some users: what they did last, and what they get. Who they are is kept out of Dagster's store."""
     names = names_of(lake, [item for s in samples for item in (*s.last, *s.recommended)])
 
     def named(items: Sequence[str]) -> str:
         return ", ".join(names[item] for item in items)
 
-    return table(["user", "last items", "recommended"], [[s.user_id, named(s.last), named(s.recommended)] for s in samples])
+    return table(["last items", "recommended"], [[named(s.last), named(s.recommended)] for s in samples])
 
 
 def top_items_per_factor(

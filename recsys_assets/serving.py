@@ -23,6 +23,8 @@ from recsys_core.popularity import popular_items as popularity_of
 from recsys_core.popularity import trending_items as trends_of
 from recsys_core.precompute import (
     CachePlan,
+    NewerCaches,
+    WriteReport,
     finish_caches,
     plan_caches,
     read_plan,
@@ -128,10 +130,8 @@ def register_challenger(platform: Platform, manifest: Manifest, run: RegistryRun
 
     Returns what the metadata say of it; MLflow that is away is told and waited for by nobody.
     """
-    pointer = platform.releases.champion()
     try:
-        if pointer is not None:
-            platform.registry.promote(platform.releases.manifest(pointer.release_id), platform.release_uri(pointer.release_id))
+        platform.registry.follow(platform.releases)
         version = platform.registry.register(manifest, platform.release_uri(manifest.release_id), run)
     except (RegistryError, ReleaseError) as error:
         return {"not registered": str(error)}
@@ -146,22 +146,29 @@ def register_challenger(platform: Platform, manifest: Manifest, run: RegistryRun
     kinds={"mlflow"},
 )
 def champion(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
-    """The release that serving reads. One that passed the gate takes the place: in the registry, then in the pointer file."""
+    """The release that serving reads. One that passed the gate takes the place of the champion that it was judged against.
+
+    A verdict is used once: after another promotion or a rollback the release of the day has to be judged again.
+    """
     day = context.partition_key
     verdict = read_verdict(platform.lake, day)
     if verdict is None or not verdict.passed:
         reason = verdict.reason if verdict else "no release of this day was judged: materialize `release` first"
         raise dg.Failure(f"the champion stays: {reason}", allow_retries=False)
-    aliased = {}
-    try:
-        manifest = platform.releases.manifest(verdict.release_id)
-        version = platform.registry.promote(manifest, platform.release_uri(verdict.release_id))
-        aliased["registry version"] = version.version
-    except RegistryError as error:
-        aliased["MLflow trouble"] = str(error)
     before = platform.releases.champion()
     if before is None or before.release_id != verdict.release_id:
-        platform.releases.promote(verdict.release_id, reason=verdict.reason)
+        try:
+            platform.releases.promote(verdict.release_id, verdict.reason, verdict.champion_sequence)
+        except ReleaseError as error:
+            raise dg.Failure(
+                f"the champion stays: {error}; materialize `release` to judge it now", allow_retries=False
+            ) from error
+    aliased = {}
+    try:
+        version = platform.registry.follow(platform.releases)
+        aliased["registry version"] = version.version if version else "none"
+    except (RegistryError, ReleaseError) as error:
+        aliased["MLflow trouble"] = str(error)
     return dg.MaterializeResult(
         metadata={
             "release_id": verdict.release_id,
@@ -192,6 +199,7 @@ def online_features(context: dg.AssetExecutionContext, platform: PlatformResourc
         metadata={
             "dagster/row_count": part.rows,
             "users written": report.users,
+            **left_out(report),
             "users a second": round(report.users_per_second),
         },
         data_version=dg.DataVersion(part.data_version),
@@ -218,9 +226,13 @@ def rec_cache_plan(context: dg.OpExecutionContext, platform: PlatformResource) -
         context.log.info(f"the caches are those of {newest} already")
         return
     build_active_users(platform.spark(), platform.lake, hour, settings.cache.active_hours)
+    try:
+        plan = plan_caches(platform.lake, hour, pointer, settings, asked_by(context))
+    except NewerCaches as error:
+        context.log.info(str(error))
+        return
     with platform.redis() as redis:
         write_trend(redis, read_trend(platform.lake, hour), settings.cache.ttl_seconds)
-    plan = plan_caches(platform.lake, hour, pointer, settings, asked_by(context))
     for step in range(plan.steps):
         yield dg.DynamicOutput(None, mapping_key=str(step))
 
@@ -257,6 +269,7 @@ def rec_cache_report(context: dg.OpExecutionContext, platform: PlatformResource)
             "active users": plan.active,
             "users written": report.users,
             "users without any item": report.empty,
+            **left_out(report),
             "users a second": round(report.users_per_second),
             "release_id": plan.release_id,
             "samples": recommendations_table(platform.lake, samples),
@@ -281,6 +294,13 @@ def rec_cache(clicks_hourly: Any, champion: Any, online_features: Any, trending_
         clicks_hourly=clicks_hourly, champion=champion, online_features=online_features, trending_items=trending_items
     )
     return rec_cache_report(steps.map(rec_cache_shards).collect())
+
+
+def left_out(report: WriteReport) -> dict[str, Any]:
+    """How many users were left out, and why. The log of the step names the first of them, which the metadata outlive."""
+    count = sum(report.left_out.values())
+    why = {"why they were left out": table(["reason", "users"], sorted(report.left_out.items()))} if count else {}
+    return {"users left out": count, **why}
 
 
 def asked_by(context: dg.OpExecutionContext) -> str:

@@ -71,6 +71,9 @@ def count_faults(landing: Landing, held: Iterable[OffsetRange]) -> list[str]:
     rows = {OffsetRange.parse(file.path): file.rows for file in landing.files()}
     faults = []
     for one in held:
+        if one not in rows:
+            faults.append(f"{one.name}: the file can't be read")
+            continue
         facts = landing.archive_facts(one)
         told = facts["events"] + facts.get("forgotten", 0) + facts["rejected"]
         if facts["events"] != rows[one] or told != facts["messages"]:

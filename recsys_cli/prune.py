@@ -30,7 +30,7 @@ def prune(settings: Settings, console: Console, dry_run: bool) -> None:
         if dry_run:
             runs = len(spent_runs(instance, settings.retention, datetime.now(UTC), end_ms))
         else:
-            remove(platform.landing, platform.releases, removals)
+            removals = remove(platform.landing, platform.releases, removals)
             runs = prune_runs(platform, instance)
     recorded: dict[str, int] = {}
     try:

@@ -149,12 +149,13 @@ def _resolve(releases: Releases, name: str) -> str:
 def _tell(console: Console, settings: Settings, releases: Releases, pointer: Pointer) -> None:
     """Say what is served now, and let the alias in MLflow follow the pointer, which is what counts."""
     from recsys_core.registry import Registry, RegistryError
+    from recsys_core.release import ReleaseError
 
     name = pointer.release_id
     console.print(f"{name} is the champion; servers follow within {settings.serving.pointer_poll_seconds:g} s", soft_wrap=True)
     try:
-        Registry(settings).promote(releases.manifest(name), f"{settings.releases_uri}/{name}")
-    except RegistryError as error:
+        Registry(settings).follow(releases)
+    except (RegistryError, ReleaseError) as error:
         console.print(f"the alias in the registry stays behind until the next night: {error}", soft_wrap=True, style="yellow")
 
 

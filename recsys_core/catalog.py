@@ -55,5 +55,9 @@ def last_of_each(table: pa.Table, column: str) -> pa.Table:
 
 def merge_catalog(lake: Lake, items: pa.Table) -> Partition:
     """Add `items` (CATALOG_SCHEMA) to the catalogue. A row replaces the item's earlier row; the last one wins."""
-    merged = last_of_each(pa.concat_tables([read_catalog(lake), items.cast(CATALOG_SCHEMA)]), ITEM_ID)
-    return lake.write(CATALOG_TABLE, CATALOG_KEY, merged)
+
+    def merge(part: Partition | None) -> Partition:
+        merged = last_of_each(pa.concat_tables([read_catalog(lake), items.cast(CATALOG_SCHEMA)]), ITEM_ID)
+        return lake.write(CATALOG_TABLE, CATALOG_KEY, merged, instead_of=part)
+
+    return lake.revise(CATALOG_TABLE, CATALOG_KEY, merge)

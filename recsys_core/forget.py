@@ -3,15 +3,20 @@
 Rows are taken out partition by partition, in a stream, and do not come back (`tombstones`). A partition keeps its data
 version, so that what was made from it stays valid: factors, index and verdicts are of the others as well. Models that were
 fitted with the user's events are replaced by the next night, whose tables no longer have them.
+
+Removed is what certainly is the user's, by a column or a field (`mentions.Named`). A text in which the id stands as a word is
+named in the report and left to people: the word may mean something else, and the text is of others as well.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import time
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -21,8 +26,9 @@ import pyarrow.parquet as pq
 
 from recsys_core import progress
 from recsys_core.events import USER_ID, now_ms
-from recsys_core.lake import Lake, Partition
-from recsys_core.landing import LANDING, QUARANTINE, Landing
+from recsys_core.lake import STAGING, Lake, MissingPartition, Partition, PartitionChanged
+from recsys_core.landing import ENDING, LANDING, LANDING_SEEN, QUARANTINE, Landing
+from recsys_core.mentions import Named
 from recsys_core.online import recs_key, user_key
 from recsys_core.registry import Registry, RegistryError
 from recsys_core.release import Releases
@@ -34,6 +40,8 @@ FACTOR_ID = "id"
 USER_SIDE = "_users"
 """Tables of user factors end with it and name the user `id`."""
 TEXTS = (".json", ".txt", ".csv", ".md", ".html")
+NAMELESS = (LANDING, QUARANTINE, TOMBSTONES, FORGOTTEN, LANDING_SEEN)
+"""Folders of the lake that are searched in another way, or hold hashes only."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,12 @@ class Forgotten:
     Attributes:
         user_hash: SHA-256 of the id; the report is kept and must not hold the id itself.
         forgotten_at: ms; events up to this moment are not taken in again (`tombstones`).
-        removed: rows (or keys, tags, files) by place.
+        removed: rows (or keys, tags) by place.
         remaining: what the search after the removal found by place; empty is the proof.
         looked_at: how many files, partitions, keys, runs that search went through.
         unsearched: places that could not be searched, and why.
+        mentioned: texts in which the id stands as a word that may mean something else.
+        outside: places that keep what was sent to them for a time of their own, and for how long.
         releases: releases that were made with the user's events and hold item vectors, which name no user.
         seconds: how long it took.
     """
@@ -57,18 +67,34 @@ class Forgotten:
     remaining: dict[str, int]
     looked_at: dict[str, int] = field(default_factory=dict)
     unsearched: dict[str, str] = field(default_factory=dict)
+    mentioned: dict[str, int] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
     releases: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything of the user was found."""
+        return bool(self.removed or self.remaining)
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a user can be found."""
+    """Where a user can be found.
+
+    Attributes:
+        user_fields: names that sources have for the user's id besides the usual ones.
+        unsearched: what may hold the user and can't be searched now, and why.
+        outside: see `Forgotten`.
+    """
 
     lake: Lake
     redis: Any
     releases: Releases
     registry: Registry
+    user_fields: Collection[str] = ()
+    unsearched: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, str] = field(default_factory=dict)
 
 
 def forget_user(places: Places, user_id: str) -> Forgotten:
@@ -76,6 +102,7 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
 
     The tombstone is there before anything is removed: what runs meanwhile does not take the user in again.
     Until the second search is done the partition holds no report, so that a run that was cut off proves nothing.
+    A search that found nothing to remove is the proof itself.
     """
     started = time.perf_counter()
     forgotten_at = now_ms()
@@ -85,14 +112,16 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
     tombstones.add(user_hash, forgotten_at)
     places.lake.write_blobs(FORGOTTEN, key, {}, 0, {USER_HASH: user_hash, FORGOTTEN_AT: forgotten_at})
     removed = Search(places, user_id, remove=True).run()
-    left = Search(places, user_id).run()
+    left = Search(places, user_id).run() if removed.found else removed
     report = Forgotten(
         user_hash=user_hash,
         forgotten_at=forgotten_at,
         removed=dict(removed.found),
-        remaining=dict(left.found),
+        remaining=dict(left.found + left.fixed),
         looked_at=dict(left.looked_at),
-        unsearched=left.unsearched,
+        unsearched={**places.unsearched, **left.unsearched},
+        mentioned=dict(left.mentioned),
+        outside=dict(places.outside),
         releases=[manifest.release_id for manifest in places.releases.list()],
         seconds=time.perf_counter() - started,
     )
@@ -102,24 +131,25 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
 
 
 class Search:
-    """A walk through all places that counts what names the user and, with `remove`, takes it out.
-
-    What can't be changed is only found: texts of models and releases, parameters of MLflow runs. They are counted when nothing
-    is removed.
+    """A walk through all places that counts what is the user's and, with `remove`, takes it out.
 
     Attributes:
-        found: rows, keys, tags and files that name the user, by place.
+        found: rows, keys and tags that are the user's, by place.
+        fixed: what is the user's and can't be taken out here: fields of texts, parameters of MLflow runs.
+        mentioned: texts in which the id stands as a word.
         looked_at: what was read for it.
-        unsearched: places that can't be reached, and why.
+        unsearched: places that can't be read, and why.
     """
 
     def __init__(self, places: Places, user_id: str, remove: bool = False) -> None:
         self.places, self.user_id, self.remove = places, user_id, remove
         self.found: Counter[str] = Counter()
+        self.fixed: Counter[str] = Counter()
+        self.mentioned: Counter[str] = Counter()
         self.looked_at: Counter[str] = Counter()
         self.unsearched: dict[str, str] = {}
-        self._named = _pattern(user_id)
-        self._named_bytes = re.compile(self._named.encode())
+        self._named = Named(user_id, places.user_fields)
+        self._landing = Landing(places.lake)
 
     def run(self) -> Search:
         self._files()
@@ -130,121 +160,197 @@ class Search:
             self._mlflow()
         except RegistryError as error:
             self.unsearched["MLflow"] = str(error)
-        self.found = +self.found
+        self.found, self.fixed = +self.found, +self.fixed
         return self
 
-    def _names(self, text: bytes) -> bool:
-        return self._named_bytes.search(text) is not None
+    def _read(self, place: str, text: str) -> None:
+        """Look at a text that can't be changed."""
+        if self._named.in_fields(text):
+            self.fixed[place] += 1
+        elif self._named.mentioned(text):
+            self.mentioned[place] += 1
 
     # -- files as they arrived ----------------------------------------------------------------------------------
 
     def _files(self) -> None:
-        """Landing and quarantine files: the same names without the user's rows. A local file keeps its time of arrival."""
+        """Landing and quarantine files: the same names without the user's rows. They keep their time of arrival."""
         lake = self.places.lake
         for area in (LANDING, QUARANTINE):
             root = lake.path(area)
-            paths = [p for p in sorted(lake.fs.find(root)) if p.endswith(".parquet")] if lake.fs.exists(root) else []
+            lake.fs.invalidate_cache()
+            paths = sorted(lake.fs.find(root)) if lake.fs.exists(root) else []
             for path in progress.track(paths, area, len(paths)):
-                with lake.fs.open(path, "rb") as source:
-                    table = pq.read_table(source)
-                if area == LANDING:
-                    mine = pc.fill_null(pc.equal(table[USER_ID], self.user_id), False)
+                if path.lower().endswith(ENDING):
+                    self._file(area, path)
                 else:
-                    mine = pc.fill_null(pc.match_substring_regex(table["content"], self._named), False)
-                count = int(pc.sum(mine).as_py() or 0)
-                if count and self.remove:
-                    _rewrite(lake, path, table.filter(pc.invert(mine)))
-                self.found[area] += count
-            self.looked_at[f"{area} files"] += len(paths)
+                    self.unsearched[_below(lake, path)] = "it is no Parquet file; look into it and remove it"
+            self.looked_at[f"{area} files"] += sum(path.lower().endswith(ENDING) for path in paths)
+
+    def _file(self, area: str, path: str) -> None:
+        lake = self.places.lake
+        try:
+            with lake.fs.open(path, "rb") as source:
+                table = pq.read_table(source)
+            mine = self._mine_of_events(table) if area == LANDING else self._mine_of_rejected(table, area)
+        except FileNotFoundError:  # it was removed since it was listed
+            return
+        except (pa.ArrowException, OSError, KeyError) as error:
+            self.unsearched[_below(lake, path)] = f"{str(error)[:200]}; mend or remove it"
+            return
+        count = int(pc.sum(mine).as_py() or 0)
+        if count and self.remove:
+            self._rewrite(path, table.filter(pc.invert(mine)))
+        self.found[area] += count
+
+    def _mine_of_events(self, table: pa.Table) -> pa.ChunkedArray:
+        return pc.fill_null(pc.equal(table[USER_ID].cast(pa.string()), self.user_id), False)
+
+    def _mine_of_rejected(self, table: pa.Table, area: str) -> pa.Array:
+        """Whose field of a user has the id; JSON may have escaped it, and then has a backslash."""
+        content = table["content"]
+        may = pc.or_(pc.match_substring(content, self.user_id), pc.match_substring(content, "\\"))
+        mine = []
+        for text in pc.if_else(pc.fill_null(may, False), content, None).to_pylist():
+            mine.append(text is not None and self._named.is_of(text))
+            if text is not None and not mine[-1] and self._named.mentioned(text):
+                self.mentioned[f"{area} (rows that name no user by a field)"] += 1
+        return pa.array(mine, pa.bool_())
+
+    def _rewrite(self, path: str, kept: pa.Table) -> None:
+        arrived = os.stat(path) if os.path.exists(path) else None
+        self._landing.remove_rows(path, kept)
+        if arrived:
+            os.utime(path, ns=(arrived.st_atime_ns, arrived.st_mtime_ns))
 
     # -- tables -------------------------------------------------------------------------------------------------
 
     def _tables(self) -> None:
-        """Every table of the lake whose rows name a user, in every version that is kept, and the texts of models."""
+        """Every table of the lake whose rows name a user, in every version that is there, and the texts of models."""
         lake = self.places.lake
         lake.fs.invalidate_cache()
         names = sorted(e.rstrip("/").rsplit("/", 1)[-1] for e in lake.fs.ls(lake.root, detail=False)) if _exists(lake) else []
-        # Tombstones and reports hold hashes, and there is one for each removal.
-        tables = [name for name in names if name not in (LANDING, QUARANTINE, TOMBSTONES, FORGOTTEN)]
+        tables = [name for name in names if name not in NAMELESS]
         for table in progress.track(tables, "tables", len(tables)):
-            for part in lake.find_all(table, lake.keys(table)).values():
-                self.found[table] += self._partition(part)
-                texts = [name for name in part.files if name.endswith(TEXTS)]
-                if not self.remove:
-                    named = sum(self._names(lake.read_blob(part.table, part.key, name)) for name in texts)
-                    self.found[f"{table} (text)"] += named
-                self.looked_at["texts of partitions"] += len(texts)
+            for key in lake.folders(table):
+                self.found[table] += lake.revise(table, key, partial(self._partition, table, key))
+            self._staged(table)
 
-    def _partition(self, part: Partition) -> int:
+    def _partition(self, table: str, key: str, part: Partition | None) -> int:
+        """Rows of the user in all versions of a partition; another writer that is faster makes this begin again."""
+        try:
+            return self._versions(table, key, part)
+        except (pa.ArrowException, OSError, MissingPartition) as error:
+            if self.places.lake.find(table, key) != part:
+                raise PartitionChanged(f"{table}/{key} was replaced while it was read") from error
+            self.unsearched[f"{table}/{key}"] = f"{str(error)[:200]}; make the partition again"
+            return 0
+
+    def _versions(self, table: str, key: str, part: Partition | None) -> int:
         lake, count = self.places.lake, 0
-        for version, paths in lake.versions(part.table, part.key).items():
+        kept = (part.version, *part.older) if part else ()
+        for version, paths in lake.versions(table, key).items():
             self.looked_at["versions of partitions"] += 1
-            dataset = ds.dataset(paths, filesystem=lake.fs, format="parquet") if paths else None
-            column = _user_column(part.table, dataset.schema.names) if dataset is not None else None
-            if dataset is None or column is None:
+            if version not in kept:
+                self._in_the_making(f"{table}/{key}/{version}", table, paths)
                 continue
-            mine = ds.field(column) == self.user_id
-            found = dataset.count_rows(filter=mine)
+            dataset, mine = self._rows_of(table, paths)
+            found = dataset.count_rows(filter=mine) if dataset is not None and mine is not None else 0
             count += found
-            if found and self.remove and version == part.version:
-                others = (b for b in dataset.to_batches(filter=~mine | ds.field(column).is_null()) if b.num_rows)
-                lake.replace_rows(part, others, dataset.schema)
-        if count and self.remove:
-            lake.drop_older(part.table, part.key)
+            if found and self.remove and part and version == part.version:
+                assert dataset is not None
+                others = (b for b in dataset.to_batches(filter=~mine | mine.is_null()) if b.num_rows)
+                part = lake.replace_rows(part, others, dataset.schema)
+        if part and count and self.remove:
+            lake.drop_older(part)
+        if part:
+            self._texts(part)
         return count
+
+    def _rows_of(self, table: str, paths: list[str]) -> tuple[ds.Dataset | None, ds.Expression | None]:
+        """The rows of some files, and which of them are the user's; None where they name no user."""
+        dataset = ds.dataset(paths, filesystem=self.places.lake.fs, format="parquet") if paths else None
+        column = _user_column(table, dataset.schema.names) if dataset is not None else None
+        return dataset, ds.field(column) == self.user_id if column else None
+
+    def _texts(self, part: Partition) -> None:
+        lake = self.places.lake
+        self._read(f"{part.table} (pointer)", json.dumps(part.extra))
+        for name in part.files:
+            if name.endswith(TEXTS):
+                self.looked_at["texts of partitions"] += 1
+                self._read(f"{part.table} (text)", lake.read_blob(part.table, part.key, name).decode(errors="replace"))
+
+    def _staged(self, table: str) -> None:
+        lake = self.places.lake
+        root = lake.path(table, STAGING)
+        paths = sorted(lake.fs.find(root)) if lake.fs.exists(root) else []
+        folders = {path.removeprefix(f"{root}/").split("/")[0] for path in paths}
+        for folder in sorted(folders):
+            inside = [p for p in paths if p.startswith(f"{root}/{folder}/") and p.lower().endswith(ENDING)]
+            self._in_the_making(f"{table}/{STAGING}/{folder}", table, inside)
+
+    def _in_the_making(self, name: str, table: str, paths: list[str]) -> None:
+        """Files that no pointer names: a run writes them now, or broke off."""
+        try:
+            dataset, mine = self._rows_of(table, [path for path in paths if path.lower().endswith(ENDING)])
+            holds = dataset is not None and mine is not None and dataset.count_rows(filter=mine) > 0
+        except (pa.ArrowException, OSError):
+            holds = True
+        if holds:
+            self.unsearched[name] = "a run is writing it, or broke off; `recsys prune` removes it when it is a day old"
 
     # -- Redis, releases, MLflow --------------------------------------------------------------------------------
 
     def _redis(self) -> None:
+        from redis.exceptions import RedisClusterException, RedisError
+
         redis = self.places.redis
         keys = [user_key(self.user_id), recs_key(self.user_id)]
-        self.found["redis"] += sum(int(redis.exists(key)) for key in keys)
+        try:
+            self.found["redis"] += sum(int(redis.exists(key)) for key in keys)
+            if self.remove:
+                for key in keys:
+                    redis.delete(key)
+        except (RedisError, RedisClusterException, OSError) as error:
+            self.unsearched["Redis"] = f"{type(error).__name__}: {error}"
+            return
         self.looked_at["Redis keys"] += len(keys)
-        if self.remove:
-            for key in keys:
-                redis.delete(key)
 
     def _releases(self) -> None:
         """Text files of releases that name the user; vectors name nobody."""
         releases = self.places.releases
         for manifest in releases.list():
-            texts = [name for name in manifest.files if name.endswith(TEXTS)]
             self.looked_at["releases"] += 1
-            if not self.remove:
-                contents = (releases.fs.cat_file(releases.path(manifest.release_id, name)) for name in texts)
-                self.found[f"release {manifest.release_id}"] += sum(self._names(content) for content in contents)
+            for name in manifest.files:
+                if name.endswith(TEXTS):
+                    content = bytes(releases.fs.cat_file(releases.path(manifest.release_id, name)))
+                    self._read(f"release {manifest.release_id}", content.decode(errors="replace"))
 
     def _mlflow(self) -> None:
-        """Runs, deleted ones as well: tags and text files are removed; a parameter can't be changed, its run can be deleted."""
+        """Runs, deleted ones as well. Tags that name the user are removed; a parameter can't be, its run can be deleted."""
         registry = self.places.registry
         for run in registry.runs():
             self.looked_at["MLflow runs"] += 1
             for name, value in run.data.tags.items():
-                if self._names(f"{name} {value}".encode()):
+                if self._named.is_field(name) and value == self.user_id:
                     self.found["MLflow tags"] += 1
                     if self.remove:
                         registry.remove_tag(run, name)
-            if not self.remove:
-                named = [name for name, value in run.data.params.items() if self._names(f"{name} {value}".encode())]
-                self.found[f"MLflow parameters of run {run.info.run_id}"] += len(named)
+                else:
+                    self._read(f"MLflow tags of run {run.info.run_id}", value)
+            for name, value in run.data.params.items():
+                if self._named.is_field(name) and value == self.user_id:
+                    self.fixed[f"MLflow parameters of run {run.info.run_id}"] += 1
+                else:
+                    self._read(f"MLflow parameters of run {run.info.run_id}", value)
             for path in [path for path in registry.files(run) if path.endswith(TEXTS)]:
                 self.looked_at["MLflow files"] += 1
-                if self._names(registry.read_file(run, path)):
-                    self.found["MLflow files"] += 1
-                    if self.remove:
-                        registry.remove_files(run, path)
+                text = registry.read_file(run, path).decode(errors="replace")
+                self._read(f"MLflow file {path} of run {run.info.run_id}", text)
 
 
-def _pattern(user_id: str) -> str:
-    """A pattern that finds the id in a text, and not as a part of a longer one."""
-    return rf"(?:^|[^A-Za-z0-9_-]){re.escape(user_id)}(?:$|[^A-Za-z0-9_-])"
-
-
-def _rewrite(lake: Lake, path: str, kept: pa.Table) -> None:
-    arrived = os.stat(path) if os.path.exists(path) else None
-    Landing(lake).remove_rows(path, kept)
-    if arrived:
-        os.utime(path, ns=(arrived.st_atime_ns, arrived.st_mtime_ns))
+def _below(lake: Lake, path: str) -> str:
+    return path.removeprefix(f"{lake.root}/")
 
 
 def _exists(lake: Lake) -> bool:

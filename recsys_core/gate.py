@@ -19,7 +19,7 @@ from recsys_core.evaluation import EVALUATION, SERVED, NothingToEvaluate, by_seg
 from recsys_core.lake import Lake, MissingPartition, Partition
 from recsys_core.online import UserRecord, users_of
 from recsys_core.ranking import Snapshot, Trend, rank
-from recsys_core.release import ReleaseError, Releases
+from recsys_core.release import Pointer, ReleaseError, Releases
 from recsys_core.settings import GateSettings, Settings
 
 GATE = "gate"
@@ -47,13 +47,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of a release, and why. `reason` is one sentence a claim that was not held, or why it passes."""
+    """What the gate says of a release, and why. `reason` is one sentence a claim that was not held, or why it passes.
+
+    It holds against the champion of that moment alone: `champion_sequence` is the sequence of its pointer, 0 without one.
+    """
 
     passed: bool
     reason: str
     claims: tuple[Claim, ...] = ()
     release_id: str = ""
     champion_id: str = ""
+    champion_sequence: int = 0
 
 
 def judge(challenger: Mapping[str, float], champion: Mapping[str, float] | None, settings: GateSettings) -> Verdict:
@@ -127,7 +131,13 @@ def challenge(lake: Lake, releases: Releases, day: str, settings: Settings) -> V
         verdict = replace(verdict, passed=opponent.decides, reason=opponent.reason)
     intervals = {evaluated.extra.get("headline"): evaluated.extra.get("intervals", {}).get(SERVED)} if evaluated else {}
     claims = tuple(replace(c, interval=_pair(intervals.get(c.name))) for c in verdict.claims)
-    verdict = replace(verdict, claims=claims, release_id=release_id, champion_id=opponent.release_id)
+    verdict = replace(
+        verdict,
+        claims=claims,
+        release_id=release_id,
+        champion_id=opponent.release_id,
+        champion_sequence=opponent.sequence,
+    )
     write_verdict(lake, day, verdict)
     return verdict
 
@@ -165,21 +175,26 @@ class _Opponent:
     scores: dict[str, float] | None = None
     decides: bool | None = None
     reason: str = ""
+    sequence: int = 0
 
 
 def _opponent(lake: Lake, releases: Releases, day: str, challenger_id: str, settings: Settings) -> _Opponent:
     pointer = releases.champion()
     if pointer is None:
         return _Opponent()
+    return replace(_met(lake, releases, day, challenger_id, pointer, settings), sequence=pointer.sequence)
+
+
+def _met(lake: Lake, releases: Releases, day: str, challenger_id: str, pointer: Pointer, settings: Settings) -> _Opponent:
     name = pointer.release_id
     if name == challenger_id:
         return _Opponent(name, decides=True, reason="it is the champion already")
     try:
+        if releases.manifest(name).day > day:
+            return _Opponent(name, decides=False, reason=f"the champion {name} knows a later day than {day}")
         manifest, snapshot = releases.load(name, pointer.manifest_sha256)
     except ReleaseError as error:
         return _Opponent(name, decides=True, reason=f"the champion can't be used, so there is nothing to protect: {error}")
-    if manifest.day > day:
-        return _Opponent(name, decides=False, reason=f"the champion {name} knows a later day than {day}")
     if manifest.day == day:
         return _Opponent(name, served_scores({"metrics": manifest.metrics}))
     try:

@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 from recsys_core import progress
 from recsys_core.catalog import CATALOG_SCHEMA, last_of_each, merge_catalog
 from recsys_core.events import EARLIEST_TS, EVENT_SCHEMA, HOUR_MS, ITEM_ID, TS, content_ids, invalid_reasons, now_ms
-from recsys_core.lake import Lake, open_filesystem
+from recsys_core.lake import Lake
 from recsys_core.landing import LANDING, QUARANTINE, QUARANTINE_SCHEMA, Landing
 from recsys_core.mappings import MappingError, check_columns, mapped_columns
 from recsys_core.parsing import parse_bool, parse_decimal, parse_ts
 from recsys_core.readers import RawBatch, Rejected, SourceFile, find_files, read_rows
 from recsys_core.settings import EventSettings, SourceMapping
+from recsys_core.stores import open_filesystem
 
 CHUNK_ROWS = 250_000
 CHUNK_BYTES = 128 << 20

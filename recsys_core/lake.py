@@ -3,8 +3,10 @@
     <uri>/<table>/<partition>/_current.json          which version is read, its rows and its data version
     <uri>/<table>/<partition>/<version>/*.parquet    immutable
 
-A writer makes a new version folder and then replaces `_current.json`, which is atomic on a local disk (rename) and on
-an object store (one PUT). A reader therefore sees the old or the new partition, never half of one.
+A writer makes a new version folder, sees it onto the disk, and then replaces `_current.json` by `stores.update`. A reader
+therefore sees the old or the new partition, never half of one. A writer whose result rests on what the partition was
+(`instead_of`) is refused once it is another. Only versions that the pointer has named are dropped for age: a folder that
+it never named is that of a writer at work, or of one that broke off, which `retention` removes after a day.
 """
 
 from __future__ import annotations
@@ -14,19 +16,23 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys_core.masking import masked_text
+from recsys_core.stores import delete_pointer, is_local, open_filesystem, sync_files, update, write_atomically
 
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
+
+T = TypeVar("T")
 
 POINTER = "_current.json"
 STAGING = "_staging"
@@ -38,9 +44,14 @@ class MissingPartition(LookupError):
     """A table has no data for a partition that a reader asked for."""
 
 
+class PartitionChanged(RuntimeError):
+    """A partition is no longer the one that a new content was made from; make it again from what is there now."""
+
+
 @dataclass(frozen=True)
 class Partition:
-    """What `_current.json` says of a partition. `files` are names inside the version's folder."""
+    """What `_current.json` says of a partition. `files` are names inside the version's folder, `older` the versions that are
+    kept besides, newest first."""
 
     table: str
     key: str
@@ -51,26 +62,17 @@ class Partition:
     data_version: str
     written_at: float
     extra: dict[str, Any] = field(default_factory=dict)
+    older: tuple[str, ...] = ()
 
 
-def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec filesystem of a path or URI, and the path inside it."""
-    fs, path = fsspec.core.url_to_fs(uri)
-    return fs, path.rstrip("/")
+class _Whatever(Enum):
+    IS_THERE = "whatever is there"
 
 
-def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
-    """Put `data` at `path` so that a reader sees the old content or the new one."""
-    fs.makedirs(os.path.dirname(path), exist_ok=True)
-    if not _is_local(fs):
-        fs.pipe_file(path, data)
-        return
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    with open(temporary, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+WHATEVER: Final = _Whatever.IS_THERE
+"""`instead_of` of a writer whose result does not rest on what the partition was."""
+InsteadOf = Partition | None | Literal[_Whatever.IS_THERE]
+"""What a partition has to be still, so that it is replaced: as it was read, None: not there, WHATEVER."""
 
 
 def timed_name() -> str:
@@ -83,8 +85,22 @@ def _missing_message(table: str, keys: list[str], uri: str) -> str:
     return f"table {table!r} under {masked_text(uri)} has no partition {shown}: materialize it first"
 
 
-def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+def _version_of(part: Partition | None) -> str | None:
+    return part.version if part else None
+
+
+def _partition(said: bytes) -> Partition:
+    """What a pointer file says. Raises ValueError."""
+    raw = json.loads(said)
+    return Partition(**{**raw, "files": tuple(raw["files"]), "older": tuple(raw.get("older", ()))})
+
+
+def _partition_to_replace(said: bytes | None) -> Partition | None:
+    """A pointer that can't be read is replaced like one that is not there, so that making the partition again repairs it."""
+    try:
+        return _partition(said) if said is not None else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class Lake:
@@ -101,7 +117,7 @@ class Lake:
 
     def url(self, path: str) -> str:
         """The address of a lake path for Spark: plain for a local lake, `scheme://…` otherwise (s3 as s3a)."""
-        if _is_local(self.fs):
+        if is_local(self.fs):
             return f"file://{path}"
         scheme = self.uri.split("://", 1)[0]
         return f"{'s3a' if scheme == 's3' else scheme}://{path}"
@@ -115,26 +131,23 @@ class Lake:
         data: pa.Table | Iterable[pa.RecordBatch],
         schema: pa.Schema | None = None,
         extra: dict[str, Any] | None = None,
+        instead_of: InsteadOf = WHATEVER,
     ) -> Partition:
-        """Replace partition `key` of `table` by `data`, a table or a stream of batches (then `schema` is needed)."""
+        """Replace partition `key` of `table` by `data`, a table or a stream of batches (then `schema` is needed).
+
+        Raises PartitionChanged when the partition is another than `instead_of`.
+        """
         if isinstance(data, pa.Table):
             schema, batches = data.schema, iter(data.to_batches(max_chunksize=262_144))
         elif schema is None:
             raise ValueError(f"{table}: a stream of batches needs its schema")
         else:
             batches = iter(data)
-        version = timed_name()
-        name = "part-00000.parquet"
-        path = self.path(table, key, version, name)
-        self.fs.makedirs(os.path.dirname(path), exist_ok=True)
-        rows = 0
-        with self.fs.open(path, "wb") as raw, pq.ParquetWriter(raw, schema, compression="zstd") as out:
-            for batch in batches:
-                out.write_batch(batch)
-                rows += batch.num_rows
-        digest = self._digest([path])
-        size = self.fs.size(path)
-        return self._point(table, key, version, (name,), rows, size, digest, extra or {})
+        with self._new_version(table, key) as version:
+            name, rows, size = self._write_rows(table, key, version, batches, schema)
+            digest = self._digest([self.path(table, key, version, name)])
+            new = Partition(table, key, version, (name,), rows, size, digest, time.time(), extra or {})
+            return self._point(new, instead_of)
 
     def write_blobs(
         self,
@@ -143,21 +156,81 @@ class Lake:
         blobs: Mapping[str, bytes] | Iterable[tuple[str, bytes]],
         rows: int,
         extra: dict[str, Any] | None = None,
+        instead_of: InsteadOf = WHATEVER,
     ) -> Partition:
         """Replace partition `key` of `table` by files that are not Parquet; `read_blob` reads them.
 
         Pairs of a name and its content are taken one at a time and let go when they are written: files that are made on the way
-        need memory for the largest alone.
+        need memory for the largest alone. Raises PartitionChanged when the partition is another than `instead_of`.
         """
-        version = timed_name()
         sizes: dict[str, int] = {}
-        for name, content in blobs.items() if isinstance(blobs, Mapping) else blobs:
-            write_atomically(self.fs, self.path(table, key, version, name), content)
-            sizes[name] = len(content)
-            del content
-        names = tuple(sorted(sizes))
-        digest = self._digest([self.path(table, key, version, name) for name in names])
-        return self._point(table, key, version, names, rows, sum(sizes.values()), digest, extra or {})
+        with self._new_version(table, key) as version:
+            for name, content in blobs.items() if isinstance(blobs, Mapping) else blobs:
+                write_atomically(self.fs, self.path(table, key, version, name), content)
+                sizes[name] = len(content)
+                del content
+            names = tuple(sorted(sizes))
+            digest = self._digest([self.path(table, key, version, name) for name in names])
+            new = Partition(table, key, version, names, rows, sum(sizes.values()), digest, time.time(), extra or {})
+            return self._point(new, instead_of)
+
+    def replace_rows(self, part: Partition, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Partition:
+        """Replace the rows of a partition that keeps its data version and what else its pointer says, and drop what it was.
+
+        For rows that must go although nothing new was made: what was derived from the partition stays valid. Raises
+        PartitionChanged when the partition is another by now.
+        """
+        with self._new_version(part.table, part.key) as version:
+            name, rows, size = self._write_rows(part.table, part.key, version, batches, schema)
+            new = replace(part, version=version, files=(name,), rows=rows, bytes=size, written_at=time.time())
+            return self._point(new, part, keep=0)
+
+    def drop_older(self, part: Partition) -> Partition:
+        """Keep only the version of a partition that is read. Raises PartitionChanged when it is another by now."""
+        return self._point(part, part, keep=0)
+
+    def revise(self, table: str, key: str, work: Callable[[Partition | None], T]) -> T:
+        """Call `work` with what a partition is now, again each time that another writer was faster than its own write."""
+        while True:
+            try:
+                return work(self.find(table, key))
+            except PartitionChanged:
+                continue
+
+    def remove(self, part: Partition) -> bool:
+        """Remove a partition, its pointer first. One that is another by now stays. Returns whether it went."""
+        folder = self.path(part.table, part.key)
+        if not delete_pointer(self.fs, f"{folder}/{POINTER}", lambda said: _partition(said).version == part.version):
+            return False
+        self._drop(part.table, part.key, (part.version, *part.older))
+        if is_local(self.fs):
+            with suppress(OSError):  # another writer is making it again
+                os.rmdir(folder)
+        return True
+
+    @contextmanager
+    def _new_version(self, table: str, key: str) -> Iterator[str]:
+        """The name of a version in the making, whose files go when it is not published."""
+        version = timed_name()
+        try:
+            yield version
+        except BaseException:
+            self._drop(table, key, [version])
+            raise
+
+    def _write_rows(
+        self, table: str, key: str, version: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema
+    ) -> tuple[str, int, int]:
+        """Write rows as the one file of a version. Returns its name, rows and bytes."""
+        name = "part-00000.parquet"
+        path = self.path(table, key, version, name)
+        self.fs.makedirs(os.path.dirname(path), exist_ok=True)
+        rows = 0
+        with self.fs.open(path, "wb") as raw, pq.ParquetWriter(raw, schema, compression="zstd") as out:
+            for batch in batches:
+                out.write_batch(batch)
+                rows += batch.num_rows
+        return name, rows, int(self.fs.size(path))
 
     def stage(self, table: str) -> str:
         """A fresh folder of the lake into which an engine writes many partitions; `publish_staged` takes them over."""
@@ -165,60 +238,81 @@ class Lake:
         self.fs.makedirs(path, exist_ok=True)
         return path
 
-    def publish_staged(self, table: str, staged: str, column: str, contents: dict[str, tuple[int, str]]) -> list[Partition]:
+    def publish_staged(
+        self,
+        table: str,
+        staged: str,
+        column: str,
+        contents: dict[str, tuple[int, str]],
+        extras: Mapping[str, dict[str, Any]] | None = None,
+    ) -> list[Partition]:
         """Replace each partition of `contents` (key -> rows, data version) by the staged folder `<column>=<key>`.
 
         A key with no staged folder becomes an empty partition: it is known to have no rows, which is not the same as
-        never having been made.
+        never having been made. `extras` are what the pointers say besides, by key.
         """
-        with ThreadPoolExecutor(PUBLISHED_AT_ONCE) as pool:
-            published = list(pool.map(lambda one: self._publish_folder(table, staged, column, *one), contents.items()))
-        self.fs.invalidate_cache()
-        if self.fs.exists(staged):
-            self.fs.rm(staged, recursive=True)
-        return published
 
-    def _publish_folder(self, table: str, staged: str, column: str, key: str, content: tuple[int, str]) -> Partition:
-        rows, data_version = content
+        def publish(key: str) -> Partition:
+            return self._publish_folder(table, staged, column, key, *contents[key], (extras or {}).get(key, {}))
+
+        try:
+            with ThreadPoolExecutor(PUBLISHED_AT_ONCE) as pool:
+                return list(pool.map(publish, contents))
+        finally:
+            self.fs.invalidate_cache()
+            if self.fs.exists(staged):
+                self.fs.rm(staged, recursive=True)
+
+    def _publish_folder(
+        self, table: str, staged: str, column: str, key: str, rows: int, data_version: str, extra: dict[str, Any]
+    ) -> Partition:
         source = f"{staged}/{column}={key}"
         version = os.path.basename(staged)
+        try:
+            files, size = self._take_over(source, table, key, version)
+            if rows and not files:
+                raise OSError(f"{table}/{key}: {rows} rows expected in {source}, no Parquet file found")
+            new = Partition(table, key, version, files, rows, size, data_version, time.time(), extra)
+            return self._point(new, WHATEVER)
+        except BaseException:
+            self._drop(table, key, [version])
+            raise
+
+    def _take_over(self, source: str, table: str, key: str, version: str) -> tuple[tuple[str, ...], int]:
+        """Move a staged folder to where a version lies. Returns its Parquet files and their bytes, none where there is none."""
+        if not self.fs.exists(source):
+            return (), 0
         target = self.path(table, key, version)
-        files: tuple[str, ...] = ()
-        size = 0
-        if self.fs.exists(source):
-            self.fs.makedirs(self.path(table, key), exist_ok=True)
-            self.fs.mv(source, target, recursive=True)
-            found = {os.path.basename(p): d for p, d in self.fs.find(target, detail=True).items() if p.endswith(".parquet")}
-            files = tuple(sorted(found))
-            size = sum(int(d["size"]) for d in found.values())
-        if rows and not files:
-            raise OSError(f"{table}/{key}: {rows} rows expected in {source}, no Parquet file found")
-        return self._point(table, key, version, files, rows, size, data_version, {})
+        self.fs.makedirs(self.path(table, key), exist_ok=True)
+        self.fs.mv(source, target, recursive=True)
+        found = {os.path.basename(p): d for p, d in self.fs.find(target, detail=True).items() if p.endswith(".parquet")}
+        return tuple(sorted(found)), sum(int(d["size"]) for d in found.values())
 
-    def _point(
-        self,
-        table: str,
-        key: str,
-        version: str,
-        files: tuple[str, ...],
-        rows: int,
-        size: int,
-        digest: str,
-        extra: dict[str, Any],
-    ) -> Partition:
-        new = Partition(table, key, version, files, rows, size, digest, time.time(), extra)
-        pointer = self.path(table, key, POINTER)
-        write_atomically(self.fs, pointer, json.dumps(asdict(new)).encode())
-        self._drop_old_versions(table, key, version)
-        return new
+    def _point(self, new: Partition, instead_of: InsteadOf, keep: int | None = None) -> Partition:
+        """Let the pointer name a version whose files are on the disk, and drop those that are older than `keep` others."""
+        sync_files(self.fs, [self.path(new.table, new.key, new.version, name) for name in new.files])
+        known: tuple[str, ...] = ()
+        made = new
 
-    def _drop_old_versions(self, table: str, key: str, current: str) -> None:
-        self.fs.invalidate_cache()
-        folders = [e for e in self.fs.ls(self.path(table, key), detail=True) if e["type"] == "directory"]
-        names = (e["name"].rstrip("/") for e in folders)
-        old = sorted((name for name in names if os.path.basename(name) != current), reverse=True)
-        for name in old[self.keep_versions - 1 :]:
-            self.fs.rm(name, recursive=True)
+        def change(said: bytes | None) -> bytes:
+            nonlocal known, made
+            current = _partition_to_replace(said)
+            if instead_of is not WHATEVER and _version_of(current) != _version_of(instead_of):
+                raise PartitionChanged(f"{new.table}/{new.key} has been replaced since it was read")
+            known = (current.version, *current.older) if current else ()
+            known = tuple(version for version in known if version != new.version)
+            made = replace(new, older=known[: self.keep_versions - 1 if keep is None else keep])
+            return json.dumps(asdict(made)).encode()
+
+        update(self.fs, self.path(new.table, new.key, POINTER), change)
+        self._drop(new.table, new.key, known[len(made.older) :])
+        return made
+
+    def _drop(self, table: str, key: str, versions: Iterable[str]) -> None:
+        for version in versions:
+            self.fs.invalidate_cache()
+            with suppress(FileNotFoundError):
+                self.fs.rm(self.path(table, key, version), recursive=True)
 
     def _digest(self, paths: Sequence[str]) -> str:
         digest = hashlib.sha256()
@@ -228,37 +322,14 @@ class Lake:
                     digest.update(block)
         return digest.hexdigest()[:32]
 
-    def replace_rows(self, part: Partition, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Partition:
-        """Replace the rows of a partition that keeps its data version and what else its pointer says.
-
-        For rows that must go although nothing new was made: what was derived from the partition stays valid.
-        """
-        version = timed_name()
-        name = "part-00000.parquet"
-        path = self.path(part.table, part.key, version, name)
-        self.fs.makedirs(os.path.dirname(path), exist_ok=True)
-        rows = 0
-        with self.fs.open(path, "wb") as raw, pq.ParquetWriter(raw, schema, compression="zstd") as out:
-            for batch in batches:
-                out.write_batch(batch)
-                rows += batch.num_rows
-        size = self.fs.size(path)
-        return self._point(part.table, part.key, version, (name,), rows, size, part.data_version, part.extra)
-
     def versions(self, table: str, key: str) -> dict[str, list[str]]:
-        """Paths of the Parquet files of every version of a partition that is kept, oldest first."""
+        """Paths of the Parquet files of every version of a partition that is there, oldest first."""
         self.fs.invalidate_cache()
         folders = [e["name"] for e in self.fs.ls(self.path(table, key), detail=True) if e["type"] == "directory"]
         return {
             os.path.basename(folder.rstrip("/")): [p for p in sorted(self.fs.find(folder)) if p.endswith(".parquet")]
             for folder in sorted(folders)
         }
-
-    def drop_older(self, table: str, key: str) -> None:
-        """Keep only the version of a partition that is read."""
-        for version in self.versions(table, key):
-            if version != self.get(table, key).version:
-                self.fs.rm(self.path(table, key, version), recursive=True)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -273,14 +344,10 @@ class Lake:
         parsed = {}
         for path, data in found.items():
             if isinstance(data, bytes):
-                parsed[pointers[path]] = json.loads(data)
+                parsed[pointers[path]] = _partition(data)
             elif not isinstance(data, FileNotFoundError):
                 raise data
-        return {
-            key: Partition(**{**parsed[key], "files": tuple(parsed[key]["files"])})
-            for key in pointers.values()
-            if key in parsed
-        }
+        return {key: parsed[key] for key in pointers.values() if key in parsed}
 
     def get(self, table: str, key: str) -> Partition:
         """The current version of a partition. Raises MissingPartition."""
@@ -291,7 +358,7 @@ class Lake:
 
     def keys(self, table: str) -> list[str]:
         """The partitions that exist, in order."""
-        return [name for name in self._folders(table) if self.fs.exists(self.path(table, name, POINTER))]
+        return [name for name in self.folders(table) if self.fs.exists(self.path(table, name, POINTER))]
 
     def files(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> list[str]:
         """Paths of the Parquet files of some partitions. Raises MissingPartition unless `missing_ok`."""
@@ -326,12 +393,12 @@ class Lake:
 
     def latest(self, table: str, until: str | None = None) -> str | None:
         """The last partition that exists, not later than `until`. It looks at as few pointers as it can."""
-        for name in reversed(self._folders(table)):
+        for name in reversed(self.folders(table)):
             if (until is None or name <= until) and self.fs.exists(self.path(table, name, POINTER)):
                 return name
         return None
 
-    def _folders(self, table: str) -> list[str]:
+    def folders(self, table: str) -> list[str]:
         """Names of a table's partition folders, in order, whether or not they hold a version."""
         self.fs.invalidate_cache()
         try:

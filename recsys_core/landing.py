@@ -6,7 +6,9 @@
 The archive of a Kafka topic has the topic as its source and names of topic identity, partition, first and last offset:
 `OffsetRange`. Its files have a further column, `offset`.
 
-Which files hold events of an hour is read from the Parquet statistics of `ts` in the files' footers.
+Which files hold events of an hour is read from the Parquet statistics of `ts` in the files' footers. Names that begin with `.`
+or `_` are of copies under way and left out. A file that can't be read is left out as well and named by `unreadable`; the hours
+that were made without it are made again once it can.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from hashlib import sha1
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,12 +29,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys_core.events import DAY_MS, EVENT_SCHEMA, HOUR_MS, TS, day_key, hour_key
-from recsys_core.lake import Lake, write_atomically
+from recsys_core.events import DAY_MS, EVENT_SCHEMA, HOUR_MS, TS, day_key, hour_key, key_start_ms
+from recsys_core.lake import Lake, Partition
+from recsys_core.stores import write_atomically, written_at
 from recsys_core.tombstones import TombstoneLog
 
 LANDING = "landing"
 QUARANTINE = "quarantine"
+ENDING = ".parquet"
+LANDING_SEEN, NAMES = "landing_seen", "names"
+"""Lake table of which landing files were there at the last look for late ones: 64-bit hashes of their paths."""
 
 QUARANTINE_SCHEMA = pa.schema(
     [
@@ -109,15 +116,49 @@ def offset_faults(ranges: Iterable[OffsetRange]) -> list[str]:
     return faults
 
 
+ARRIVED_METADATA = b"recsys.arrived"
+"""Key in the footer of a file that was written again without a forgotten user: when it had arrived, seconds since 1970."""
+CLOCK_SECONDS = 600
+"""By so much may the clock of a store be away from that of this machine; stores tell whole seconds."""
+LOOKED, RECENT = "looked", "recent"
+"""What the pointer of an hour of clicks says: when the landing zone was looked at for it (seconds since 1970), and the marks of
+the files that had arrived only just then."""
+
+
 @dataclass(frozen=True)
 class LandingFile:
-    """A landing file and the range of its event times (ms, both ends included)."""
+    """A landing file, the range of its event times (ms, both ends included), and when it arrived (seconds since 1970)."""
 
     path: str
     rows: int
     bytes: int
     first_ts: int
     last_ts: int
+    arrived: float = 0.0
+
+    @property
+    def mark(self) -> str:
+        """What stands for this arrival of the file: another one of the same name has another."""
+        return sha1(f"{self.path} {self.arrived:.6f}".encode(), usedforsecurity=False).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A file that was not there at an earlier look, and its events by hour. `unseen`: its name was not there either."""
+
+    file: LandingFile
+    hours: dict[str, int]
+    unseen: bool
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file as the store lists it; `stamp` changes when the file does."""
+
+    path: str
+    bytes: int
+    stamp: str
+    written: float
 
 
 class Landing:
@@ -125,7 +166,8 @@ class Landing:
 
     def __init__(self, lake: Lake) -> None:
         self.lake = lake
-        self._footers: dict[tuple[str, int, str], LandingFile] = {}
+        self._footers: dict[_Entry, LandingFile | str] = {}
+        self._hours: dict[_Entry, dict[str, int]] = {}
         self._forgotten = TombstoneLog(lake)
 
     def write_events(self, source: str, name: str, events: pa.Table) -> str:
@@ -203,30 +245,56 @@ class Landing:
 
         The facts of an archive file follow: its offsets and messages stay what they were, and it counts what was taken out.
         """
+        metadata = {ARRIVED_METADATA: repr(self._arrival(path)).encode()}
         held = OffsetRange.parse(path)
         if held and path.startswith(self.lake.path(LANDING)):
             facts = self.archive_facts(held)
             gone = facts["events"] - kept.num_rows
             facts |= {"events": kept.num_rows, "forgotten": facts.get("forgotten", 0) + gone, "hours": _by_hour(kept[TS])}
-            kept = kept.replace_schema_metadata({ARCHIVE_METADATA: json.dumps(facts).encode()})
-        self._put(path, kept)
+            metadata[ARCHIVE_METADATA] = json.dumps(facts).encode()
+        self._put(path, kept.replace_schema_metadata(metadata))
 
-    def touched_hours(self, since: float) -> dict[str, int]:
-        """Events by hour in the files that were written after `since` (seconds since 1970): hours to be made again.
+    def _arrival(self, path: str) -> float:
+        """When a file arrived: by its footer, else by the store."""
+        with self.lake.fs.open(path, "rb") as source:
+            told = (pq.read_schema(source).metadata or {}).get(ARRIVED_METADATA)
+        return float(told) if told else written_at(self.lake.fs.info(path))
 
-        Late events make this name hours that were made long ago.
-        """
-        fs = self.lake.fs
-        fs.invalidate_cache()
-        root = self.lake.path(LANDING)
-        touched: Counter[str] = Counter()
-        for path in sorted(fs.find(root)) if fs.exists(root) else []:
-            if path.endswith(".parquet") and fs.modified(path).timestamp() > since:
-                held = OffsetRange.parse(path)
-                touched.update(self.archive_facts(held)["hours"] if held else self._hours(path))
-        return dict(sorted(touched.items()))
+    # -- what arrived since ---------------------------------------------------------------------------------------
 
-    def _hours(self, path: str) -> dict[str, int]:
+    def arrivals(self, since: float) -> list[Arrival]:
+        """Files that may have arrived after a look at `since` (seconds since 1970), by their time or because their names were
+        not noted by `note_arrivals` at that look. Late events make this name hours that were made long ago."""
+        noted = self._noted()
+        found = []
+        for entry, file in self._readable():
+            unseen = noted is not None and _name_hash(entry.path) not in noted
+            if unseen or file.arrived > since - CLOCK_SECONDS:
+                hours = self._hours_of(entry, file)
+                found.append(Arrival(file, hours, unseen))
+        return found
+
+    def note_arrivals(self) -> None:
+        """Keep the names of the files that `arrivals` could read, for the next look."""
+        names = np.array(sorted(_name_hash(f.path) for f in self._footers.values() if isinstance(f, LandingFile)), "<u8")
+        content = names.tobytes()
+        digest = sha1(content, usedforsecurity=False).hexdigest()
+        part = self.lake.find(LANDING_SEEN, NAMES)
+        if part is None or part.extra["digest"] != digest:
+            self.lake.write_blobs(LANDING_SEEN, NAMES, {NAMES: content}, len(names), {"digest": digest})
+
+    def _noted(self) -> set[int] | None:
+        if self.lake.find(LANDING_SEEN, NAMES) is None:
+            return None
+        return set(np.frombuffer(self.lake.read_blob(LANDING_SEEN, NAMES, NAMES), "<u8").tolist())
+
+    def _hours_of(self, entry: _Entry, file: LandingFile) -> dict[str, int]:
+        if entry not in self._hours:
+            held = OffsetRange.parse(file.path)
+            self._hours[entry] = self.archive_facts(held)["hours"] if held else self._count_hours(file.path)
+        return self._hours[entry]
+
+    def _count_hours(self, path: str) -> dict[str, int]:
         with self.lake.fs.open(path, "rb") as source:
             return _by_hour(pq.read_table(source, columns=[TS])[TS].drop_null())
 
@@ -245,20 +313,64 @@ class Landing:
         write_atomically(self.lake.fs, path, sink.getvalue())
 
     def files(self) -> list[LandingFile]:
-        """All landing files in the order of their paths. A file that is not EVENT_SCHEMA raises ValueError naming it."""
-        fs = self.lake.fs
-        fs.invalidate_cache()
-        found = fs.find(self.lake.path(LANDING), detail=True)
-        wanted = [
-            (path, int(entry["size"]), repr(sorted(entry.items())))
-            for path, entry in sorted(found.items())
-            if path.endswith(".parquet")
-        ]
-        unknown = [key for key in wanted if key not in self._footers]
+        """The landing files that can be read, in the order of their paths."""
+        return [file for _, file in self._readable()]
+
+    def unreadable(self) -> dict[str, str]:
+        """The landing files that can't be read, by path, and why."""
+        return {entry.path: file for entry, file in self._all().items() if isinstance(file, str)}
+
+    def strangers(self) -> list[str]:
+        """Paths in the landing zone that nobody reads: neither Parquet by their names nor those of copies under way."""
+        return [path for path in self._found(LANDING) if not path.lower().endswith(ENDING)]
+
+    def damaged(self, files: Iterable[LandingFile]) -> list[LandingFile]:
+        """Those of some files that can't be read to their end; from now on they count as unreadable."""
+        entries = {entry.path: entry for entry in self._entries()}
+        found = []
+        for file in files:
+            entry = entries.get(file.path)
+            reason = self._trouble(file.path, lambda source: pq.read_table(source, columns=EVENT_SCHEMA.names))
+            if entry and reason:
+                self._footers[entry] = reason
+                found.append(file)
+        return found
+
+    def _readable(self) -> list[tuple[_Entry, LandingFile]]:
+        return [(entry, file) for entry, file in self._all().items() if isinstance(file, LandingFile)]
+
+    def _all(self) -> dict[_Entry, LandingFile | str]:
+        """The landing files by how they are listed: what their footers say, or why they can't be read."""
+        entries = self._entries()
+        unknown = [entry for entry in entries if entry not in self._footers]
         with ThreadPoolExecutor(max_workers=16) as pool:
-            for key, file in zip(unknown, pool.map(self._read_footer, unknown), strict=True):
-                self._footers[key] = file
-        return [self._footers[key] for key in wanted]
+            read = dict(zip(unknown, pool.map(self._read_footer, unknown), strict=True))
+        known = {entry: self._footers[entry] if entry in self._footers else read[entry] for entry in entries}
+        self._footers = {entry: file for entry, file in known.items() if file is not None}
+        self._hours = {entry: hours for entry, hours in self._hours.items() if entry in self._footers}
+        return self._footers
+
+    def _entries(self) -> list[_Entry]:
+        found = self._found(LANDING)
+        return [
+            _Entry(path, int(found[path]["size"]), repr(sorted(found[path].items())), written_at(found[path]))
+            for path in sorted(found)
+            if path.lower().endswith(ENDING)
+        ]
+
+    def _found(self, *area: str) -> dict[str, dict[str, Any]]:
+        """The files of an area as the store lists them, but for copies under way. Raises what the store raises.
+
+        `exists` of fsspec says of a store that is away that it is empty, so it is not asked.
+        """
+        fs, root = self.lake.fs, self.lake.path(*area)
+        fs.invalidate_cache()
+        try:
+            fs.ls(root)
+        except FileNotFoundError:
+            return {}
+        found = fs.find(root, detail=True)
+        return {path: entry for path, entry in found.items() if not _is_hidden(path.removeprefix(root))}
 
     def covering(self, start_ms: int, end_ms: int) -> list[LandingFile]:
         """The files that may hold events of [start_ms, end_ms)."""
@@ -288,30 +400,82 @@ class Landing:
         return max(day for day in ordered if counts[day] >= share * typical)
 
     def quarantined(self) -> Iterator[pa.Table]:
-        """The rejected rows, a table a file."""
-        for path in sorted(self.lake.fs.find(self.lake.path(QUARANTINE))):
-            if path.endswith(".parquet"):
+        """The rejected rows, a table a file. A file that can't be read is left out."""
+        for path in sorted(self._found(QUARANTINE)):
+            if path.lower().endswith(ENDING) and not self._trouble(path, pq.ParquetFile):
                 with self.lake.fs.open(path, "rb") as source:
                     yield pq.read_table(source)
 
-    def _read_footer(self, key: tuple[str, int, str]) -> LandingFile:
-        path, size, _ = key
-        with self.lake.fs.open(path, "rb") as source:
-            try:
-                file = pq.ParquetFile(source)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"landing file {path} is not readable as Parquet: {error}") from error
-            found = {field.name: _plain(field.type) for field in file.schema_arrow}
-            absent = [name for name in EVENT_SCHEMA.names if name not in found]
-            wrong = [f"{f.name} is {found[f.name]}, not {f.type}" for f in EVENT_SCHEMA if found.get(f.name, f.type) != f.type]
-            if absent or wrong:
-                lacks = [f"lacks the columns {', '.join(absent)}"] if absent else []
-                raise ValueError(
-                    f"landing file {path} is not of the event schema: {'; '.join(lacks + wrong)}; "
-                    "put foreign files in by `recsys ingest`"
-                )
-            first, last = _extent(file)
-        return LandingFile(path, file.metadata.num_rows, size, first, last)
+    def _read_footer(self, entry: _Entry) -> LandingFile | str | None:
+        """What a file's footer says, why it can't be read, None when it is gone."""
+        found: list[LandingFile] = []
+
+        def read(source: Any) -> None:
+            found.append(_file_of(entry, pq.ParquetFile(source)))
+
+        try:
+            return self._trouble(entry.path, read) or found[0]
+        except FileNotFoundError:
+            return None
+
+    def _trouble(self, path: str, read: Callable[[Any], object]) -> str:
+        """Why a file can't be read, empty when it can. What the store itself raises is passed on."""
+        try:
+            with self.lake.fs.open(path, "rb") as source:
+                read(source)
+        except pa.ArrowException as error:
+            return f"not readable as Parquet: {error}"
+        except (ValueError, PermissionError) as error:
+            return str(error)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            return f"not readable as Parquet: {error}"  # what the parser raises has no number
+        return ""
+
+
+def was_read(hour: Partition, arrival: Arrival, since: float) -> bool:
+    """Whether an hour of clicks was made with a file that had arrived after a look at `since`.
+
+    A file whose name appeared after that look came after the hours that had been made before it, whatever its time says.
+    """
+    looked = hour.extra.get(LOOKED, hour.written_at)
+    if arrival.file.mark in hour.extra.get(RECENT, ()):
+        return True
+    if arrival.unseen and looked < since:
+        return False
+    return bool(arrival.file.arrived <= looked - CLOCK_SECONDS)
+
+
+def what_was_read(files: Iterable[LandingFile], looked: float, hours: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the pointers of hours say of the files that they are made from, see LOOKED."""
+    said: dict[str, dict[str, Any]] = {hour: {LOOKED: looked, RECENT: []} for hour in hours}
+    recent = [file for file in files if file.arrived > looked - CLOCK_SECONDS]
+    starts = [(hour, key_start_ms(hour)) for hour in hours] if recent else []
+    for hour, start in starts:
+        said[hour][RECENT] = [f.mark for f in recent if f.first_ts < start + HOUR_MS and f.last_ts >= start]
+    return said
+
+
+def _file_of(entry: _Entry, file: pq.ParquetFile) -> LandingFile:
+    """Raises ValueError for a file that is not of EVENT_SCHEMA."""
+    found = {field.name: _plain(field.type) for field in file.schema_arrow}
+    absent = [name for name in EVENT_SCHEMA.names if name not in found]
+    wrong = [f"{f.name} is {found[f.name]}, not {f.type}" for f in EVENT_SCHEMA if found.get(f.name, f.type) != f.type]
+    if absent or wrong:
+        lacks = [f"lacks the columns {', '.join(absent)}"] if absent else []
+        raise ValueError(f"not of the event schema: {'; '.join(lacks + wrong)}; put foreign files in by `recsys ingest`")
+    told = (file.schema_arrow.metadata or {}).get(ARRIVED_METADATA)
+    first, last = _extent(file)
+    return LandingFile(entry.path, file.metadata.num_rows, entry.bytes, first, last, float(told) if told else entry.written)
+
+
+def _is_hidden(below: str) -> bool:
+    return any(part.startswith((".", "_")) for part in below.split("/"))
+
+
+def _name_hash(path: str) -> int:
+    return int.from_bytes(sha1(path.encode(), usedforsecurity=False).digest()[:8], "little")
 
 
 def _by_hour(times: pa.ChunkedArray) -> dict[str, int]:

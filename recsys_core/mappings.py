@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_core.lake import open_filesystem
 from recsys_core.parsing import parse_ts
 from recsys_core.readers import IngestError, SourceFile, columns_of, find_files, first_record
 from recsys_core.settings import SourceMapping
+from recsys_core.stores import open_filesystem
 
 BUILTIN: dict[str, SourceMapping] = {
     "recsys": SourceMapping(

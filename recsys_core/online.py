@@ -12,7 +12,9 @@ id is escaped (`hash_tag`).
 
 from __future__ import annotations
 
+import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,9 @@ from recsys_core.settings import RankingSettings
 from recsys_core.tower import TowerInputs
 
 TRENDING_KEY = "trending"
+LATEST_MOMENT = (1 << 63) - 1
+WRONG_TYPE = "WRONGTYPE"
+"""How Redis's answer begins for a key that holds another kind of value than the command is for."""
 
 LAST, LAST_TS, SEEN, ALS, FEATURES = b"last", b"last_ts", b"seen", b"als", b"features"
 RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS, FEATURES)
@@ -93,7 +98,11 @@ WRITE_LUA = (
 local key, keep, ttl = KEYS[1], tonumber(ARGV[1]), ARGV[2]
 for i = 3, #ARGV, 2 do
   local name, value = ARGV[i], ARGV[i + 1]
-  local old = redis.call('HGET', key, name)
+  local old = redis.pcall('HGET', key, name)
+  if type(old) == 'table' then
+    redis.call('DEL', key)
+    old = false
+  end
   if old and name == 'last' then
     value = '[' .. merge(inside(value), inside(old), keep) .. ']'
   elseif old and name == 'last_ts' then
@@ -104,7 +113,8 @@ end
 redis.call('EXPIRE', key, ttl)
 """
 )
-"""KEYS: one record. ARGV: actions kept, TTL (s), then fields and values of the batch layer. Live actions stay."""
+"""KEYS: one record. ARGV: actions kept, TTL (s), then fields and values of the batch layer. Live actions stay; a key that
+holds no record is replaced by one."""
 WRITE = Script(WRITE_LUA)
 
 CLOCK_MS = 60_000
@@ -366,22 +376,26 @@ class UserRecord:
 
     @classmethod
     def decode(cls, values: Sequence[bytes | None]) -> UserRecord:
-        """From the values of RECORD_FIELDS, as HMGET gives them. Raises CorruptValue."""
+        """From the values of RECORD_FIELDS, as HMGET gives them. Raises CorruptValue.
+
+        A factor whose length is not finite is absent: one such number would spread over all scores.
+        """
         last, last_ts, seen, als, features = values
         try:
-            version, vector = b"", None
-            if als:
-                version, _, raw = als.partition(b"\0")
-                vector = np.frombuffer(raw, "<f4")
+            version, vector = _factor(als) if als else ("", None)
+            actions = tuple((str(i), str(t), int(ts)) for i, t, ts in orjson.loads(last)) if last else ()
+            moment = int(last_ts) if last_ts else 0
+            if moment > LATEST_MOMENT or (actions and actions[0][2] > LATEST_MOMENT):
+                raise ValueError("an action of a time that no calendar has")
             return cls(
-                last=tuple((str(i), str(t), int(ts)) for i, t, ts in orjson.loads(last)) if last else (),
-                last_ts=int(last_ts) if last_ts else 0,
+                last=actions,
+                last_ts=moment,
                 seen=tuple(map(str, orjson.loads(seen))) if seen else (),
-                als_version=version.decode(),
+                als_version=version,
                 als=vector,
                 features=OnlineFeatures.decode(features) if features else None,
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise CorruptValue(f"user record: {error}") from error
 
     def encode(self) -> dict[bytes, bytes]:
@@ -398,6 +412,13 @@ class UserRecord:
         if self.features is not None:
             fields[FEATURES] = self.features.encode()
         return fields
+
+
+def _factor(value: bytes) -> tuple[str, np.ndarray | None]:
+    """Version and vector of `als`. Raises ValueError."""
+    name, _, raw = value.partition(b"\0")
+    version, vector = name.decode(), np.frombuffer(raw, "<f4")
+    return (version, vector) if math.isfinite(vector.dot(vector)) else ("", None)
 
 
 FEW_ACTIONS = 64
@@ -519,20 +540,29 @@ class TrendingValue:
 
     @classmethod
     def decode(cls, data: bytes) -> TrendingValue:
-        """Raises CorruptValue."""
+        """Items whose scores are no numbers are left out. Raises CorruptValue, also when that is all of them."""
         try:
             raw = orjson.loads(data)
-            return cls(
-                int(raw["computed_at"]),
-                str(raw["hour"]),
-                {str(i): (float(first), *map(float, more)) for i, first, *more in raw["items"]},
-            )
+            readable = dict(filter(None, map(_trending_item, raw["items"])))
+            width = Counter(map(len, readable.values())).most_common(1)
+            scores = {item: of_item for item, of_item in readable.items() if len(of_item) == width[0][0]}
+            if raw["items"] and not scores:
+                raise ValueError(f"none of {len(raw['items'])} items has scores")
+            return cls(int(raw["computed_at"]), str(raw["hour"]), scores)
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptValue(f"trending: {error}") from error
 
 
-def read_records(redis: Any, user_ids: Sequence[str], features: bool = True) -> list[UserRecord]:
-    """The records of users in one pipeline; an empty record for a user that has none. Raises CorruptValue.
+def _trending_item(entry: object) -> tuple[str, tuple[float, ...]] | None:
+    if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[0], str):
+        return None
+    scores = entry[1:]
+    finite = all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
+    return (entry[0], tuple(map(float, scores))) if finite else None
+
+
+def read_each_record(redis: Any, user_ids: Sequence[str], features: bool = True) -> list[UserRecord | CorruptValue]:
+    """The records of users in one pipeline: an empty one for a user that has none, and what is wrong with one that is none.
 
     Without `features`, which only the user tower needs, there is half as much to read.
     """
@@ -541,7 +571,27 @@ def read_records(redis: Any, user_ids: Sequence[str], features: bool = True) -> 
     pipeline = redis.pipeline(transaction=False)
     for user_id in user_ids:
         pipeline.execute_command("HMGET", user_key(user_id), *fields)
-    return [UserRecord.decode([*values, *missing]) for values in pipeline.execute()]
+    return [_decoded(answer, missing) for answer in pipeline.execute(raise_on_error=False)]
+
+
+def _decoded(answer: Any, missing: list[None]) -> UserRecord | CorruptValue:
+    if isinstance(answer, Exception):
+        if str(answer).startswith(WRONG_TYPE):
+            return CorruptValue(f"user record: {answer}")
+        raise answer
+    try:
+        return UserRecord.decode([*answer, *missing])
+    except CorruptValue as error:
+        return error
+
+
+def read_records(redis: Any, user_ids: Sequence[str], features: bool = True) -> list[UserRecord]:
+    """The records of users, as `read_each_record` has them. Raises CorruptValue for one that is none."""
+    found = read_each_record(redis, user_ids, features)
+    for record in found:
+        if isinstance(record, CorruptValue):
+            raise record
+    return found  # type: ignore[return-value]
 
 
 def put_answer(user_id: str, value: bytes, ttl_seconds: int, beside_record: bool) -> tuple[object, ...]:

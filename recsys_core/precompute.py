@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,20 +19,21 @@ from recsys_core import progress
 from recsys_core.bundle import TRENDING_ITEMS
 from recsys_core.events import EVENT_TYPE, ITEM_ID, TS, USER_ID, now_ms
 from recsys_core.features import OnlineFeatures
-from recsys_core.lake import Lake
+from recsys_core.lake import Lake, Partition
 from recsys_core.online import (
     TRENDING_KEY,
     AnswerEncoder,
     CachedAnswer,
+    CorruptValue,
     TrendingValue,
     UserRecord,
-    read_records,
+    read_each_record,
     recs_key,
     users_of,
     write_answers,
     write_records,
 )
-from recsys_core.ranking import Snapshot, Trend, rank
+from recsys_core.ranking import Ranked, Snapshot, Trend, rank
 from recsys_core.release import Pointer
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
@@ -40,10 +44,20 @@ CACHE_SHARDS = "rec_cache_shards"
 PLAN = "plan"
 SAMPLES, SHOWN = 10, 5
 """Users that are shown, and items of each."""
+NAMED = 10
+"""Users that are left out of a shard or a day and named in the log, and reasons that are counted apart."""
+REASON_LENGTH = 100
+OTHER_REASONS = "other reasons"
+
+log = logging.getLogger(__name__)
 
 
 class UnfinishedCaches(RuntimeError):
     """Some shards of a plan were not written."""
+
+
+class NewerCaches(RuntimeError):
+    """The caches are those of a later hour already."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +90,15 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class Shard:
-    """What was done of a shard: users written, those of them without an item, and when (seconds since 1970)."""
+    """What was done of a shard: users written, those of them without an item, when (seconds since 1970), and how many users
+    were left out, by what was wrong with their records."""
 
     attempt: str
     users: int
     empty: int
     started: float
     ended: float
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,31 +112,49 @@ class Sample:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """Users written to Redis, how many of them got no item, and the seconds in which at least one step wrote."""
+    """Users written to Redis, how many of them got no item, the seconds in which at least one step wrote, and how many users
+    were left out by what was wrong with their records. The log names those."""
 
     users: int
     empty: int
     seconds: float
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def users_per_second(self) -> float:
         return self.users / self.seconds if self.seconds else 0.0
 
 
+class LeftOut:
+    """Users whose records can't be used. They are counted by the reason, and the first of them named in the log."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, user_id: str, error: Exception) -> None:
+        reason = str(error)[:REASON_LENGTH]
+        if self.reasons.total() < NAMED:
+            log.warning("%s: user %r is left out: %s", self.where, user_id, reason)
+        self.reasons[reason if len(self.reasons) < NAMED or reason in self.reasons else OTHER_REASONS] += 1
+
+
 def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, settings: Settings) -> WriteReport:
     """Stream partition `day` of `online_features` into users' records. Factors are marked with `als_version`."""
     started = time.perf_counter()
     users = 0
+    left_out = LeftOut(f"online features of {day}")
     for batch in _batches(lake, ONLINE_FEATURES, day, settings.cache.batch_users, "user records"):
-        records = _records(batch, als_version)
+        records = _records(batch, als_version, left_out)
         users += write_records(redis, records, settings.cache.feature_ttl_seconds, settings.ranking.last_items)
-    return WriteReport(users, 0, time.perf_counter() - started)
+    return WriteReport(users, 0, time.perf_counter() - started, dict(left_out.reasons))
 
 
 def plan_caches(lake: Lake, hour: str, champion: Pointer, settings: Settings, run: str) -> CachePlan:
     """Write down how the answers of the partition `hour` of `active_users` are to be made for a run.
 
-    What a run that broke off had done of the same hour, users and release is not done again.
+    What a run that broke off had done of the same hour, users and release is not done again. Raises NewerCaches when there is
+    a plan of a later hour.
     """
     active = lake.get(ACTIVE_USERS, hour)
     shards = settings.cache.shards
@@ -135,11 +169,17 @@ def plan_caches(lake: Lake, hour: str, champion: Pointer, settings: Settings, ru
         run=run,
         attempt=uuid.uuid4().hex,
     )
-    before = read_plan(lake)
-    if before and replace(plan, attempt=before.attempt, steps=before.steps, run=before.run) == before:
-        plan = replace(plan, attempt=before.attempt)
-    _write_plan(lake, plan)
-    return plan
+
+    def put(part: Partition | None) -> CachePlan:
+        before = CachePlan(**part.extra) if part else None
+        if before and before.hour > hour:
+            raise NewerCaches(f"caches of {hour}: those of {before.hour} are made or in the making")
+        made = plan
+        if before and replace(plan, attempt=before.attempt, steps=before.steps, run=before.run) == before:
+            made = replace(plan, attempt=before.attempt)
+        return _write_plan(lake, made, part)
+
+    return lake.revise(CACHE_SHARDS, PLAN, put)
 
 
 def read_plan(lake: Lake) -> CachePlan | None:
@@ -148,8 +188,9 @@ def read_plan(lake: Lake) -> CachePlan | None:
     return CachePlan(**found.extra) if found else None
 
 
-def _write_plan(lake: Lake, plan: CachePlan) -> None:
-    lake.write_blobs(CACHE_SHARDS, PLAN, {}, plan.active, asdict(plan))
+def _write_plan(lake: Lake, plan: CachePlan, instead_of: Partition | None) -> CachePlan:
+    lake.write_blobs(CACHE_SHARDS, PLAN, {}, plan.active, asdict(plan), instead_of)
+    return plan
 
 
 def write_shards(
@@ -166,14 +207,25 @@ def write_shards(
     for shard in progress.track(mine, "shards of users"):
         if shard in done:
             continue
-        newest = read_plan(lake)
-        if newest is None or newest.attempt != plan.attempt:
+        if not _is_newest(lake, plan):
             return
-        started = time.time()
-        users, empty = _write_shard(redis, lake, plan, shard, snapshot, trend, encoder, settings)
-        written = Shard(plan.attempt, users, empty, started, time.time())
-        lake.write_blobs(CACHE_SHARDS, _shard_key(shard), {}, users, asdict(written))
+        written = _write_shard(redis, lake, plan, shard, snapshot, trend, encoder, settings)
+        if not lake.revise(CACHE_SHARDS, _shard_key(shard), partial(_record_shard, lake, plan, shard, written)):
+            return
         yield shard, written
+
+
+def _record_shard(lake: Lake, plan: CachePlan, shard: int, written: Shard, before: Partition | None) -> bool:
+    """Note what was done of a shard, unless another plan has taken the place. Returns whether it was noted."""
+    if not _is_newest(lake, plan):
+        return False
+    lake.write_blobs(CACHE_SHARDS, _shard_key(shard), {}, written.users, asdict(written), before)
+    return True
+
+
+def _is_newest(lake: Lake, plan: CachePlan) -> bool:
+    newest = read_plan(lake)
+    return newest is not None and newest.attempt == plan.attempt
 
 
 def shards_done(lake: Lake, plan: CachePlan) -> dict[int, Shard]:
@@ -195,10 +247,15 @@ def finish_caches(lake: Lake, plan: CachePlan) -> WriteReport:
         raise UnfinishedCaches(
             f"caches of {plan.hour}: shards {', '.join(map(str, missing))} of {plan.shards} were not written"
         )
-    if read_plan(lake) == plan:
-        _write_plan(lake, replace(plan, finished=True))
+    lake.revise(CACHE_SHARDS, PLAN, partial(_finish, lake, plan))
     seconds = _covered((shard.started, shard.ended) for shard in done.values())
-    return WriteReport(sum(s.users for s in done.values()), sum(s.empty for s in done.values()), seconds)
+    left_out = sum((Counter(shard.left_out) for shard in done.values()), Counter[str]())
+    return WriteReport(sum(s.users for s in done.values()), sum(s.empty for s in done.values()), seconds, dict(left_out))
+
+
+def _finish(lake: Lake, plan: CachePlan, part: Partition | None) -> None:
+    if part and CachePlan(**part.extra) == plan:
+        _write_plan(lake, replace(plan, finished=True), part)
 
 
 def _covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -219,37 +276,68 @@ def _write_shard(
     trend: Trend,
     encoder: AnswerEncoder,
     settings: Settings,
-) -> tuple[int, int]:
-    """Users written, and those of them without an item. Memory holds a batch of users."""
-    users = empty = 0
+) -> Shard:
+    """Rank for the users of a shard and write their answers. Memory holds a batch of users."""
+    started, users, empty = time.time(), 0, 0
+    left_out = LeftOut(f"caches of {plan.hour}")
     for ids in _users_of_shard(lake, plan, shard, settings.cache.batch_users):
         computed_at = now_ms()
-        ids, records = _not_forgotten(lake, ids, read_records(redis, ids, features=snapshot.tower is not None))
-        state = users_of(snapshot, records, snapshot.ranking, user_ids=ids, now=computed_at)
-        ranked = rank(snapshot, trend, state, settings.cache.items, snapshot.ranking)
-        answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
-        users += _write_answers(redis, ids, answers, records, settings.cache.ttl_seconds)
-        empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
-    return users, empty
+        read = read_each_record(redis, ids, features=snapshot.tower is not None)
+        sound = []
+        for user_id, record in zip(ids, read, strict=True):
+            if isinstance(record, UserRecord):
+                sound.append((user_id, record))
+            else:
+                left_out.add(user_id, record)
+        for some, ranked in _ranked(snapshot, trend, _not_forgotten(lake, sound), settings.cache.items, computed_at, left_out):
+            answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
+            users += _write_answers(redis, some, answers, settings.cache.ttl_seconds)
+            empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
+    return Shard(plan.attempt, users, empty, started, time.time(), dict(left_out.reasons))
 
 
-def _not_forgotten(lake: Lake, ids: list[str], records: list[UserRecord]) -> tuple[list[str], list[UserRecord]]:
-    """The users and their records but for those who have none because they were forgotten since the hour was counted."""
-    if all(record.known for record in records):
-        return ids, records
+def _ranked(
+    snapshot: Snapshot, trend: Trend, users: list[tuple[str, UserRecord]], count: int, now: int, left_out: LeftOut
+) -> Iterator[tuple[list[tuple[str, UserRecord]], Ranked]]:
+    """Rank for users together; where one of them can't be ranked for, for the rest without that one.
+
+    Raises what ranking raises when it does so for each of several users: then it is not for what they are.
+    """
+    waiting, failed = [users] if users else [], []
+    while waiting:
+        some = waiting.pop()
+        ids = [user_id for user_id, _ in some]
+        try:
+            state = users_of(snapshot, [record for _, record in some], snapshot.ranking, user_ids=ids, now=now)
+            ranked = rank(snapshot, trend, state, count, snapshot.ranking)
+        except (ValueError, OverflowError) as error:
+            if len(some) > 1:
+                waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
+                continue
+            failed.append((ids[0], error))
+            if len(failed) == len(users) > 1:
+                raise
+            continue
+        yield some, ranked
+    for user_id, error in failed:
+        left_out.add(user_id, error)
+
+
+def _not_forgotten(lake: Lake, users: list[tuple[str, UserRecord]]) -> list[tuple[str, UserRecord]]:
+    """Users and their records but for those who have none because they were forgotten since the hour was counted."""
+    if all(record.known for _, record in users):
+        return users
     forgotten = Tombstones.read(lake)
-    kept = [at for at, user in enumerate(ids) if records[at].known or not forgotten.covers_one(user, 0)]
-    return [ids[at] for at in kept], [records[at] for at in kept]
+    return [(user, record) for user, record in users if record.known or not forgotten.covers_one(user, 0)]
 
 
-def _write_answers(
-    redis: Any, ids: Sequence[str], answers: Sequence[bytes], records: Sequence[UserRecord], ttl_seconds: int
-) -> int:
+def _write_answers(redis: Any, users: Sequence[tuple[str, UserRecord]], answers: Sequence[bytes], ttl_seconds: int) -> int:
     """Write the users' answers. What was made from a record is written beside it only: it is gone when they were forgotten."""
-    known = [(user, answer) for user, answer, record in zip(ids, answers, records, strict=True) if record.known]
-    others = [(user, answer) for user, answer, record in zip(ids, answers, records, strict=True) if not record.known]
-    written = write_answers(redis, known, ttl_seconds, beside_record=True) if known else 0
-    return written + (write_answers(redis, others, ttl_seconds) if others else 0)
+    written = 0
+    for known in (True, False):
+        some = [(user, answer) for (user, record), answer in zip(users, answers, strict=True) if record.known is known]
+        written += write_answers(redis, some, ttl_seconds, beside_record=known) if some else 0
+    return written
 
 
 def _users_of_shard(lake: Lake, plan: CachePlan, shard: int, size: int) -> Iterator[list[str]]:
@@ -266,7 +354,7 @@ def _users_of_shard(lake: Lake, plan: CachePlan, shard: int, size: int) -> Itera
 
 
 def read_samples(redis: Any, lake: Lake, hour: str) -> list[Sample]:
-    """Some active users of an hour: what they did last, and what the caches have for them. Raises CorruptValue."""
+    """Some active users of an hour: what they did last, and what the caches have for them; unreadable is nothing."""
     active = lake.dataset(ACTIVE_USERS, [hour])
     ids = active.head(SAMPLES, columns=[USER_ID])[USER_ID].to_pylist() if active else []
     pipeline = redis.pipeline(transaction=False)
@@ -276,19 +364,26 @@ def read_samples(redis: Any, lake: Lake, hour: str) -> list[Sample]:
     return [
         Sample(
             user_id,
-            tuple(item for item, _, _ in record.last),
-            tuple(item for item, _ in CachedAnswer.decode(answer).items()[:SHOWN]) if answer else (),
+            tuple(item for item, _, _ in record.last) if isinstance(record, UserRecord) else (),
+            _items_of(answer) if answer else (),
         )
-        for user_id, record, answer in zip(ids, read_records(redis, ids) if ids else [], answers, strict=True)
+        for user_id, record, answer in zip(ids, read_each_record(redis, ids) if ids else [], answers, strict=True)
     ]
+
+
+def _items_of(answer: bytes) -> tuple[str, ...]:
+    try:
+        return tuple(item for item, _ in CachedAnswer.decode(answer).items()[:SHOWN])
+    except CorruptValue:
+        return ()
 
 
 def read_trend(lake: Lake, hour: str) -> TrendingValue:
     """Partition `hour` of `trending_items` as serving reads it."""
     found = lake.get(TRENDING_ITEMS, hour)
     table = lake.read(TRENDING_ITEMS, hour) if found.rows else None
-    scores = dict(zip(table[ITEM_ID].to_pylist(), map(tuple, table["scores"].to_pylist()), strict=True)) if table else {}
-    return TrendingValue(now_ms(), hour, scores)
+    rows = zip(table[ITEM_ID].to_pylist(), table["scores"].to_pylist(), strict=True) if table else ()
+    return TrendingValue(now_ms(), hour, {item: tuple(scores) for item, scores in rows if np.isfinite(scores).all()})
 
 
 def write_trend(redis: Any, trending: TrendingValue, ttl_seconds: int) -> None:
@@ -309,10 +404,19 @@ def _batches(lake: Lake, table: str, key: str, rows: int, description: str) -> I
                 bar.update(done, total)
 
 
-def _records(batch: pa.RecordBatch, als_version: str) -> Iterator[tuple[str, UserRecord]]:
+def _records(batch: pa.RecordBatch, als_version: str, left_out: LeftOut) -> Iterator[tuple[str, UserRecord]]:
     for row in batch.to_pylist():
-        last = tuple((action[ITEM_ID], action[EVENT_TYPE], action[TS]) for action in row["last"])
-        factor = None if row["factor"] is None else np.asarray(row["factor"], np.float32)
-        version = als_version if factor is not None else ""
-        features = OnlineFeatures.decode(row["features"])
-        yield row[USER_ID], UserRecord(last, row["last_ts"], tuple(row["seen"] or ()), version, factor, features)
+        try:
+            yield row[USER_ID], _record(row, als_version)
+        except (ValueError, TypeError) as error:
+            left_out.add(row[USER_ID], error)
+
+
+def _record(row: dict[str, Any], als_version: str) -> UserRecord:
+    last = tuple((action[ITEM_ID], action[EVENT_TYPE], action[TS]) for action in row["last"])
+    factor = None if row["factor"] is None else np.asarray(row["factor"], np.float32)
+    if factor is not None and not np.isfinite(factor).all():
+        factor = None
+    version = als_version if factor is not None else ""
+    features = OnlineFeatures.decode(row["features"])
+    return UserRecord(last, row["last_ts"], tuple(row["seen"] or ()), version, factor, features)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from statistics import median
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 from recsys_core import progress
 from recsys_core.catalog import CATALOG_KEY, CATALOG_TABLE, read_catalog
 from recsys_core.events import DAY_MS, EVENT_ID, EVENT_TYPE, HOUR_MS, ITEM_ID, TS, USER_ID, VALUE, hour_key, key_start_ms
-from recsys_core.lake import Lake, Partition
+from recsys_core.lake import Lake, Partition, PartitionChanged
 from recsys_core.quality import LEAST, MOST, SAMPLE, VALUE_COLUMN, Finding, Report, readable, usual_suite, validate
 from recsys_core.settings import QualitySettings
 from recsys_core.tables import CLICKS_HOURLY
@@ -180,17 +181,20 @@ class Profiles:
         self._stored[verdict.profile.hour] = verdict
 
     def store(self, verdicts: Iterable[Verdict]) -> None:
-        """Keep verdicts beside their profiles, a small file a day.
-
-        Two runs that judge hours of one day at once may lose a verdict; it is then made again when it is asked for.
-        """
+        """Keep verdicts beside their profiles, a small file a day; several runs may judge hours of one day at once."""
         by_day: dict[str, dict[str, Verdict]] = {}
         for verdict in verdicts:
             self._stored[verdict.profile.hour] = verdict
             by_day.setdefault(verdict.profile.hour[:10], {})[verdict.profile.hour] = verdict
         for day, of_day in by_day.items():
-            kept = self._read_days([day]) | {hour: asdict(verdict) for hour, verdict in of_day.items()}
-            self.lake.write_blobs(CLICKS_PROFILE, day, {}, len(kept), {"hours": dict(sorted(kept.items()))})
+            self._add(day, {hour: asdict(verdict) for hour, verdict in of_day.items()})
+
+    def _add(self, day: str, verdicts: dict[str, Any]) -> None:
+        def add(part: Partition | None) -> None:
+            hours = (part.extra["hours"] if part else {}) | verdicts
+            self.lake.write_blobs(CLICKS_PROFILE, day, {}, len(hours), {"hours": dict(sorted(hours.items()))}, part)
+
+        self.lake.revise(CLICKS_PROFILE, day, add)
 
     def _measure(self, part: Partition) -> Profile:
         rows = _sample_of_users(self.lake, part, self.settings.sample_rows)
@@ -696,7 +700,8 @@ def judge_catalogue(lake: Lake, rows: Report, accepted: bool = False) -> dict[st
     if part and (accepted or (rows.passed and all(report.passed for report in reports.values()))):
         stored = lake.find(CATALOG_PROFILE, CATALOG_KEY)
         if stored is None or stored.extra["profile"] != now:
-            lake.write_blobs(CATALOG_PROFILE, CATALOG_KEY, {}, now["items"], {"profile": now})
+            with suppress(PartitionChanged):  # another judgement was kept meanwhile
+                lake.write_blobs(CATALOG_PROFILE, CATALOG_KEY, {}, now["items"], {"profile": now}, stored)
     return reports
 
 

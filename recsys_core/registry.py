@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from recsys_core.masking import masked_text
-from recsys_core.release import Manifest
+from recsys_core.release import Manifest, Releases
 from recsys_core.settings import Settings
 
 if TYPE_CHECKING:
@@ -201,6 +201,17 @@ class Registry:
         challenger = self.resolve(CHALLENGER)
         if challenger is not None and challenger.version == version.version:
             self.call(lambda client: client.delete_registered_model_alias(self._settings.model, CHALLENGER))
+        return version
+
+    def follow(self, releases: Releases) -> Version | None:
+        """Let the alias `champion` name what the pointer file names, also when that changes meanwhile.
+
+        Returns the version, None when there is no champion. Raises RegistryError, ReleaseError.
+        """
+        version, followed = None, None
+        while (pointer := releases.champion()) is not None and pointer != followed:
+            uri = f"{releases.uri}/{pointer.release_id}"
+            version, followed = self.promote(releases.manifest(pointer.release_id), uri), pointer
         return version
 
     def resolve(self, alias: str) -> Version | None:

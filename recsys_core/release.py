@@ -33,8 +33,8 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,10 +44,10 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from recsys_core.index import ExactIndex, Metric, Searchable, VectorIndex
-from recsys_core.lake import open_filesystem, write_atomically
 from recsys_core.masking import masked_text
 from recsys_core.ranking import Snapshot
 from recsys_core.settings import RankingSettings
+from recsys_core.stores import open_filesystem, read_pointer, update, write_atomically
 from recsys_core.tower import TowerError, UserTower
 
 MANIFEST = "manifest.json"
@@ -87,6 +87,14 @@ class ReleaseError(Exception):
 
 class StoreAway(ReleaseError):
     """The store of the releases does not answer, or not with what was asked for; the message has its reason."""
+
+
+class ChampionServes(ReleaseError):
+    """A release can't be removed because it is the champion."""
+
+
+class ChampionChanged(ReleaseError):
+    """Another champion was named since the one that a promotion was decided against."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +165,15 @@ def check_release_id(release_id: object) -> None:
 
 @dataclass(frozen=True)
 class Pointer:
-    """Which release is served. `manifest_sha256` ties it to the manifest's content, `previous` are the champions before it,
-    newest first, to which a rollback returns, `withdrawn` the releases from which one has returned: no answer of theirs is
-    served any more."""
+    """Which release is served.
+
+    Attributes:
+        manifest_sha256: ties the pointer to the manifest's content.
+        previous: the champions before it, newest first, to which a rollback returns.
+        withdrawn: the releases from which one has returned: no answer of theirs is served any more.
+        sequence: how many times a champion was named, this time included.
+        removing: releases whose removal has begun, which can't become champion. While none was named, `release_id` is empty.
+    """
 
     release_id: str
     manifest_sha256: str
@@ -167,6 +181,29 @@ class Pointer:
     reason: str = ""
     previous: tuple[str, ...] = ()
     withdrawn: tuple[str, ...] = ()
+    sequence: int = 0
+    removing: tuple[str, ...] = field(default=(), compare=False)
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self), indent=2).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Pointer:
+        """What a pointer file says; what later versions add to it is left out. Raises ReleaseError."""
+        try:
+            raw = json.loads(data)
+            known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+            lists = {name: tuple(raw.get(name, ())) for name in ("previous", "withdrawn", "removing")}
+            pointer = cls(**{**known, **lists})
+            for name in (*filter(None, [pointer.release_id]), *pointer.previous, *pointer.withdrawn, *pointer.removing):
+                check_release_id(name)
+        except (ValueError, TypeError, AttributeError, ReleaseError) as error:
+            raise ReleaseError(f"{masked_text(where)} is not a pointer: {error}") from error
+        return pointer
+
+
+NO_CHAMPION = Pointer("", "", 0.0)
+"""What the pointer is before the first promotion."""
 
 
 class Releases:
@@ -213,76 +250,128 @@ class Releases:
             write_atomically(self.fs, self.path(release_id, MANIFEST), complete.to_bytes())
         return complete
 
-    def promote(self, release_id: str, reason: str = "") -> Pointer:
+    def promote(self, release_id: str, reason: str = "", sequence: int | None = None) -> Pointer:
         """Make a release the champion after reading and verifying all of it. Raises ReleaseError.
 
+        `sequence` is that of the champion against which it was decided (0: there was none); another one that was named since
+        stays, and ChampionChanged is raised. None: whatever the champion is, as an operator wants it.
         A pointer that can't be read is replaced, so that a promotion repairs it; the champions before are forgotten.
         """
         self.load(release_id)
-        try:
-            replaced = self.champion()
-        except ReleaseError:
-            replaced = None
-        before = (replaced.release_id, *replaced.previous) if replaced else ()
-        withdrawn = replaced.withdrawn if replaced else ()
-        return self._point(release_id, reason, tuple(name for name in before if name != release_id)[:KEPT_CHAMPIONS], withdrawn)
+
+        def take_the_place(current: Pointer) -> Pointer:
+            if sequence is not None and current.sequence != sequence:
+                raise ChampionChanged(
+                    f"release {release_id} was judged against another champion than {current.release_id}, which was named since"
+                )
+            before = (current.release_id, *current.previous) if current.release_id else ()
+            earlier = tuple(name for name in before if name != release_id)
+            return self._named(release_id, reason, earlier, current.withdrawn, current)
+
+        return self._repoint(take_the_place, repair=sequence is None)
 
     def roll_back(self, reason: str = "rollback") -> tuple[Pointer, dict[str, str]]:
         """Return to the champion before this one, or to the next one before it that is whole.
 
         Returns the new pointer and, by release id, why others were passed over. Raises ReleaseError when there is none.
         """
-        current = self.champion()
         passed_over: dict[str, str] = {}
-        for at, release_id in enumerate(current.previous if current else ()):
-            try:
-                self.load(release_id)
-            except ReleaseError as error:
-                passed_over[release_id] = str(error)
-                continue
-            assert current is not None
-            withdrawn = (current.release_id, *current.withdrawn)
-            return self._point(release_id, reason, current.previous[at + 1 :], withdrawn), passed_over
-        raise ReleaseError("; ".join(["there is no earlier champion to return to", *passed_over.values()]))
 
-    def _point(self, release_id: str, reason: str, previous: tuple[str, ...], withdrawn: tuple[str, ...]) -> Pointer:
-        digest = hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest()
-        withdrawn = tuple(dict.fromkeys(name for name in withdrawn if name != release_id))[:KEPT_CHAMPIONS]
-        pointer = Pointer(release_id, digest, time.time(), reason, previous, withdrawn)
-        with self.reached(f"writing {CHAMPION}"):
-            write_atomically(self.fs, self.path(CHAMPION), json.dumps(asdict(pointer), indent=2).encode())
-        return pointer
+        def go_back(current: Pointer) -> Pointer:
+            for at, release_id in enumerate(current.previous):
+                if release_id in passed_over:
+                    continue
+                try:
+                    self.load(release_id)
+                    withdrawn = (current.release_id, *current.withdrawn)
+                    return self._named(release_id, reason, current.previous[at + 1 :], withdrawn, current)
+                except ReleaseError as error:
+                    passed_over[release_id] = str(error)
+            raise ReleaseError("; ".join(["there is no earlier champion to return to", *passed_over.values()]))
+
+        return self._repoint(go_back), passed_over
 
     def remove(self, release_id: str) -> None:
-        """Remove a release, its manifest first, so that nobody takes the rest for one. Raises ReleaseError for the champion."""
-        champion = self.champion()
-        if champion and champion.release_id == release_id:
-            raise ReleaseError(f"release {release_id} is the champion")
-        with self.reached(f"removing release {release_id}"):
-            self.fs.rm_file(self.path(release_id, MANIFEST))
-            self.fs.rm(self.path(release_id), recursive=True)
-            self.fs.invalidate_cache()
+        """Remove a release, its manifest first, so that nobody takes the rest for one. Raises ReleaseError for the champion.
+
+        The pointer names the removal from its beginning to its end: a release on its way out can't become champion.
+        """
+
+        def begin(current: Pointer) -> Pointer:
+            if current.release_id == release_id:
+                raise ChampionServes(f"release {release_id} is the champion")
+            return replace(current, removing=(*(name for name in current.removing if name != release_id), release_id))
+
+        def end(current: Pointer) -> Pointer:
+            return replace(current, removing=tuple(name for name in current.removing if name != release_id))
+
+        self._repoint(begin)
+        for delete in (lambda: self.fs.rm_file(self.path(release_id, MANIFEST)), lambda: self._remove_folder(release_id)):
+            with suppress(FileNotFoundError), self.reached(f"removing release {release_id}"):
+                delete()
+        self._repoint(end)
+
+    def _remove_folder(self, release_id: str) -> None:
+        self.fs.invalidate_cache()
+        self.fs.rm(self.path(release_id), recursive=True)
+        self.fs.invalidate_cache()
+
+    def _named(
+        self, release_id: str, reason: str, previous: tuple[str, ...], withdrawn: tuple[str, ...], current: Pointer
+    ) -> Pointer:
+        """The pointer that names a release after `current`. Raises ReleaseError for one that is removed or being removed."""
+        if release_id in current.removing:
+            raise ReleaseError(f"release {release_id} is being removed")
+        digest = hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest()
+        return Pointer(
+            release_id=release_id,
+            manifest_sha256=digest,
+            promoted_at=time.time(),
+            reason=reason,
+            previous=previous[:KEPT_CHAMPIONS],
+            withdrawn=tuple(dict.fromkeys(name for name in withdrawn if name != release_id))[:KEPT_CHAMPIONS],
+            sequence=current.sequence + 1,
+            removing=current.removing,
+        )
+
+    def _repoint(self, change: Callable[[Pointer], Pointer], repair: bool = False) -> Pointer:
+        """Change the pointer by what it says; what can't be read counts as none with `repair`. Raises ReleaseError."""
+        changed = NO_CHAMPION
+
+        def rewrite(said: bytes | None) -> bytes:
+            nonlocal changed
+            try:
+                current = Pointer.from_bytes(said, f"{self.uri}/{CHAMPION}") if said is not None else NO_CHAMPION
+            except ReleaseError:
+                if not repair:
+                    raise
+                current = NO_CHAMPION
+            changed = change(current)
+            return changed.to_bytes()
+
+        with self.reached(f"writing {CHAMPION}"):
+            update(self.fs, self.path(CHAMPION), rewrite)
+        return changed
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     def champion(self) -> Pointer | None:
         """The pointer, None when nothing was promoted yet. Raises ReleaseError when it can't be read."""
+        pointer = self._pointer()
+        return pointer if pointer.release_id else None
+
+    def removing(self) -> tuple[str, ...]:
+        """Releases whose removal has begun and not ended. Raises ReleaseError when the pointer can't be read."""
+        return self._pointer().removing
+
+    def _pointer(self) -> Pointer:
+        where = f"{self.uri}/{CHAMPION}"
         try:
             with self.reached(CHAMPION):
-                data = self.fs.cat_file(self.path(CHAMPION))
-        except FileNotFoundError:
-            return None
+                said = read_pointer(self.fs, self.path(CHAMPION))
         except (NotADirectoryError, IsADirectoryError) as error:
-            raise ReleaseError(f"{masked_text(self.uri)}/{CHAMPION} is not a pointer: {error}") from error
-        try:
-            raw = json.loads(data)
-            lists = {name: tuple(raw.get(name, ())) for name in ("previous", "withdrawn")}
-            pointer = Pointer(**{**raw, **lists})
-            for name in (pointer.release_id, *pointer.previous, *pointer.withdrawn):
-                check_release_id(name)
-        except (ValueError, TypeError, AttributeError, ReleaseError) as error:
-            raise ReleaseError(f"{masked_text(self.uri)}/{CHAMPION} is not a pointer: {error}") from error
-        return pointer
+            raise ReleaseError(f"{masked_text(where)} is not a pointer: {error}") from error
+        return NO_CHAMPION if said is None else Pointer.from_bytes(said, where)
 
     def list(self) -> list[Manifest]:
         """The manifests of all complete releases, oldest first."""

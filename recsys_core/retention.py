@@ -3,40 +3,52 @@
 Never the champion and those to which a rollback returns, nor what they were made from.
 
 `plan` decides and touches nothing; `remove` does what was decided. Ages are those of the data (event times, partition keys)
-against its newest event, so that a history that ended long ago and a platform that stood still lose nothing. Only files of the
-quarantine, which have no time but that of their writing, are held against the clock.
+against its newest event, so that a history that ended long ago and a platform that stood still lose nothing. Files of the
+quarantine, which have no time but that of their writing, are held against the clock, and so is what runs left that broke off.
+
+What is decided is done only while it still holds: a partition that was made again since stays, and so does a release that
+became the champion.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from recsys_core.events import DAY_MS, day_key, hour_key
-from recsys_core.lake import POINTER, STAGING, Lake
+from recsys_core.lake import STAGING, Lake, Partition
 from recsys_core.landing import LANDING, QUARANTINE, Landing
 from recsys_core.registry import PARTITION_TAG, Registry, Version
-from recsys_core.release import Manifest, Releases
+from recsys_core.release import ChampionServes, Manifest, Releases
 from recsys_core.settings import RetentionSettings, Settings
+from recsys_core.stores import TEMPORARY, is_local, written_at
 from recsys_core.tombstones import TOMBSTONES
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-Kind = Literal["landing", "quarantine", "partition", "release"]
+Kind = Literal["landing", "quarantine", "partition", "release", "leftover"]
+LEFTOVER_MS = DAY_MS
+"""Files that no pointer names are of a run at work; older ones are of a run that broke off."""
+_HALF = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(TEMPORARY)}$")
+_VERSION = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
+_RELEASE = re.compile(r"\d{4}-\d\d-\d\d\.\d{8}T\d{6}\.[0-9a-f]{4}")
 HOUR_KEY, DAY_KEY = len("2026-01-31T09"), len("2026-01-31")
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that may go: a path, a table's partition (`table/key`) or a release, and its size."""
+    """Something that may go: a path, a table's partition (`table/key`) or a release, and its size. A leftover is a file."""
 
     kind: Kind
     name: str
     bytes: int
+    part: Partition | None = None
 
 
 class UnsafePolicy(ValueError):
@@ -81,6 +93,7 @@ def plan(landing: Landing, releases: Releases, settings: Settings, now_ms: int) 
         *_quarantine(landing.lake, policy, now_ms),
         *_partitions(landing.lake, policy, needed, end_ms),
         *gone,
+        *leftovers(landing.lake, releases, now_ms),
     ]
 
 
@@ -94,22 +107,16 @@ def _landing(landing: Landing, policy: RetentionSettings, end_ms: int) -> Iterat
 def _quarantine(lake: Lake, policy: RetentionSettings, now_ms: int) -> Iterator[Removal]:
     if policy.quarantine_days:
         for path, entry in sorted(lake.fs.find(lake.path(QUARANTINE), detail=True).items()):
-            if _written_ms(entry) < now_ms - policy.quarantine_days * DAY_MS:
+            if written_at(entry) * 1000 < now_ms - policy.quarantine_days * DAY_MS:
                 yield Removal("quarantine", path, int(entry["size"]))
-
-
-def _written_ms(entry: dict[str, Any]) -> int:
-    """When a file was written, by what its store calls that."""
-    written = next(entry[name] for name in ("mtime", "LastModified", "last_modified", "created") if name in entry)
-    return int(written.timestamp() * 1000 if isinstance(written, datetime) else written * 1000)
 
 
 def _partitions(lake: Lake, policy: RetentionSettings, needed: set[str], end_ms: int) -> Iterator[Removal]:
     """The newest partition of a table stays whatever its age: a platform that stood still goes on where it was."""
     for table in tables(lake):
         for key in lake.keys(table)[:-1]:
-            if not is_kept(key, policy, end_ms) and key not in needed:
-                yield Removal("partition", f"{table}/{key}", lake.get(table, key).bytes)
+            if not is_kept(key, policy, end_ms) and key not in needed and (part := lake.find(table, key)):
+                yield Removal("partition", f"{table}/{key}", part.bytes, part)
 
 
 def tables(lake: Lake) -> list[str]:
@@ -121,10 +128,70 @@ def tables(lake: Lake) -> list[str]:
     return sorted(name for name in names if name not in (LANDING, QUARANTINE, TOMBSTONES, STAGING))
 
 
+def leftovers(lake: Lake, releases: Releases, now_ms: int) -> Iterator[Removal]:
+    """Files of runs that broke off: half-written ones, versions and releases that nothing names, staged folders."""
+    yield from _left_by(_unnamed(lake), now_ms)
+    yield from _left_by(_unreleased(releases), now_ms)
+
+
+Files = dict[str, dict[str, Any]]
+"""Files by path as the store lists them."""
+
+
+def _left_by(groups: Iterable[Files], now_ms: int) -> Iterator[Removal]:
+    """The files of those groups of which none was written within a day."""
+    for files in groups:
+        if all(written_at(entry) * 1000 < now_ms - LEFTOVER_MS for entry in files.values()):
+            yield from (Removal("leftover", path, int(entry["size"])) for path, entry in sorted(files.items()))
+
+
+def _unnamed(lake: Lake) -> Iterator[Files]:
+    """Files of the lake that no pointer names, those of a version in one group. What is not ours by its name is left alone."""
+    lake.fs.invalidate_cache()
+    for area in (LANDING, QUARANTINE, TOMBSTONES):
+        yield from _half_written(_find(lake.fs, lake.path(area)))
+    for table in tables(lake):
+        root = lake.path(table)
+        found = _find(lake.fs, root)
+        yield from _half_written(found)
+        versions: dict[tuple[str, str], Files] = defaultdict(dict)
+        for path, entry in found.items():
+            key, version, *inside = [*path.removeprefix(f"{root}/").split("/"), ""][:3]
+            if inside and _VERSION.fullmatch(version):
+                versions[key, version][path] = entry
+        parts = lake.find_all(table, sorted({key for key, _ in versions} - {STAGING}))
+        named = {(part.key, version) for part in parts.values() for version in (part.version, *part.older)}
+        yield from (files for version, files in versions.items() if version not in named)
+
+
+def _unreleased(releases: Releases) -> Iterator[Files]:
+    """Files of releases without a manifest, and half-written ones."""
+    releases.fs.invalidate_cache()
+    there = {*releases.names(), *releases.removing()}
+    found = _find(releases.fs, releases.root)
+    yield from _half_written(found)
+    groups: dict[str, Files] = defaultdict(dict)
+    for path, entry in found.items():
+        folder, _, name = path.removeprefix(f"{releases.root}/").partition("/")
+        if name and folder not in there and _RELEASE.fullmatch(folder):
+            groups[folder][path] = entry
+    yield from groups.values()
+
+
+def _half_written(found: Files) -> Iterator[Files]:
+    yield from ({path: entry} for path, entry in found.items() if _HALF.search(path))
+
+
+def _find(fs: Any, root: str) -> Files:
+    found: Files = fs.find(root, detail=True) if fs.exists(root) else {}
+    return found
+
+
 def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manifest], list[Removal]]:
     """The manifests that stay, and the releases that may go: all but the newest, the champion and those before it.
 
-    Earlier champions count among those that are still there, so that as many stay for a rollback as the policy says.
+    Earlier champions count among those that are still there, so that as many stay for a rollback as the policy says. A removal
+    that broke off is ended in any case.
     """
     made = releases.list()
     champion = releases.champion()
@@ -132,8 +199,10 @@ def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manif
     earlier = [name for name in champion.previous if name in whole] if champion else []
     names = {champion.release_id, *earlier[: policy.champions]} if champion else set()
     names |= {manifest.release_id for manifest in made[-policy.releases :]}
-    gone = [m for m in made if policy.releases and m.release_id not in names]
-    removals = [Removal("release", m.release_id, sum(int(f["bytes"]) for f in m.files.values())) for m in gone]
+    begun = set(releases.removing())
+    gone = [m for m in made if m.release_id in begun or (policy.releases and m.release_id not in names)]
+    broken_off = [Removal("release", name, 0) for name in sorted(begun - whole)]
+    removals = broken_off + [Removal("release", m.release_id, sum(int(f["bytes"]) for f in m.files.values())) for m in gone]
     return [m for m in made if m not in gone], removals
 
 
@@ -172,19 +241,38 @@ def prune_mlflow(registry: Registry, releases: Releases, settings: Settings, end
     return {"runs of MLflow": len(runs), "versions of MLflow": len(versions)}
 
 
-def remove(landing: Landing, releases: Releases, removals: Iterable[Removal]) -> None:
-    """Remove what `plan` named. The pointer of a partition, the manifest of a release go first: no reader finds a half."""
-    lake = landing.lake
-    for removal in removals:
-        if removal.kind == "partition":
-            folder = lake.path(removal.name)
-            lake.fs.rm_file(f"{folder}/{POINTER}")
-            lake.fs.rm(folder, recursive=True)
-        elif removal.kind == "release":
+def remove(landing: Landing, releases: Releases, removals: Iterable[Removal]) -> list[Removal]:
+    """Remove what `plan` named and what may still go. Returns what went.
+
+    The pointer of a partition, the manifest of a release go first: no reader finds a half.
+    """
+    gone = [removal for removal in removals if _remove(landing.lake, releases, removal)]
+    _drop_empty_folders(landing.lake.fs, gone)
+    landing.lake.fs.invalidate_cache()
+    return gone
+
+
+def _remove(lake: Lake, releases: Releases, removal: Removal) -> bool:
+    if removal.kind == "partition":
+        return removal.part is not None and lake.remove(removal.part)
+    if removal.kind == "release":
+        try:
             releases.remove(removal.name)
-        else:
-            lake.fs.rm_file(removal.name)
-    lake.fs.invalidate_cache()
+        except ChampionServes:
+            return False
+        return True
+    fs = releases.fs if removal.name.startswith(f"{releases.root}/") else lake.fs
+    with suppress(FileNotFoundError):  # its writer took it back
+        fs.rm_file(removal.name)
+    return True
+
+
+def _drop_empty_folders(fs: Any, gone: Iterable[Removal]) -> None:
+    """Folders of leftovers, and those around them; only a disk has such."""
+    inner = {os.path.dirname(removal.name) for removal in gone if removal.kind == "leftover"}
+    for folder in (*inner, *{os.path.dirname(folder) for folder in inner}) if is_local(fs) else ():
+        with suppress(OSError):  # something else is in it
+            os.rmdir(folder)
 
 
 def totals(removals: Sequence[Removal]) -> dict[Kind, tuple[int, int]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -28,12 +30,14 @@ from recsys_core.events import (
 )
 from recsys_core.features import USER_FEATURES
 from recsys_core.lake import Lake, Partition
-from recsys_core.landing import Landing
+from recsys_core.landing import Landing, LandingFile, what_was_read
 from recsys_core.settings import EventSettings, InteractionSettings
 from recsys_core.spark import stage_progress
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
+
+log = logging.getLogger(__name__)
 
 CLICKS_HOURLY = "clicks_hourly"
 CLICKS_QUARANTINE = "clicks_quarantine"
@@ -68,17 +72,26 @@ def build_clicks_hourly(
     """
     start, end = key_start_ms(min(hours)), key_start_ms(max(hours)) + HOUR_MS
     from_ms = start - settings.lookback_hours * HOUR_MS - settings.session_gap_minutes * MINUTE_MS
-    paths = [lake.url(f.path) for f in landing.covering(from_ms, end)]
-    if not paths:
-        return publish_empty(lake, CLICKS_HOURLY, hours)
-    with stage_progress(spark, f"clicks_hourly ({span(hours)})"):
-        return _build_clicks(spark, lake, paths, (from_ms, start, end), hours, settings)
+    looked = time.time()
+    files = landing.covering(from_ms, end)
+    while files:
+        try:
+            with stage_progress(spark, f"clicks_hourly ({span(hours)})"):
+                return _build_clicks(spark, lake, files, looked, (from_ms, start, end), hours, settings)
+        except Exception:
+            damaged = landing.damaged(files)
+            if not damaged:
+                raise
+            log.exception("clicks_hourly is made without %d landing files that can't be read", len(damaged))
+            files = [file for file in files if file not in damaged]
+    return publish_empty(lake, CLICKS_HOURLY, hours, what_was_read([], looked, hours))
 
 
 def _build_clicks(
     spark: SparkSession,
     lake: Lake,
-    paths: list[str],
+    files: Sequence[LandingFile],
+    looked: float,
     times: tuple[int, int, int],
     hours: Sequence[str],
     settings: EventSettings,
@@ -87,6 +100,7 @@ def _build_clicks(
     from pyspark.sql import functions as F
 
     from_ms, start, end = times
+    paths = [lake.url(file.path) for file in files]
     raw = spark.read.schema(LANDING_DDL).parquet(*paths).where(F.col(TS).between(from_ms, end - 1))
     seen = Observation()
     bad = F.col(REASON).isNotNull() & (F.col(TS) >= start)
@@ -99,7 +113,7 @@ def _build_clicks(
     maybe = not _folders(lake, staged) or seen.get["rejected"]
     rejected = judged.where(bad).withColumn("hour", _hour()) if maybe else None
     _quarantine(spark, lake, rejected, hours)
-    return publish(spark, lake, CLICKS_HOURLY, staged, "hour", hours)
+    return publish(spark, lake, CLICKS_HOURLY, staged, "hour", hours, what_was_read(files, looked, hours))
 
 
 def _quarantine(spark: SparkSession, lake: Lake, rejected: DataFrame | None, hours: Sequence[str]) -> None:
@@ -260,8 +274,16 @@ def write_staged(rows: DataFrame, url: str, partition: str, order: Sequence[str 
     )
 
 
-def publish(spark: SparkSession, lake: Lake, table: str, staged: str, column: str, keys: Sequence[str]) -> list[Partition]:
-    """Point the partitions `keys` at what was staged, with row counts and data versions read back from it.
+def publish(
+    spark: SparkSession,
+    lake: Lake,
+    table: str,
+    staged: str,
+    column: str,
+    keys: Sequence[str],
+    extras: Mapping[str, dict[str, Any]] | None = None,
+) -> list[Partition]:
+    """Point the partitions `keys` at what was staged, with row counts and data versions read back from it, and `extras` by key.
 
     The data version is the exclusive or of the rows' 64-bit hashes: equal rows give an equal version in any order.
     """
@@ -275,7 +297,7 @@ def publish(spark: SparkSession, lake: Lake, table: str, staged: str, column: st
         for row in found.collect():
             if row[column] in contents:
                 contents[row[column]] = (row["rows"], f"{row['version'] & 0xFFFFFFFFFFFFFFFF:016x}")
-    return lake.publish_staged(table, staged, column, contents)
+    return lake.publish_staged(table, staged, column, contents, extras)
 
 
 def _folders(lake: Lake, staged: str) -> list[str]:
@@ -287,8 +309,10 @@ def _folders(lake: Lake, staged: str) -> list[str]:
     return [name for name in names if "=" in name]
 
 
-def publish_empty(lake: Lake, table: str, keys: Sequence[str]) -> list[Partition]:
-    return lake.publish_staged(table, lake.stage(table), "none", dict.fromkeys(keys, (0, "empty")))
+def publish_empty(
+    lake: Lake, table: str, keys: Sequence[str], extras: Mapping[str, dict[str, Any]] | None = None
+) -> list[Partition]:
+    return lake.publish_staged(table, lake.stage(table), "none", dict.fromkeys(keys, (0, "empty")), extras)
 
 
 def span(keys: Sequence[str]) -> str:

@@ -26,7 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys_core.events import TS, USER_ID
-from recsys_core.lake import Lake, timed_name, write_atomically
+from recsys_core.lake import Lake, timed_name
+from recsys_core.stores import write_atomically
 
 TOMBSTONES = "tombstones"
 """Folder of the lake beside its tables, see above."""

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 
 import dagster as dg
 
 from recsys_assets.partitions import hourly
 from recsys_assets.resources import Platform
 from recsys_core.events import HOUR_MS, hour_keys, key_start_ms
+from recsys_core.landing import was_read
+from recsys_core.tables import CLICKS_HOURLY
 from recsys_sensors.jobs import late_job
 from recsys_sensors.runs import RANGE_END, RANGE_START, contiguous, is_active
 
-CLICKS = dg.AssetKey("clicks_hourly")
-MATERIALIZED = dg.DagsterEventType.ASSET_MATERIALIZATION
-HOURS_AT_ONCE = 1000
-
 
 def late_hours(context: dg.SensorEvaluationContext, platform: Platform) -> dg.SensorResult:
-    """Hours of `clicks_hourly` that a file touches which landed after the run that made them had begun.
+    """Hours of `clicks_hourly` that were made without a file of the landing zone which holds events of them.
 
     The cursor holds when the landing zone was looked at last, and how often and when last (seconds since 1970) hours were
     asked for that were not made again since.
@@ -29,10 +26,12 @@ def late_hours(context: dg.SensorEvaluationContext, platform: Platform) -> dg.Se
     state = json.loads(context.cursor or "{}")
     since = state.get("since", looked - settings.catch_up_hours * HOUR_MS / 1000)
     asked: dict[str, list[float]] = state.get("asked", {})
-    touched = {hour for hour in platform.landing.touched_hours(since) if hourly.has_partition_key(hour)}
-    starts = _run_starts(context.instance, touched | set(asked))
-    late = set(_landed_after(platform, {h: max(starts[h], since) for h in touched & set(starts)}))
-    late |= {hour for hour, (_, when) in asked.items() if starts.get(hour, when) < when}
+    arrivals = platform.landing.arrivals(since)
+    platform.landing.note_arrivals()
+    touched = {hour for arrival in arrivals for hour in arrival.hours if hourly.has_partition_key(hour)}
+    made = platform.lake.find_all(CLICKS_HOURLY, sorted(touched | set(asked)))
+    late = {h for a in arrivals for h in a.hours if h in touched and h in made and not was_read(made[h], a, since)}
+    late |= {hour for hour, (_, when) in asked.items() if hour in made and made[hour].written_at < when}
     asked = {hour: asked.get(hour, [0, 0.0]) for hour in sorted(late)}
     busy = is_active(context.instance, late_job.name)
     wanted = [] if busy else [hour for hour, (times, _) in asked.items() if times < settings.attempts]
@@ -52,31 +51,3 @@ def late_hours(context: dg.SensorEvaluationContext, platform: Platform) -> dg.Se
         for first, last in contiguous(wanted, order)
     ]
     return dg.SensorResult(requests, cursor=kept)
-
-
-def _run_starts(instance: dg.DagsterInstance, hours: Iterable[str]) -> dict[str, float]:
-    """When the run that made an hour last had begun (seconds since 1970); hours that were never made are left out."""
-    wanted = sorted(hours)
-    starts: dict[str, float] = {}
-    begun: dict[str, float] = {}
-    for at in range(0, len(wanted), HOURS_AT_ONCE):
-        some = set(wanted[at : at + HOURS_AT_ONCE])
-        ids = list(instance.get_latest_storage_id_by_partition(CLICKS, MATERIALIZED, some).values())
-        filter_ = dg.AssetRecordsFilter(asset_key=CLICKS, storage_ids=ids)
-        for record in instance.fetch_materializations(filter_, limit=HOURS_AT_ONCE).records if ids else ():
-            run_id = record.run_id
-            if run_id not in begun:
-                run = instance.get_run_record_by_id(run_id)
-                begun[run_id] = run.start_time if run and run.start_time else record.timestamp
-            if record.partition_key is not None:
-                starts[record.partition_key] = begun[run_id]
-    return starts
-
-
-def _landed_after(platform: Platform, moments: dict[str, float]) -> list[str]:
-    """Hours that a file touches which landed after the moment given for each."""
-    late = []
-    for moment in sorted(set(moments.values())):
-        after = platform.landing.touched_hours(moment)
-        late += [hour for hour, of_hour in moments.items() if of_hour == moment and hour in after]
-    return late

@@ -61,8 +61,8 @@ def prune_runs(platform: Platform, instance: dg.DagsterInstance) -> int:
 def prune_by_policy(context: dg.OpExecutionContext, platform: PlatformResource) -> None:
     """Remove what [retention] lets go, and say how much."""
     end_ms = data_end(platform.landing, now_ms())
-    removals = plan(platform.landing, platform.releases, platform.settings, now_ms())
-    remove(platform.landing, platform.releases, removals)
+    planned = plan(platform.landing, platform.releases, platform.settings, now_ms())
+    removals = remove(platform.landing, platform.releases, planned)
     runs = prune_runs(platform, context.instance)
     recorded: dict[str, int | str]
     try:

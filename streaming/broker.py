@@ -15,7 +15,7 @@ from types import TracebackType
 
 from confluent_kafka import Producer
 
-from recsys_core.lake import open_filesystem, write_atomically
+from recsys_core.stores import open_filesystem, write_atomically
 
 START_SECONDS = 10.0
 QUIET = 4

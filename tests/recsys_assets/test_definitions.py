@@ -37,7 +37,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "partitions": None,
         "owners": DATA_ENGINEERING,
         "kinds": ["parquet"],
-        "checks": ["landed_rows_are_events", "quarantined_rows_are_few"],
+        "checks": ["landed_rows_are_events", "landing_files_are_readable", "quarantined_rows_are_few"],
     },
     "item_catalog": {
         "group": "ingestion",

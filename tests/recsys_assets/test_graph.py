@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,13 +105,36 @@ def test_every_check_of_the_graph_ran_and_passed(line: Line) -> None:
     assert [(e.check_name, e.metadata) for e in evaluations if not e.passed] == []
 
 
-def test_a_range_of_hours_is_one_run(line: Line) -> None:
-    of_range = [m for m in line.materializations("clicks_hourly") if m.metadata["hours"].value == 72]
+def test_a_range_of_hours_is_one_run_and_each_hour_has_its_own_numbers(line: Line) -> None:
+    of_range = [m for m in line.materializations("clicks_hourly") if m.metadata["hours of the run"].value == 72]
     assert len(of_range) == 72
     assert {m.partition[:10] for m in of_range} == {"2026-01-01", "2026-01-02", "2026-01-03"}
-    rows = of_range[0].metadata["dagster/row_count"].value
-    assert rows == line.lake.dataset("clicks_hourly", sorted({m.partition for m in of_range})).count_rows()
-    assert 7000 < rows < 9000
+    rows = {m.partition: m.metadata["dagster/row_count"].value for m in of_range}
+    assert rows == {key: line.lake.dataset("clicks_hourly", [key]).count_rows() for key in rows}
+    assert 7000 < sum(rows.values()) < 9000
+
+
+def test_a_range_of_days_gives_each_day_its_own_numbers(line: Line) -> None:
+    for table in ("interactions", "user_features", "item_features", "training_examples"):
+        for made in line.materializations(table):
+            assert made.metadata["dagster/row_count"].value == line.lake.get(table, made.partition).rows, (
+                table,
+                made.partition,
+            )
+
+
+def test_no_metadata_name_a_user(line: Line) -> None:
+    users = set(line.lake.read("user_features", LAST_DAY, ["user_id"])["user_id"].to_pylist())
+    assert len(users) > 100
+    told = " ".join(str(value.value) for e in line.events for value in metadata_of(e).values())
+    assert len(told) > 10_000
+    assert {user for user in users if user in told} == set()
+
+
+def metadata_of(event: dg.DagsterEvent) -> Mapping[str, Any]:
+    if event.event_type_value == "ASSET_CHECK_EVALUATION":
+        return event.asset_check_evaluation_data.metadata
+    return event.step_materialization_data.materialization.metadata if event.is_step_materialization else {}
 
 
 def test_an_hour_made_again_has_the_same_data_version(line: Line) -> None:

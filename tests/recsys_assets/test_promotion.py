@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -16,7 +17,8 @@ from recsys_core.registry import CHALLENGER, CHAMPION, Registry
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
 
-DAY = "2026-01-02"
+DAY, NEXT = "2026-01-02", "2026-01-03"
+CHAMPION_ALONE = dg.AssetKey("champion")
 STEPS = [dg.AssetKey("release"), dg.AssetKey("champion")]
 
 
@@ -30,10 +32,10 @@ class Night:
         self.releases = Releases(settings.releases_uri)
         self.registry = Registry(settings)
 
-    def run(self, *assets: dg.AssetKey) -> dg.ExecuteInProcessResult:
+    def run(self, *assets: dg.AssetKey, day: str = DAY) -> dg.ExecuteInProcessResult:
         job = build_definitions(self.settings).resolve_job_def("nightly")
         return job.execute_in_process(
-            instance=self.instance, asset_selection=list(assets) or STEPS, partition_key=DAY, raise_on_error=False
+            instance=self.instance, asset_selection=list(assets) or STEPS, partition_key=day, raise_on_error=False
         )
 
     @property
@@ -159,3 +161,69 @@ def test_a_night_without_mlflow_releases_and_promotes_and_says_so(night: Night) 
     for asset in ("release", "champion"):
         assert "http://127.0.0.1:9" in str(made(result, asset)["MLflow trouble"])
     assert "not registered" in made(result, "release")
+
+
+def failure_of(result: dg.ExecuteInProcessResult) -> str:
+    return " ".join(str(e.step_failure_data.error_display_string) for e in result.all_events if e.is_step_failure)
+
+
+@pytest.fixture
+def two_nights(night: Night) -> tuple[Night, str, str]:
+    """Two nights whose releases both became champion, one after the other."""
+    first = str(made(night.run(), "release")["release_id"])
+    prepare_night(night.lake, NEXT, night.settings, {**GOOD, "ndcg@10": 0.95, "coverage@10": 0.9})
+    assert night.run(day=NEXT).success
+    assert night.served not in (None, first)
+    return night, first, str(night.served)
+
+
+def test_materializing_the_champion_of_an_older_day_changes_nothing(two_nights: tuple[Night, str, str]) -> None:
+    night, first, second = two_nights
+    again = night.run(CHAMPION_ALONE)
+    assert not again.success
+    assert f"{first} was judged against another champion than {second}, which was named since" in failure_of(again)
+    assert "materialize `release` to judge it now" in failure_of(again)
+    assert not night.run().success, "and judged again it loses to the later day"
+    assert night.served == night.alias(CHAMPION) == second
+
+
+def test_materializing_the_champion_does_not_undo_a_rollback(two_nights: tuple[Night, str, str]) -> None:
+    night, first, second = two_nights
+    night.releases.roll_back("it recommends umbrellas to everybody")
+    assert night.served == first
+    for day in (NEXT, DAY):
+        night.run(CHAMPION_ALONE, day=day)
+        assert night.served == first
+    night.releases.promote(second, "mended")
+    assert night.run(CHAMPION_ALONE, day=NEXT).success, "it is the champion already"
+    assert night.served == second
+
+
+def test_an_operator_who_promotes_between_the_verdict_and_its_use_is_not_undone(night: Night) -> None:
+    first = str(made(night.run(), "release")["release_id"])
+    prepare_night(night.lake, NEXT, night.settings, {**GOOD, "ndcg@10": 0.95, "coverage@10": 0.9})
+    judged = night.run(dg.AssetKey("release"), day=NEXT)
+    assert checked(judged, "challenger_beats_champion").passed
+    night.releases.promote(first, "by hand")
+    assert not night.run(CHAMPION_ALONE, day=NEXT).success
+    assert night.served == first
+    assert night.run(day=NEXT).success, "judged again it takes the place"
+    assert night.served != first
+
+
+def test_the_alias_follows_a_pointer_that_changes_meanwhile(
+    two_nights: tuple[Night, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night, first, second = two_nights
+    promote, acts = night.registry.promote, iter([night.releases.roll_back])
+
+    def slow(*args: Any) -> Any:
+        version = promote(*args)
+        for act in acts:
+            act()
+        return version
+
+    monkeypatch.setattr(night.registry, "promote", slow)
+    version = night.registry.follow(night.releases)
+    assert version is not None
+    assert night.served == night.alias(CHAMPION) == version.release_id == first != second

@@ -110,8 +110,8 @@ def test_an_archive_beyond_the_end_of_the_topic_is_a_fault() -> None:
 def test_late_events_touch_the_hour_that_they_belong_to(platform: Platform) -> None:
     archive(platform, 0, 9, f"{HOUR}:05")
     archive(platform, 10, 12, "2026-03-01T08:00")
-    assert platform.landing.touched_hours(0) == {"2026-03-01T08": 3, HOUR: 10}
-    assert platform.landing.touched_hours(4_000_000_000) == {}
+    assert [a.hours for a in platform.landing.arrivals(0)] == [{HOUR: 10}, {"2026-03-01T08": 3}]
+    assert platform.landing.arrivals(4_000_000_000) == []
 
 
 def test_a_user_who_was_forgotten_leaves_no_gap(platform: Platform, tmp_path: Path) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import redis as redis_py
 from builders import event, event_table, land, write_clicks, write_interactions
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as settings_of_property
+from hypothesis import strategies as st
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from together import in_threads
 
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import (
@@ -26,7 +35,7 @@ from recsys_core.bundle import (
 from recsys_core.events import EVENT_SCHEMA
 from recsys_core.forget import FORGOTTEN, Places, Search, forget_user
 from recsys_core.lake import Lake
-from recsys_core.landing import QUARANTINE_SCHEMA, Landing
+from recsys_core.landing import ARCHIVE_SCHEMA, CLOCK_SECONDS, QUARANTINE_SCHEMA, Landing, OffsetRange
 from recsys_core.online import UserRecord, recs_key, user_key, write_answers, write_records
 from recsys_core.popularity import popular_items
 from recsys_core.registry import Registry
@@ -47,7 +56,8 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def search(places: Places, user: str) -> dict[str, int]:
-    return dict(Search(places, user).run().found)
+    found = Search(places, user).run()
+    return dict(found.found + found.fixed)
 
 
 @pytest.fixture
@@ -83,7 +93,7 @@ def filled(places: Places, lake: Lake, redis: Any, releases: Releases, settings:
     publish_release(lake, releases, DAY, small, {})
     write_records(redis, [(user, UserRecord(last_ts=1, seen=("i1",))) for user in (GONE, STAYS)], 60)
     write_answers(redis, [(user, b"answer") for user in (GONE, STAYS)], 60)
-    with places.registry.run("als_factors", {"seen first": GONE, "seen last": STAYS}) as run:
+    with places.registry.run("als_factors", {"user_id": GONE, "seen last": STAYS}) as run:
         run.log_params({"rank": 4})
         run.log_text("reports/worst.md", f"| {GONE} | 0.0 |")
         run.log_text("reports/best.md", f"| {STAYS} | 1.0 |")
@@ -93,8 +103,8 @@ def filled(places: Places, lake: Lake, redis: Any, releases: Releases, settings:
 @pytest.mark.usefixtures("filled")
 def test_every_trace_is_removed_and_the_report_proves_it(places: Places, redis: Any) -> None:
     before = search(places, GONE)
-    in_mlflow = {"MLflow tags", "MLflow files"}
-    assert set(before) == {"landing", "quarantine", CLICKS_HOURLY, INTERACTIONS, ALS_USERS, ACTIVE_USERS, "redis", *in_mlflow}
+    places_of_rows = {"landing", "quarantine", CLICKS_HOURLY, INTERACTIONS, ALS_USERS, ACTIVE_USERS}
+    assert set(before) == {*places_of_rows, "redis", "MLflow tags"}
     assert before[CLICKS_HOURLY] == 6, "two versions of three rows"
     report = forget_user(places, GONE)
     assert report.removed == before
@@ -107,8 +117,10 @@ def test_every_trace_is_removed_and_the_report_proves_it(places: Places, redis: 
         "Redis keys": 2,
         "releases": 1,
         "MLflow runs": 1,
-        "MLflow files": 1,
+        "MLflow files": 2,
     }
+    (told,) = report.mentioned
+    assert told.startswith("MLflow file reports/worst.md of run "), "a text of others as well is for people to look at"
     assert search(places, GONE) == {}
     assert not redis.exists(user_key(GONE), recs_key(GONE))
 
@@ -224,7 +236,7 @@ def test_a_tracking_server_that_is_away_is_said_and_everything_else_goes(
     report = forget_user(cut_off, GONE)
     assert set(report.unsearched) == {"MLflow"}
     assert report.remaining == {}
-    assert set(search(places, GONE)) == {"MLflow tags", "MLflow files"}
+    assert set(search(places, GONE)) == {"MLflow tags"}
     assert filled.keys(FORGOTTEN)
 
 
@@ -232,3 +244,218 @@ def test_a_parameter_that_names_the_user_is_reported_with_its_run(places: Places
     with places.registry.run("odd", {}) as run:
         run.log_params({"user": GONE})
     assert forget_user(places, GONE).remaining == {f"MLflow parameters of run {run.run_id}": 1}
+
+
+# -- nothing else is destroyed ------------------------------------------------------------------------------------------
+
+
+def reject(lake: Lake, *contents: str) -> None:
+    rows = [{"origin": "a.csv", "row": n, "reason": "bad ts", "content": content} for n, content in enumerate(contents)]
+    Landing(lake).write_quarantine("shop", "rejected", pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA))
+
+
+def rejected(lake: Lake) -> list[str]:
+    return [row["content"] for table in Landing(lake).quarantined() for row in table.to_pylist()]
+
+
+@pytest.fixture
+def small_places(lake: Lake, redis: Any, releases: Releases, settings: Settings) -> Places:
+    """Without a database of MLflow."""
+    redis.flushall()
+    return Places(lake, redis, releases, Registry(settings))
+
+
+def test_a_number_is_no_user_where_it_means_something_else(places: Places, lake: Lake) -> None:
+    of_others = ['{"user_id":"6","item_id":"5","ts":"x"}', '{"user_id":"8","value":5,"ts":"x"}', "6,5,view"]
+    reject(lake, *of_others, '{"user_id":"5","item_id":"6","ts":"x"}')
+    with places.registry.run("release", {"dagster.partition": "2026-01-05", "top_k": "5", "user": "5"}) as run:
+        run.log_params({"rank": 5, "users": 5})
+        texts = {"release/manifest.json": '{"rank": 5}', "report.md": "recall@50 = 0.99 over 5 folds", "curve.csv": "ef\n5,0.9"}
+        for name, text in texts.items():
+            run.log_text(name, text)
+    report = forget_user(places, "5")
+    assert report.removed == {"quarantine": 1, "MLflow tags": 1}
+    assert report.remaining == {}
+    assert rejected(lake) == of_others
+    (kept,) = places.registry.runs()
+    assert kept.data.tags["top_k"] == "5"
+    assert {path: places.registry.read_file(kept, path).decode() for path in places.registry.files(kept)} == texts
+    assert any("report.md" in place for place in report.mentioned), "it is said, and left to people"
+
+
+def test_an_id_that_json_has_escaped_is_found(small_places: Places, lake: Lake) -> None:
+    stays = '{"user_id":"j\\u00fcrg","item_id":"1"}'
+    reject(lake, '{"user_id":"j\\u00fcrgen","item_id":"1"}', '{"user_id":"jürgen"}', '{"user_id":"j\\u00FCrgen","ts":', stays)
+    report = forget_user(small_places, "jürgen")
+    assert (report.removed, report.remaining) == ({"quarantine": 3}, {})
+    assert rejected(lake) == [stays]
+
+
+def test_a_field_that_a_mapping_names_is_a_users(small_places: Places, lake: Lake) -> None:
+    reject(lake, '{"kundennummer":"k1","user_id":""}')
+    assert forget_user(small_places, "k1").removed == {}
+    assert forget_user(replace(small_places, user_fields={"kundennummer"}), "k1").removed == {"quarantine": 1}
+
+
+ALL_TABLES = (CLICKS_HOURLY, INTERACTIONS, ALS_USERS, ACTIVE_USERS, "clicks_quarantine")
+
+
+def plant(places: Places, users: list[str]) -> None:
+    """Each user in every place that the platform writes, with older versions."""
+    lake, redis = places.lake, places.redis
+    land(lake, *(event(f"e-{user}", user, "i1", HOUR) for user in users), name="Ingested")
+    archived = [{**event(f"a-{user}", user, "i1", HOUR), "offset": at} for at, user in enumerate(users)]
+    table = pa.Table.from_pylist([{n: row.get(n) for n in ARCHIVE_SCHEMA.names} for row in archived], schema=ARCHIVE_SCHEMA)
+    held = OffsetRange("clicks", "0abcdef0", 0, 0, len(users) - 1)
+    Landing(lake).write_archive(held, len(users), table, QUARANTINE_SCHEMA.empty_table())
+    texts = [json.dumps({"item_id": user, "user_id": user}, ensure_ascii=at % 2 == 0) for at, user in enumerate(users)]
+    reject(lake, *texts, *(text[:-1] for text in texts))
+    for name in ALL_TABLES:
+        column = "id" if name == ALS_USERS else "user_id"
+        for version in range(2):
+            lake.write(name, HOUR, pa.table({column: users, "n": [version] * len(users)}))
+    write_records(redis, [(user, UserRecord(last_ts=1, seen=(user,))) for user in users], 60)
+    write_answers(redis, [(user, user.encode()) for user in users], 60)
+
+
+def everything(places: Places, but: str) -> dict[str, Any]:
+    """All rows and values of all users but one."""
+    lake, redis = places.lake, places.redis
+    files = {file.path: pq.read_table(file.path).to_pylist() for file in Landing(lake).files()}
+    rows = {path: [row for row in of_file if row["user_id"] != but] for path, of_file in files.items()}
+    tables_ = {name: lake.read(name, HOUR).to_pylist() for name in ALL_TABLES}
+    kept = {name: [row for row in found if but not in row.values()] for name, found in tables_.items()}
+    keys = sorted(key for key in redis.scan_iter() if key.decode() not in (user_key(but), recs_key(but)))
+    texts = [text for text in rejected(lake) if but not in json.loads(text if text.endswith("}") else text + "}").values()]
+    return {**rows, **kept, "redis": {key: redis.dump(key) for key in keys}, "rejected": texts}
+
+
+ODD = [
+    "5",
+    "55",
+    "a.b",
+    "a*",
+    "*",
+    "a|b",
+    'a"b',
+    "a\\b",
+    "\\u0041",
+    "A",
+    "jürgen",
+    "x%",
+    "[x]",
+    "{x}",
+    "}",
+    "😀",
+    "a\nb",
+    "' OR 1=1",
+]
+
+
+@settings_of_property(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(st.text(min_size=1, max_size=8), st.sampled_from(ODD)), min_size=2, max_size=12, unique=True))
+@example(ODD)
+def test_whoever_is_forgotten_is_found_nowhere_and_all_others_have_what_they_had(
+    redis: Any, releases: Releases, settings: Settings, tmp_path_factory: pytest.TempPathFactory, users: list[str]
+) -> None:
+    redis.flushall()
+    places = Places(Lake(str(tmp_path_factory.mktemp("lake"))), redis, releases, Registry(settings))
+    plant(places, users)
+    for user in users[:6] if users == ODD else users[:1]:
+        before = everything(places, user)
+        report = forget_user(places, user)
+        assert report.remaining == report.unsearched == {}
+        assert report.removed["quarantine"] == 2
+        assert set(report.removed) == {"landing", "quarantine", "redis", *ALL_TABLES}
+        assert everything(places, user) == before
+        assert Search(places, user).run().found == {}
+        assert not forget_user(places, user).is_known
+
+
+# -- beside others ------------------------------------------------------------------------------------------------------
+
+NUMBERED = pa.schema([("user_id", pa.string()), ("v", pa.int64())])
+
+
+def numbered(*users: str, v: int) -> pa.Table:
+    return pa.table({"user_id": users, "v": [v] * len(users)}, schema=NUMBERED)
+
+
+@pytest.mark.parametrize("at", ["versions", "replace_rows", "_write_rows", "_drop"])
+def test_a_night_that_is_faster_is_not_undone(
+    small_places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """The night replaces the partition at some moment of the removal, with the user whom it had read before."""
+    lake.write(INTERACTIONS, DAY, numbered("bob", "eve", v=1))
+    own, nights = getattr(Lake, at), iter([2])
+
+    def beside(self: Lake, *args: Any, **more: Any) -> Any:
+        if self is lake and (v := next(nights, None)):
+            Lake(lake.uri).write(INTERACTIONS, DAY, numbered("bob", "eve", "zed", v=v))
+        return own(self, *args, **more)
+
+    monkeypatch.setattr(Lake, at, beside)
+    report = forget_user(small_places, "bob")
+    assert lake.read(INTERACTIONS, DAY).to_pylist() == numbered("eve", "zed", v=2).to_pylist()
+    assert report.remaining == {}
+
+
+def test_nights_and_removals_of_many_users_at_once_leave_the_newest_rows_of_those_who_stay(
+    small_places: Places, lake: Lake
+) -> None:
+    users = [f"u{n}" for n in range(8)]
+    lake.write(INTERACTIONS, DAY, numbered(*users, "stays", v=0))
+
+    def nights() -> None:
+        for v in range(1, 12):
+            left = Tombstones.read(lake)
+            lake.write(INTERACTIONS, DAY, numbered(*(u for u in users if hash_of(u) not in left.moments), "stays", v=v))
+
+    in_threads([nights, *(lambda u=u: forget_user(small_places, u) for u in users)])
+    for user in users:
+        forget_user(small_places, user)
+    assert lake.read(INTERACTIONS, DAY).to_pylist() == [{"user_id": "stays", "v": 11}]
+
+
+def test_what_a_run_is_writing_is_named_and_not_touched(small_places: Places, lake: Lake) -> None:
+    lake.write(INTERACTIONS, DAY, numbered("eve", "bob", v=1))
+    half = lake.path(INTERACTIONS, DAY, "0fffffffffffffff-aaaaaaaa", "part-00000.parquet")
+    staged = f"{lake.stage(INTERACTIONS)}/day={DAY}/part-0.parquet"
+    for path in (half, staged):
+        lake.fs.makedirs(path.rsplit("/", 1)[0])
+    lake.fs.pipe_file(half, b"PAR1half")
+    pq.write_table(numbered("eve", v=1), staged)
+    report = forget_user(small_places, "eve")
+    assert report.removed == {INTERACTIONS: 1}
+    in_the_making = "a run is writing it, or broke off"
+    assert len(report.unsearched) == 2
+    assert all(why.startswith(in_the_making) for why in report.unsearched.values())
+    assert lake.fs.cat_file(half) == b"PAR1half"
+    assert list(forget_user(small_places, "bob").unsearched) == [f"{INTERACTIONS}/{DAY}/0fffffffffffffff-aaaaaaaa"]
+
+
+def test_a_landing_file_that_cannot_be_read_is_named_and_the_rest_goes(small_places: Places, lake: Lake) -> None:
+    land(lake, event("e1", "eve", "i", HOUR))
+    for name, content in (("half.parquet", b"PAR1x"), ("._x.parquet", b"x"), ("notes.txt", b"eve")):
+        lake.fs.pipe_file(lake.path("landing", "test", name), content)
+    report = forget_user(small_places, "eve")
+    assert report.removed == {"landing": 1}
+    assert set(report.unsearched) == {f"landing/test/{name}" for name in ("half.parquet", "._x.parquet", "notes.txt")}
+
+
+def test_without_redis_the_rest_goes_and_redis_is_named(small_places: Places, lake: Lake) -> None:
+    land(lake, event("e1", "eve", "i", HOUR))
+    away = replace(small_places, redis=redis_py.Redis(port=1, retry=Retry(NoBackoff(), 0)))
+    report = forget_user(away, "eve")
+    assert report.removed == {"landing": 1}
+    assert set(report.unsearched) == {"Redis"}
+
+
+def test_rows_that_were_taken_out_make_no_hour_late(filled: Lake, places: Places) -> None:
+    (file,) = Landing(filled).files()
+    later = time.time() + 2 * CLOCK_SECONDS
+    os.utime(file.path, (1_000_000, 1_000_000))
+    assert Landing(filled).files()[0].arrived == 1_000_000
+    forget_user(places, GONE)
+    os.utime(file.path, (later, later))
+    assert Landing(filled).files()[0].arrived == 1_000_000, "the file says it, whatever its store says"

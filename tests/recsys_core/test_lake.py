@@ -4,8 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_core import lake as lake_module
-from recsys_core.lake import POINTER, Lake, MissingPartition, write_atomically
+from recsys_core import stores
+from recsys_core.lake import POINTER, Lake, MissingPartition
+from recsys_core.stores import write_atomically
 
 KEY = "2026-03-02T10"
 
@@ -94,7 +95,7 @@ def test_a_crash_before_the_pointer_is_replaced_leaves_the_old_partition(anywher
         write_atomically(fs, path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lake_module, "write_atomically", crash)
+        patch.setattr(stores, "write_atomically", crash)
         with pytest.raises(OSError, match="no space left"):
             {
                 "write": lambda: anywhere.write("t", KEY, numbers(2)),

@@ -5,6 +5,9 @@ import pyarrow as pa
 import pytest
 import redis as redis_py
 from builders import ms
+from hypothesis import HealthCheck, given
+from hypothesis import settings as property_settings
+from hypothesis import strategies as st
 from snapshots import make_snapshot, with_two_tower
 
 from recsys_cli.stack import redis_server
@@ -399,3 +402,154 @@ def test_trending_items_reach_serving_as_the_table_has_them(redis, lake):
     assert (found.hour, list(found.scores.items())) == (HOUR, [("b", (2.5, 1.0)), ("ä", (1.0, 0.5))])
     lake.write(TRENDING_ITEMS, HOUR, TRENDS_SCHEMA.empty_table())
     assert read_trend(lake, HOUR).scores == {}
+
+
+# -- one bad record among good ones -------------------------------------------------------------------------------------
+
+MANY = [f"u{n}" for n in range(40)]
+SOUND = [features(user, [f"item-{n}"], [f"item-{n}"], SNAPSHOT.als_items[n]) for n, user in enumerate(MANY)]
+
+
+def break_last(redis, key: str) -> None:
+    redis.hset(key, "last", "{")
+
+
+def break_last_ts(redis, key: str) -> None:
+    redis.hset(key, "last_ts", "soon")
+
+
+def far_future(redis, key: str) -> None:
+    redis.hset(key, "last_ts", "9" * 400)
+
+
+def other_type(redis, key: str) -> None:
+    redis.delete(key)
+    redis.set(key, "x")
+
+
+def odd_action(redis, key: str) -> None:
+    redis.hset(key, "last", '[["item-3","view",1e300]]')
+
+
+def cut_factor(redis, key: str) -> None:
+    redis.hset(key, "als", VERSION.encode() + b"\0abc")
+
+
+BREAKS = [break_last, break_last_ts, far_future, other_type, odd_action, cut_factor]
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_one_unreadable_record_is_left_out_and_named_and_the_rest_go_on(redis, lake, settings, caplog, broken):
+    write_features(lake, SOUND)
+    write_active(lake, *MANY)
+    write_online_features(redis, lake, DAY, VERSION, settings)
+    broken(redis, user_key("u7"))
+    report = write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
+    assert (report.users, sum(report.left_out.values())) == (39, 1)
+    assert {key.decode() for key in redis.scan_iter("recs:*")} == {recs_key(user) for user in MANY if user != "u7"}
+    assert "user 'u7' is left out: user record" in caplog.text
+    assert "u7" not in str(report)
+    assert ("u7", ()) in [(s.user_id, s.recommended) for s in read_samples(redis, lake, HOUR)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_factor_that_is_not_finite_is_none(redis, lake, settings, value):
+    write_features(lake, SOUND)
+    write_active(lake, *MANY)
+    write_online_features(redis, lake, DAY, VERSION, settings)
+    redis.hset(user_key("u7"), "als", VERSION.encode() + b"\0" + np.array([value, 1, 1, 1], "<f4").tobytes())
+    (record,) = read_records(redis, ["u7"])
+    assert (record.als, record.als_version) == (None, "")
+    report = write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
+    assert (report.users, report.left_out) == (40, {})
+    assert answer_of(redis, "u7").items() == ranked_for([record], settings, no_trend())[0]
+
+
+CHOSEN = st.dictionaries(st.sampled_from(MANY), st.sampled_from(BREAKS), max_size=12)
+
+
+@property_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CHOSEN, st.integers(1, 50))
+def test_whichever_records_are_broken_the_others_get_what_they_would_have_got(server, settings, tmp_path_factory, chosen, size):
+    server.flushall()
+    lake = Lake(str(tmp_path_factory.mktemp("lake")))
+    settings = settings.model_copy(update={"cache": settings.cache.model_copy(update={"batch_users": size})})
+    write_features(lake, SOUND)
+    write_active(lake, *MANY)
+    write_online_features(server, lake, DAY, VERSION, settings)
+    records = read_records(server, MANY)
+    for user, broken in chosen.items():
+        broken(server, user_key(user))
+    report = write_rec_cache(server, lake, SNAPSHOT, no_trend(), settings)
+    assert (report.users, sum(report.left_out.values())) == (40 - len(chosen), len(chosen))
+    expected = dict(zip(MANY, ranked_for(records, settings, no_trend()), strict=True))
+    assert {user: answer_of(server, user).items() for user in MANY if server.exists(recs_key(user))} == {
+        user: answer for user, answer in expected.items() if user not in chosen
+    }
+
+
+def test_a_user_for_whom_ranking_fails_is_left_out_alone(redis, lake, settings, monkeypatch):
+    """As by a value that no check foresaw."""
+    write_features(lake, SOUND)
+    write_active(lake, *MANY)
+    write_online_features(redis, lake, DAY, VERSION, settings)
+
+    def users(snapshot, records, *args, user_ids, **more):
+        if "u7" in user_ids:
+            raise OverflowError("Python int too large to convert to C long")
+        return users_of(snapshot, records, *args, user_ids=user_ids, **more)
+
+    monkeypatch.setattr("recsys_core.precompute.users_of", users)
+    report = write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
+    assert (report.users, report.left_out) == (39, {"Python int too large to convert to C long": 1})
+
+
+def test_ranking_that_fails_for_everybody_is_an_error(redis, lake, settings, monkeypatch):
+    write_active(lake, *MANY)
+    monkeypatch.setattr("recsys_core.precompute.rank", lambda *_: int("broken release"))
+    with pytest.raises(ValueError, match="broken release"):
+        write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
+
+
+def test_redis_that_refuses_all_reads_is_an_error_and_no_bad_record(redis, lake, settings):
+    write_active(lake, *MANY)
+    redis.execute_command("ACL", "SETUSER", "reader", "on", "nopass", "~*", "+@all", "-hmget")
+    where = {name: redis.connection_pool.connection_kwargs[name] for name in ("host", "port")}
+    refused = redis_py.Redis(**where, username="reader", password="any")
+    with pytest.raises(redis_py.ResponseError, match="no permissions"):
+        write_rec_cache(refused, lake, SNAPSHOT, no_trend(), settings)
+
+
+def test_a_bad_row_of_a_night_is_left_out_and_a_key_that_holds_no_record_becomes_one(redis, lake, settings, caplog):
+    bad = [{**SOUND[0], "user_id": "bad", "features": "{"}, {**SOUND[0], "user_id": "nan", "factor": [np.nan] * 4}]
+    write_features(lake, [*SOUND, *bad])
+    redis.set(user_key("u3"), "a string")
+    report = write_online_features(redis, lake, DAY, VERSION, settings)
+    assert (report.users, sum(report.left_out.values())) == (41, 1)
+    assert "user 'bad' is left out" in caplog.text
+    u3, nan = read_records(redis, ["u3", "nan"])
+    assert (u3.last[0][0], nan.als) == ("item-3", None)
+
+
+def test_bad_scores_of_a_trending_item_are_left_out_alone(lake):
+    rows = [("a", [1.0, 2.0]), ("b", [float("nan"), 1.0]), ("c", [3.0, float("inf")]), ("d", [4.0, 5.0])]
+    table = [{"item_id": item, "score": 1.0, "events": 1, "scores": scores} for item, scores in rows]
+    lake.write(TRENDING_ITEMS, HOUR, pa.Table.from_pylist(table, schema=TRENDS_SCHEMA))
+    sound = {"a": (1.0, 2.0), "d": (4.0, 5.0)}
+    assert read_trend(lake, HOUR).scores == sound
+    value = b'{"computed_at": 1, "hour": "h", "items": [["a",1,2],["b",null,1],["c","x",1],[7,1,1],["e",1],"f",[],["d",4,5]]}'
+    assert TrendingValue.decode(value).scores == sound
+
+
+def test_a_shard_that_an_older_plan_wrote_late_is_noted_by_the_newer_one(redis, lake, settings):
+    """The older run notes a shard while the newer one works on it; the newer one still ends whole."""
+    write_active(lake, *MANY)
+    older = plan_of(lake, settings)
+    newer = plan_caches(lake, HOUR, Pointer("another", "", 0.0), settings, "another run")
+    steps = write_shards(redis, lake, newer, 0, SNAPSHOT, no_trend(), settings)
+    assert write_step(redis, lake, older, 0, settings) == [], "the older run stops"
+    for step in range(newer.steps):
+        for _ in steps if step == 0 else write_shards(redis, lake, newer, step, SNAPSHOT, no_trend(), settings):
+            pass
+    assert finish_caches(lake, newer).users == 40
+    assert read_plan(lake).finished

@@ -105,9 +105,11 @@ def test_the_champion_is_never_removed_even_when_a_plan_names_it(landing: Landin
     publish(releases, "two", "2026-05-31", 2.0)
     planned = [Removal("release", "one", 1)]
     releases.promote("one")
-    with pytest.raises(ReleaseError, match="is the champion"):
-        remove(landing, releases, planned)
+    assert remove(landing, releases, [*planned, Removal("release", "two", 1)]) == [Removal("release", "two", 1)]
+    assert releases.names() == ["one"]
     releases.load("one")
+    with pytest.raises(ReleaseError, match="is the champion"):
+        releases.remove("one")
 
 
 def test_earlier_champions_stay_so_that_a_rollback_finds_one(landing: Landing, releases: Releases, settings: Settings) -> None:
@@ -226,3 +228,117 @@ def test_zero_keeps_everything(landing: Landing, releases: Releases, settings: S
 def test_totals_are_by_kind() -> None:
     removals = [Removal("partition", "a/1", 3), Removal("partition", "a/2", 4), Removal("release", "r", 5)]
     assert totals(removals) == {"partition": (2, 7), "release": (1, 5)}
+
+
+# -- decided once, done only while it still holds -----------------------------------------------------------------------
+
+
+def test_a_partition_that_was_made_again_since_the_plan_stays(landing: Landing, releases: Releases, settings: Settings) -> None:
+    for key in ("2026-01-01T05", "2026-01-01T06", "2026-05-31T23"):
+        landing.lake.write("clicks_hourly", key, ROWS)
+    planned = plan(landing, releases, with_policy(settings, hourly_days=100), ms(NOW))
+    again = landing.lake.write("clicks_hourly", "2026-01-01T05", ROWS)
+    gone = remove(landing, releases, planned)
+    assert names(gone, "partition") == ["clicks_hourly/2026-01-01T06"]
+    assert landing.lake.get("clicks_hourly", "2026-01-01T05") == again
+    assert landing.lake.read("clicks_hourly", "2026-01-01T05").equals(ROWS)
+
+
+def test_a_release_to_which_somebody_rolled_back_since_the_plan_stays(landing: Landing, releases: Releases) -> None:
+    for at, name in enumerate(("first", "second", "third")):
+        publish(releases, name, "2026-05-31", float(at))
+        releases.promote(name)
+    releases.promote("third")
+    planned = [Removal("release", name, 1) for name in ("first", "second")]
+    releases.roll_back()
+    assert names(remove(landing, releases, planned), "release") == ["first"]
+    releases.load("second")
+    pointer = releases.champion()
+    assert pointer is not None
+    assert pointer.release_id == "second"
+
+
+# -- what runs left that broke off --------------------------------------------------------------------------------------
+
+VERSION, RELEASE = "18ecc3c85924e046-e0453c10", "2026-05-30.20260531T010203.abcd"
+HALF = f"{'0' * 32}.tmp"
+LEFT = [
+    f"lake/landing/app/x.parquet.{HALF}",
+    f"lake/quarantine/app/x.parquet.{HALF}",
+    f"lake/clicks_hourly/2026-05-31T05/_current.json.{HALF}",
+    f"lake/clicks_hourly/2026-05-31T05/{VERSION}/part-0.parquet",
+    f"lake/clicks_hourly/2026-05-31T06/{VERSION}/part-0.parquet",
+    f"lake/clicks_hourly/_staging/{VERSION}/hour=2026-05-31T05/part-0.parquet",
+    f"releases/{RELEASE}/items.parquet",
+    f"releases/{RELEASE}/als/items.npy",
+    f"releases/champion.json.{HALF}",
+]
+NOT_OURS = [
+    "lake/mine/notes/summary.parquet",
+    "lake/clicks_hourly/notes.txt",
+    "lake/clicks_hourly/2026-05-31T05/mine/a.parquet",
+    "lake/landing/app/mine.tmp",
+    "releases/mine/items.parquet",
+    "releases/readme.txt",
+]
+
+
+def leave(tmp_path: Path, paths: list[str], moment: float) -> list[str]:
+    for path in paths:
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"1234")
+        os.utime(file, (moment, moment))
+    return sorted(str(tmp_path / path) for path in paths)
+
+
+def test_what_broken_runs_left_goes_after_a_day_and_nothing_else(
+    landing: Landing, releases: Releases, settings: Settings, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        landing.lake.write("clicks_hourly", "2026-05-31T05", ROWS)
+    publish(releases, "served", "2026-05-31", 1.0)
+    releases.promote("served")
+    before = everything(tmp_path)
+    leave(tmp_path, LEFT, ms(NOW) / 1000 - 23 * 3600)
+    leave(tmp_path, NOT_OURS, 0)
+    keep_all = with_policy(settings, hourly_days=0, daily_days=0, releases=0, quarantine_days=0, landing_days=0)
+    assert plan(landing, releases, keep_all, ms(NOW)) == [], "a run may be at work"
+    left = leave(tmp_path, LEFT, ms(NOW) / 1000 - 25 * 3600)
+    planned = plan(landing, releases, keep_all, ms(NOW))
+    assert sorted(names(planned, "leftover")) == left == sorted(names(planned, "leftover"))
+    assert totals(planned) == {"leftover": (len(LEFT), 4 * len(LEFT))}
+    remove(landing, releases, planned)
+    assert everything(tmp_path) == before | {str(tmp_path / path): b"1234" for path in NOT_OURS}
+    assert not (tmp_path / "releases" / RELEASE).exists()
+    assert not (tmp_path / "lake" / "clicks_hourly" / "_staging" / VERSION).exists()
+    assert landing.lake.read("clicks_hourly", "2026-05-31T05").equals(ROWS)
+
+
+def test_a_run_that_still_writes_one_of_its_files_keeps_the_others(
+    landing: Landing, releases: Releases, settings: Settings, tmp_path: Path
+) -> None:
+    old, new = ms(NOW) / 1000 - 48 * 3600, ms(NOW) / 1000 - 60
+    leave(tmp_path, [f"lake/t/_staging/{VERSION}/hour=1/a.parquet"], old)
+    leave(tmp_path, [f"lake/t/_staging/{VERSION}/hour=2/b.parquet"], new)
+    assert plan(landing, releases, settings, ms(NOW)) == []
+
+
+def test_a_removal_that_broke_off_is_ended_by_the_next(landing: Landing, releases: Releases, settings: Settings) -> None:
+    publish(releases, "one", "2026-05-31", 1.0)
+    publish(releases, "two", "2026-05-31", 2.0)
+    releases.promote("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(releases.fs, "rm", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            releases.remove("one")
+    assert releases.removing() == ("one",)
+    with pytest.raises(ReleaseError, match=r"manifest\.json is missing"):
+        releases.promote("one")
+    remove(landing, releases, plan(landing, releases, settings, ms(NOW)))
+    assert not Path(releases.path("one")).exists()
+    assert releases.removing() == ()
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}

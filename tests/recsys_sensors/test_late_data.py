@@ -1,65 +1,123 @@
-"""Which hours count as late is found with a few queries, however many hours a file touches."""
+"""Hours that were made without a file are made again, once, whatever the clocks say."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 import pytest
+from builders import event, event_table
 
-from recsys_sensors import late_data
-from recsys_sensors.late_data import CLICKS, _run_starts
+from recsys_assets.resources import Platform
+from recsys_core.events import EVENT_SCHEMA
+from recsys_core.landing import what_was_read
+from recsys_core.settings import Settings
+from recsys_core.tables import CLICKS_HOURLY
+from recsys_sensors.late_data import late_hours
 
 HOURS = [f"2026-01-01T{hour:02}" for hour in range(24)]
-hourly = dg.HourlyPartitionsDefinition("2026-01-01T00", fmt="%Y-%m-%dT%H")
-
-
-@dg.asset(partitions_def=hourly)
-def clicks_hourly() -> None:
-    """By the hour."""
 
 
 @pytest.fixture
 def instance() -> Iterator[dg.DagsterInstance]:
-    with dg.instance_for_test() as made:
+    with dg.DagsterInstance.ephemeral() as made:
         yield made
 
 
-def made(instance: dg.DagsterInstance, hour: str) -> float:
-    """Make an hour in a run of its own. Returns when that had begun."""
-    run_id = dg.materialize([clicks_hourly], partition_key=hour, instance=instance).run_id
-    record = instance.get_run_record_by_id(run_id)
-    assert record is not None
-    assert record.start_time is not None
-    return record.start_time
+@pytest.fixture
+def platform(settings: Settings) -> Platform:
+    start = settings.partitions.model_copy(update={"start": "2026-01-01"})
+    return Platform(settings.model_copy(update={"partitions": start}))
 
 
-@pytest.mark.parametrize("at_once", [1000, 2])
-def test_an_hour_began_with_the_last_run_that_made_it(
-    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, at_once: int
+def arrive(platform: Platform, name: str, *moments: str) -> str:
+    rows = [event(f"{name}-{moment}", "u", "i", moment) for moment in moments]
+    return platform.landing.write_events("app", name, event_table(*rows, schema=EVENT_SCHEMA))
+
+
+def make(platform: Platform, *hours: str) -> None:
+    """As the job does, without Spark: what matters is which files it has read."""
+    said = what_was_read(platform.landing.files(), time.time(), hours)
+    for hour in hours:
+        platform.lake.write(CLICKS_HOURLY, hour, pa.table({"n": [1]}), extra=said[hour])
+
+
+def look(platform: Platform, instance: dg.DagsterInstance, cursor: str | None) -> tuple[list[str], str | None]:
+    """The hours that a tick of the sensor asks for, and its cursor."""
+    result = late_hours(dg.build_sensor_context(instance=instance, cursor=cursor), platform)
+    asked = [request.partition_key or str(request.tags) for request in result.run_requests or []]
+    return asked, result.cursor
+
+
+def test_what_the_hour_was_made_with_is_not_late(platform: Platform, instance: dg.DagsterInstance) -> None:
+    arrive(platform, "a", f"{HOURS[3]}:10")
+    make(platform, HOURS[3])
+    cursor = None
+    for _ in range(3):
+        asked, cursor = look(platform, instance, cursor)
+        assert asked == []
+
+
+def test_an_hour_that_was_never_made_is_not_late(platform: Platform, instance: dg.DagsterInstance) -> None:
+    make(platform, HOURS[4])
+    arrive(platform, "a", f"{HOURS[3]}:10")
+    assert look(platform, instance, None)[0] == []
+
+
+def test_files_that_come_later_make_their_hours_again_as_gapless_stretches(
+    platform: Platform, instance: dg.DagsterInstance
 ) -> None:
-    monkeypatch.setattr(late_data, "HOURS_AT_ONCE", at_once)
-    first, second, third = HOURS[:3]
-    made(instance, first)
-    begun = {second: made(instance, second), first: made(instance, first), third: made(instance, third)}
-    assert _run_starts(instance, HOURS) == begun
-    assert _run_starts(instance, [second]) == {second: begun[second]}
-    assert _run_starts(instance, []) == _run_starts(instance, HOURS[5:]) == {}
+    make(platform, *HOURS)
+    _, cursor = look(platform, instance, None)
+    arrive(platform, "a", f"{HOURS[3]}:10", f"{HOURS[4]}:10", f"{HOURS[9]}:10")
+    asked, cursor = look(platform, instance, cursor)
+    assert len(asked) == 2
+    assert all(hour in asked[0] for hour in (HOURS[3], HOURS[4]))
+    assert asked[1] == HOURS[9]
+    make(platform, *HOURS)
+    assert look(platform, instance, cursor)[0] == []
 
 
-def test_an_hour_that_was_recorded_without_a_run_began_when_it_was(instance: dg.DagsterInstance) -> None:
-    instance.report_runless_asset_event(dg.AssetMaterialization(CLICKS, partition=HOURS[0]))
-    (record,) = instance.fetch_materializations(CLICKS, limit=1).records
-    assert _run_starts(instance, HOURS) == {HOURS[0]: record.timestamp}
+def test_an_hour_is_asked_for_a_few_times_while_it_is_not_made(platform: Platform, instance: dg.DagsterInstance) -> None:
+    make(platform, *HOURS)
+    _, cursor = look(platform, instance, None)
+    arrive(platform, "a", f"{HOURS[3]}:10")
+    times = 0
+    for _ in range(10):
+        asked, cursor = look(platform, instance, cursor)
+        times += asked == [HOURS[3]]
+    assert times == platform.settings.dagster.attempts
+    assert set(json.loads(cursor or "")["asked"]) == {HOURS[3]}
 
 
-def test_a_day_of_hours_is_two_queries(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
-    for hour in HOURS:
-        instance.report_runless_asset_event(dg.AssetMaterialization(CLICKS, partition=hour))
-    asked: list[str] = []
-    for name in ("get_latest_storage_id_by_partition", "fetch_materializations"):
-        query = getattr(dg.DagsterInstance, name)
-        counted = lambda *args, _name=name, _query=query, **kwargs: (asked.append(_name), _query(*args, **kwargs))[1]  # noqa: E731
-        monkeypatch.setattr(dg.DagsterInstance, name, counted)
-    assert set(_run_starts(instance, HOURS)) == set(HOURS)
-    assert asked == ["get_latest_storage_id_by_partition", "fetch_materializations"]
+@pytest.mark.parametrize("off", [0, -300, 300])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_store_of_whole_seconds_or_another_clock_hides_no_file(
+    platform: Platform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, off: int, whole: bool
+) -> None:
+    clock = lambda entry: (int(entry["mtime"]) if whole else entry["mtime"]) + off  # noqa: E731
+    monkeypatch.setattr("recsys_core.landing.written_at", clock)
+    arrive(platform, "first", f"{HOURS[3]}:05")
+    make(platform, *HOURS)
+    asked, cursor = look(platform, instance, None)
+    assert asked == []
+    arrive(platform, "second", f"{HOURS[3]}:10")
+    assert look(platform, instance, cursor)[0] == [HOURS[3]]
+
+
+def test_a_repaired_file_and_one_of_an_old_date_are_found(platform: Platform, instance: dg.DagsterInstance) -> None:
+    path = arrive(platform, "half", f"{HOURS[5]}:10")
+    whole = platform.lake.fs.cat_file(path)
+    platform.lake.fs.pipe_file(path, whole[:-30])
+    make(platform, *HOURS)
+    _, cursor = look(platform, instance, None)
+    platform.lake.fs.pipe_file(path, whole)
+    moved: Any = arrive(platform, "moved", f"{HOURS[7]}:10")
+    for changed in (path, moved):
+        os.utime(changed, (1_000_000, 1_000_000))
+    assert look(platform, instance, cursor)[0] == [HOURS[5], HOURS[7]]

@@ -22,8 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 from snapshots import make_manifest, make_snapshot
 from worlds import World, eventually
 
-from recsys_core.lake import write_atomically
 from recsys_core.release import CHAMPION, Pointer, Releases
+from recsys_core.stores import write_atomically
 from serving.client import RecsysClient, RecsysError
 
 OLD = "2026-01-01.a"

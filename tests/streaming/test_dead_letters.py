@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
-from stream_world import World
+from stream_world import World, in_this_process
 
 from recsys_core.kafka_config import SILENT, client_config
 from recsys_core.settings import KafkaSettings
