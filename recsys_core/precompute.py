@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -224,32 +224,32 @@ def _write_shard(
     users = empty = 0
     for ids in _users_of_shard(lake, plan, shard, settings.cache.batch_users):
         computed_at = now_ms()
-        ids, records = _not_forgotten(lake, ids, read_records(redis, ids, features=snapshot.tower is not None))
+        records = read_records(redis, ids, features=snapshot.tower is not None)
         state = users_of(snapshot, records, snapshot.ranking, user_ids=ids, now=computed_at)
         ranked = rank(snapshot, trend, state, settings.cache.items, snapshot.ranking)
         answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
-        users += _write_answers(redis, ids, answers, records, settings.cache.ttl_seconds)
+        known = {user_id for user_id, record in zip(ids, records, strict=True) if record.known}
+        users += _write_answers(redis, lake, zip(ids, answers, strict=True), known, settings.cache.ttl_seconds)
         empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
     return users, empty
 
 
-def _not_forgotten(lake: Lake, ids: list[str], records: list[UserRecord]) -> tuple[list[str], list[UserRecord]]:
-    """The users and their records but for those who have none because they were forgotten since the hour was counted."""
-    if all(record.known for record in records):
-        return ids, records
-    forgotten = Tombstones.read(lake)
-    kept = [at for at, user in enumerate(ids) if records[at].known or not forgotten.covers_one(user, 0)]
-    return [ids[at] for at in kept], [records[at] for at in kept]
-
-
 def _write_answers(
-    redis: Any, ids: Sequence[str], answers: Sequence[bytes], records: Sequence[UserRecord], ttl_seconds: int
+    redis: Any, lake: Lake, answers: Iterable[tuple[str, bytes]], known: Collection[str], ttl_seconds: int
 ) -> int:
-    """Write the users' answers. What was made from a record is written beside it only: it is gone when they were forgotten."""
-    known = [(user, answer) for user, answer, record in zip(ids, answers, records, strict=True) if record.known]
-    others = [(user, answer) for user, answer, record in zip(ids, answers, records, strict=True) if not record.known]
-    written = write_answers(redis, known, ttl_seconds, beside_record=True) if known else 0
-    return written + (write_answers(redis, others, ttl_seconds) if others else 0)
+    """Write the users' answers but for those who were forgotten since the hour was counted. Returns how many.
+
+    `known` are the users who have a record: what was made from one is written beside it only. Who has none may have been
+    forgotten, which the tombstones tell.
+    """
+    made = list(answers)
+    from_records = [(user, answer) for user, answer in made if user in known]
+    others = [(user, answer) for user, answer in made if user not in known]
+    written = write_answers(redis, from_records, ttl_seconds, beside_record=True) if from_records else 0
+    if others:
+        forgotten = Tombstones.read(lake)
+        written += write_answers(redis, [pair for pair in others if not forgotten.covers_one(pair[0], 0)], ttl_seconds)
+    return written
 
 
 def _users_of_shard(lake: Lake, plan: CachePlan, shard: int, size: int) -> Iterator[list[str]]:
