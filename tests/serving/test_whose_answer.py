@@ -150,6 +150,7 @@ def test_a_batch_is_answered_as_the_single_calls_are(served: World, stub: Recomm
 
 
 def test_a_cached_answer_has_no_context(served: World, stub: RecommenderStub) -> None:
+    forget_answers(served)
     stub.Recommend(pb.RecommendRequest(user_id="ann", context={"ts_ms": 2**62, "device": "toaster"}), timeout=60)
     eventually(lambda: not served.server.ladder._writes)
     assert not served.redis.client.exists(recs_key("ann"))
