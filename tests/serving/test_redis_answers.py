@@ -210,6 +210,20 @@ def test_callers_of_a_slow_redis_get_their_cached_answers_however_many_they_are(
     assert best >= 0.95
 
 
+def test_a_batch_has_the_deadline_of_many_users_and_not_that_of_one(start: Callable[..., World], puppet: Puppet) -> None:
+    """Redis takes 90 ms for what may last 60 for one user."""
+    world = start("standalone", timeout_ms=60)
+    users = [f"user-{n}" for n in range(600)]
+    world.put_answers({user: world.put_known_user(user) for user in users})
+    eventually(lambda: tier(world, users[0]) == "CACHE")
+    puppet.delay = 0.09
+    eventually(lambda: tier(world, users[0]) == "POPULAR")
+    puppet.delay = 0.0
+    eventually(lambda: tier(world, users[0]) == "CACHE")
+    puppet.delay = 0.09
+    assert Counter(answer.tier for answer in world.client.recommend_batch(users)) == {"CACHE": len(users)}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_no_reply_whatever_fails_a_call_or_holds_one_up(start: Callable[..., World], puppet: Puppet, mode: str) -> None:
     world = start(mode)
