@@ -289,9 +289,9 @@ def _write_shard(
                 sound.append((user_id, record))
             else:
                 left_out.add(user_id, record)
-        for some, ranked in _ranked(snapshot, trend, _not_forgotten(lake, sound), settings.cache.items, computed_at, left_out):
+        for some, ranked in _ranked(snapshot, trend, sound, settings.cache.items, computed_at, left_out):
             answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
-            users += _write_answers(redis, some, answers, settings.cache.ttl_seconds)
+            users += _write_answers(redis, lake, some, answers, settings.cache.ttl_seconds)
             empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
     return Shard(plan.attempt, users, empty, started, time.time(), dict(left_out.reasons))
 
@@ -323,20 +323,20 @@ def _ranked(
         left_out.add(user_id, error)
 
 
-def _not_forgotten(lake: Lake, users: list[tuple[str, UserRecord]]) -> list[tuple[str, UserRecord]]:
-    """Users and their records but for those who have none because they were forgotten since the hour was counted."""
-    if all(record.known for _, record in users):
-        return users
-    forgotten = Tombstones.read(lake)
-    return [(user, record) for user, record in users if record.known or not forgotten.covers_one(user, 0)]
+def _write_answers(
+    redis: Any, lake: Lake, users: Sequence[tuple[str, UserRecord]], answers: Sequence[bytes], ttl_seconds: int
+) -> int:
+    """Write the users' answers but for those who were forgotten since the hour was counted. Returns how many.
 
-
-def _write_answers(redis: Any, users: Sequence[tuple[str, UserRecord]], answers: Sequence[bytes], ttl_seconds: int) -> int:
-    """Write the users' answers. What was made from a record is written beside it only: it is gone when they were forgotten."""
-    written = 0
-    for known in (True, False):
-        some = [(user, answer) for (user, record), answer in zip(users, answers, strict=True) if record.known is known]
-        written += write_answers(redis, some, ttl_seconds, beside_record=known) if some else 0
+    What was made from a record is written beside it only. Who has none may have been forgotten, which the tombstones tell.
+    """
+    made = [(user, record.known, answer) for (user, record), answer in zip(users, answers, strict=True)]
+    from_records = [(user, answer) for user, known, answer in made if known]
+    others = [(user, answer) for user, known, answer in made if not known]
+    written = write_answers(redis, from_records, ttl_seconds, beside_record=True) if from_records else 0
+    if others:
+        forgotten = Tombstones.read(lake)
+        written += write_answers(redis, [pair for pair in others if not forgotten.covers_one(pair[0], 0)], ttl_seconds)
     return written
 
 

@@ -16,7 +16,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from recsys_core.index import unit_rows
-from recsys_core.online import CachedAnswer, CorruptValue, UserRecord, first_items, recs_key, user_key, users_of
+from recsys_core.online import (
+    RECORD_FIELDS,
+    CachedAnswer,
+    CorruptValue,
+    UserRecord,
+    first_items,
+    recs_key,
+    user_key,
+    users_of,
+)
 from recsys_core.ranking import Ranked, Snapshot, Users, rank
 from recsys_core.settings import RankingSettings, Settings
 from serving import recsys_pb2 as pb
@@ -144,12 +153,12 @@ class Ladder:
     def _hit(self, loaded: Loaded, raw: Raw, count: int, now: int) -> bytes | None:
         """The cached answer of the release in service, when it is fresh and long enough."""
         fields, value = raw
-        if type(value) is not bytes or type(fields) not in (list, tuple):
+        if type(value) is not bytes or type(fields) not in (list, tuple) or len(fields) != len(RECORD_FIELDS):
             return None
         acted = fields[LAST_TS_AT]
         if acted is None:
             last_ts = 0
-        elif len(acted) < 20 and acted.isdigit():
+        elif type(acted) is bytes and len(acted) < 20 and acted.isdigit():
             last_ts = int(acted)
         else:
             return None

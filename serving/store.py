@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hiredis import ReplyError
 from redis.backoff import NoBackoff
@@ -65,11 +65,16 @@ class LiveTrends:
     """The trend of the speed layer, read in a thread: it takes some milliseconds of the processor, not of a caller."""
 
     def __init__(self, settings: RedisSettings, half_lives_hours: Sequence[float]) -> None:
-        once = Retry(NoBackoff(), 0)
-        self._redis = client(settings, socket_timeout=BACKGROUND_SECONDS, socket_connect_timeout=BACKGROUND_SECONDS, retry=once)
+        self._settings = settings
+        self._redis = self._client()
         self.half_lives_hours = half_lives_hours
         self._reader = LiveTrendReader(half_lives_hours)
         self._reading: asyncio.Task[LiveTrend | None] | None = None
+
+    def _client(self) -> Any:
+        seconds = BACKGROUND_SECONDS
+        once = Retry(NoBackoff(), 0)
+        return client(self._settings, socket_timeout=seconds, socket_connect_timeout=seconds, retry=once)
 
     async def read(self) -> TrendingValue | None:
         """None while there are no live buckets. Raises OSError, and CorruptValue when they can't be read.
@@ -93,9 +98,15 @@ class LiveTrends:
         except RedisError as error:
             if isinstance(error, ResponseError) and WRONG_TYPE in str(error):
                 raise CorruptValue(f"live trends: {error}") from error
+            self._begin_anew()
             raise ConnectionError(str(error)) from error
-        except (ValueError, TypeError) as error:
-            raise CorruptValue(f"live trends: {error}") from error
+        except Exception as error:
+            self._begin_anew()  # redis-py trips over replies of unexpected types, and further ones may lie in its connections
+            raise CorruptValue(f"live trends: {type(error).__name__}: {error}") from error
+
+    def _begin_anew(self) -> None:
+        self._redis.close()
+        self._redis = self._client()
 
     def close(self) -> None:
         if self._reading is not None:
@@ -175,14 +186,15 @@ class Store:
     def state(self, user_id: str, raw: Raw) -> UserState:
         """A user's state from what `read` gave; values that can't be read are counted and passed over."""
         record, answer = raw
-        if isinstance(record, ReplyError):
-            self.note_corrupt(user_key(user_id), record)
+        if not _is_record(record):
+            self.note_corrupt(user_key(user_id), _unexpected(record))
             record = NOTHING[0]
         decoded = None
         try:
-            if isinstance(answer, ReplyError):
-                raise CorruptValue(str(answer))
-            decoded = None if answer is None else CachedAnswer.decode(answer)
+            if type(answer) is bytes:
+                decoded = CachedAnswer.decode(answer)
+            elif answer is not None:
+                raise _unexpected(answer)
         except CorruptValue as error:
             self.note_corrupt(recs_key(user_id), error)
         try:
@@ -243,8 +255,8 @@ class Store:
             shard.master.note_failure(RespError(meaning(value)))
             return None
         try:
-            if type(value) is ReplyError:
-                raise CorruptValue(str(value))
+            if value is not None and type(value) is not bytes:
+                raise _unexpected(value)
             return None if value is None else TrendingValue.decode(value)
         except CorruptValue as error:
             self.note_corrupt(TRENDING_KEY, error)
@@ -291,6 +303,19 @@ class Store:
 
     async def close(self) -> None:
         await self.topology.close()
+
+
+def _is_record(reply: object) -> bool:
+    """Whether a reply is one of HMGET with RECORD_FIELDS."""
+    return (
+        isinstance(reply, list | tuple)
+        and len(reply) == len(RECORD_FIELDS)
+        and all(value is None or type(value) is bytes for value in reply)
+    )
+
+
+def _unexpected(reply: object) -> CorruptValue:
+    return CorruptValue(str(reply) if type(reply) is ReplyError else f"Redis answers with {type(reply).__name__}")
 
 
 def _is_unknown_script(reply: object) -> bool:

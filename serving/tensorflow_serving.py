@@ -68,7 +68,7 @@ class ModelServer:
         except grpc.RpcError as error:
             self._failed(rows, _meaning(error))
             return None
-        except WrongAnswer as error:
+        except ValueError as error:  # a WrongAnswer, or what gRPC says of a channel that is closed
             self._failed(rows, error)
             return None
         finally:
@@ -136,5 +136,5 @@ def array(found: tf_pb.Tensor, shape: tuple[int, int]) -> np.ndarray:
 def _meaning(error: grpc.RpcError) -> Exception:
     """A late answer as TimeoutError, which the breaker bears some of; every other failure as it is."""
     code = error.code()
-    said = f"{code.name}: {error.details()}"
+    said = f"{code.name if code else 'no status'}: {error.details()}"
     return TimeoutError(said) if code is grpc.StatusCode.DEADLINE_EXCEEDED else ConnectionError(said)

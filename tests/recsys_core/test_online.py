@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+import redis as redis_py
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
 from snapshots import make_snapshot, with_two_tower
 
+from recsys_cli.stack import redis_server
+from recsys_core.events import now_ms
 from recsys_core.features import OnlineFeatures
 from recsys_core.item_ids import ItemIds
 from recsys_core.online import (
+    CLOCK_MS,
     RECORD_FIELDS,
     AnswerEncoder,
     CachedAnswer,
     CorruptValue,
     TrendingValue,
     UserRecord,
+    first_items,
     recs_key,
     user_key,
     users_of,
+    write_answers,
+    write_records,
 )
 from recsys_core.settings import RankingSettings
 from recsys_core.tower import TowerInputs
@@ -118,6 +127,86 @@ def test_an_answer_of_another_format_is_corrupt() -> None:
     value = encode_one([0], [1.0])
     with pytest.raises(CorruptValue, match="format 1, this process reads 2"):
         CachedAnswer.decode(b"\x01" + value[1:])
+
+
+@settings(deadline=None, max_examples=200)
+@given(at=st.integers(0, 10_000), to=st.integers(1, 255), count=st.integers(1, 3), long=st.booleans())
+def test_any_byte_that_is_changed_is_noticed(at: int, to: int, count: int, long: bool) -> None:
+    value = bytearray(encode_one([2, 0, 1] if long else [0, 1, 3], [3.0, 2.0, 1.0]))
+    assert first_items(bytes(value), b"r1", count, 200, 100, 50) is not None
+    value[at % len(value)] ^= to
+    assert first_items(bytes(value), b"r1", count, 200, 100, 50) is None
+    with pytest.raises(CorruptValue):
+        CachedAnswer.decode(bytes(value))
+
+
+@settings(deadline=None)
+@given(at=st.integers(0, 400_000), oldest=st.integers(0, 400_000), last_ts=st.integers(0, 400_000), now=st.integers(0, 400_000))
+def test_the_fast_path_takes_exactly_what_is_fresh(at: int, oldest: int, last_ts: int, now: int) -> None:
+    value = encode_one([0, 1, 3], [3.0, 2.0, 1.0], at=at)
+    answer = CachedAnswer.decode(value)
+    fast = first_items(value, b"r1", 2, now, oldest, last_ts)
+    assert (fast is not None) == answer.is_fresh(now, oldest, last_ts)
+    assert fast is None or fast == (answer.first(2), at)
+    assert first_items(value, b"r1", 4, now, oldest, last_ts) is first_items(value, b"r2", 2, now, oldest, last_ts) is None
+
+
+def test_an_answer_is_fresh_up_to_what_two_clocks_may_differ_by() -> None:
+    answer = CachedAnswer.decode(encode_one([0], [1.0], at=1_000_000))
+    assert answer.is_fresh(1_000_000 - CLOCK_MS, 0, 0)
+    assert not answer.is_fresh(1_000_000 - CLOCK_MS - 1, 0, 0)
+
+
+class TestWritingAnswers:
+    """Against a real Redis: which of two answers stays, and whether one may be written at all."""
+
+    @pytest.fixture(scope="class")
+    def redis(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+        with redis_server(tmp_path_factory.mktemp("redis")) as url, redis_py.Redis.from_url(url) as connected:
+            yield connected
+
+    def lying(self, redis: Any) -> int:
+        return CachedAnswer.decode(redis.get(recs_key("u"))).computed_at
+
+    def answer(self, at: int) -> bytes:
+        return encode_one([0], [1.0], at=at)
+
+    @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.differing_executors])
+    @given(times=st.permutations(range(6)))
+    def test_the_newest_stays_in_whatever_order_they_are_written(self, redis: Any, times: list[int]) -> None:
+        redis.flushall()
+        for moment in times:
+            write_answers(redis, [("u", self.answer(now_ms() - 10_000 + moment))], 60)
+        last = self.lying(redis)
+        write_answers(redis, [("u", self.answer(last - 1))], 60)
+        assert self.lying(redis) == last
+
+    def test_what_a_wrong_clock_dated_ahead_gives_way(self, redis: Any) -> None:
+        now = now_ms()
+        write_answers(redis, [("u", self.answer(now + 24 * 3_600_000))], 60)
+        write_answers(redis, [("u", self.answer(now))], 60)
+        assert self.lying(redis) == now
+
+    @pytest.mark.parametrize("junk", [b"", b"\x01", b"\x02", b"\x02" * 40, b"\x01" * 40])
+    def test_what_is_no_answer_gives_way(self, redis: Any, junk: bytes) -> None:
+        redis.set(recs_key("u"), junk)
+        write_answers(redis, [("u", self.answer(now_ms()))], 60)
+        assert self.lying(redis) <= now_ms()
+
+    def test_a_key_of_another_type_gives_way(self, redis: Any) -> None:
+        redis.delete(recs_key("u"))
+        redis.hset(recs_key("u"), "a", "hash")
+        write_answers(redis, [("u", self.answer(5))], 60)
+        assert self.lying(redis) == 5
+
+    def test_what_was_made_from_a_record_is_written_beside_it_only(self, redis: Any) -> None:
+        redis.flushall()
+        assert write_answers(redis, [("u", self.answer(5))], 60, beside_record=True) == 1
+        assert not redis.exists(recs_key("u"))
+        write_records(redis, [("u", UserRecord(last_ts=1))], 60)
+        write_answers(redis, [("u", self.answer(5))], 60, beside_record=True)
+        assert self.lying(redis) == 5
+        assert 0 < redis.ttl(recs_key("u")) <= 60
 
 
 @settings(deadline=None)

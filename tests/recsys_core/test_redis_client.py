@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
 from pydantic import SecretStr, ValidationError
+from redis_cluster import redis_cluster
+from redis_sentinel import watched_redis
 
-from recsys_cli.processes import free_port, wait_until
-from recsys_cli.stack import redis_binary, redis_server
+from recsys_cli.stack import redis_server
 from recsys_core.online import UserRecord, read_records, write_records
 from recsys_core.redis_client import client, is_cluster
 from recsys_core.settings import RedisSettings
@@ -42,46 +39,13 @@ def test_an_acl_user_needs_no_more_than_the_documented_rights(tmp_path: Path) ->
             client(RedisSettings(url=url)).get("x")
 
 
-@contextmanager
-def server(folder: Path, port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [str(redis_binary()), *options, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: answers(port), "a redis", 20, lambda: None)
-        yield running
-    finally:
-        running.kill()
-        running.wait()
-
-
-def answers(port: int) -> bool:
-    try:
-        with redis.Redis(port=port) as probe:
-            return bool(probe.ping())
-    except redis.RedisError:
-        return False
-
-
 def test_a_sentinels_client_follows_the_master(tmp_path: Path) -> None:
-    master, replica, sentinel = free_port(), free_port(), free_port()
-    config = tmp_path / "sentinel.conf"
-    config.write_text(
-        f"sentinel monitor recsys 127.0.0.1 {master} 1\n"
-        "sentinel down-after-milliseconds recsys 500\n"
-        "sentinel failover-timeout recsys 3000\n"
-    )
-    with ExitStack() as held:
-        first = held.enter_context(server(tmp_path / "m", master, "--save", ""))
-        held.enter_context(server(tmp_path / "r", replica, "--save", "", "--replicaof", "127.0.0.1", str(master)))
-        wait_until(lambda: linked(replica), "the replica", 20, lambda: None)
-        held.enter_context(server(tmp_path / "s", sentinel, str(config), "--sentinel"))
-        settings = RedisSettings(mode="sentinel", nodes=[f"127.0.0.1:{sentinel}"])
-        wait_until(lambda: knows_replica(sentinel), "the sentinel", 20, lambda: None)
+    with watched_redis(tmp_path) as watched:
+        settings = RedisSettings(mode="sentinel", nodes=[f"127.0.0.1:{watched.sentinel}"])
         assert writes_and_reads(settings)
         with client(settings) as connected:
             assert connected.wait(1, 5000) == 1
-        first.kill()
+        watched.kill_master()
         deadline = time.monotonic() + 30
         while not follows(settings):
             assert time.monotonic() < deadline
@@ -89,22 +53,27 @@ def test_a_sentinels_client_follows_the_master(tmp_path: Path) -> None:
         assert writes_and_reads(settings)
 
 
-def linked(port: int) -> bool:
-    with redis.Redis(port=port) as probe:
-        return bool(probe.info("replication")["master_link_status"] == "up")
-
-
-def knows_replica(port: int) -> bool:
-    with redis.Redis(port=port) as probe:
-        found: dict[str, Any] = probe.execute_command("SENTINEL MASTERS")
-        return any(int(state["num-slaves"]) == 1 for state in found.values())
-
-
 def follows(settings: RedisSettings) -> bool:
     try:
         return writes_and_reads(settings)
     except redis.RedisError:
         return False
+
+
+def test_a_clusters_client_connects_when_it_is_needed_and_fails_as_the_others_do(tmp_path: Path) -> None:
+    nobody = client(RedisSettings(mode="cluster", nodes=["127.0.0.1:1"]))
+    for call in (lambda: nobody.get("x"), lambda: nobody.pipeline(transaction=False), lambda: nobody.get_primaries()):
+        with pytest.raises(redis.RedisError, match="cannot be connected"):
+            call()
+    nobody.close()
+    with redis_cluster(tmp_path) as nodes:
+        settings = RedisSettings(mode="cluster", nodes=nodes)
+        with client(settings) as connected:
+            assert is_cluster(connected)
+            write_records(connected, [("u", RECORD)], 60)
+            assert read_records(connected, ["u"]) == [RECORD]
+            with pytest.raises(redis.RedisError, match="slot"):
+                connected.pipeline(transaction=False).execute_command("RENAME", "a", "b").execute()
 
 
 def test_nodes_are_named_with_their_ports() -> None:

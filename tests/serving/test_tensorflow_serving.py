@@ -6,9 +6,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from worlds import eventually
@@ -136,6 +139,81 @@ def test_vectors_of_another_shape_are_refused(model: Process, caplog: pytest.Log
     model.tell("wrong")
     assert none_at_all(remote)
     assert "tensor of shape (3, 7)" in caplog.text
+
+
+class Anything:
+    """A gRPC server that answers every call as a test says."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[grpc.ServicerContext], bytes] = lambda _: b""
+        self._server = grpc.server(ThreadPoolExecutor(4))
+        handler = grpc.unary_unary_rpc_method_handler(lambda _, context: self.answer(context))
+        handlers = grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", {"Predict": handler})
+        self._server.add_generic_rpc_handlers((handlers,))
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(None).wait()
+
+
+def right_answer(rows: int = 3, columns: int = 8, **changed: object) -> bytes:
+    """The encoded answer of a model that gives ones, with some fields of its tensor changed."""
+    shape = tf_pb.TensorShape(dim=[tf_pb.TensorShape.Dim(size=size) for size in (rows, columns)])
+    fields = {"dtype": tf_pb.DT_FLOAT, "shape": shape, "content": np.ones((rows, columns), "<f4").tobytes(), **changed}
+    return bytes(tf_pb.PredictResponse(outputs={"vector": tf_pb.Tensor(**fields)}).SerializeToString())
+
+
+def refusing(code: grpc.StatusCode) -> Callable[[grpc.ServicerContext], bytes]:
+    return lambda context: context.abort(code, "no")  # type: ignore[return-value]
+
+
+def hanging(_: grpc.ServicerContext) -> bytes:
+    time.sleep(1)
+    return right_answer()
+
+
+FAULTS: dict[str, Callable[[grpc.ServicerContext], bytes]] = {
+    "hangs": hanging,
+    **{code.name: refusing(code) for code in grpc.StatusCode if code is not grpc.StatusCode.OK},
+    "bytes that are no message": lambda _: b"\xff" * 9,
+    "nothing": lambda _: b"",
+    "another output": lambda _: tf_pb.PredictResponse(outputs={"other": tf_pb.Tensor()}).SerializeToString(),
+    "another type": lambda _: right_answer(dtype=tf_pb.DT_INT32),
+    "no shape": lambda _: right_answer(shape=tf_pb.TensorShape()),
+    "a row less": lambda _: right_answer(rows=2),
+    "too little content": lambda _: right_answer(content=b"\0" * 8),
+    "half a number": lambda _: right_answer(content=b"\0" * 95),
+    "no content": lambda _: right_answer(content=b""),
+    "NaN": lambda _: right_answer(content=np.full(24, np.nan, "<f4").tobytes()),
+    "infinity": lambda _: right_answer(content=np.full(24, np.inf, "<f4").tobytes()),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_hangs_refuses_or_answers_nonsense_gives_nothing_in_time_and_is_used_once_it_works(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.breaker.PAUSE_SECONDS", 0.1)
+    model, metrics = Anything(), Metrics()
+    remote, server = tower(model.port, metrics, timeout_ms=200)
+    try:
+        model.answer = lambda _: right_answer()
+        eventually(lambda: not none_at_all(remote))
+        late = metrics.events["late_scores"]
+        model.answer = FAULTS[fault]
+        began = time.monotonic()
+        assert all(none_at_all(remote) for _ in range(20))
+        assert time.monotonic() - began < 5, "three timeouts at most are waited for"
+        assert metrics.events["late_scores"] == late + 60
+        assert server.breaker.open
+        model.answer = lambda _: right_answer()
+        eventually(lambda: not none_at_all(remote))
+        assert not server.breaker.open
+        server.close()
+        assert none_at_all(remote), "while the process ends"
+    finally:
+        model.stop()
 
 
 def test_bytes_that_are_no_vectors_are_refused() -> None:
