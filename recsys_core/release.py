@@ -55,8 +55,8 @@ CHAMPION = "champion.json"
 SCHEMA_VERSION = 1
 KEPT_CHAMPIONS = 20
 NPY_HEADER_BYTES = 4096
-COPIED_BYTES = 1 << 20
-"""Bytes of a file that are copied and hashed in one step."""
+COPIED_BYTES = 1 << 18
+"""Bytes of a file that are copied and hashed in one step, so many as stay in the processor's cache."""
 FETCHED_BYTES = 1 << 25
 """Bytes that one request to an object store fetches."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}){0,7}")
@@ -527,11 +527,12 @@ class LocalFiles:
         try:
             with self._releases.reached(f"release {release_id}: {name}"):
                 source = self._opened(name)
-            with source, open(to, "wb", buffering=0) as target:
-                while block := self._block(source, name):
-                    target.write(block)
-                    digest.update(block)
-                    size += len(block)
+            room = memoryview(bytearray(COPIED_BYTES))
+            with source, open(to, "wb") as target:
+                while taken := self._read(source, room, name):
+                    target.write(room[:taken])
+                    digest.update(room[:taken])
+                    size += taken
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ReleaseError(f"release {release_id}: {name} is missing") from error
         return size, digest.hexdigest()
@@ -543,9 +544,10 @@ class LocalFiles:
         found: IO[bytes] = self._releases.fs.open(path, "rb", block_size=FETCHED_BYTES)
         return found
 
-    def _block(self, source: IO[bytes], name: str) -> bytes:
+    def _read(self, source: Any, room: memoryview, name: str) -> int:
         with self._releases.reached(f"release {self._manifest.release_id}: {name}"):
-            return source.read(COPIED_BYTES)
+            taken: int = source.readinto(room)
+            return taken
 
 
 @contextmanager

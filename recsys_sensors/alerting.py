@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import dagster as dg
 from dagster._core.definitions.freshness import FreshnessState
@@ -77,7 +78,7 @@ def _happened(context: dg.SensorEvaluationContext, told: Told) -> Iterator[Alert
     """What happened since the last tick and was not told before. Logs that can't be read are read from the same place again."""
     for what, find in (("failed runs", _failed_runs), ("failed checks", _failed_checks)):
         looked = replace(told)
-        found, problem = _seen(context, what, lambda find=find, looked=looked: find(context, looked))
+        found, problem = _seen(context, what, partial(find, context, looked))
         if problem is None:
             told.runs, told.checks = looked.runs, looked.checks
         yield from _changed(told, f"{UNSEEN}{what}", [] if problem is None else [problem])
