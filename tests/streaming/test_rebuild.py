@@ -113,8 +113,7 @@ def test_the_count_of_an_item_is_never_taken_for_a_fence(world: Callable[..., Wo
     one = world(kafka={"partitions": 1})
     chance = random.Random(16)
     one.send(*(one.event(chance, item_id=item) for item in ("@a", "@b", "a", "'", " ") for _ in range(5)))
-    one.start()
-    one.settle(landing=False)
+    rebuild(one.settings, 0)
     [key, *_] = one.redis.scan_iter(match=f"trend:{{{one.identity()}.0}}:*")
     one.redis.hset(key, mapping={"@a": 10**9, "@c": 1})
     assert rebuild(one.settings, 0).differences.different == []
