@@ -105,12 +105,15 @@ class Archive:
         self._lock = threading.Lock()
         self.files = 0
 
-    def landed(self, partition: int) -> tuple[int | None, list[OffsetRange]]:
-        """Up to before which offset the partition is archived without a gap (None: nothing is), and files beyond a gap."""
+    def landed(self, partition: int, identity: str = "") -> tuple[int | None, list[OffsetRange]]:
+        """Up to before which offset the partition is archived without a gap (None: nothing is), and files beyond a gap.
+
+        `identity` is that of the partition, where it has another one than the topic.
+        """
         ranges = [
             held
             for held in self._landing.archived(self._topic)
-            if held.identity == self._identity and held.partition == partition
+            if held.identity == (identity or self._identity) and held.partition == partition
         ]
         end: int | None = None
         for at, held in enumerate(ranges):
@@ -119,9 +122,12 @@ class Archive:
             end = max(end or 0, held.last + 1)
         return end, []
 
-    def start(self, partition: int, offset: int, known: list[OffsetRange], epoch: int) -> None:
-        """Archive a partition from `offset` on, leaving out the ranges that are there already. `epoch` is of its assignment."""
-        held = OffsetRange(self._topic, self._identity, partition, offset, offset)
+    def start(self, partition: int, offset: int, known: list[OffsetRange], epoch: int, identity: str = "") -> None:
+        """Archive a partition from `offset` on, leaving out the ranges that are there already.
+
+        `epoch` is of its assignment, `identity` see `landed`.
+        """
+        held = OffsetRange(self._topic, identity or self._identity, partition, offset, offset)
         with self._lock:
             self._open[partition] = _Open(held, offset, epoch, known=[r for r in known if r.first >= offset])
 

@@ -56,12 +56,14 @@ class Assigned:
 
     Attributes:
         epoch: of its assignment.
-        low: the first offset that the brokers have.
+        identity: in the names of its files.
+        low: the first offset that is its own and that the brokers have.
         committed: what the group knows, -1 when nothing.
         start: from this offset on messages come through the intake.
     """
 
     epoch: int
+    identity: str
     low: int
     committed: int
     start: int
@@ -272,11 +274,11 @@ class Archiver:
         with self._lock:
             new = {n: a for n, a in self._assigned.items() if self._begun.get(n) != a.epoch}
         for number, assigned in new.items():
-            landed, known = self._archive.landed(number)
+            landed, known = self._archive.landed(number, assigned.identity)
             first = max(assigned.low, landed if landed is not None else max(assigned.committed, assigned.low))
             with self._lock:
                 if self._assigned.get(number) is assigned:
-                    self._archive.start(number, first, known, assigned.epoch)
+                    self._archive.start(number, first, known, assigned.epoch, assigned.identity)
                     self._begun[number] = assigned.epoch
 
     def _behind(self) -> dict[int, int]:

@@ -462,7 +462,7 @@ class _Session:
             log.error("%s ends at offset %d and was read up to %d: the brokers lost messages", source, high, start)
             start = high
         if self._archiver is not None:
-            self._archiver.assign(number, Assigned(self._epoch, low, committed, start))
+            self._archiver.assign(number, Assigned(self._epoch, self._topic.identity, low, committed, start))
         return Position(source, self._epoch, redis_from, start, redis_from, redis_from, committed), start
 
     def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
