@@ -68,7 +68,8 @@ class Loaded:
     @cached_property
     def with_unavailable(self) -> Snapshot:
         everything = copy.copy(self.snapshot)
-        everything.__dict__.pop("by_popularity", None)
+        for derived in ("by_popularity", "servable"):
+            everything.__dict__.pop(derived, None)
         everything.__dict__["available"] = np.ones(everything.items.num_rows, bool)
         return everything
 

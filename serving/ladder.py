@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from recsys_core.index import unit_rows
+from recsys_core.index import Part, unit_rows
 from recsys_core.online import CachedAnswer, CorruptValue, UserRecord, first_items, recs_key, user_key, users_of
 from recsys_core.ranking import Ranked, Snapshot, Users, rank
 from recsys_core.settings import RankingSettings, Settings
@@ -390,13 +390,15 @@ def similar_items(loaded: Loaded, item_id: str, options: Options, same_category:
     vector = snapshot.als_items[[position]]
     if not vector.any():
         return response.SerializeToString()
-    servable = _mask(filters, options.filter, snapshot)
-    if same_category:
-        servable = servable & filters.mask_of_category(position)
-    unwanted = np.append(snapshot.positions_of(options.excluded), position)
-    selection = None if servable.all() else np.flatnonzero(servable)
-    found = snapshot.indexes["cosine"].search(vector, options.count + len(unwanted), selection)[0]
-    found = found[(found >= 0) & ~np.isin(found, unwanted)][: options.count]
+    part = snapshot.servable
+    if same_category or options.excluded or options.filter != EVERY_ITEM:
+        servable = _mask(filters, options.filter, snapshot).copy()
+        servable[snapshot.positions_of(options.excluded)] = False
+        if same_category:
+            servable &= filters.mask_of_category(position)
+        part = Part.of(servable)
+    found = snapshot.indexes["cosine"].search(vector, options.count + 1, part)[0]
+    found = found[(found >= 0) & (found != position)][: options.count]
     similarities = unit_rows(snapshot.als_items[found]) @ unit_rows(vector)[0]
     for item, similarity in zip(described(snapshot, found), similarities.tolist(), strict=True):
         response.items.add(**item, similarity=similarity)
