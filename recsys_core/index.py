@@ -9,6 +9,8 @@ reduction to Euclidean distance.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -36,7 +38,10 @@ GATHER_FROM = 8
 SIMILAR_BY_SCAN = 100_000
 """Up to so many items, the similar ones of all are found by comparing all with all."""
 EXHAUSTIVE = 0
-"""The efSearch of an index whose graph does not reach the recall target: all vectors are scanned instead."""
+"""The efSearch of an index whose vectors are scanned, since its graph is slower or misses the recall target."""
+SCAN_MS = 5.0
+"""What a scan may take where the graph misses the recall target."""
+SCANS_TIMED = 32
 
 
 @dataclass(frozen=True)
@@ -347,25 +352,55 @@ def build_index(
 
 
 def tune_index(index: VectorIndex, queries: np.ndarray, settings: IndexSettings, allowed: Part | None = None) -> IndexReport:
-    """Raise efSearch until recall@50 of the queries reaches the target.
+    """Raise efSearch until recall@50 of the queries reaches the target, or find that a scan does better.
 
-    `allowed` are the items that will be searched, None for all. Where some are left out the graph needs a larger efSearch;
-    where none is large enough, searches are exhaustive.
+    `allowed` are the items that will be searched, None for all. Where some are left out the graph needs a larger efSearch. Of
+    more than GRAPH_ABOVE items the search is exhaustive where a scan is faster than the graph, or where the graph misses the
+    target and a scan takes no more than SCAN_MS.
     """
     curve = _tune(index, queries, settings, allowed)
-    reached = curve[-1].recall >= settings.recall_target
-    scanned = allowed is not None and not reached
-    index.ef_search = EXHAUSTIVE if scanned else curve[-1].ef_search
+    best, reached = curve[-1], curve[-1].recall >= settings.recall_target
+    index.ef_search = best.ef_search
+    if not index.scans(allowed):
+        milliseconds = _scan_milliseconds(index, queries, allowed)
+        if milliseconds <= (best.milliseconds if reached else max(best.milliseconds, SCAN_MS)):
+            index.ef_search, reached = EXHAUSTIVE, True
     return IndexReport(
         metric=index.metric,
         items=index.items,
         dimension=index.dimension,
         ef_search=index.ef_search,
-        recall=1.0 if scanned else curve[-1].recall,
-        reached_target=reached or scanned,
+        recall=1.0 if index.ef_search == EXHAUSTIVE else best.recall,
+        reached_target=reached,
         build_seconds=0.0,
         curve=tuple(curve),
     )
+
+
+def _scan_milliseconds(index: VectorIndex, queries: np.ndarray, allowed: Part | None) -> float:
+    """What an exhaustive search takes for one query, the median of some."""
+    scanned = VectorIndex(index.index, index.metric, EXHAUSTIVE)
+    scanned.search(queries[:1], RECALL_AT, allowed)
+    times = []
+    with _one_thread():
+        for query in queries[:SCANS_TIMED, None]:
+            started = time.perf_counter()
+            scanned.search(query, RECALL_AT, allowed)
+            times.append(time.perf_counter() - started)
+    return float(np.median(times)) * 1000
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """FAISS computes on one thread, as it does for a call in serving."""
+    import faiss
+
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 def sample_queries(pool: np.ndarray, settings: IndexSettings, seed: int = 0, noisy: bool = False) -> np.ndarray:
@@ -379,31 +414,24 @@ def sample_queries(pool: np.ndarray, settings: IndexSettings, seed: int = 0, noi
 
 def _tune(index: VectorIndex, queries: np.ndarray, settings: IndexSettings, allowed: Part | None) -> list[CurvePoint]:
     """Points of growing efSearch, the last is the first that reaches the target (or the largest allowed)."""
-    import faiss
-
     vectors = index.vectors
     if allowed is None or not len(allowed):
         allowed = None
         exact = exact_neighbours(queries, vectors, index.metric, RECALL_AT)
     else:
         exact = allowed.positions[exact_neighbours(queries, vectors[allowed.positions], index.metric, RECALL_AT)]
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
     index.search_graph(queries[:8], RECALL_AT)
-    curve = []
-    try:
-        ef = RECALL_AT
-        while True:
+    curve: list[CurvePoint] = []
+    ef = RECALL_AT
+    with _one_thread():
+        while not curve or (curve[-1].recall < settings.recall_target and curve[-1].ef_search < settings.max_ef_search):
             index.ef_search = ef
             started = time.perf_counter()
             found = index.search_graph(queries, exact.shape[1], allowed)
             milliseconds = (time.perf_counter() - started) * 1000 / len(queries)
             curve.append(CurvePoint(ef, recall(found, exact, queries, vectors, index.metric), milliseconds))
-            if curve[-1].recall >= settings.recall_target or ef >= settings.max_ef_search:
-                return curve
             ef = min(ef * 3 // 2, settings.max_ef_search)
-    finally:
-        faiss.omp_set_num_threads(threads)
+    return curve
 
 
 def similar_items(

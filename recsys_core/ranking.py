@@ -391,6 +391,7 @@ def candidates(
     for row, had in users.had.items():
         left_out[row] += len(had)
     crowded = (left_out > bound) | ((left_out > 0) & (np.count_nonzero(found >= 0, axis=1) < n))
+    crowded[list(users.had)] = True
     return _replaced(found, {row: of_one(row, left_out[row]) for row in np.flatnonzero(crowded).tolist()})
 
 
