@@ -21,6 +21,7 @@ from recsys_core.fold_in import gram
 from recsys_core.holdout import TWO_TOWER, NoTwoTower, TwoTower, read_two_tower
 from recsys_core.index import (
     GRAPH_ABOVE,
+    SIMILAR,
     ExactIndex,
     IndexReport,
     Metric,
@@ -28,6 +29,7 @@ from recsys_core.index import (
     Searchable,
     VectorIndex,
     build_index,
+    longest_first,
     sample_queries,
     similar_items,
     tune_index,
@@ -48,7 +50,6 @@ ITEM_INDEX = "item_index"
 POPULAR_ITEMS = "popular_items"
 TRENDING_ITEMS = "trending_items"
 SIMILAR_BLOB = "similar.npy"
-SIMILAR = 50
 METRICS: tuple[Metric, ...] = ("inner_product", "cosine")
 
 
@@ -93,8 +94,6 @@ def fit_als_factors(
 def item_factors(lake: Lake, day: str) -> Factors:
     """The item factors of a day, longest first, then by id: the order of positions in index and release.
 
-    Long vectors are the neighbours of most users; a graph that takes them in first finds more of them (docs/decisions.md).
-
     Raises MissingPartition, and MismatchedParts when users and items are not of one fit.
     """
     fit = lake.get(ALS_FACTORS, day).extra
@@ -103,7 +102,7 @@ def item_factors(lake: Lake, day: str) -> Factors:
             raise MismatchedParts(f"{table} of {day} is not of the fit that als_factors of {day} records: make it again")
     found = read_factors(lake, ALS_FACTORS, day, "items")
     order = np.argsort(found.ids)
-    order = order[np.argsort(-np.linalg.norm(found.vectors[order], axis=1), kind="stable")]
+    order = order[longest_first(found.vectors[order])]
     return Factors(found.ids[order], found.n[order], np.ascontiguousarray(found.vectors[order]))
 
 

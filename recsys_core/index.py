@@ -35,6 +35,8 @@ BLAS_FROM = 1024
 """Queries of so many values together are scanned by a matrix product, faster than one by one; FAISS asks for 128,000."""
 GATHER_FROM = 8
 """With so many queries the vectors of a part are copied together before they are scanned; for fewer a copy costs more."""
+SIMILAR = 50
+"""Similar items that are kept for each."""
 SIMILAR_BY_SCAN = 100_000
 """Up to so many items, the similar ones of all are found by comparing all with all."""
 EXHAUSTIVE = 0
@@ -238,6 +240,14 @@ def lengths_from(vectors: np.ndarray) -> np.ndarray:
     """float32 (n,): the length of the longest vector from each row on, a little more for rounding."""
     lengths = np.linalg.norm(vectors, axis=1).astype(np.float32)
     return np.maximum.accumulate(lengths[::-1])[::-1] * np.float32(1 + 1e-5)
+
+
+def longest_first(vectors: np.ndarray) -> np.ndarray:
+    """What sorts vectors by falling length, equal ones as they stand: the order of items in a release.
+
+    Long vectors are the neighbours of most users; a graph that takes them in first finds more of them (docs/decisions.md).
+    """
+    return np.argsort(-np.linalg.norm(vectors, axis=1), kind="stable")
 
 
 def scan(

@@ -111,7 +111,7 @@ def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, se
     started = time.perf_counter()
     users = 0
     for batch in _batches(lake, ONLINE_FEATURES, day, settings.cache.batch_users, "user records"):
-        records = _records(batch, als_version)
+        records = _records(batch, als_version, settings)
         users += write_records(redis, records, settings.cache.feature_ttl_seconds, settings.ranking.last_items)
     return WriteReport(users, 0, time.perf_counter() - started)
 
@@ -289,10 +289,12 @@ def _batches(lake: Lake, table: str, key: str, rows: int, description: str) -> I
                 bar.update(done, total)
 
 
-def _records(batch: pa.RecordBatch, als_version: str) -> Iterator[tuple[str, UserRecord]]:
+def _records(batch: pa.RecordBatch, als_version: str, settings: Settings) -> Iterator[tuple[str, UserRecord]]:
     for row in batch.to_pylist():
         last = tuple((action[ITEM_ID], action[EVENT_TYPE], action[TS]) for action in row["last"])
         factor = None if row["factor"] is None else np.asarray(row["factor"], np.float32)
         version = als_version if factor is not None else ""
         features = OnlineFeatures.decode(row["features"])
-        yield row[USER_ID], UserRecord(last, row["last_ts"], tuple(row["seen"] or ()), version, factor, features)
+        others = {"last": last, "last_ts": row["last_ts"], "als_version": version, "als": factor, "features": features}
+        most = settings.ranking.max_consumed
+        yield row[USER_ID], UserRecord.with_items(row["seen"] or (), settings.features.history, most, **others)

@@ -157,7 +157,7 @@ def test_users_are_put_together_from_what_the_release_knows() -> None:
         UserRecord(als_version="factors-1", als=np.ones(3, np.float32)),
     ]
     users = users_of(snapshot, records, RankingSettings(last_items=3), [["item-1"], [], ["gone", "item-2"]])
-    assert users.last_items.tolist() == [[5, 6, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert users.last_items.tolist() == [[5, 6, 7], [-1, -1, -1], [-1, -1, -1]]
     assert users.excluded.tolist() == [[5, 6, 1, 7], [-1, -1, -1, -1], [2, -1, -1, -1]]
     np.testing.assert_array_equal(users.als.any(axis=1), [True, False, False])
 
