@@ -321,6 +321,11 @@ class UserRecord:
     features: OnlineFeatures | None = None
     had: bytes = b""
 
+    @property
+    def items_had(self) -> int:
+        """How many items the user had before `last`."""
+        return len(self.seen) + len(self.had) // DIGEST_BYTES
+
     @classmethod
     def with_items(cls, items: Sequence[str], history: int, most: int, **others: Any) -> UserRecord:
         """Of a user that had `items`, most recent first: at most `most`, of which `history` stay readable."""
