@@ -10,6 +10,7 @@ from snapshots import make_snapshot, with_two_tower
 from towers import make_tower
 
 from recsys_core.als import Factors
+from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
 from recsys_core.evaluation import (
     ALS,
     BLEND,
@@ -91,6 +92,36 @@ def test_events_outside_the_day_are_neither_asked_for_nor_known(window):
     write_clicks(window, [("ann", "b", "2026-03-01T23:59"), ("ann", "d", f"{DAY}T00:00"), ("ann", "b", "2026-03-03T00:00")])
     found = split(window)
     assert named(found, 0, found.relevant) == ["d"]
+
+
+def test_only_what_can_be_served_is_asked_for_and_recommended(window, settings):
+    """`b` can't be had: nobody is asked for it, and no model recommends it, though it is the second most popular."""
+    items = [{"item_id": item, "available": item != "b"} for item in "abcd"]
+    merge_catalog(window, pa.Table.from_pylist(items, schema=CATALOG_SCHEMA))
+    write_clicks(
+        window, [("ann", "b", f"{DAY}T01"), ("ann", "d", f"{DAY}T02"), ("eve", "b", f"{DAY}T03"), ("bob", "a", f"{DAY}T04")]
+    )
+    found = split(window)
+    assert found.users.tolist() == ["ann", "bob"], "eve took nothing else"
+    assert [named(found, row, found.relevant) for row in range(2)] == [["d"], ["a"]]
+    recommended = evaluate_day(window, DAY, small(settings), None, "implicit").recommended
+    for ranked in recommended.values():
+        assert not (ranked == found.items.tolist().index("b")).any()
+    assert recommended[POPULAR_WINDOW].tolist() == [[3, -1], [0, 2]]
+    merge_catalog(
+        window, pa.Table.from_pylist([{"item_id": item, "available": False} for item in "abcd"], schema=CATALOG_SCHEMA)
+    )
+    with pytest.raises(NothingToEvaluate, match="new to them, known to the window and available"):
+        split(window)
+
+
+def test_where_things_are_served_again_they_are_asked_for(window, settings):
+    write_clicks(window, [("ann", "a", f"{DAY}T01"), ("ann", "b", f"{DAY}T02")])
+    again = small(settings, exclude_consumed=False)
+    found = time_split(window, BEFORE, DAY, again)
+    assert sorted(named(found, 0, found.relevant)) == ["a", "b"]
+    recommended = evaluate_day(window, DAY, again, None, "implicit").recommended
+    assert recommended[POPULAR_WINDOW].tolist() == [[0, 1]]
 
 
 def test_recent_items_are_the_users_newest_first_and_padded(lake):
