@@ -190,8 +190,10 @@ def _hashes(ids: pa.LargeStringArray) -> npt.NDArray[np.uint32]:
 
 
 def _checks(ids: pa.LargeStringArray) -> npt.NDArray[np.uint32]:
-    """CHECK_BITS of a second hash of each id, uint32 (n,)."""
-    spread = _remainders(ids, CHECK_PRIME) * np.uint64(SPREAD) & np.uint64((1 << 32) - 1)
+    """CHECK_BITS of a second hash of each id, uint32 (n,); the size tells ids apart that end in zeros."""
+    sizes = np.diff(_parts(ids)[0]).astype(np.uint64)
+    mixed = _remainders(ids, CHECK_PRIME) * np.uint64(SPREAD) + sizes * np.uint64(PRIME)
+    spread = mixed & np.uint64((1 << 32) - 1)
     return (spread >> np.uint64(32 - CHECK_BITS)).astype(np.uint32)
 
 
