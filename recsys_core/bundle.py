@@ -198,8 +198,8 @@ def _item_index(
     Where other items are available than those it was made for, it is tuned, and similar items are found, once more.
     """
     extra = lake.get(ITEM_INDEX, day).extra
-    found = {metric: dict(extra[metric]) for metric in METRICS}
-    indexes = {
+    found: dict[str, dict[str, Any]] = {metric: dict(extra[metric]) for metric in METRICS}
+    indexes: dict[Metric, VectorIndex] = {
         metric: VectorIndex.deserialize(
             lake.read_blob(ITEM_INDEX, day, f"{metric}.faiss"), metric, int(found[metric]["ef_search"])
         )

@@ -364,10 +364,12 @@ def build_index(
 def tune_index(index: VectorIndex, queries: np.ndarray, settings: IndexSettings, allowed: Part | None = None) -> IndexReport:
     """Raise efSearch until recall@50 of the queries reaches the target, or find that a scan does better.
 
-    `allowed` are the items that will be searched, None for all. Where some are left out the graph needs a larger efSearch. Of
-    more than GRAPH_ABOVE items the search is exhaustive where a scan is faster than the graph, or where the graph misses the
-    target and a scan takes no more than SCAN_MS.
+    `allowed` are the items that will be searched, None for all. Where some are left out the graph needs a larger efSearch; up to
+    GRAPH_ABOVE of them are scanned anyway. Of more items the search is exhaustive where a scan is faster than the graph, or
+    where the graph misses the target and a scan takes no more than SCAN_MS.
     """
+    if allowed is not None and len(allowed) <= GRAPH_ABOVE:
+        allowed = None
     curve = _tune(index, queries, settings, allowed)
     best, reached = curve[-1], curve[-1].recall >= settings.recall_target
     index.ef_search = best.ef_search
@@ -425,8 +427,7 @@ def sample_queries(pool: np.ndarray, settings: IndexSettings, seed: int = 0, noi
 def _tune(index: VectorIndex, queries: np.ndarray, settings: IndexSettings, allowed: Part | None) -> list[CurvePoint]:
     """Points of growing efSearch, the last is the first that reaches the target (or the largest allowed)."""
     vectors = index.vectors
-    if allowed is None or not len(allowed):
-        allowed = None
+    if allowed is None:
         exact = exact_neighbours(queries, vectors, index.metric, RECALL_AT)
     else:
         exact = allowed.positions[exact_neighbours(queries, vectors[allowed.positions], index.metric, RECALL_AT)]
