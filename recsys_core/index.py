@@ -364,8 +364,8 @@ def build_index(
 def tune_index(index: VectorIndex, queries: np.ndarray, settings: IndexSettings, allowed: Part | None = None) -> IndexReport:
     """Raise efSearch until recall@50 of the queries reaches the target, or find that a scan does better.
 
-    `allowed` are the items that will be searched, None for all. Where some are left out the graph needs a larger efSearch; up to
-    GRAPH_ABOVE of them are scanned anyway. Of more items the search is exhaustive where a scan is faster than the graph, or
+    `allowed` are the items that will be searched, None for all. Where some are left out the graph needs a larger efSearch; up
+    to GRAPH_ABOVE of them are scanned anyway. Of more items the search is exhaustive where a scan is faster than the graph, or
     where the graph misses the target and a scan takes no more than SCAN_MS.
     """
     if allowed is not None and len(allowed) <= GRAPH_ABOVE:
