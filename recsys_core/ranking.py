@@ -375,8 +375,14 @@ def candidates(
     shared = np.concatenate([trending[: settings.trending], popular[:fill]])
     found = _distinct(np.hstack([*near, like, np.broadcast_to(shared, (len(users), len(shared)))]), users.excluded, servable)
 
-    def of_one(row: int, left_out: int) -> np.ndarray:
+    bound = wanted - _least(wanted, all(index.scans(part) for index, _ in searches))
+    crowded = _crowded(users, found, n, bound)
+    if not crowded:
+        return found
+
+    def of_one(row: int) -> np.ndarray:
         own = users.without_excluded(row, servable)
+        left_out = np.count_nonzero(users.excluded[row] >= 0) + len(users.had.get(row, ()))
         searched = zip(searches, near, strict=True)
         lists = [_enough(index, vectors[[row]], found[row], own, part) for (index, vectors), found in searched]
         lists.append(_like_the_last(snapshot, users.last_items[[row]], settings.session_neighbours, own)[0])
@@ -386,13 +392,18 @@ def candidates(
         positions = np.unique(np.concatenate(lists))
         return positions[positions >= 0]
 
-    bound = wanted - _least(wanted, all(index.scans(part) for index, _ in searches))
+    return _replaced(found, {row: of_one(row) for row in crowded})
+
+
+def _crowded(users: Users, found: np.ndarray, n: int, bound: int) -> list[int]:
+    """Rows of users that get searches of their own: more than `bound` items, or all but fewer than `n`, are left out."""
+    short = found[:, n - 1] < 0 if found.shape[1] >= n else np.ones(len(found), bool)
+    if not users.had and users.excluded.shape[1] <= bound and not short.any():
+        return []
     left_out = np.count_nonzero(users.excluded >= 0, axis=1)
-    for row, had in users.had.items():
-        left_out[row] += len(had)
-    crowded = (left_out > bound) | ((left_out > 0) & (np.count_nonzero(found >= 0, axis=1) < n))
+    crowded = (left_out > bound) | (short & (left_out > 0))
     crowded[list(users.had)] = True
-    return _replaced(found, {row: of_one(row, left_out[row]) for row in np.flatnonzero(crowded).tolist()})
+    return np.flatnonzero(crowded).tolist()
 
 
 def _searches(snapshot: Snapshot, queries: Queries) -> list[tuple[Searchable, np.ndarray]]:
