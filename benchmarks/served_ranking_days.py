@@ -21,7 +21,7 @@ from served_ranking_globo import report, write_tables
 
 from recsys_core.evaluation import SERVED, compare
 from recsys_core.events import DAY_MS, day_key, key_start_ms
-from recsys_core.holdout import HISTORY, fit_holdout, time_split, validation_cases
+from recsys_core.holdout import fit_holdout, time_split, validation_cases
 from recsys_core.lake import Lake
 from recsys_core.settings import Settings, load_settings
 from recsys_core.tuning import tune
@@ -71,7 +71,7 @@ def predict(name: str, clicks: pd.DataFrame, days: int, settings: Settings, engi
         lake = Lake(home)
         write_tables(lake, clicks, before, settings)
         started = time.perf_counter()
-        split = time_split(lake, before, day, settings.evaluation.max_users, HISTORY, 24 * days)
+        split = time_split(lake, before, day, settings, 24 * days)
         fitted = fit_holdout(lake, before, day, settings, None, engine)
         tuned = tune(validation_cases(lake, before, settings, None, engine), settings.ranking)
         found = compare(lake, day, split, fitted, tuned, settings)

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from recsys_core.evaluation import SERVED, Evaluation, compare, interval, resamples
 from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, key_start_ms
-from recsys_core.holdout import HISTORY, Split, fit_holdout, time_split, validation_cases
+from recsys_core.holdout import Split, fit_holdout, time_split, validation_cases
 from recsys_core.lake import Lake
 from recsys_core.metrics import per_user
 from recsys_core.settings import Settings, load_settings
@@ -136,7 +136,7 @@ def main() -> None:
         print(f"validation models and tuning: {time.perf_counter() - started:.0f} s", flush=True)
         for name, hours in (("next 6 hours", 6), ("next day", 24)):
             started = time.perf_counter()
-            split = time_split(lake, before, DAY, settings.evaluation.max_users, HISTORY, hours)
+            split = time_split(lake, before, DAY, settings, hours)
             found = compare(lake, DAY, split, fitted, tuned, settings)
             results[name] = report(name, split, found, time.perf_counter() - started)
     assert all(SERVED in result["models"] for result in results.values())

@@ -114,6 +114,7 @@ def _is_trained(passed: bool, metadata: dict[str, str]) -> dg.AssetCheckResult:
         dg.AssetDep(interactions, partition_mapping=window_of_days(3)),
         dg.AssetDep(two_tower, partition_mapping=window_of_days(3)),
         clicks_hourly,
+        "item_catalog",
     ],
     partitions_def=daily,
     group_name=GROUP,

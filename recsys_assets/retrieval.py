@@ -10,7 +10,7 @@ from recsys_core.bundle import build_item_index
 
 
 @dg.asset(
-    deps=[als_factors],
+    deps=[als_factors, "item_catalog"],
     partitions_def=daily,
     group_name="retrieval",
     owners=["team:ml-engineering"],
@@ -18,7 +18,7 @@ from recsys_core.bundle import build_item_index
     pool="training",
 )
 def item_index(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
-    """FAISS HNSW over the item factors, by inner product and by cosine, efSearch tuned to the recall target."""
+    """FAISS HNSW over the item factors, by inner product and by cosine, tuned to the recall target on available items."""
     part, reports = build_item_index(platform.lake, context.partition_key, platform.settings)
     rows = [[r.metric, r.ef_search, r.recall, r.curve[-1].milliseconds, r.build_seconds] for r in reports]
     return dg.MaterializeResult(

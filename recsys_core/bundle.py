@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +14,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.als import AlsReport, Factors, inverse_propensity, iter_factors, read_factors
-from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, read_catalog
+from recsys_core.catalog import CATALOG_KEY, CATALOG_TABLE, read_catalog, with_catalog
 from recsys_core.evaluation import ALS_FACTORS, EVALUATION
 from recsys_core.events import DAY_MS, ITEM_ID, key_start_ms
 from recsys_core.fold_in import gram
 from recsys_core.holdout import TWO_TOWER, NoTwoTower, TwoTower, read_two_tower
-from recsys_core.index import GRAPH_ABOVE, ExactIndex, IndexReport, Metric, Searchable, VectorIndex, build_index, similar_items
+from recsys_core.index import (
+    GRAPH_ABOVE,
+    SIMILAR,
+    ExactIndex,
+    IndexReport,
+    Metric,
+    Part,
+    Searchable,
+    VectorIndex,
+    build_index,
+    longest_first,
+    sample_queries,
+    similar_items,
+    tune_index,
+)
 from recsys_core.lake import Lake, Partition
-from recsys_core.ranking import Snapshot
+from recsys_core.ranking import Snapshot, availability
 from recsys_core.recency import fit_window
 from recsys_core.release import Manifest, Releases, new_release_id, npy_array, npy_bytes
 from recsys_core.settings import IndexSettings, RankingSettings, Settings
@@ -35,7 +50,6 @@ ITEM_INDEX = "item_index"
 POPULAR_ITEMS = "popular_items"
 TRENDING_ITEMS = "trending_items"
 SIMILAR_BLOB = "similar.npy"
-SIMILAR = 50
 METRICS: tuple[Metric, ...] = ("inner_product", "cosine")
 
 
@@ -80,8 +94,6 @@ def fit_als_factors(
 def item_factors(lake: Lake, day: str) -> Factors:
     """The item factors of a day, longest first, then by id: the order of positions in index and release.
 
-    Long vectors are the neighbours of most users; a graph that takes them in first finds more of them (docs/decisions.md).
-
     Raises MissingPartition, and MismatchedParts when users and items are not of one fit.
     """
     fit = lake.get(ALS_FACTORS, day).extra
@@ -90,25 +102,38 @@ def item_factors(lake: Lake, day: str) -> Factors:
             raise MismatchedParts(f"{table} of {day} is not of the fit that als_factors of {day} records: make it again")
     found = read_factors(lake, ALS_FACTORS, day, "items")
     order = np.argsort(found.ids)
-    order = order[np.argsort(-np.linalg.norm(found.vectors[order], axis=1), kind="stable")]
+    order = order[longest_first(found.vectors[order])]
     return Factors(found.ids[order], found.n[order], np.ascontiguousarray(found.vectors[order]))
 
 
 def build_item_index(lake: Lake, day: str, settings: Settings) -> tuple[Partition, list[IndexReport]]:
-    """Replace partition `day` of `item_index`: over `item_factors`, in their order, one HNSW a metric and similar items."""
-    items = item_factors(lake, day).vectors
+    """Replace partition `day` of `item_index`: over `item_factors`, in their order, one HNSW a metric and similar items.
+
+    Searches are for available items, and so are the recall that efSearch is tuned to and the similar items.
+    """
+    factors = item_factors(lake, day)
+    items, available = factors.vectors, availability(with_catalog(factors.ids, read_catalog(lake)))
+    part = Part.of(available, tuned=True)
     queries = next(iter_factors(lake, ALS_FACTORS, day, "users")).vectors
-    blobs: dict[str, bytes] = {}
+    indexes: dict[Metric, VectorIndex] = {}
     reports = []
-    extra: dict[str, Any] = {"factors_version": lake.get(ALS_FACTORS, day).data_version}
+    extra: dict[str, Any] = {
+        "factors_version": lake.get(ALS_FACTORS, day).data_version,
+        "available_version": available_version(available),
+    }
     for metric in METRICS:
-        index, report = build_index(items, metric, settings.index, queries if metric == "inner_product" else None)
-        blobs[f"{metric}.faiss"] = index.serialize()
+        of_users = queries if metric == "inner_product" else None
+        indexes[metric], report = build_index(items, metric, settings.index, of_users, allowed=part)
         reports.append(report)
         extra[metric] = {"ef_search": report.ef_search, "recall": report.recall}
-    similar = similar_items(items, SIMILAR, VectorIndex.deserialize(blobs["cosine.faiss"], "cosine", reports[-1].ef_search))
-    blobs[SIMILAR_BLOB] = npy_bytes(similar)
+    blobs = {f"{metric}.faiss": index.serialize() for metric, index in indexes.items()}
+    blobs[SIMILAR_BLOB] = npy_bytes(similar_items(items, SIMILAR, indexes["cosine"], allowed=part))
     return lake.write_blobs(ITEM_INDEX, day, blobs, rows=len(items), extra=extra), reports
+
+
+def available_version(available: np.ndarray) -> str:
+    """Tells masks of available items apart."""
+    return hashlib.sha256(np.packbits(available).tobytes()).hexdigest()[:16]
 
 
 def assemble(lake: Lake, day: str, release_id: str, settings: Settings | None = None) -> Bundle:
@@ -131,10 +156,13 @@ def assemble(lake: Lake, day: str, release_id: str, settings: Settings | None = 
         about = {"version": two_tower.tower.version, "dimension": two_tower.tower.dimension}
     except NoTwoTower as reason:
         notes[TWO_TOWER] = f"answers come from ALS alone: {reason}"
-    towers, found = _two_tower_index(two_tower, index_settings)
+    items = with_catalog(factors.ids, read_catalog(lake))
+    available = availability(items)
+    indexes, similar, found = _item_index(lake, day, factors.vectors, available, index_settings)
+    towers, of_towers = _two_tower_index(two_tower, index_settings, Part.of(available, tuned=True))
     snapshot = Snapshot(
         release_id=release_id,
-        items=with_catalog(factors.ids, read_catalog(lake)),
+        items=items,
         als_items=factors.vectors,
         als_gram=gram(factors.vectors),
         als_version=parts[ALS_FACTORS].data_version,
@@ -144,13 +172,8 @@ def assemble(lake: Lake, day: str, release_id: str, settings: Settings | None = 
         als_regularization_per_item=fit["regularization_per_item"],
         als_item_weights=inverse_propensity(factors.n, fit["propensity_power"]) if fit["propensity_power"] else None,
         popular=_popularity(lake, day, factors.ids),
-        similar=npy_array(lake.read_blob(ITEM_INDEX, day, SIMILAR_BLOB)),
-        indexes={
-            metric: VectorIndex.deserialize(
-                lake.read_blob(ITEM_INDEX, day, f"{metric}.faiss"), metric, int(index[metric]["ef_search"])
-            )
-            for metric in METRICS
-        },
+        similar=similar,
+        indexes=indexes,
         ranking=_tuned(lake, day, settings.ranking if settings else RankingSettings()),
         two_tower_items=None if two_tower is None else two_tower.items,
         two_tower_index=towers,
@@ -164,11 +187,38 @@ def assemble(lake: Lake, day: str, release_id: str, settings: Settings | None = 
         sources[TWO_TOWER] = {"partition": day, "data_version": lake.get(TWO_TOWER, day).data_version}
     als = {"version": snapshot.als_version, **fit}
     models = {"als": als, TWO_TOWER: about}
-    return Bundle(snapshot, sources, models, {**{metric: index[metric] for metric in METRICS}, **found}, notes)
+    return Bundle(snapshot, sources, models, {**found, **of_towers}, notes)
+
+
+def _item_index(
+    lake: Lake, day: str, vectors: np.ndarray, available: np.ndarray, settings: IndexSettings
+) -> tuple[dict[Metric, VectorIndex], np.ndarray, dict[str, dict[str, Any]]]:
+    """Indexes and similar items of `item_index`, and what the manifest says of the indexes.
+
+    Where other items are available than those it was made for, it is tuned, and similar items are found, once more.
+    """
+    extra = lake.get(ITEM_INDEX, day).extra
+    found: dict[str, dict[str, Any]] = {metric: dict(extra[metric]) for metric in METRICS}
+    indexes: dict[Metric, VectorIndex] = {
+        metric: VectorIndex.deserialize(
+            lake.read_blob(ITEM_INDEX, day, f"{metric}.faiss"), metric, int(found[metric]["ef_search"])
+        )
+        for metric in METRICS
+    }
+    if extra.get("available_version") == available_version(available):
+        return indexes, npy_array(lake.read_blob(ITEM_INDEX, day, SIMILAR_BLOB)), found
+    part = Part.of(available, tuned=True)
+    users = next(iter_factors(lake, ALS_FACTORS, day, "users")).vectors
+    for metric, index in indexes.items():
+        if index.items > GRAPH_ABOVE:
+            pool = users if metric == "inner_product" else vectors
+            report = tune_index(index, sample_queries(pool, settings, noisy=metric == "cosine"), settings, part)
+            found[metric] = {"ef_search": report.ef_search, "recall": report.recall}
+    return indexes, similar_items(vectors, SIMILAR, indexes["cosine"], allowed=part), found
 
 
 def _two_tower_index(
-    two_tower: TwoTower | None, settings: IndexSettings
+    two_tower: TwoTower | None, settings: IndexSettings, part: Part | None
 ) -> tuple[Searchable | None, dict[str, dict[str, Any]]]:
     """An index over the item tower's vectors and what the manifest says of it. Few items are scanned, without a graph."""
     if two_tower is None:
@@ -179,7 +229,7 @@ def _two_tower_index(
     if two_tower.tower.spec.item_bias:
         queries = two_tower.items.copy()
         queries[:, -1] = 1
-    index, report = build_index(two_tower.items, "inner_product", settings, queries)
+    index, report = build_index(two_tower.items, "inner_product", settings, queries, allowed=part)
     return index, {TWO_TOWER: {"ef_search": report.ef_search, "recall": report.recall}}
 
 
@@ -216,15 +266,6 @@ def publish_release(
     complete = releases.write(manifest, bundle.snapshot)
     releases.load(complete.release_id)
     return complete, bundle.snapshot
-
-
-def with_catalog(item_ids: np.ndarray, catalog: pa.Table) -> pa.Table:
-    """CATALOG_SCHEMA rows of `item_ids` in their order; an item that the catalogue lacks is available and untitled."""
-    ids = pa.array(item_ids, pa.string())
-    at = pc.index_in(ids, value_set=catalog[ITEM_ID].combine_chunks())
-    rows = catalog.take(at).set_column(0, CATALOG_SCHEMA.field(ITEM_ID), ids)
-    available = pc.fill_null(rows["available"], True)
-    return rows.set_column(rows.schema.get_field_index("available"), CATALOG_SCHEMA.field("available"), available)
 
 
 def _popularity(lake: Lake, day: str, item_ids: np.ndarray) -> np.ndarray:

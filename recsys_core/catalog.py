@@ -35,6 +35,15 @@ def read_catalog(lake: Lake) -> pa.Table:
     return lake.read(CATALOG_TABLE, CATALOG_KEY).cast(CATALOG_SCHEMA)
 
 
+def with_catalog(item_ids: np.ndarray, catalog: pa.Table) -> pa.Table:
+    """CATALOG_SCHEMA rows of `item_ids` in their order; an item that the catalogue lacks is available and untitled."""
+    ids = pa.array(item_ids, pa.string())
+    at = pc.index_in(ids, value_set=catalog[ITEM_ID].combine_chunks())
+    rows = catalog.take(at).set_column(0, CATALOG_SCHEMA.field(ITEM_ID), ids)
+    available = pc.fill_null(rows["available"], True)
+    return rows.set_column(rows.schema.get_field_index("available"), CATALOG_SCHEMA.field("available"), available)
+
+
 def names_of(lake: Lake, item_ids: Iterable[str]) -> dict[str, str]:
     """What people know each of some items by: its title, or its id where it has none."""
     names = {item: item for item in item_ids}

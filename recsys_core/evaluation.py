@@ -1,9 +1,9 @@
 """Offline evaluation of a day: models fitted on the window before it, full ranking, beside the popularity baselines.
 
 Time split: everything before the day is known, the day is predicted. Ranked for are users seen before, with every
-item of the window; what a user had before is masked. Relevant are the user's items of the day that the window knows
-and the user had not. The weights of the served ranking are tuned on moments of the day before, with models that know
-nothing of that day, and reported on the day.
+available item of the window; what a user had before is masked. Relevant are the user's available items of the day that the
+window knows and the user had not. The weights of the served ranking are tuned on moments of the day before, with models that
+know nothing of that day, and reported on the day.
 
 Intervals are percentiles of the bootstrap over users (Sakai 2006, "Evaluating evaluation metrics based on the bootstrap");
 differences of two models are paired: the same users are drawn for both.
@@ -24,9 +24,9 @@ from recsys_core import progress
 from recsys_core.als import AlsReport, read_factors
 from recsys_core.events import DAY_MS, HOUR_MS, ITEM_ID, day_key, hour_keys, key_start_ms
 from recsys_core.holdout import (
-    HISTORY,
     Models,
     NoTwoTower,
+    Past,
     Split,
     aligned,
     fit_holdout,
@@ -45,7 +45,7 @@ from recsys_core.index import unit_rows
 from recsys_core.lake import Lake, Partition
 from recsys_core.metrics import evaluate, per_user, rank_all
 from recsys_core.popularity import last_hours_popularity, trending_items
-from recsys_core.ranking import Snapshot, Users, rank
+from recsys_core.ranking import Snapshot, rank
 from recsys_core.samples import codes
 from recsys_core.settings import RankingSettings, Settings
 from recsys_core.tables import CLICKS_HOURLY
@@ -107,7 +107,7 @@ class Evaluation:
 def evaluate_day(lake: Lake, day: str, settings: Settings, spark: Callable[[], SparkSession] | None, engine: str) -> Evaluation:
     """Evaluate `day` against models of the day before. Raises NothingToEvaluate, MissingPartition."""
     before = day_key(key_start_ms(day) - DAY_MS)
-    split = time_split(lake, before, day, settings.evaluation.max_users, HISTORY)
+    split = time_split(lake, before, day, settings)
     report = fit_holdout(lake, before, day, settings, spark, engine)
     tuned = tune(validation_cases(lake, before, settings, spark, engine), settings.ranking)
     return compare(lake, day, split, report, tuned, settings)
@@ -148,21 +148,13 @@ def evaluate_snapshot(
     MissingPartition.
     """
     before = day_key(key_start_ms(day) - DAY_MS)
-    split = split or time_split(lake, before, day, settings.evaluation.max_users, HISTORY)
-    at = snapshot.item_ids.positions(split.items)
+    split = split or time_split(lake, before, day, settings)
     there = codes(snapshot.item_ids.array.cast(pa.string()), split.items)
     beyond = np.flatnonzero(there < 0)
     place = there.copy()
     place[beyond] = len(split.items) + np.arange(len(beyond))
-    recent = np.where(split.recent >= 0, at[split.recent], -1)
-    recent = np.take_along_axis(recent, np.argsort(recent < 0, axis=1, kind="stable"), axis=1)
-    seen = split.seen.tocoo()
-    known = at[seen.col] >= 0
-    shape = (len(split.users), snapshot.items.num_rows)
-    had = sp.csr_matrix((np.ones(int(known.sum()), bool), (seen.row[known], at[seen.col[known]])), shape)
-    factors = _factors_of(lake, snapshot, split.users)
     depth = max(settings.evaluation.ks)
-    positions = _ranked(lake, day, snapshot, split.users, factors, recent, had, snapshot.ranking, settings, depth)
+    positions = _ranked(lake, day, snapshot, split, _factors_of(lake, snapshot, split.users), settings, depth)
     recommended = np.where(positions >= 0, place[positions], -1)
     relevant = split.relevant.copy()
     relevant.resize(len(split.users), len(split.items) + len(beyond))
@@ -195,27 +187,27 @@ def _counters(lake: Lake, day: str, split: Split, settings: Settings, depth: int
     weights = dict.fromkeys(settings.events.weights, 1.0)
     fast = clicks and trending_items(clicks, start, weights, (FAST_HALF_LIFE,), len(split.items))
     return {
-        POPULAR_WINDOW: _by_score(split, split.users_of_item, depth),
-        POPULAR_RECENT: _by_score(split, _scores(recent, split.items), depth),
-        POPULAR_FAST: _by_score(split, _scores(fast, split.items), depth),
+        POPULAR_WINDOW: _by_score(split, split.users_of_item, settings, depth),
+        POPULAR_RECENT: _by_score(split, _scores(recent, split.items), settings, depth),
+        POPULAR_FAST: _by_score(split, _scores(fast, split.items), settings, depth),
     }
 
 
 def _models(
     lake: Lake, day: str, split: Split, models: Models, tuned: Tuned, settings: Settings, depth: int
 ) -> dict[str, np.ndarray]:
-    found = {ALS: rank_all(models.als_users, models.als_items, split.seen, depth)}
+    found = {ALS: _best(split, models.als_users, models.als_items, settings, depth)}
     if models.two_tower is None:
         return found
     snapshot = _snapshot(split, models, settings)
-    start, weights = key_start_ms(day), settings.events.weights
-    users = users_then(lake, snapshot, split.users, models.als_users, split.recent, split.seen, start, 1, weights)
+    past = Past(split.users, models.als_users, split.items, split.seen, key_start_ms(day))
+    users = users_then(lake, snapshot, past, settings.ranking, settings)
     assert users.two_tower is not None
-    found[TWO_TOWER] = rank_all(users.two_tower, models.two_tower.items, split.seen, depth)
+    found[TWO_TOWER] = _best(split, users.two_tower, models.two_tower.items, settings, depth)
     # A weighted sum of inner products is the inner product of concatenated vectors.
     share = np.float32(tuned.blend["als"] / snapshot.longest)
     both = np.hstack([share * unit_rows(users.als), np.float32(tuned.blend["two_tower"]) * users.two_tower])
-    found[BLEND] = rank_all(both, np.hstack([models.als_items, models.two_tower.items]), split.seen, depth)
+    found[BLEND] = _best(split, both, np.hstack([models.als_items, models.two_tower.items]), settings, depth)
     return found
 
 
@@ -224,44 +216,28 @@ def served(
 ) -> np.ndarray:
     """The scoring path of serving on the state of the moment before the day: item indices int64 (u, depth)."""
     snapshot = replace(_snapshot(split, models, settings), ranking=ranking)
-    return _ranked(lake, day, snapshot, split.users, models.als_users, split.recent, split.seen, ranking, settings, depth)
+    place = codes(snapshot.item_ids.array.cast(pa.string()), split.items)
+    positions = _ranked(lake, day, snapshot, split, models.als_users, settings, depth)
+    return np.where(positions >= 0, place[positions], -1)
 
 
 def _snapshot(split: Split, models: Models, settings: Settings) -> Snapshot:
-    recent = split.recent[:, : settings.ranking.last_items]
-    return holdout_snapshot(split.items, models, split.popularity, recent, settings)
+    needed = split.recent[split.recent >= 0]
+    return holdout_snapshot(split.items, models, split.popularity, needed, settings, split.available)
 
 
 def _ranked(
-    lake: Lake,
-    day: str,
-    snapshot: Snapshot,
-    user_ids: np.ndarray,
-    factors: np.ndarray,
-    recent: np.ndarray,
-    seen: sp.csr_matrix,
-    ranking: RankingSettings,
-    settings: Settings,
-    depth: int,
+    lake: Lake, day: str, snapshot: Snapshot, split: Split, factors: np.ndarray, settings: Settings, depth: int
 ) -> np.ndarray:
-    """Answers of a snapshot for users as they were before the day."""
+    """Answers of a snapshot, by its own weights, for the users of a split as they were before the day."""
     start = key_start_ms(day)
     trend = trend_then(lake, snapshot, start, settings)
-    ranked = np.empty((len(user_ids), depth), np.int64)
-    for at in range(0, len(user_ids), RANK_USERS):
+    past = Past(split.users, factors, split.items, split.seen, start)
+    ranked = np.empty((len(split.users), depth), np.int64)
+    for at in range(0, len(split.users), RANK_USERS):
         rows = slice(at, at + RANK_USERS)
-        users: Users = users_then(
-            lake,
-            snapshot,
-            user_ids[rows],
-            factors[rows],
-            recent[rows],
-            seen[rows],
-            start,
-            ranking.last_items,
-            settings.events.weights,
-        )
-        ranked[rows] = rank(snapshot, trend, users, depth, ranking).positions
+        users = users_then(lake, snapshot, past.rows(rows), snapshot.ranking, settings)
+        ranked[rows] = rank(snapshot, trend, users, depth, snapshot.ranking).positions
     return ranked
 
 
@@ -292,9 +268,17 @@ def _scores(table: pa.Table | None, items: np.ndarray) -> np.ndarray:
     return scores
 
 
-def _by_score(split: Split, scores: np.ndarray, k: int) -> np.ndarray:
+def _by_score(split: Split, scores: np.ndarray, settings: Settings, k: int) -> np.ndarray:
     everyone = np.ones((len(split.users), 1), np.float32)
-    return rank_all(everyone, scores.astype(np.float32)[:, None], split.seen, k)
+    return _best(split, everyone, scores.astype(np.float32)[:, None], settings, k)
+
+
+def _best(split: Split, users: np.ndarray, items: np.ndarray, settings: Settings, k: int) -> np.ndarray:
+    """The k items of highest inner product that each user may be served, int64 (u, k), padded by -1."""
+    servable = np.flatnonzero(split.available)
+    left_out = split.left_out(settings.ranking)
+    found = rank_all(users, items[servable], None if left_out is None else left_out[:, servable], k)
+    return np.where(found >= 0, servable[found], -1)
 
 
 # -- how it is reported -------------------------------------------------------------------------------------------------

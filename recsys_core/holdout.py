@@ -18,18 +18,21 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from recsys_core.als import AlsReport, Factors, inverse_propensity, read_factors
+from recsys_core.catalog import read_catalog, with_catalog
 from recsys_core.events import DAY_MS, EVENT_TYPE, HOUR_MS, ITEM_ID, TS, USER_ID, day_key, hour_keys, key_start_ms
 from recsys_core.features import OnlineFeatures
 from recsys_core.fold_in import gram
-from recsys_core.index import ExactIndex, similar_items
+from recsys_core.index import SIMILAR, ExactIndex, Part, longest_first, similar_items
+from recsys_core.item_ids import digests, packed
 from recsys_core.lake import Lake
+from recsys_core.online import UserRecord, users_of
 from recsys_core.popularity import popular_items, trending_items
-from recsys_core.ranking import Snapshot, Trend, Users
+from recsys_core.ranking import Snapshot, Trend, Users, availability
 from recsys_core.recency import fit_window
-from recsys_core.samples import codes, distinct_users, most_recent, smallest, validation_span
-from recsys_core.settings import Settings
+from recsys_core.samples import by_recency, codes, distinct_users, most_recent, smallest, validation_span
+from recsys_core.settings import RankingSettings, Settings
 from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS
-from recsys_core.tower import TOWER_FILE, TowerError, TowerInputs, UserTower
+from recsys_core.tower import TOWER_FILE, TowerError, UserTower
 from recsys_core.tuning import Case
 
 if TYPE_CHECKING:
@@ -40,8 +43,6 @@ VALIDATION = "validation_als"
 VALIDATION_WINDOW = "validation_interactions"
 TWO_TOWER = "two_tower"
 USER_FEATURES = "user_features"
-HISTORY = 50
-"""Newest items of a user that the user tower looks at."""
 
 
 class NothingToEvaluate(Exception):
@@ -59,9 +60,10 @@ class Split:
     Attributes:
         users: object (u,), sampled user ids, sorted.
         items: object (n,), item ids of the window, sorted.
-        seen: CSR bool (u, n), what each user had in the window.
+        seen: CSR int32 (u, n), what each user had in the window: 1 for the newest item, 2 for the next.
         recent: int64 (u, k), the user's last items of the window, newest first, padded by -1.
-        relevant: CSR bool (u, n).
+        relevant: CSR bool (u, n), what is asked for: items that each user took, that may be served and are new to them.
+        available: bool (n,), items that may be served.
         outside: int64 (u,), further items that the user took and the window does not know.
         unreachable: sampled users that took nothing but such items; they are in none of the other arrays.
         popularity: float64 (n,), summed weights of the window, with time decay.
@@ -74,11 +76,21 @@ class Split:
     seen: sp.csr_matrix
     recent: np.ndarray
     relevant: sp.csr_matrix
+    available: np.ndarray
     outside: np.ndarray
     unreachable: int
     popularity: np.ndarray
     users_of_item: np.ndarray
     new_item_share: float
+
+    def left_out(self, ranking: RankingSettings) -> sp.csr_matrix | None:
+        """What no model may recommend to each user, CSR, as in serving; None when everything may be."""
+        if not ranking.exclude_consumed:
+            return None
+        newest = self.seen.copy()
+        newest.data[newest.data > ranking.max_consumed] = 0
+        newest.eliminate_zeros()
+        return newest
 
 
 @dataclass(frozen=True)
@@ -100,8 +112,11 @@ class Models:
     two_tower: TwoTower | None
 
 
-def time_split(lake: Lake, before: str, day: str, max_users: int, last_items: int, hours: int = 24) -> Split:
-    """What was known before `day` and what happened in its first `hours`, for at most `max_users` users."""
+def time_split(lake: Lake, before: str, day: str, settings: Settings, hours: int = 24) -> Split:
+    """What was known before `day` and what happened in its first `hours`, for a sample of users.
+
+    Asked for is what can be served: available items, and such that a user had already only where these are not left out.
+    """
     window = lake.dataset(INTERACTIONS, [before])
     if window is None:
         raise NothingToEvaluate(f"the window that ends with {before} has no interactions; evaluate a later day")
@@ -109,7 +124,7 @@ def time_split(lake: Lake, before: str, day: str, max_users: int, last_items: in
     clicks = lake.dataset(CLICKS_HOURLY, hour_keys(start, start + hours * HOUR_MS), missing_ok=True)
     if clicks is None:
         raise NothingToEvaluate(f"{day} has no events in {CLICKS_HOURLY}")
-    sampled = _sample_users(clicks, window, max_users)
+    sampled = _sample_users(clicks, window, settings.evaluation.max_users)
     if not len(sampled):
         raise NothingToEvaluate(f"no user with events on {day} has any in the window before")
     popular = popular_items(window)
@@ -121,22 +136,26 @@ def time_split(lake: Lake, before: str, day: str, max_users: int, last_items: in
     )
     shape = (len(sampled), len(item_ids))
     rows, columns = codes(had[USER_ID], sampled), codes(had[ITEM_ID], item_ids)
-    seen = sp.csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape)
+    seen = by_recency(rows, columns, shape)
+    available = availability(with_catalog(item_ids, read_catalog(lake)))
     day_pairs = clicks.to_table(columns=[USER_ID, ITEM_ID], filter=mine).group_by([USER_ID, ITEM_ID]).aggregate([])
     users, clicked = codes(day_pairs[USER_ID], sampled), codes(day_pairs[ITEM_ID], item_ids)
     known = clicked >= 0
-    happened = sp.csr_matrix((np.ones(int(known.sum()), bool), (users[known], clicked[known])), shape)
-    relevant = sp.csr_matrix(happened > seen.multiply(happened))
+    asked = known & available[clicked]
+    relevant = sp.csr_matrix((np.ones(int(asked.sum()), bool), (users[asked], clicked[asked])), shape)
+    if settings.ranking.exclude_consumed:
+        relevant = sp.csr_matrix(relevant > relevant.multiply(seen.astype(bool)))
     some = np.flatnonzero(np.diff(relevant.indptr))
     if not len(some):
-        raise NothingToEvaluate(f"no user had an item on {day} that is new to them and known to the window")
+        raise NothingToEvaluate(f"no user had an item on {day} that is new to them, known to the window and available")
     outside = np.bincount(users[~known], minlength=len(sampled))
     return Split(
         users=sampled.to_numpy(zero_copy_only=False)[some],
         items=item_ids,
         seen=seen[some],
-        recent=most_recent(rows, columns, len(sampled), last_items)[some],
+        recent=most_recent(rows, columns, len(sampled), settings.ranking.last_items)[some],
         relevant=relevant[some],
+        available=available,
         outside=outside[some],
         unreachable=int(np.count_nonzero((np.diff(relevant.indptr) == 0) & (outside > 0))),
         popularity=popular["score"].take(items).to_numpy(),
@@ -197,20 +216,27 @@ def holdout_snapshot(
     items: np.ndarray,
     models: Models,
     popularity: np.ndarray,
-    recent: np.ndarray,
+    needed: np.ndarray,
     settings: Settings,
     available: np.ndarray | None = None,
 ) -> Snapshot:
-    """A release of the past, searched exhaustively. Similar items are there for those in `recent` alone."""
-    vectors, two_tower = models.als_items, models.two_tower
+    """A release of the past, its items in the order of a release, searched exhaustively.
+
+    `models` and `popularity` are those of `items`, of which those at the positions `needed` get similar items.
+    """
+    order = longest_first(models.als_items)
+    there = np.ones(len(items), bool) if available is None else available[order]
+    vectors, part = models.als_items[order], Part.of(there)
     cosine = ExactIndex(vectors, "cosine")
-    needed = np.unique(recent[recent >= 0])
+    wanted = np.flatnonzero(np.isin(order, needed))
+    weights, two_tower = models.als_item_weights, models.two_tower
+    towers = None if two_tower is None else two_tower.items[order]
     return Snapshot(
         release_id="holdout",
         items=pa.table(
             {
-                ITEM_ID: pa.array(items, pa.string()),
-                "available": np.ones(len(items), bool) if available is None else available,
+                ITEM_ID: pa.array(items[order], pa.string()),
+                "available": there,
                 "category": pa.nulls(len(items), pa.string()),
             }
         ),
@@ -221,73 +247,101 @@ def holdout_snapshot(
         als_base_preference=models.als.base_preference,
         als_regularization=models.als.ridge,
         als_regularization_per_item=models.als.ridge_per_observation,
-        als_item_weights=models.als_item_weights,
-        popular=popularity.astype(np.float32),
-        similar=similar_items(vectors, settings.ranking.session_neighbours, cosine, needed),
+        als_item_weights=None if weights is None else weights[order],
+        popular=popularity[order].astype(np.float32),
+        similar=similar_items(vectors, SIMILAR, cosine, wanted, part),
         indexes={"inner_product": ExactIndex(vectors, "inner_product"), "cosine": cosine},
         ranking=settings.ranking,
-        two_tower_items=None if two_tower is None else two_tower.items,
-        two_tower_index=None if two_tower is None else ExactIndex(two_tower.items, "inner_product"),
+        two_tower_items=towers,
+        two_tower_index=None if towers is None else ExactIndex(towers, "inner_product"),
         tower=None if two_tower is None else two_tower.tower,
     )
 
 
-def users_then(
-    lake: Lake,
-    snapshot: Snapshot,
-    user_ids: np.ndarray,
-    factors: np.ndarray,
-    recent: np.ndarray,
-    seen: sp.csr_matrix,
-    moment: int,
-    last_items: int,
-    weights: Collection[str],
-) -> Users:
-    """The state of users at a moment (ms); events of the types in `weights` are actions."""
-    width = int(np.diff(seen.indptr).max(initial=0))
-    excluded = most_recent(np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.indices, seen.shape[0], width)
-    two_tower = None
+@dataclass(frozen=True)
+class Past:
+    """Some users as they were at a moment.
+
+    Attributes:
+        users: object (u,), their ids.
+        factors: float32 (u, rank), their factors of a snapshot's model, a row of zeros where it does not know one.
+        items: object (n,), item ids.
+        seen: CSR int32 (u, n), what each had until then, as in `Split`.
+        moment: ms since 1970.
+    """
+
+    users: np.ndarray
+    factors: np.ndarray
+    items: np.ndarray
+    seen: sp.csr_matrix
+    moment: int
+
+    def rows(self, which: slice) -> Past:
+        """Some of the users."""
+        return replace(self, users=self.users[which], factors=self.factors[which], seen=self.seen[which])
+
+
+def users_then(lake: Lake, snapshot: Snapshot, past: Past, ranking: RankingSettings, settings: Settings) -> Users:
+    """The state of users at a moment, made as serving makes it: from the records that they would have had."""
+    records = records_then(lake, snapshot, past, settings)
+    return users_of(snapshot, records, ranking, user_ids=past.users.tolist(), now=past.moment)
+
+
+def records_then(lake: Lake, snapshot: Snapshot, past: Past, settings: Settings) -> list[UserRecord]:
+    """The records that users would have had at a moment.
+
+    What only the user tower asks for is there where the snapshot has one: features of the last whole day before the moment,
+    where they were made, and the actions since.
+    """
+    users = pa.array(past.users, pa.string())
+    features: list[OnlineFeatures | None] = [None] * len(users)
+    since: list[list[tuple[str, str, int]]] = [[] for _ in range(len(users))]
     if snapshot.tower is not None:
-        names = snapshot.item_ids.array.to_numpy(zero_copy_only=False)
-        inputs = tower_inputs(lake, user_ids, [names[row[row >= 0]].tolist() for row in recent], moment, weights)
-        two_tower = snapshot.tower.vectors(inputs)
-    return Users(factors, recent[:, :last_items], excluded, two_tower)
+        midnight = past.moment - past.moment % DAY_MS
+        features = _features_then(lake, users, day_key(midnight - DAY_MS))
+        since = _actions_since(lake, users, midnight, past.moment, settings.events.weights)
+    marks, history, most = digests(pa.array(past.items, pa.string())), settings.features.history, settings.ranking.max_consumed
+    records = []
+    for row, (start, end) in enumerate(zip(past.seen.indptr[:-1], past.seen.indptr[1:], strict=True)):
+        had = past.seen.indices[start:end][np.argsort(past.seen.data[start:end])]
+        factor = past.factors[row]
+        records.append(
+            UserRecord(
+                last=tuple(since[row]),
+                last_ts=since[row][0][2] if since[row] else 0,
+                seen=tuple(past.items[had[:history]].tolist()),
+                had=packed(marks[had[history:most]]),
+                als_version=snapshot.als_version,
+                als=factor if factor.any() else None,
+                features=features[row],
+            )
+        )
+    return records
 
 
-def tower_inputs(
-    lake: Lake, user_ids: np.ndarray, history: list[list[str]], moment: int, weights: Collection[str]
-) -> TowerInputs:
-    """Inputs of the user tower at a moment (ms): `user_features` of the last whole day before it, where they were made, and
-    the actions since."""
-    midnight = moment - moment % DAY_MS
-    users = pa.array(user_ids, pa.string())
-    known = [OnlineFeatures(0, 1)] * len(users)
-    day = day_key(midnight - DAY_MS)
+def _features_then(lake: Lake, users: pa.Array, day: str) -> list[OnlineFeatures | None]:
+    """`user_features` of a day of each user, None where it has none."""
+    found: list[OnlineFeatures | None] = [None] * len(users)
     if lake.find(USER_FEATURES, day) and (features := lake.dataset(USER_FEATURES, [day])):
         rows = features.to_table(columns=[USER_ID, "features"], filter=ds.field(USER_ID).isin(users))
-        for at, found in zip(codes(rows[USER_ID], users), rows["features"].to_pylist(), strict=True):
-            known[at] = OnlineFeatures.decode(found)
-    since = _times_since(lake, users, midnight, moment, weights)
-    return TowerInputs(
-        user_ids=list(user_ids),
-        history=history,
-        ts_ms=np.full(len(users), moment, np.int64),
-        device=[features.device for features in known],
-        country=[features.country for features in known],
-        category=[features.category for features in known],
-        counts=np.array([features.counts(moment, since[n]) for n, features in enumerate(known)], np.float32).reshape(-1, 4),
-    )
+        for at, text in zip(codes(rows[USER_ID], users), rows["features"].to_pylist(), strict=True):
+            found[at] = OnlineFeatures.decode(text)
+    return found
 
 
-def _times_since(lake: Lake, users: pa.Array, start: int, end: int, weights: Collection[str]) -> list[list[int]]:
-    """Times (ms) of each user's actions from `start` to before `end`."""
-    found: list[list[int]] = [[] for _ in range(len(users))]
+def _actions_since(
+    lake: Lake, users: pa.Array, start: int, end: int, weights: Collection[str]
+) -> list[list[tuple[str, str, int]]]:
+    """Each user's actions from `start` to before `end` (ms), newest first: item, type and time."""
+    found: list[list[tuple[str, str, int]]] = [[] for _ in range(len(users))]
     clicks = lake.dataset(CLICKS_HOURLY, hour_keys(start, end), missing_ok=True) if start < end else None
     if clicks is not None:
         wanted = (ds.field(TS) >= start) & (ds.field(TS) < end) & ds.field(EVENT_TYPE).isin(pa.array(sorted(weights)))
-        rows = clicks.to_table(columns=[USER_ID, TS], filter=wanted & ds.field(USER_ID).isin(users))
-        for at, ts in zip(codes(rows[USER_ID], users), rows[TS].to_pylist(), strict=True):
-            found[at].append(ts)
+        columns = [USER_ID, ITEM_ID, EVENT_TYPE, TS]
+        rows = clicks.to_table(columns=columns, filter=wanted & ds.field(USER_ID).isin(users))
+        rows = rows.sort_by([(TS, "descending"), (ITEM_ID, "ascending"), (EVENT_TYPE, "ascending")])
+        for at, *action in zip(codes(rows[USER_ID], users), *(rows[name].to_pylist() for name in columns[1:]), strict=True):
+            found[at].append(tuple(action))
     return found
 
 
@@ -345,60 +399,32 @@ def validation_cases(
     moments = range(start, start + days * DAY_MS, horizon)
     had = window.to_table(columns=[USER_ID, ITEM_ID, "first_ts", "last_ts"], filter=ds.field(USER_ID).isin(pool))
     pairs = _Pairs(codes(had[USER_ID], pool), codes(had[ITEM_ID], items), had["first_ts"].to_numpy(), had["last_ts"].to_numpy())
-    wanted = _wanted(pairs, moments, len(pool))
+    wanted = _wanted(pairs, moments, len(pool), settings.ranking)
     if not any(map(len, wanted)):
         return []
     report = fit_window(lake, (table, day), start, (VALIDATION, before), settings.als, spark, engine)
     models = _validation_models(lake, before, start, items, pool, report)
-    recent = {moment: _recent_at(pairs, moment, len(pool)) for moment in moments}
-    lately = np.concatenate([found[:, : settings.ranking.last_items] for found in recent.values()])
+    seen = {moment: _seen_at(pairs, moment, (len(pool), len(items))) for moment in moments}
+    lately = np.concatenate([had.indices[had.data <= settings.ranking.last_items] for had in seen.values()])
     base = holdout_snapshot(items, models, popularity, lately, settings)
+    order = codes(base.items[ITEM_ID], items)
+    ids = pool.to_numpy(zero_copy_only=False)
 
     def case(moment: int, end: int, users: np.ndarray) -> Case:
-        return _case(lake, base, first_seen < moment, pairs, pool, users, models, recent[moment], (moment, end), settings)
+        known = first_seen < moment
+        snapshot = replace(base, items=base.items.set_column(1, "available", pa.array(known[order])))
+        next_ones = pairs.take(_taken(pairs, moment, end, settings.ranking))
+        there = next_ones.take(known[next_ones.columns])
+        relevant = sp.csr_matrix((np.ones(len(there.rows), bool), (there.rows, there.columns)), seen[moment].shape)
+        outside = np.bincount(next_ones.rows[~known[next_ones.columns]], minlength=len(pool))
+        past = Past(ids[users], models.als_users[users], items, seen[moment][users], moment)
+        state = users_then(lake, snapshot, past, settings.ranking, settings)
+        return Case(snapshot, trend_then(lake, snapshot, moment, settings), state, relevant[users][:, order], outside[users])
 
     cases = [case(moment, moment + horizon, users) for moment, users in zip(moments, wanted, strict=True) if len(users)]
     whole = range(start, moments.stop, moments.stop - start)
-    (returned,) = _wanted(pairs, whole, len(pool))
+    (returned,) = _wanted(pairs, whole, len(pool), settings.ranking)
     return [*cases, replace(case(start, whole.stop, returned), whole=True)]
-
-
-def _case(
-    lake: Lake,
-    base: Snapshot,
-    known: np.ndarray,
-    pairs: _Pairs,
-    pool: pa.Array,
-    users: np.ndarray,
-    models: Models,
-    recent: np.ndarray,
-    span: tuple[int, int],
-    settings: Settings,
-) -> Case:
-    moment, end = span
-    items = base.items.set_column(1, "available", pa.array(known))
-    snapshot = replace(base, items=items)
-    shape = (len(pool), len(known))
-    past = pairs.take(pairs.first < moment)
-    seen = sp.csr_matrix((np.ones(len(past.rows), bool), (past.rows, past.columns)), shape)[users]
-    next_ones = pairs.take((pairs.first >= moment) & (pairs.first < end))
-    reachable = known[next_ones.columns]
-    there = next_ones.take(reachable)
-    relevant = sp.csr_matrix((np.ones(len(there.rows), bool), (there.rows, there.columns)), shape)[users]
-    outside = np.bincount(next_ones.rows[~reachable], minlength=len(pool))[users]
-    ids = pool.to_numpy(zero_copy_only=False)[users]
-    state = users_then(
-        lake,
-        snapshot,
-        ids,
-        models.als_users[users],
-        recent[users],
-        seen,
-        moment,
-        settings.ranking.last_items,
-        settings.events.weights,
-    )
-    return Case(snapshot, trend_then(lake, snapshot, moment, settings), state, relevant, outside)
 
 
 def _items_of(window: ds.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -442,23 +468,30 @@ def _window_then(lake: Lake, window: ds.Dataset, before: str, start: int) -> tup
     return VALIDATION_WINDOW, before
 
 
-def _wanted(pairs: _Pairs, moments: range, users: int) -> list[np.ndarray]:
-    """Users of each moment: with something before it and something new after it."""
-    length = moments.step
+def _wanted(pairs: _Pairs, moments: range, users: int, ranking: RankingSettings) -> list[np.ndarray]:
+    """Users of each moment: with something before it and something that may be asked for after it."""
     found = []
     for moment in moments:
         had = np.bincount(pairs.rows[pairs.first < moment], minlength=users) > 0
-        takes = np.bincount(pairs.rows[(pairs.first >= moment) & (pairs.first < moment + length)], minlength=users) > 0
-        found.append(np.flatnonzero(had & takes))
+        taken = _taken(pairs, moment, moment + moments.step, ranking)
+        found.append(np.flatnonzero(had & (np.bincount(pairs.rows[taken], minlength=users) > 0)))
     return found
 
 
-def _recent_at(pairs: _Pairs, moment: int, users: int) -> np.ndarray:
-    """The newest items of each user at a moment; a pair that went on after it counts from when it began."""
+def _taken(pairs: _Pairs, start: int, end: int, ranking: RankingSettings) -> np.ndarray:
+    """bool (n,): pairs that began from `start` to before `end` (ms), and where what a user had is served those that went on."""
+    began = (pairs.first >= start) & (pairs.first < end)
+    if ranking.exclude_consumed:
+        return began
+    return began | ((pairs.first < start) & (pairs.last >= start) & (pairs.last < end))
+
+
+def _seen_at(pairs: _Pairs, moment: int, shape: tuple[int, int]) -> sp.csr_matrix:
+    """What each user had until a moment, as in `Split`; a pair that went on after it counts from when it began."""
     past = pairs.take(pairs.first < moment)
     when = np.where(past.last < moment, past.last, past.first)
     order = np.lexsort((past.columns, -when))
-    return most_recent(past.rows[order], past.columns[order], users, HISTORY)
+    return by_recency(past.rows[order], past.columns[order], shape)
 
 
 def _validation_models(lake: Lake, before: str, start: int, items: np.ndarray, pool: pa.Array, report: AlsReport) -> Models:

@@ -1,6 +1,7 @@
 """The Redis contract: keys, the cached answer, the user's record, and their batch writers.
 
-    user:{<user_id>}   hash: `last` [[item_id, event_type, ts_ms], …] newest first, `last_ts`, `seen` [item_id, …],
+    user:{<user_id>}   hash: `last` [[item_id, event_type, ts_ms], …] newest first, `last_ts`, `seen` [item_id, …] newest first,
+                       after which NUL and six bytes of each older item may come (`item_ids.digests`),
                        `als` <factor version> NUL <float32 vector>, `features` see `OnlineFeatures`; of the speed layer
                        `stream` (counters and session) and `@<source>`, the last offset applied from a Kafka partition
     recs:{<user_id>}   string: the answer, see `AnswerEncoder`
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.features import OnlineFeatures, user_inputs
-from recsys_core.item_ids import ItemIds
+from recsys_core.item_ids import DIGEST_BYTES, ItemIds, digests, packed, unpacked
 from recsys_core.ranking import Scores, Snapshot, Users
 from recsys_core.redis_client import Script, run_calls
 from recsys_core.settings import RankingSettings
@@ -356,7 +357,8 @@ class UserRecord:
     Attributes:
         last: the last actions, newest first: (item_id, event_type, ts in ms).
         last_ts: time of the last action in ms, 0 when unknown.
-        seen: items the user had, most recent first.
+        seen: items the user had, most recent first, as many as a history has.
+        had: the digests of the items that the user had before those, packed.
         als_version: version of the factors that `als` belongs to.
         als: float32 (rank,) or None.
         features: batch features of the last night, or None.
@@ -368,11 +370,22 @@ class UserRecord:
     als_version: str = ""
     als: np.ndarray | None = None
     features: OnlineFeatures | None = None
+    had: bytes = b""
+
+    @property
+    def items_had(self) -> int:
+        """How many items the user had before `last`."""
+        return len(self.seen) + len(self.had) // DIGEST_BYTES
+
+    @classmethod
+    def with_items(cls, items: Sequence[str], history: int, most: int, **others: Any) -> UserRecord:
+        """Of a user that had `items`, most recent first: at most `most`, of which `history` stay readable."""
+        return cls(seen=tuple(items[:history]), had=packed(digests(items[history:most])), **others)
 
     @property
     def known(self) -> bool:
         """Whether anything is known of the user."""
-        return bool(self.last or self.last_ts or self.seen or self.als is not None or self.features is not None)
+        return bool(self.last or self.last_ts or self.items_had or self.als is not None or self.features is not None)
 
     @classmethod
     def decode(cls, values: Sequence[bytes | None]) -> UserRecord:
@@ -387,13 +400,17 @@ class UserRecord:
             moment = int(last_ts) if last_ts else 0
             if moment > LATEST_MOMENT or (actions and actions[0][2] > LATEST_MOMENT):
                 raise ValueError("an action of a time that no calendar has")
+            newest, _, had = seen.partition(b"\0") if seen else (b"", b"", b"")
+            if len(had) % DIGEST_BYTES:
+                raise ValueError(f"{len(had)} bytes are no digests of items")
             return cls(
                 last=actions,
                 last_ts=moment,
-                seen=tuple(map(str, orjson.loads(seen))) if seen else (),
+                seen=tuple(map(str, orjson.loads(newest))) if newest else (),
                 als_version=version,
                 als=vector,
                 features=OnlineFeatures.decode(features) if features else None,
+                had=had,
             )
         except (ValueError, TypeError, OverflowError) as error:
             raise CorruptValue(f"user record: {error}") from error
@@ -406,7 +423,7 @@ class UserRecord:
         if self.last_ts:
             fields[LAST_TS] = str(self.last_ts).encode()
         if self.seen:
-            fields[SEEN] = orjson.dumps(self.seen)
+            fields[SEEN] = orjson.dumps(self.seen) + (b"\0" + self.had if self.had else b"")
         if self.als is not None:
             fields[ALS] = self.als_version.encode() + b"\0" + np.ascontiguousarray(self.als, "<f4").tobytes()
         if self.features is not None:
@@ -421,6 +438,8 @@ def _factor(value: bytes) -> tuple[str, np.ndarray | None]:
     return (version, vector) if math.isfinite(vector.dot(vector)) else ("", None)
 
 
+FEW_HAD = 150
+"""Digests of a user that are left out together with those of the other users; more are left out user by user."""
 FEW_ACTIONS = 64
 """Up to so many actions are faster one by one."""
 
@@ -478,9 +497,9 @@ def users_of(
     for row, record in enumerate(records):
         if record.als is not None and record.als_version == snapshot.als_version and len(record.als) == als.shape[1]:
             als[row] = record.als
-    last, exclusions = _last_and_excluded(snapshot, records, settings, excluded)
+    last, exclusions, had = _last_and_excluded(snapshot, records, settings, excluded)
     if snapshot.tower is None:
-        return Users(als, last, exclusions)
+        return Users(als, last, exclusions, had=had)
     moments = [record.last_ts + 1 if now is None else now for record in records]
     known = [
         user_inputs(r.last, r.seen, r.features or OnlineFeatures(0, 1), moment, snapshot.tower.spec.history)
@@ -495,24 +514,75 @@ def users_of(
         category=[user.category for user in known],
         counts=np.array([user.counts for user in known], np.float32).reshape(len(known), 4),
     )
-    return Users(als, last, exclusions, snapshot.tower.vectors(inputs))
+    return Users(als, last, exclusions, snapshot.tower.vectors(inputs), had)
+
+
+def consumed(snapshot: Snapshot, record: UserRecord, most: int) -> np.ndarray:
+    """int64: positions of the items that a user had, those of `last` and the `most` newest others, that the release knows."""
+    had = snapshot.item_ids.positions_of_digests(_digests_of(record, most))
+    named = snapshot.positions_of([*(item for item, _, _ in record.last), *record.seen[:most]])
+    return np.concatenate([named, had[had >= 0]])
+
+
+def _digests_of(record: UserRecord, most: int) -> np.ndarray:
+    return unpacked(record.had[: max(0, most - len(record.seen)) * DIGEST_BYTES])
 
 
 def _last_and_excluded(
     snapshot: Snapshot, records: Sequence[UserRecord], settings: RankingSettings, excluded: Sequence[Sequence[str]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """`Users.last_items` and `Users.excluded`, all their ids looked up together."""
-    consumed = settings.exclude_consumed
-    seen = settings.max_consumed if consumed else 0
-    others = [[*(excluded[row] if excluded else ()), *record.seen[:seen]] for row, record in enumerate(records)]
-    wanted = [item for r, more in zip(records, others, strict=True) for item in (*(action[0] for action in r.last), *more)]
-    sizes = [size for r, more in zip(records, others, strict=True) for size in (len(r.last), len(more))]
-    positions = snapshot.item_ids.positions(wanted)
-    # Parts of the rows by turns: what the user did last, then what else is left out.
+) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+    """`Users.last_items`, `Users.excluded` and `Users.had`, all their ids looked up together.
+
+    The last items are the newest distinct ones, those of `last` before those of `seen`.
+    """
+    most = settings.max_consumed if settings.exclude_consumed else 0
+    lists = [
+        ids
+        for row, record in enumerate(records)
+        for ids in ([action[0] for action in record.last], excluded[row] if excluded else (), record.seen)
+    ]
+    sizes = np.fromiter(map(len, lists), np.int64, len(lists))
+    positions = snapshot.item_ids.positions([item for ids in lists for item in ids])
     parts = np.repeat(np.arange(len(sizes)), sizes)
-    acted, known = parts % 2 == 0, positions >= 0
-    last = _padded(parts // 2, positions, known & acted, len(records), settings.last_items)
-    return last, _padded(parts // 2, positions, known & (~acted | consumed), len(records))
+    rows, kind = parts // 3, parts % 3
+    within = np.arange(len(parts)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    known, asked = positions >= 0, kind == 1
+    newest = [_padded(rows, positions, known & (kind == which), len(records)) for which in (0, 2)]
+    had_too = known & (asked | (settings.exclude_consumed & ((kind == 0) | (within < most))))
+    rows, positions, had = _with_digests(snapshot, records, rows[had_too], positions[had_too], most)
+    everything = np.ones(len(rows), bool)
+    return _first_distinct(np.hstack(newest), settings.last_items), _padded(rows, positions, everything, len(records)), had
+
+
+def _with_digests(
+    snapshot: Snapshot, records: Sequence[UserRecord], rows: np.ndarray, positions: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+    """Rows and positions with those of the records' digests, and apart, by row, those of users that had very many items."""
+    found = [_digests_of(record, most) for record in records] if any(record.had for record in records) else []
+    sizes = np.array([len(of_user) for of_user in found], np.int64)
+    if not sizes.any():
+        return rows, positions, {}
+    more, owners = snapshot.item_ids.positions_of_digests(np.concatenate(found)), np.repeat(np.arange(len(sizes)), sizes)
+    ends = np.cumsum(sizes)
+    many = np.flatnonzero(sizes > FEW_HAD)
+    apart = {int(row): more[ends[row] - sizes[row] : ends[row]] for row in many}
+    few = (more >= 0) & (sizes[owners] <= FEW_HAD)
+    rows, positions = np.concatenate([rows, owners[few]]), np.concatenate([positions, more[few]])
+    order = np.argsort(rows, kind="stable")
+    return rows[order], positions[order], {row: of_user[of_user >= 0] for row, of_user in apart.items()}
+
+
+def _first_distinct(rows: np.ndarray, count: int) -> np.ndarray:
+    """int64 (b, count): the first distinct positions of each row, padded by -1."""
+    repeated = rows < 0
+    for at in range(1, rows.shape[1]):
+        repeated[:, at] |= (rows[:, :at] == rows[:, at : at + 1]).any(axis=1)
+    order = np.argsort(repeated, axis=1, kind="stable")[:, :count]
+    found = np.full((len(rows), count), -1, np.int64)
+    found[:, : order.shape[1]] = np.where(
+        np.take_along_axis(repeated, order, axis=1), -1, np.take_along_axis(rows, order, axis=1)
+    )
+    return found
 
 
 def _padded(rows: np.ndarray, positions: np.ndarray, chosen: np.ndarray, count: int, width: int | None = None) -> np.ndarray:

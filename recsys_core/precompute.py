@@ -145,7 +145,7 @@ def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, se
     users = 0
     left_out = LeftOut(f"online features of {day}")
     for batch in _batches(lake, ONLINE_FEATURES, day, settings.cache.batch_users, "user records"):
-        records = _records(batch, als_version, left_out)
+        records = _records(batch, als_version, settings, left_out)
         users += write_records(redis, records, settings.cache.feature_ttl_seconds, settings.ranking.last_items)
     return WriteReport(users, 0, time.perf_counter() - started, dict(left_out.reasons))
 
@@ -404,19 +404,22 @@ def _batches(lake: Lake, table: str, key: str, rows: int, description: str) -> I
                 bar.update(done, total)
 
 
-def _records(batch: pa.RecordBatch, als_version: str, left_out: LeftOut) -> Iterator[tuple[str, UserRecord]]:
+def _records(
+    batch: pa.RecordBatch, als_version: str, settings: Settings, left_out: LeftOut
+) -> Iterator[tuple[str, UserRecord]]:
     for row in batch.to_pylist():
         try:
-            yield row[USER_ID], _record(row, als_version)
+            yield row[USER_ID], _record(row, als_version, settings)
         except (ValueError, TypeError) as error:
             left_out.add(row[USER_ID], error)
 
 
-def _record(row: dict[str, Any], als_version: str) -> UserRecord:
+def _record(row: dict[str, Any], als_version: str, settings: Settings) -> UserRecord:
     last = tuple((action[ITEM_ID], action[EVENT_TYPE], action[TS]) for action in row["last"])
     factor = None if row["factor"] is None else np.asarray(row["factor"], np.float32)
     if factor is not None and not np.isfinite(factor).all():
         factor = None
     version = als_version if factor is not None else ""
     features = OnlineFeatures.decode(row["features"])
-    return UserRecord(last, row["last_ts"], tuple(row["seen"] or ()), version, factor, features)
+    others = {"last": last, "last_ts": row["last_ts"], "als_version": version, "als": factor, "features": features}
+    return UserRecord.with_items(row["seen"] or (), settings.features.history, settings.ranking.max_consumed, **others)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.fold_in import fold_in
-from recsys_core.index import Metric, Searchable, one_faiss_thread, unit_rows
+from recsys_core.index import RECALL_AT, Metric, Part, Searchable, one_faiss_thread, unit_rows
 from recsys_core.item_ids import ItemIds
 from recsys_core.settings import RankingSettings
 from recsys_core.tower import UserTower
@@ -38,6 +38,9 @@ SPAN = 256
 GATHERED = 8
 """Users whose candidates' vectors are gathered at a time: they stay in the processor's cache until they are multiplied."""
 SPANS_FOR_THREADS = 3
+WALKED = 4
+"""A graph is trusted for a user as long as no more than the fourth part of what it found is left out: those further away than
+the RECALL_AT nearest are found less surely."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Snapshot:
         als_regularization, als_regularization_per_item: its ridge for a user of n items is the first + n × the second.
         als_item_weights: float32 (n,), what an interaction with each item weighed in the fit; None: all the same.
         popular: float32 (n,), popularity of the window, >= 0.
-        similar: int32 (n, k), the nearest other items of each by cosine, nearest first, padded by -1.
+        similar: int32 (n, k), the nearest other available items of each by cosine, nearest first, padded by -1.
         indexes: HNSW by metric over `als_items`.
         ranking: the weights that the release was tuned to.
         two_tower_items: float32 (n, d), vectors of the item tower, zeros where it lacks an item; None: no model.
@@ -94,7 +97,12 @@ class Snapshot:
     @cached_property
     def available(self) -> np.ndarray:
         """bool (n,): items that may be recommended."""
-        return np.asarray(pc.fill_null(self.items["available"], True).to_numpy(zero_copy_only=False), dtype=bool)
+        return availability(self.items)
+
+    @cached_property
+    def servable(self) -> Part | None:
+        """The available items as a part of all, None where all are; the indexes are tuned with it."""
+        return Part.of(self.available, tuned=True)
 
     @cached_property
     def norms(self) -> np.ndarray:
@@ -136,6 +144,11 @@ class Snapshot:
         """int64: positions of those item ids that the release knows, in order."""
         positions = self.item_ids.positions(list(item_ids))
         return positions[positions >= 0]
+
+
+def availability(items: pa.Table) -> np.ndarray:
+    """bool (n,): catalogue rows that may be recommended; one that does not say may."""
+    return np.asarray(pc.fill_null(items["available"], True).to_numpy(zero_copy_only=False), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -185,20 +198,32 @@ class Users:
         last_items: int64 (b, k), positions of the last items, newest first, padded by -1.
         excluded: int64 (b, x), positions that may not be returned, padded by -1.
         two_tower: float32 (b, d), vectors of the user tower, a row of zeros where it knows nothing; None: no such model.
+        had: by row, int64, further positions that may not be returned, for users that had very many items.
     """
 
     als: np.ndarray
     last_items: np.ndarray
     excluded: np.ndarray
     two_tower: np.ndarray | None = None
+    had: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.als)
 
-    def rows(self, which: slice | np.ndarray) -> Users:
+    def rows(self, which: slice) -> Users:
         """Some of the users."""
+        start, end, _ = which.indices(len(self))
+        had = {row - start: self.had[row] for row in self.had if start <= row < end} if self.had else self.had
         two_tower = None if self.two_tower is None else self.two_tower[which]
-        return Users(self.als[which], self.last_items[which], self.excluded[which], two_tower)
+        return Users(self.als[which], self.last_items[which], self.excluded[which], two_tower, had)
+
+    def without_excluded(self, row: int, servable: np.ndarray) -> np.ndarray:
+        """bool (items,): what of `servable` may be returned to a user."""
+        own = servable.copy()
+        own[self.excluded[row][self.excluded[row] >= 0]] = False
+        if row in self.had:
+            own[self.had[row]] = False
+        return own
 
 
 @dataclass(frozen=True)
@@ -333,39 +358,109 @@ def candidates(
 
     Neighbours of the user by ALS and by the two-tower model, items like the last ones, trending and popular items, without
     what is excluded or not available.
+
+    What nobody may have is left out inside the searches. What one user may not have is left out of what was found, as long as
+    enough of it is left; a user of whom too little is left gets searches and lists of their own.
     """
-    servable = snapshot.available if allowed is None else snapshot.available & allowed
-    selection = None if allowed is None else np.flatnonzero(servable)
-    fill = max(settings.popular, n)
-    popular = snapshot.by_popularity
-    trending = trend.order
-    if selection is not None:
+    servable, part, trending, popular = snapshot.available, snapshot.servable, trend.order, snapshot.by_popularity
+    if allowed is not None:
+        servable = servable & allowed
+        part = Part.of(servable)
         popular, trending = popular[servable[popular]], trending[servable[trending]]
-    shared = np.concatenate([trending[: settings.trending], popular[:fill]])
+    searches = _searches(snapshot, queries)
     wanted = max(settings.candidates, n)
-    found = [
-        _neighbours(snapshot.indexes["inner_product"], queries.als, wanted, selection),
-        _like_the_last(snapshot, users.last_items, settings.session_neighbours),
-        np.broadcast_to(shared, (len(users), len(shared))),
-    ]
+    near = [_neighbours(index, vectors, wanted, part) for index, vectors in searches]
+    like = _like_the_last(snapshot, users.last_items, settings.session_neighbours, None if allowed is None else servable)
+    fill = max(settings.popular, n)
+    shared = np.concatenate([trending[: settings.trending], popular[:fill]])
+    found = _distinct(np.hstack([*near, like, np.broadcast_to(shared, (len(users), len(shared)))]), users.excluded, servable)
+
+    bound = wanted - _least(wanted, all(index.scans(part) for index, _ in searches))
+    crowded = _crowded(users, found, n, bound)
+    if not crowded:
+        return found
+
+    def of_one(row: int) -> np.ndarray:
+        own = users.without_excluded(row, servable)
+        left_out = np.count_nonzero(users.excluded[row] >= 0) + len(users.had.get(row, ()))
+        searched = zip(searches, near, strict=True)
+        lists = [_enough(index, vectors[[row]], found[row], own, part) for (index, vectors), found in searched]
+        lists.append(_like_the_last(snapshot, users.last_items[[row]], settings.session_neighbours, own)[0])
+        for order, size in ((trending, settings.trending), (popular, fill)):
+            first = order[: size + left_out]
+            lists.append(first[own[first]][:size])
+        positions = np.unique(np.concatenate(lists))
+        return positions[positions >= 0]
+
+    return _replaced(found, {row: of_one(row) for row in crowded})
+
+
+def _crowded(users: Users, found: np.ndarray, n: int, bound: int) -> list[int]:
+    """Rows of users that get searches of their own: more than `bound` items, or all but fewer than `n`, are left out."""
+    short = found[:, n - 1] < 0 if found.shape[1] >= n else np.ones(len(found), bool)
+    if not users.had and users.excluded.shape[1] <= bound and not short.any():
+        return []
+    left_out = np.count_nonzero(users.excluded >= 0, axis=1)
+    crowded = (left_out > bound) | (short & (left_out > 0))
+    crowded[list(users.had)] = True
+    return np.flatnonzero(crowded).tolist()
+
+
+def _searches(snapshot: Snapshot, queries: Queries) -> list[tuple[Searchable, np.ndarray]]:
+    """The indexes that are searched, each with its query vectors."""
+    searches = [(snapshot.indexes["inner_product"], queries.als)]
     if queries.two_tower is not None and snapshot.two_tower_index is not None:
-        found.append(_neighbours(snapshot.two_tower_index, queries.two_tower, wanted, selection))
-    return _distinct(np.hstack(found), users.excluded, servable)
+        searches.append((snapshot.two_tower_index, queries.two_tower))
+    return searches
 
 
-def _like_the_last(snapshot: Snapshot, last_items: np.ndarray, each: int) -> np.ndarray:
-    """int64 (b, k * each): the items most similar to each of the last k, -1 where there is none."""
-    similar = snapshot.similar[last_items, :each]
+def _like_the_last(snapshot: Snapshot, last_items: np.ndarray, each: int, servable: np.ndarray | None) -> np.ndarray:
+    """int64 (b, k * each): the items most similar to each of the last k, -1 where there is none.
+
+    With a mask `servable`, bool (items,), they are the first of those that are kept for an item.
+    """
+    similar = snapshot.similar[last_items, : None if servable is not None else each]
+    if servable is not None:
+        usable = (similar >= 0) & servable[similar]
+        order = np.argsort(~usable, axis=2, kind="stable")[..., :each]
+        similar = np.where(np.take_along_axis(usable, order, axis=2), np.take_along_axis(similar, order, axis=2), -1)
     found = np.where(last_items[..., None] >= 0, similar, -1)
     return found.reshape(len(last_items), similar.shape[1] * similar.shape[2]).astype(np.int64)
 
 
-def _neighbours(index: Searchable, queries: np.ndarray, k: int, selection: np.ndarray | None) -> np.ndarray:
+def _neighbours(index: Searchable, queries: np.ndarray, k: int, part: Part | None) -> np.ndarray:
     found = np.full((len(queries), k), -1, np.int64)
     known = np.flatnonzero(queries.any(axis=1))
     if len(known):
-        found[known] = index.search(queries[known], k, selection)
+        found[known] = index.search(queries[known], k, part)
     return found
+
+
+def _enough(index: Searchable, query: np.ndarray, found: np.ndarray, own: np.ndarray, part: Part | None) -> np.ndarray:
+    """Neighbours of one user that `own`, bool (items,), allows: of those found in `part`, else by a search of its own."""
+    kept = found[(found >= 0) & own[found]]
+    exact = index.scans(part)
+    if len(kept) >= _least(len(found), exact) or not query.any() or (exact and found[-1] < 0):
+        return kept
+    return index.search(query, len(found), Part.of(own))[0]
+
+
+def _least(wanted: int, exact: bool) -> int:
+    """How many of the neighbours found must be left for the nearest RECALL_AT of them to be the right ones."""
+    return RECALL_AT if exact else wanted - wanted // WALKED
+
+
+def _replaced(rows: np.ndarray, others: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Rows padded by -1 with others in the place of some."""
+    if not others:
+        return rows
+    width = max(rows.shape[1], *map(len, others.values()))
+    wide = np.full((len(rows), width), -1, np.int64)
+    wide[:, : rows.shape[1]] = rows
+    for row, positions in others.items():
+        wide[row] = -1
+        wide[row, : len(positions)] = positions
+    return wide
 
 
 def _distinct(candidates: np.ndarray, excluded: np.ndarray, servable: np.ndarray) -> np.ndarray:

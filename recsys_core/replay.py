@@ -147,10 +147,12 @@ def _records(
     factors = read_factors(lake, ALS_FACTORS, before, "users", np.array(users, dtype=object))
     of_user = dict(zip(factors.ids.tolist(), factors.vectors, strict=True))
     return [
-        UserRecord(
+        UserRecord.with_items(
+            seen.get(user, ()),
+            settings.features.history,
+            settings.ranking.max_consumed,
             last=tuple(last.get(user, ())[: settings.ranking.last_items]),
             last_ts=last[user][0][2] if user in last else 0,
-            seen=tuple(seen.get(user, ())[: settings.ranking.max_consumed]),
             als_version=snapshot.als_version,
             als=of_user.get(user),
         )

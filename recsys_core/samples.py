@@ -7,6 +7,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import scipy.sparse as sp
 
 from recsys_core.events import DAY_MS, USER_ID
 
@@ -53,6 +54,14 @@ def most_recent(rows: np.ndarray, columns: np.ndarray, users: int, k: int) -> np
     within = place < k
     recent[ordered[within], place[within]] = columns[order[within]]
     return recent
+
+
+def by_recency(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sp.csr_matrix:
+    """CSR int32 from distinct pairs that are sorted by recency: 1 for the newest of a row, 2 for the next."""
+    order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
+    place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    return sp.csr_matrix((place.astype(np.int32) + 1, (ordered, columns[order])), shape)
 
 
 def distinct_users(source: ds.Dataset, only: ds.Expression | None, limit: int | None) -> pa.Array:

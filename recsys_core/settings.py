@@ -83,7 +83,9 @@ class InteractionSettings(Section):
 
 
 class FeatureSettings(Section):
-    history: int = Field(50, ge=1, le=1000, description="distinct items of a user's history, newest first")
+    history: int = Field(
+        50, ge=1, le=1000, description="distinct items of a user's history, newest first: in tables, records and evaluation"
+    )
     max_examples: int = Field(
         10_000_000,
         ge=1000,
@@ -148,7 +150,9 @@ class TwoTowerSettings(Section):
         False, description="the last component of an item's vector is its bias: how often it is chosen, whoever asks"
     )
     user_ids: bool = Field(True, description="give users an embedding of their own beside their history and context")
-    history: int = Field(50, ge=1, le=1000, description="newest items of a user that count")
+    history: int = Field(
+        50, ge=1, le=1000, description="newest items of a user that count, of those that features.history keeps"
+    )
     recent: int = Field(3, ge=0, description="newest items that are averaged once more by themselves; 0: none")
     min_user_examples: int = Field(5, ge=1, description="users with fewer examples share the embedding of unknown users")
     user_buckets: int = Field(1_000_000, ge=1, description="most rows of the user embedding; more users share rows")
@@ -233,7 +237,7 @@ class RankingSettings(Section):
     popular: int = Field(100, ge=0, description="popular items among the candidates")
     exclude_consumed: bool = Field(True, description="leave out what the user had already")
     last_items: int = Field(5, ge=1, le=100, description="last actions kept for a user")
-    max_consumed: int = Field(200, ge=0, description="most recent items of a user that are left out")
+    max_consumed: int = Field(10_000, ge=0, description="most recent items of a user that are left out; six bytes each")
 
 
 class EvaluationSettings(Section):

@@ -75,7 +75,8 @@ class Loaded:
     @cached_property
     def with_unavailable(self) -> Snapshot:
         everything = copy.copy(self.snapshot)
-        everything.__dict__.pop("by_popularity", None)
+        for derived in ("by_popularity", "servable"):
+            everything.__dict__.pop(derived, None)
         everything.__dict__["available"] = np.ones(everything.items.num_rows, bool)
         return everything
 
@@ -275,7 +276,7 @@ def _warm(loaded: Loaded, settings: Settings) -> None:
     """Touch what the first requests will need."""
     snapshot = loaded.snapshot
     item = snapshot.item_ids[0]
-    users = users_of(snapshot, [UserRecord(last=((item, "view", 0),))], snapshot.ranking)
+    users = users_of(snapshot, [UserRecord.with_items([item, item], 1, 2, last=((item, "view", 0),))], snapshot.ranking)
     everything = np.ones(snapshot.items.num_rows, bool)
     for allowed in (None, everything):
         rank(snapshot, loaded.trend, users, settings.cache.items, snapshot.ranking, allowed)

@@ -80,7 +80,7 @@ def candidate_sources(
     found: dict[str, set[int]] = {}
     factor = unit_rows(with_fold_in(snapshot, user))
     if factor.any():
-        nearest = snapshot.indexes["inner_product"].search(factor, max(settings.candidates, count))
+        nearest = snapshot.indexes["inner_product"].search(factor, max(settings.candidates, count), snapshot.servable)
         found["als"] = set(nearest[0].tolist())
     last = user.last_items[0]
     found["session"] = set(snapshot.similar[last[last >= 0], : settings.session_neighbours].ravel().tolist())

@@ -96,7 +96,7 @@ class Inspection:
                 ],
                 "last_ts": record.last_ts,
                 "seen": [{"item_id": item, "title": titles.get(item, "")} for item in record.seen[:SHOWN_SEEN]],
-                "seen_total": len(record.seen),
+                "seen_total": record.items_had,
                 "als_version": record.als_version,
                 "cached": None
                 if state.answer is None

@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from recsys_core.index import unit_rows
+from recsys_core.index import Part, unit_rows
 from recsys_core.online import (
     RECORD_FIELDS,
     CachedAnswer,
     CorruptValue,
     UserRecord,
+    consumed,
     first_items,
     recs_key,
     user_key,
@@ -49,6 +50,8 @@ COSTLY_USERS, COSTLY_ITEMS = 16, 1000
 """The same for answers whose items cost more than plain ones: some 30 ms of work, after which other calls get their turn."""
 ANSWER_SHARE = 0.8
 """Of the time that the caller still waits, what an answer may be computed in; the rest is for a lower tier and the way back."""
+DIVERSE_FROM = 2000
+"""Popular items from which an answer with a limit for each category is chosen."""
 MAX_WRITES = 1000
 """Write-backs under way; more are dropped and counted."""
 
@@ -190,7 +193,7 @@ class Ladder:
         answer = state.answer
         if answer is None or call.options.needs_computing or not self._is_fresh(call, answer, state):
             return None
-        wire, items = self._kept(call, user_id, answer, call.options.excluded)
+        wire, items = self._kept(call, user_id, answer, call.loaded.snapshot.positions_of(call.options.excluded))
         if items < call.options.count:
             return None
         return self._response(wire, pb.CACHE, answer.release_id, answer.computed_at)
@@ -254,7 +257,7 @@ class Ladder:
             device=context.device or None,
             country=context.country or None,
         )
-        wanted = max(options.count, keep) if options.plain else options.count + len(options.excluded)
+        wanted = max(options.count, keep) if options.plain else options.count
         if options.diversity != NO_DIVERSITY:
             wanted = max(wanted, POOL * options.count)
         servable, allowed = self._allowed(loaded, options.filter)
@@ -289,8 +292,7 @@ class Ladder:
         answer = state.answer
         if answer is None or call.options.filter != EVERY_ITEM or answer.release_id in call.loaded.withdrawn:
             return None
-        unwanted = {*call.options.excluded, *consumed(record, call.loaded.snapshot.ranking, call.options)}
-        wire, items = self._kept(call, user_id, answer, unwanted)
+        wire, items = self._kept(call, user_id, answer, unwanted(call.loaded.snapshot, record, call.options))
         if not items:
             return None
         tier = pb.CACHE if self._is_fresh(call, answer, state) else pb.STALE_CACHE
@@ -300,9 +302,9 @@ class Ladder:
         """What is trending and popular, from the list that lies ready."""
         loaded, options = call.loaded, call.options
         answer, ranked = loaded.popular_answer, loaded.popular
-        unwanted = {*options.excluded, *consumed(record, loaded.snapshot.ranking, options)}
-        if unwanted or options.filter != EVERY_ITEM or options.diversity.max_per_category:
-            ranked = _filtered(loaded, ranked, unwanted, options)
+        without = unwanted(loaded.snapshot, record, options)
+        if len(without) or options.filter != EVERY_ITEM or options.diversity.max_per_category:
+            ranked = _filtered(loaded, ranked, without, options)
             answer = CachedAnswer.decode(loaded.encoder.encode(ranked.positions, ranked.scores, answer.computed_at)[0])
         self.counts["POPULAR"] += 1
         if options.explain:
@@ -318,24 +320,25 @@ class Ladder:
             call.now, call.now - self._fresh_ms, state.last_ts
         )
 
-    def _kept(self, call: Call, user_id: str, answer: CachedAnswer, unwanted: Collection[str]) -> tuple[bytes, int]:
-        """Wire format and number of the first `count` items that are still served and not unwanted.
+    def _kept(self, call: Call, user_id: str, answer: CachedAnswer, without: np.ndarray) -> tuple[bytes, int]:
+        """Wire format and number of the first `count` items that are still served and not at the positions `without`.
 
         The answer of another release is checked item by item: what that release had may be gone or unavailable by now.
         """
         snapshot, count = call.loaded.snapshot, call.options.count
-        if not unwanted and answer.release_id == snapshot.release_id:
+        if not len(without) and answer.release_id == snapshot.release_id:
             return answer.first(count), min(count, len(answer.ends))
         try:
             items = answer.items()
         except CorruptValue as error:
             self._store.note_corrupt(recs_key(user_id), error)
             return b"", 0
-        positions = snapshot.item_ids.positions([item for item, _ in items]).tolist()
+        positions = snapshot.item_ids.positions([item for item, _ in items])
+        served = (positions >= 0) & snapshot.available[positions] & ~np.isin(positions, without)
         kept = []
         start = 0
-        for (item, _), position, end in zip(items, positions, answer.ends.tolist(), strict=True):
-            if position >= 0 and snapshot.available[position] and item not in unwanted:
+        for wanted, end in zip(served.tolist(), answer.ends.tolist(), strict=True):
+            if wanted:
                 kept.append(answer.wire[start:end])
             start = end
         return b"".join(kept[:count]), len(kept[:count])
@@ -410,11 +413,12 @@ def is_known(snapshot: Snapshot, record: UserRecord) -> bool:
     return any(item in snapshot.item_ids for item, _, _ in record.last)
 
 
-def consumed(record: UserRecord, settings: RankingSettings, options: Options) -> list[str]:
-    """Items that the user had already and that are therefore left out."""
-    if not settings.exclude_consumed or options.include_consumed:
-        return []
-    return [item for item, _, _ in record.last] + list(record.seen[: settings.max_consumed])
+def unwanted(snapshot: Snapshot, record: UserRecord, options: Options) -> np.ndarray:
+    """int64: positions that a call leaves out, and those of what the user had already."""
+    excluded = snapshot.positions_of(options.excluded)
+    if not snapshot.ranking.exclude_consumed or options.include_consumed:
+        return excluded
+    return np.concatenate([excluded, consumed(snapshot, record, snapshot.ranking.max_consumed)])
 
 
 def similar_items(loaded: Loaded, item_id: str, options: Options, same_category: bool) -> bytes:
@@ -427,13 +431,15 @@ def similar_items(loaded: Loaded, item_id: str, options: Options, same_category:
     vector = snapshot.als_items[[position]]
     if not vector.any():
         return response.SerializeToString()
-    servable = _mask(filters, options.filter, snapshot)
-    if same_category:
-        servable = servable & filters.mask_of_category(position)
-    unwanted = np.append(snapshot.positions_of(options.excluded), position)
-    selection = None if servable.all() else np.flatnonzero(servable)
-    found = snapshot.indexes["cosine"].search(vector, options.count + len(unwanted), selection)[0]
-    found = found[(found >= 0) & ~np.isin(found, unwanted)][: options.count]
+    part = snapshot.servable
+    if same_category or options.excluded or options.filter != EVERY_ITEM:
+        servable = _mask(filters, options.filter, snapshot).copy()
+        servable[snapshot.positions_of(options.excluded)] = False
+        if same_category:
+            servable &= filters.mask_of_category(position)
+        part = Part.of(servable)
+    found = snapshot.indexes["cosine"].search(vector, options.count + 1, part)[0]
+    found = found[(found >= 0) & (found != position)][: options.count]
     similarities = unit_rows(snapshot.als_items[found]) @ unit_rows(vector)[0]
     for item, similarity in zip(described(snapshot, found), similarities.tolist(), strict=True):
         response.items.add(**item, similarity=similarity)
@@ -461,17 +467,18 @@ def _mask(filters: ItemFilters, wanted: ItemFilter, snapshot: Snapshot) -> np.nd
     return snapshot.available if mask is None else mask
 
 
-def _filtered(loaded: Loaded, ranked: Ranked, unwanted: Collection[str], options: Options) -> Ranked:
-    """One ranked row without unwanted items and those that a filter leaves out.
+def _filtered(loaded: Loaded, ranked: Ranked, without: np.ndarray, options: Options) -> Ranked:
+    """One ranked row without some positions and those that a filter leaves out, as long as the answer is chosen from.
 
     It runs on the event loop: of a filter whose mask is not there yet nothing passes.
     """
     positions = ranked.positions[0]
-    keep = (positions >= 0) & ~np.isin(positions, loaded.snapshot.positions_of(unwanted))
+    keep = (positions >= 0) & ~np.isin(positions, without)
     if options.filter != EVERY_ITEM:
         mask = loaded.filters.known(options.filter)
         keep &= np.zeros(len(positions), bool) if mask is None else mask[positions]
-    kept = Ranked(ranked.positions[:, keep], ranked.scores[:, keep], ranked.parts[:, keep])
+    first = np.flatnonzero(keep)[: DIVERSE_FROM if options.diversity.max_per_category else options.count]
+    kept = Ranked(ranked.positions[:, first], ranked.scores[:, first], ranked.parts[:, first])
     if options.diversity.max_per_category:
         return diversified(loaded.snapshot, loaded.filters, kept, replace(options.diversity, relevance=1.0), options.count)
     return kept

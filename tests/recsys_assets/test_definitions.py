@@ -123,7 +123,7 @@ GRAPH: dict[str, dict[str, object]] = {
     },
     "evaluation": {
         "group": "models",
-        "deps": ["clicks_hourly", "interactions", "two_tower"],
+        "deps": ["clicks_hourly", "interactions", "item_catalog", "two_tower"],
         "partitions": "daily",
         "owners": ML_ENGINEERING,
         "kinds": ["numpy"],
@@ -131,7 +131,7 @@ GRAPH: dict[str, dict[str, object]] = {
     },
     "item_index": {
         "group": "retrieval",
-        "deps": ["als_factors"],
+        "deps": ["als_factors", "item_catalog"],
         "partitions": "daily",
         "owners": ML_ENGINEERING,
         "kinds": ["faiss"],

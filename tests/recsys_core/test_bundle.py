@@ -241,9 +241,9 @@ def test_an_index_of_towers_is_tuned_to_questions_of_users_whose_last_component_
     add_two_tower(made, ITEMS, item_bias)
     asked = []
 
-    def build(vectors, metric, settings, queries=None):
+    def build(vectors, metric, settings, queries=None, allowed=None):
         asked.append(queries)
-        return build_index(vectors, metric, settings, queries)
+        return build_index(vectors, metric, settings, queries, allowed=allowed)
 
     monkeypatch.setattr(bundle, "GRAPH_ABOVE", 0)
     monkeypatch.setattr(bundle, "build_index", build)

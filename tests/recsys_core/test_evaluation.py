@@ -6,9 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import INTERACTIONS_SCHEMA, ms, write_clicks, write_interactions
+from snapshots import make_snapshot, with_two_tower
 from towers import make_tower
 
 from recsys_core.als import Factors
+from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
 from recsys_core.evaluation import (
     ALS,
     BLEND,
@@ -25,21 +27,22 @@ from recsys_core.evaluation import (
     write_evaluation,
 )
 from recsys_core.events import DAY_MS, HOUR_MS
-from recsys_core.features import OnlineFeatures
+from recsys_core.features import OnlineFeatures, user_inputs
 from recsys_core.holdout import (
-    HISTORY,
     Models,
     NothingToEvaluate,
+    Past,
     aligned,
     holdout_models,
     holdout_snapshot,
+    records_then,
     time_split,
-    tower_inputs,
     validation_cases,
 )
 from recsys_core.index import unit_rows
 from recsys_core.lake import MissingPartition
-from recsys_core.settings import RankingSettings, Settings
+from recsys_core.samples import by_recency
+from recsys_core.settings import EvaluationSettings, RankingSettings, Settings
 from recsys_core.tower import npy_bytes
 
 BEFORE, DAY = "2026-03-01", "2026-03-02"
@@ -65,7 +68,8 @@ def window(lake):
 
 
 def split(lake, users: int = 100, last: int = 5):
-    return time_split(lake, BEFORE, DAY, users, last)
+    sections = {"evaluation": EvaluationSettings(max_users=users), "ranking": RankingSettings(last_items=last)}
+    return time_split(lake, BEFORE, DAY, Settings(**sections))
 
 
 def named(found, row: int, matrix) -> list[str]:
@@ -90,11 +94,41 @@ def test_events_outside_the_day_are_neither_asked_for_nor_known(window):
     assert named(found, 0, found.relevant) == ["d"]
 
 
+def test_only_what_can_be_served_is_asked_for_and_recommended(window, settings):
+    """`b` can't be had: nobody is asked for it, and no model recommends it, though it is the second most popular."""
+    items = [{"item_id": item, "available": item != "b"} for item in "abcd"]
+    merge_catalog(window, pa.Table.from_pylist(items, schema=CATALOG_SCHEMA))
+    write_clicks(
+        window, [("ann", "b", f"{DAY}T01"), ("ann", "d", f"{DAY}T02"), ("eve", "b", f"{DAY}T03"), ("bob", "a", f"{DAY}T04")]
+    )
+    found = split(window)
+    assert found.users.tolist() == ["ann", "bob"], "eve took nothing else"
+    assert [named(found, row, found.relevant) for row in range(2)] == [["d"], ["a"]]
+    recommended = evaluate_day(window, DAY, small(settings), None, "implicit").recommended
+    for ranked in recommended.values():
+        assert not (ranked == found.items.tolist().index("b")).any()
+    assert recommended[POPULAR_WINDOW].tolist() == [[3, -1], [0, 2]]
+    merge_catalog(
+        window, pa.Table.from_pylist([{"item_id": item, "available": False} for item in "abcd"], schema=CATALOG_SCHEMA)
+    )
+    with pytest.raises(NothingToEvaluate, match="new to them, known to the window and available"):
+        split(window)
+
+
+def test_where_things_are_served_again_they_are_asked_for(window, settings):
+    write_clicks(window, [("ann", "a", f"{DAY}T01"), ("ann", "b", f"{DAY}T02")])
+    again = small(settings, exclude_consumed=False)
+    found = time_split(window, BEFORE, DAY, again)
+    assert sorted(named(found, 0, found.relevant)) == ["a", "b"]
+    recommended = evaluate_day(window, DAY, again, None, "implicit").recommended
+    assert recommended[POPULAR_WINDOW].tolist() == [[0, 1]]
+
+
 def test_recent_items_are_the_users_newest_first_and_padded(lake):
     write_interactions(lake, BEFORE, [("ann", "a", 1.0), ("bob", "b", 1.0), ("ann", "c", 1.0), ("ann", "b", 1.0)])
     write_clicks(lake, [("ann", "d", f"{DAY}T01"), ("bob", "a", f"{DAY}T01"), ("bob", "c", f"{DAY}T02")])
     with pytest.raises(NothingToEvaluate):
-        time_split(lake, BEFORE, "2026-03-03", 10, 2)
+        time_split(lake, BEFORE, "2026-03-03", Settings())
     found = split(lake, last=2)
     assert (found.users.tolist(), found.recent.tolist()) == (["bob"], [[1, -1]])
     write_clicks(lake, [("ann", "d", f"{DAY}T01"), ("ann", "a", f"{DAY}T02"), ("eve", "a", f"{DAY}T02")])
@@ -298,23 +332,26 @@ def test_validation_moments_know_nothing_of_what_came_after_them(lake, settings)
     *cases, day = validation_cases(lake, BEFORE, small(settings), None, "implicit")
     assert len(cases) == 2, "nobody who was there before did anything new in the other quarters of the day"
     morning, noon = cases
-    names = np.array(["a", "b", "c", "new"])
+
+    def named(case, positions):
+        return [case.snapshot.item_ids[at] for at in positions if at >= 0]
 
     def taken(case):
-        return names[case.relevant.indices].tolist()
+        return sorted(named(case, case.relevant.indices))
 
     assert (taken(morning), morning.outside.tolist()) == (["b", "new"], [0])
-    assert names[morning.users.excluded[0]].tolist() == ["a"]
-    assert names[np.flatnonzero(morning.snapshot.available)].tolist() == ["a", "b", "c", "new"]
-    assert names[morning.trend.order].tolist() == ["new"]
+    assert named(morning, morning.users.excluded[0]) == ["a"]
+    assert sorted(named(morning, np.flatnonzero(morning.snapshot.available))) == ["a", "b", "c", "new"]
+    assert named(morning, morning.trend.order) == ["new"]
     assert taken(noon) == ["c"]
     assert len(noon.users) == 1, "bob was not there before the day"
-    assert not noon.snapshot.als_items[3].any(), "models know nothing of the day"
-    assert names[noon.users.last_items[0, :3]].tolist() == ["new", "b", "a"]
+    new = noon.snapshot.item_ids.position("new")
+    assert not noon.snapshot.als_items[new].any(), "models know nothing of the day"
+    assert named(noon, noon.users.last_items[0, :3]) == ["new", "b", "a"]
     assert (morning.whole, noon.whole, day.whole) == (False, False, True)
     assert (taken(day), day.outside.tolist(), len(day.users)) == (["b", "c"], [1], 1), "the day as seen from its first moment"
-    assert names[day.users.excluded[0]].tolist() == ["a"]
-    assert not day.snapshot.available[3]
+    assert named(day, day.users.excluded[0]) == ["a"]
+    assert not day.snapshot.available[new]
     assert not len(day.trend.order)
 
 
@@ -324,7 +361,8 @@ def test_items_of_the_moment_itself_are_not_reachable(lake, settings):
     write_pairs(lake, [*crowd, ("ann", "a", old, old), ("ann", "new", at(7), at(7)), ("ann", "b", at(8), at(8))])
     write_clicks(lake, [("ann", "new", f"{BEFORE}T07:00")])
     case, _ = validation_cases(lake, BEFORE, small(settings), None, "implicit")
-    assert (case.relevant.indices.tolist(), case.outside.tolist()) == ([1], [1])
+    assert [case.snapshot.item_ids[at] for at in case.relevant.indices] == ["b"]
+    assert case.outside.tolist() == [1]
 
 
 def test_where_few_come_back_on_a_day_more_days_are_looked_at(lake, settings):
@@ -348,7 +386,7 @@ def test_a_releases_own_answers_are_scored_like_the_served_ranking(two_tastes, s
     """A snapshot of the same models, in another order of positions and with one item more, has the same metrics."""
     options = small(settings, ks=(10,))
     result = evaluate_day(two_tastes, DAY, options, None, "implicit")
-    split = time_split(two_tastes, BEFORE, DAY, options.evaluation.max_users, HISTORY)
+    split = time_split(two_tastes, BEFORE, DAY, options)
     models = holdout_models(two_tastes, BEFORE, DAY, split, result.als)
     order = np.random.default_rng(0).permutation(len(split.items))
     moved = Models(models.als, np.vstack([models.als_items[order], np.zeros((1, 4), np.float32)]), None, models.als_users, None)
@@ -383,9 +421,17 @@ def test_the_user_tower_is_given_what_was_known_at_the_moment_and_nothing_of_the
         lake.write("user_features", day, pa.table({"user_id": ["ann"], "features": [features.encode().decode()]}))
     write_clicks(lake, [("ann", "a", f"{DAY}T02:00"), ("new", "a", f"{DAY}T05:00"), ("ann", "b", f"{DAY}T07:00")])
     write_clicks(lake, [("ann", "a", f"{DAY}T03:00")], kind="impression")
-    names = np.array(["ann", "new"], object)
-    found = tower_inputs(lake, names, [["a"], []], ms(f"{DAY}T06:00"), {"view": 1.0})
-    assert found.counts[0].tolist() == [5, 5, 5, 4]
-    assert found.counts[1].tolist() == [1, 1, 1, 1]
-    assert (found.category, found.device) == (["books", None], ["phone", None])
-    assert tower_inputs(lake, names, [["a"], []], midnight, {"view": 1.0}).counts[0].tolist() == [4, 4, 4, 1]
+    names, items = np.array(["ann", "new"], object), np.array(["a", "b"], object)
+    snapshot = with_two_tower(make_snapshot(items=20), ["ann"])
+    seen = by_recency(np.array([0]), np.array([0]), (2, 2))
+
+    def inputs(moment: int):
+        past = Past(names, np.zeros((2, 16), np.float32), items, seen, moment)
+        records = records_then(lake, snapshot, past, Settings(events={"weights": {"view": 1.0}}))
+        return [user_inputs(r.last, r.seen, r.features or OnlineFeatures(0, 1), moment, 50) for r in records]
+
+    ann, new = inputs(ms(f"{DAY}T06:00"))
+    assert (ann.counts, new.counts) == ((5, 5, 5, 4), (1, 1, 1, 1))
+    assert (ann.history, ann.category, ann.device) == (["a"], "books", "phone")
+    assert (new.history, new.category, new.device) == (["a"], None, None)
+    assert inputs(midnight)[0].counts == (4, 4, 4, 1)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_core.item_ids import EMPTY, FEW, POSITION_BITS, PRIME, ItemIds
+from recsys_core.item_ids import DIGEST_BYTES, EMPTY, FEW, POSITION_BITS, PRIME, ItemIds, digests, packed, unpacked
 
 FAMILIES = {
     "numbers": [str(n) for n in range(30_000)],
@@ -97,3 +97,31 @@ def test_ids_come_in_chunks_and_slices_of_any_string_type() -> None:
 def test_what_is_no_map_of_ids_is_refused(ids: pa.Array | list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ItemIds(ids)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=40), max_size=60, unique=True), st.lists(st.text(max_size=40), max_size=20))
+def test_a_digest_leads_to_the_item_that_it_was_made_of(known: list[str], asked: list[str]) -> None:
+    ids = ItemIds(known)
+    some = unpacked(packed(digests([*known, *asked])))
+    assert ids.positions_of_digests(some).tolist() == ids.positions([*known, *asked]).tolist()
+    assert len(packed(some)) == DIGEST_BYTES * len(some)
+
+
+def test_digests_stay_the_same_from_release_to_release_and_differ_where_hashes_do_not() -> None:
+    assert digests(["item-1", "", "ü" * 100, "a\0"]).tolist() == [14897071179625, 0, 82596869350394, 137092909757837]
+    one = "item-000001x"
+    other = same_hash(one)
+    assert len(set(digests([one, other, same_hash(other)]).tolist())) == 3
+    assert ItemIds([one]).positions_of_digests(digests([other, one])).tolist() == [-1, 0]
+
+
+def test_a_million_ids_have_a_million_digests() -> None:
+    names = [f"{kind}{number}" for kind in ("", "item-") for number in range(500_000)]
+    assert len(np.unique(digests(names))) == 1_000_000
+
+
+@pytest.mark.parametrize("data", [b"x", b"1234567"])
+def test_bytes_that_are_no_digests_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="reshape"):
+        unpacked(data)

@@ -28,6 +28,7 @@ from recsys_core.online import (
     CorruptValue,
     TrendingValue,
     UserRecord,
+    consumed,
     first_items,
     recs_key,
     user_key,
@@ -35,7 +36,7 @@ from recsys_core.online import (
     write_answers,
     write_records,
 )
-from recsys_core.settings import RankingSettings
+from recsys_core.settings import RankingSettings, Settings
 from recsys_core.tower import TowerInputs
 from serving import recsys_pb2 as pb
 
@@ -252,6 +253,7 @@ def test_a_user_of_whom_nothing_is_stored_has_an_empty_record() -> None:
         (b'[["i", "view", "x"]]', None, None, None, None),
         (None, b"now", None, None, None),
         (None, None, b"7", None, None),
+        (None, None, b'["a"]\x0012345', None, None),
         (None, None, None, b"v\0abc", None),
         (None, None, None, b"\xff\0abcd", None),
         *(
@@ -274,7 +276,7 @@ def test_users_are_put_together_from_what_the_release_knows() -> None:
         UserRecord(als_version="factors-1", als=np.ones(3, np.float32)),
     ]
     users = users_of(snapshot, records, RankingSettings(last_items=3), [["item-1"], [], ["gone", "item-2"]])
-    assert users.last_items.tolist() == [[5, 6, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert users.last_items.tolist() == [[5, 6, 7], [-1, -1, -1], [-1, -1, -1]]
     assert users.excluded.tolist() == [[5, 6, 1, 7], [-1, -1, -1, -1], [2, -1, -1, -1]]
     np.testing.assert_array_equal(users.als.any(axis=1), [True, False, False])
 
@@ -284,6 +286,45 @@ def test_what_was_consumed_may_come_again_when_the_settings_say_so() -> None:
     record = UserRecord((("item-5", "view", 9),), 9, ("item-7", "item-8"))
     assert users_of(snapshot, [record], RankingSettings(exclude_consumed=False)).excluded.tolist() == [[]]
     assert users_of(snapshot, [record], RankingSettings(max_consumed=1)).excluded.tolist() == [[5, 7]]
+
+
+def test_everything_a_user_had_is_left_out_and_the_newest_of_it_stays_readable() -> None:
+    snapshot = make_snapshot(items=900)
+    items = [f"item-{at}" for at in range(400)]
+    record = UserRecord.decode(values_of(UserRecord.with_items(items, 50, 10_000, last=(("item-800", "view", 9),))))
+    assert (record.seen, record.items_had) == (tuple(items[:50]), 400)
+    assert sorted(consumed(snapshot, record, 10_000).tolist()) == [*range(400), 800]
+    [excluded], had = (
+        users_of(snapshot, [record], RankingSettings()).excluded,
+        users_of(snapshot, [record], RankingSettings()).had,
+    )
+    assert sorted([*excluded.tolist(), *had[0].tolist()]) == [*range(400), 800]
+    few = users_of(snapshot, [record, UserRecord.with_items(items[:90], 50, 10_000)], RankingSettings(max_consumed=120))
+    assert sorted(few.excluded[0].tolist()) == [*range(120), 800], "no more than the settings say"
+    assert few.excluded[1][few.excluded[1] >= 0].tolist() == [*range(90)]
+    assert not few.had
+    again = users_of(snapshot, [record], RankingSettings(exclude_consumed=False))
+    assert (again.excluded.tolist(), again.had) == ([[]], {})
+
+
+def test_a_record_of_very_many_items_is_bounded() -> None:
+    settings = Settings()
+    items = [f"a-rather-long-item-id-{at:07}" for at in range(30_000)]
+    record = UserRecord.with_items(items, settings.features.history, settings.ranking.max_consumed)
+    assert record.items_had == settings.ranking.max_consumed == 10_000
+    assert len(record.encode()[b"seen"]) < 62_000
+
+
+def test_the_last_items_are_distinct_and_go_on_where_the_last_actions_end() -> None:
+    snapshot = make_snapshot(items=60)
+    last = (("item-5", "purchase", 9), ("item-5", "view", 8), ("gone", "view", 7), ("item-6", "view", 6))
+    records = [
+        UserRecord(last, 9, ("item-6", "item-7", "lost", "item-5", "item-8")),
+        UserRecord(seen=("item-9",)),
+        UserRecord(),
+    ]
+    users = users_of(snapshot, records, RankingSettings(last_items=4))
+    assert users.last_items.tolist() == [[5, 6, 7, 8], [9, -1, -1, -1], [-1] * 4]
 
 
 def test_trends_are_read_as_they_were_written() -> None:

@@ -195,6 +195,25 @@ def test_the_cached_answers_are_what_the_scoring_path_gives_for_the_records(redi
     assert len({tuple(item for item, _ in answer_of(redis, user).items()) for user in names}) == 4
 
 
+def test_a_heavy_user_gets_nothing_again_from_the_caches(redis, lake, settings):
+    """The user had 220 of 260 items; a record names 50 of them."""
+    release = make_snapshot(items=260, rank=4)
+    had = [f"item-{at}" for at in range(220)]
+    rows = [features("ann", had[:2], had, release.als_items[3]), features("bob", ["item-5"], ["item-5"], None)]
+    write_features(lake, rows)
+    write_active(lake, "ann", "bob")
+    write_online_features(redis, lake, DAY, VERSION, settings)
+    record, other = read_records(redis, ["ann", "bob"])
+    assert (record.seen, record.items_had, other.items_had) == (tuple(had[:50]), 220, 1)
+    write_rec_cache(redis, lake, release, Trend.of(release, {}), settings)
+    answered = [item for item, _ in answer_of(redis, "ann").items()]
+    assert len(answered) == 10
+    assert not set(answered) & set(had)
+    write_features(lake, [features("ann", had[:2], had[:3], None)])
+    write_online_features(redis, lake, DAY, VERSION, settings)
+    assert [record.items_had for record in read_records(redis, ["ann"])] == [3], "what left the window is forgotten"
+
+
 def test_a_release_with_a_user_tower_is_ranked_with_the_features_of_the_records(redis, lake, settings):
     towers, now = with_two_tower(SNAPSHOT), now_ms()
     recent = OnlineFeatures(now, 90, now - 1000, hours=((1, 5),), days=((1, 5),)).encode().decode()

@@ -74,6 +74,22 @@ class TestTiers:
         time.sleep(0.1)
         assert not world.redis.client.exists(recs_key("nobody")), "made-up users don't fill Redis"
 
+    def test_no_tier_gives_a_heavy_user_what_they_had(self, world: World) -> None:
+        had = [f"item-{at}" for at in range(300)]
+        world.put_answers({"ann": UserRecord()}, computed_at=now_ms() - 2 * HOUR_MS)
+        for user in ("ann", "bob"):
+            world.put_record(user, UserRecord.with_items([*had, "item-310"], 50, 10_000))
+        stale = world.client.recommend("ann", 5)
+        assert set(cached_ids(world, "ann")) < {*had}
+        popular = world.client.recommend("bob", 5, exclude=["item-301"])
+        assert (stale.tier, popular.tier) == ("POPULAR", "POPULAR"), "nothing of the old answer is left"
+        assert ids(popular) == ["item-300", "item-302", "item-303", "item-304", "item-305"]
+        world.put_record("eve", UserRecord.with_items(had, 50, 10_000, last=(("item-7", "view", 1),), last_ts=1))
+        computed = world.client.recommend("eve", 100)
+        assert (computed.tier, len(computed)) == ("REALTIME_ALS_ONLY", 100)
+        for answer in (stale, computed):
+            assert not set(ids(answer)) & {*had}
+
     def test_what_trends_leads_the_popular_answer_as_soon_as_it_is_known(self, world: World) -> None:
         world.put_trend({"item-400": 50.0, "item-401": 20.0, "item-3": 99.0, "gone": 5.0})
         eventually(lambda: ids(world.client.recommend("nobody", 2)) == ["item-400", "item-401"])

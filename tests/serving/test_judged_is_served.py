@@ -1,0 +1,224 @@
+"""What the evaluation judged is what the server answers and what the caches hold, item by item."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from builders import INTERACTIONS_SCHEMA, ms, write_clicks
+from towers import make_tower
+from waiting import eventually
+from worlds import World
+
+from recsys_core.bundle import ALS_FACTORS, POPULAR_ITEMS, TRENDING_ITEMS, assemble, build_item_index, fit_als_factors
+from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
+from recsys_core.evaluation import SERVED, compare, evaluate_snapshot
+from recsys_core.events import DAY_MS, HOUR_MS, hour_keys
+from recsys_core.features import USER_FEATURES, user_summaries
+from recsys_core.holdout import TWO_TOWER, Split, fit_holdout, time_split
+from recsys_core.index import unit_rows
+from recsys_core.lake import Lake
+from recsys_core.online import CachedAnswer, recs_key
+from recsys_core.popularity import popular_items, trending_items
+from recsys_core.precompute import plan_caches, read_trend, write_online_features, write_shards, write_trend
+from recsys_core.ranking import Snapshot, Trend
+from recsys_core.settings import RankingSettings, Settings
+from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS, ONLINE_FEATURES
+from recsys_core.tower import npy_bytes
+from recsys_core.tuning import SEED_BLEND, Tuned
+from serving import recsys_pb2 as pb
+from serving.recsys_pb2_grpc import RecommenderStub
+
+BEFORE, DAY, LAST_HOUR = "2026-03-01", "2026-03-02", "2026-03-01T23"
+MIDNIGHT = ms(DAY)
+USERS, ITEMS, HEAVY, KEPT = 40, 700, 8, 50
+"""The first HEAVY users had several hundred items each, more than a record names."""
+UNAVAILABLE = range(0, ITEMS, 3)
+
+
+def item(number: int) -> str:
+    return f"item-{number}"
+
+
+def events() -> list[tuple[str, str, int]]:
+    """User, item and time (ms), each time once: three days, in which users come back to items, and the day after them."""
+    random = np.random.default_rng(7)
+    found = []
+    for user in range(USERS):
+        taste = np.exp(-((np.arange(ITEMS) - ITEMS * user / USERS) ** 2) / (2 * 120.0**2)) + 0.02
+        count = int(random.integers(260, 420)) if user < HEAVY else int(random.integers(2, 90))
+        items = random.choice(ITEMS, count + 6, replace=False, p=taste / taste.sum())
+        before = np.concatenate([items[:count], random.choice(items[:count], count // 4)])
+        times = MIDNIGHT - 1 - random.choice(3 * DAY_MS, len(before), replace=False)
+        found += [(f"u{user}", item(i), int(ts)) for i, ts in zip(before, times, strict=True)]
+        found += [(f"u{user}", item(i), MIDNIGHT + 3 * HOUR_MS + user) for i in items[count:]]
+    return found
+
+
+def write_window(lake: Lake, rows: list[tuple[str, str, int]]) -> None:
+    """`interactions` of the day before, as they are made of the clicks."""
+    pairs: dict[tuple[str, str], list[int]] = {}
+    for user, name, ts in sorted(rows, key=lambda row: row[2]):
+        if ts < MIDNIGHT:
+            pairs.setdefault((user, name), []).append(ts)
+    table = [
+        {
+            "user_id": user,
+            "item_id": name,
+            "weight": sum(2 ** ((ts - MIDNIGHT) / (30 * DAY_MS)) for ts in times),
+            "n_events": len(times),
+            "first_ts": times[0],
+            "last_ts": times[-1],
+        }
+        for (user, name), times in pairs.items()
+    ]
+    lake.write(INTERACTIONS, BEFORE, pa.Table.from_pylist(table, schema=INTERACTIONS_SCHEMA))
+
+
+def write_users(lake: Lake, rows: list[tuple[str, str, int]], settings: Settings) -> None:
+    """`user_features` and `online_features` of the day before, without Spark."""
+    known = [row for row in sorted(rows, key=lambda row: (row[0], row[2])) if row[2] < MIDNIGHT]
+    user_ids, items, times = map(list, zip(*known, strict=True))
+    count, nothing = len(known), pa.nulls(len(known), pa.string())
+    columns = {"user_id": user_ids, "item_id": items, "event_type": ["view"] * count, "ts": times, "weight": [1.0] * count}
+    batch = pa.RecordBatch.from_pydict({**columns, "category": nothing, "device": nothing, "country": nothing})
+    kept = settings.features.history, settings.ranking.last_items, settings.ranking.max_consumed
+    summaries = pa.Table.from_batches(list(user_summaries([batch], [MIDNIGHT], settings.interactions.window_days, *kept)))
+    lake.write(USER_FEATURES, BEFORE, summaries)
+    factors = lake.read(f"{ALS_FACTORS}_users", BEFORE)
+    of_user = dict(zip(factors["id"].to_pylist(), factors["factor"].to_pylist(), strict=True))
+    factor = pa.array([of_user.get(user) for user in summaries["user_id"].to_pylist()], pa.list_(pa.float32()))
+    wanted = summaries.select(["user_id", "last", "last_ts", "seen", "features"])
+    lake.write(ONLINE_FEATURES, BEFORE, wanted.append_column("factor", factor))
+
+
+def write_towers(lake: Lake) -> None:
+    """A two-tower model of the day before, without any sense."""
+    names = [item(number) for number in range(ITEMS)]
+    tower = make_tower([f"u{user}" for user in range(0, USERS, 2)], names)
+    vectors = unit_rows(np.random.default_rng(0).normal(size=(ITEMS, tower.dimension)))
+    ids = io.BytesIO()
+    pq.write_table(pa.table({"item_id": names}), ids)
+    files = {"items.parquet": ids.getvalue(), "items.npy": npy_bytes(vectors), **tower.to_files()}
+    lake.write_blobs(TWO_TOWER, BEFORE, files, ITEMS)
+
+
+@dataclass
+class Night:
+    """A night after which the lake has been judged and its release can be served."""
+
+    lake: Lake
+    settings: Settings
+    snapshot: Snapshot
+    split: Split
+    judged: dict[str, list[str]]
+    metrics: dict[str, float]
+
+
+ALS = {"rank": 8, "iterations": 3, "half_lives_days": [30.0], "relative_regularizations": [1e-3]}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lake of a night, its users' tables and a two-tower model left out."""
+    folder = tmp_path_factory.mktemp("night")
+    lake, rows, settings = Lake(str(folder)), events(), Settings(als=ALS)
+    write_clicks(lake, [(user, name, np.datetime64(ts, "ms").astype(str)) for user, name, ts in rows])
+    write_window(lake, rows)
+    catalogue = [{"item_id": item(n), "available": n not in UNAVAILABLE} for n in range(ITEMS)]
+    merge_catalog(lake, pa.Table.from_pylist(catalogue, schema=CATALOG_SCHEMA))
+    fit_als_factors(lake, BEFORE, settings, None, "numpy")
+    build_item_index(lake, BEFORE, settings)
+    window = lake.dataset(INTERACTIONS, [BEFORE])
+    assert window is not None
+    lake.write(POPULAR_ITEMS, BEFORE, popular_items(window))
+    clicks = lake.dataset(CLICKS_HOURLY, hour_keys(MIDNIGHT - DAY_MS, MIDNIGHT), missing_ok=True)
+    assert clicks is not None
+    trends = settings.trends
+    lake.write(
+        TRENDING_ITEMS,
+        LAST_HOUR,
+        trending_items(clicks, MIDNIGHT, settings.events.weights, trends.half_lives_hours, trends.top),
+    )
+    return folder
+
+
+def night(made: Path, folder: Path, settings: Settings, towers: bool, **changes: object) -> Night:
+    ranking = RankingSettings(als_weight=0.5, two_tower_weight=0.4, session_weight=0.3, trend_weight=0.2, **changes)
+    settings = settings.model_copy(update={"ranking": ranking, "als": Settings(als=ALS).als})
+    lake = Lake(str(shutil.copytree(made, folder / "lake")))
+    write_users(lake, events(), settings)
+    if towers:
+        write_towers(lake)
+    split = time_split(lake, BEFORE, DAY, settings)
+    report = fit_holdout(lake, BEFORE, DAY, settings, None, "numpy")
+    found = compare(lake, DAY, split, report, Tuned(ranking, 0.0, 0.0, SEED_BLEND, 0, 0, 0.0), settings)
+    judged = {
+        user: [split.items[at] for at in row if at >= 0]
+        for user, row in zip(split.users.tolist(), found.recommended[SERVED], strict=True)
+    }
+    snapshot = replace(assemble(lake, BEFORE, "2026-03-01.a", settings).snapshot, ranking=ranking)
+    return Night(lake, settings, snapshot, split, judged, found.metrics[SERVED])
+
+
+def had(one: Night, user: str) -> set[str]:
+    row = one.split.seen[one.split.users.tolist().index(user)]
+    return {one.split.items[at] for at in row.indices}
+
+
+@pytest.mark.parametrize("towers", [False, True])
+def test_the_server_and_the_caches_answer_what_the_evaluation_judged(
+    made: Path, empty_world: World, tmp_path: Path, towers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = night(made, tmp_path, empty_world.settings, towers)
+    heavy = [user for user in one.judged if len(had(one, user)) > 250]
+    assert len(heavy) >= 5
+    gone = {item(number) for number in UNAVAILABLE}
+    for user, items in one.judged.items():
+        assert len(items) == KEPT
+        assert not set(items) & (had(one, user) | gone)
+    redis, world = empty_world.redis.client, empty_world
+    version = one.lake.get(ALS_FACTORS, BEFORE).data_version
+    write_online_features(redis, one.lake, BEFORE, version, one.settings)
+    trending = read_trend(one.lake, LAST_HOUR)
+    write_trend(redis, trending, 3600)
+    pointer = world.promote(one.snapshot)
+    world.start()
+    trend = Trend.of(one.snapshot, trending.scores)
+    strongest = one.snapshot.item_ids[trend.order[0]]
+    eventually(lambda: [found.item_id for found in world.client.trending(1)] == [strongest])
+    tier = pb.REALTIME if towers else pb.REALTIME_ALS_ONLY
+    with grpc.insecure_channel(world.address) as channel:
+        recommender = RecommenderStub(channel)
+        for user, items in one.judged.items():
+            request = pb.RecommendRequest(user_id=user, count=KEPT, context=pb.Context(ts_ms=MIDNIGHT))
+            answer = recommender.Recommend(request, timeout=60)
+            assert answer.tier == tier
+            assert [found.item_id for found in answer.items] == items
+    one.lake.write(ACTIVE_USERS, LAST_HOUR, pa.table({"user_id": list(one.judged)}))
+    monkeypatch.setattr("recsys_core.precompute.now_ms", lambda: MIDNIGHT)
+    plan = plan_caches(one.lake, LAST_HOUR, pointer, one.settings, "a run")
+    for step in range(plan.steps):
+        list(write_shards(redis, one.lake, plan, step, one.snapshot, trend, one.settings))
+    for user, items in one.judged.items():
+        assert [name for name, _ in CachedAnswer.decode(redis.get(recs_key(user))).items()] == items
+
+
+@pytest.mark.parametrize("changes", [{}, {"exclude_consumed": False}, {"max_consumed": 100}, {"last_items": 12}])
+def test_a_release_is_judged_as_the_models_that_it_was_made_of(
+    made: Path, tmp_path: Path, settings: Settings, changes: dict
+) -> None:
+    """The gate's question of a champion and the evaluation of a night have one answer for the same models."""
+    one = night(made, tmp_path, settings, towers=True, **changes)
+    scores = evaluate_snapshot(one.lake, DAY, one.snapshot, one.settings)
+    for name, value in one.metrics.items():
+        assert scores[name] == pytest.approx(value, abs=1e-9), name
+    consumed = max(len(set(items) & had(one, user)) for user, items in one.judged.items())
+    assert (consumed > 0) == bool(changes.keys() & {"exclude_consumed", "max_consumed"})
