@@ -80,7 +80,7 @@ def _explanation(error: Exception) -> str | None:
     from recsys_cli.java import JavaMissing
     from recsys_cli.processes import StackError
     from recsys_core.lake import MissingPartition
-    from recsys_core.readers import IngestError
+    from recsys_core.sources import IngestError
     from recsys_core.release import ReleaseError
     from recsys_core.retention import UnsafePolicy
     from serving.client import RecsysError

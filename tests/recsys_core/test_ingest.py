@@ -24,7 +24,7 @@ from recsys_core.lake import Lake
 from recsys_core.landing import Landing
 from recsys_core.mappings import BUILTIN, MappingError, detect
 from recsys_core.parsing import parse_bool, parse_decimal, parse_ts
-from recsys_core.readers import IngestError
+from recsys_core.sources import IngestError
 from recsys_core.settings import EventSettings, SourceMapping
 
 T = 1_700_000_000_000
