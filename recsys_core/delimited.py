@@ -185,9 +185,7 @@ def _regular(block: bytes, layout: Layout, number: int) -> RawBatch | None:
         table = pa.csv.read_csv(
             io.BytesIO(block),
             pa.csv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=layout.names),
-            pa.csv.ParseOptions(
-                delimiter=layout.separator, quote_char='"' if quotes else False, invalid_row_handler=skip
-            ),
+            pa.csv.ParseOptions(delimiter=layout.separator, quote_char='"' if quotes else False, invalid_row_handler=skip),
             pa.csv.ConvertOptions(
                 check_utf8=False,
                 column_types=dict.fromkeys(layout.names, pa.string()),
@@ -201,7 +199,9 @@ def _regular(block: bytes, layout: Layout, number: int) -> RawBatch | None:
     if table.num_rows + len(skipped) != records:
         return None
     ragged = [
-        Rejected(number + r.number - 1, RAGGED.format(found=r.actual_columns, wanted=r.expected_columns), _content(r.text, layout))
+        Rejected(
+            number + r.number - 1, RAGGED.format(found=r.actual_columns, wanted=r.expected_columns), _content(r.text, layout)
+        )
         for r in skipped
     ]
     rows = np.setdiff1d(np.arange(number, number + records), [r.row for r in ragged], assume_unique=True)

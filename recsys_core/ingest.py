@@ -26,7 +26,7 @@ from recsys_core.events import DAY_MS, EARLIEST_TS, HOUR_MS, ITEM_ID, TS, day_ke
 from recsys_core.lake import Lake, open_filesystem
 from recsys_core.landing import LANDING, QUARANTINE, QUARANTINE_SCHEMA, Landing
 from recsys_core.mapped import item_ids, map_events, map_items, text_column, unreadable_items, unreadable_values
-from recsys_core.mappings import MappingError, check_columns, mapped_columns, mapped_fields, source_file
+from recsys_core.mappings import FIELDS, MappingError, check_columns, mapped_columns, mapped_fields, source_file
 from recsys_core.parsing import parse_ts
 from recsys_core.readers import read_rows
 from recsys_core.settings import EventSettings, SourceMapping
@@ -310,7 +310,7 @@ def _sources(path: str, mapping: SourceMapping, kind: str) -> _Found:
 
 
 def _fields_of_folders(files: list[SourceFile]) -> set[str]:
-    return {name for source in files for name in source.folders if name in SourceMapping.model_fields}
+    return {name for source in files for name in source.folders if name in FIELDS}
 
 
 def _without_path(error: IngestError, path: str) -> str:
@@ -363,7 +363,8 @@ def _slug(source: SourceFile) -> str:
 
 def _known_sources(landing: Landing) -> dict[str, str]:
     """The sources in the landing zone and the quarantine by the digest that their names end with."""
-    fs, names = landing.lake.fs, set()
+    fs = landing.lake.fs
+    names: set[str] = set()
     fs.invalidate_cache()
     for area in (LANDING, QUARANTINE):
         root = landing.lake.path(area)
@@ -438,8 +439,7 @@ def _put(landing: Landing, area: str, source: str, name: str, table: pa.Table) -
 
 def _mapping_of(source: SourceFile, mapping: SourceMapping) -> SourceMapping:
     """The mapping for a file: a field that it names no column for is read from the folder called after that field."""
-    fields = mapped_fields(SourceMapping.model_construct(**dict.fromkeys(source.folders, "there")))
-    named = {name: name for name in fields if name in source.folders and not getattr(mapping, name)}
+    named = {name: name for name in FIELDS if name in source.folders and not getattr(mapping, name)}
     return mapping.model_copy(update=named) if named else mapping
 
 

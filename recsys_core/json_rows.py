@@ -156,14 +156,19 @@ def _is_array(raw: IO[bytes]) -> bool:
 def _elements(source: SourceFile, raw: IO[bytes]) -> Iterator[Any]:
     if _is_array(raw):
         return _array(source, raw)
-    return (_object(line) for block in Lines(raw, source.path).blocks(PEEK_BYTES) for line in block.split(b"\n") if line.strip())
+    return (
+        _object(line) for block in Lines(raw, source.path).blocks(PEEK_BYTES) for line in block.split(b"\n") if line.strip()
+    )
 
 
 def _array_batches(source: SourceFile, raw: IO[bytes], block_bytes: int) -> Iterator[RawBatch]:
     elements = _array(source, raw)
     number = 1
     while held := list(itertools.islice(elements, max(block_bytes >> 8, 1))):
-        found = ((element, b"{}" if element == {} else b"" if isinstance(element, dict) else _dumped(element).encode()) for element in held)
+        found = (
+            (element, b"{}" if element == {} else b"" if isinstance(element, dict) else _dumped(element).encode())
+            for element in held
+        )
         batch = _batch(source, found, number)
         number += len(held)
         yield replace(batch, lines=0)

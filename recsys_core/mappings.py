@@ -159,15 +159,19 @@ class MappingError(IngestError):
     """A mapping does not fit a file, or no mapping can be chosen for it."""
 
 
+EVENT_FIELDS = (
+    *("user_id", "item_id", "event_type", "ts", "event_id", "session_id", "device", "country", "value"),
+    "recommendation_id",
+)
 TEXT_FIELDS = ("title", "category")
-"""Fields of a mapping whose values may hold line ends."""
+"""Fields whose values may hold line ends."""
+FIELDS = (*EVENT_FIELDS, *TEXT_FIELDS, "price", "available")
+"""The fields of a mapping that name one column each."""
 
 
 def mapped_fields(mapping: SourceMapping) -> dict[str, str]:
     """The column of each field of an event or item that the mapping names one for."""
-    event = ("user_id", "item_id", "event_type", "ts", "event_id", "session_id", "device", "country", "value", "recommendation_id")
-    named = {name: getattr(mapping, name) for name in (*event, "title", "category", "price", "available")}
-    return {name: column for name, column in named.items() if column}
+    return {name: column for name in FIELDS if (column := getattr(mapping, name))}
 
 
 def mapped_columns(mapping: SourceMapping) -> list[str]:
@@ -200,7 +204,9 @@ def check_columns(source: SourceFile, mapping: SourceMapping) -> list[str]:
     lines = first_lines(source) if mapping.header else []
     widths = [len(fields_of(line, layout_of(source, lines).delimiter)) for line in lines]
     if widths and len(mapping.header) not in widths:
-        raise MappingError(f"{source.path}: the mapping names {len(mapping.header)} columns; the file's first line has {widths[0]}")
+        raise MappingError(
+            f"{source.path}: the mapping names {len(mapping.header)} columns; the file's first line has {widths[0]}"
+        )
     return there
 
 
@@ -258,9 +264,7 @@ def _only_fit(fs: fsspec.AbstractFileSystem, path: str, known: Mapping[str, Sour
     if len(fits) == 1:
         return fits[0]
     found = f"fit equally: {', '.join(sorted(fits))}" if fits else f"none of {', '.join(sorted(known))} fits"
-    raise MappingError(
-        f"{path} has the columns {', '.join(there)}; {found}. Name a mapping, or add one as [mappings.<name>]"
-    )
+    raise MappingError(f"{path} has the columns {', '.join(there)}; {found}. Name a mapping, or add one as [mappings.<name>]")
 
 
 def _fits(source: SourceFile, mapping: SourceMapping, there: list[str], lines: list[str]) -> bool:

@@ -26,7 +26,9 @@ NOTHING_WORDS = (
     "undefined",
 )
 """Words, in lower case, that programs write for a value that isn't there."""
-NOTHING = tuple(dict.fromkeys(form for w in NOTHING_WORDS for form in (w, w.upper(), w.capitalize(), w.title(), "NaN", "NaT", "-NaN")))
+NOTHING = tuple(
+    dict.fromkeys(form for w in NOTHING_WORDS for form in (w, w.upper(), w.capitalize(), w.title(), "NaN", "NaT", "-NaN"))
+)
 NO_ID = (*NOTHING, "NA", "#NA", "-", "--", "?")
 """What is no id besides; in a country NA is Namibia."""
 WRITTEN_FLOAT = r"^[+-]?([0-9]+\.0*|[0-9]\.?[0-9]*e\+[0-9]{2}|[0-9]\.[0-9]+E[0-9]{1,2})$"

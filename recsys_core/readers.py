@@ -37,7 +37,9 @@ def columns_of(source: SourceFile, needed: Collection[str] | None = ()) -> list[
             schema = pq.ParquetFile(raw).schema_arrow
             names = [*schema.names, *(name for name in source.nested if _path(schema, name))]
         elif source.ending in JSON:
-            names = json_columns(source, raw, JSON_SAMPLE_ROWS, None if needed is None else frozenset(needed) - source.folders.keys())
+            names = json_columns(
+                source, raw, JSON_SAMPLE_ROWS, None if needed is None else frozenset(needed) - source.folders.keys()
+            )
         else:
             sample = sample_of(source, raw)
             names = list(layout_of(source, sample).names) if sample else []
@@ -79,7 +81,9 @@ def _parquet(source: SourceFile, raw: IO[bytes]) -> Iterator[RawBatch]:
     first = 1
     for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-        columns |= {name: pc.struct_field(batch.column(p[0]), p[1:]) for name in source.nested if (p := _path(batch.schema, name))}
+        columns |= {
+            name: pc.struct_field(batch.column(p[0]), p[1:]) for name in source.nested if (p := _path(batch.schema, name))
+        }
         arrays = [_arrow_text(column) for column in columns.values()]
         rows = np.arange(first, first + batch.num_rows)
         yield RawBatch(pa.table(arrays, names=list(columns)), rows, [])

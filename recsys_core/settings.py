@@ -485,7 +485,9 @@ class SourceMapping(Section):
     attributes: list[str] = Field(default_factory=list, description="further catalogue columns; `*`: all the others")
     catalog_from_events: bool = Field(False, description="the event rows also describe their items")
     optional: list[str] = Field(default_factory=list, description="columns named above that a file may lack")
-    decimal: Literal[".", ","] = Field(".", description="sign before the fraction where a number leaves it open: 1,299 or 1.299")
+    decimal: Literal[".", ","] = Field(
+        ".", description="sign before the fraction where a number leaves it open: 1,299 or 1.299"
+    )
     delimiter: str | None = Field(
         None, min_length=1, description="of text files; unset: what the first lines show. A `.tsv` file always has tabs"
     )
