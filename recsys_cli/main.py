@@ -82,9 +82,9 @@ def _explanation(error: Exception) -> str | None:
     from recsys_cli.java import JavaMissing
     from recsys_cli.processes import StackError
     from recsys_core.lake import MissingPartition
-    from recsys_core.sources import IngestError
     from recsys_core.release import ReleaseError
     from recsys_core.retention import UnsafePolicy
+    from recsys_core.sources import IngestError
     from serving.client import RecsysError
 
     if isinstance(error, ValidationError):

@@ -25,8 +25,8 @@ SAMPLE_LINES = 20
 SAMPLE_BYTES = 1 << 16
 MAX_RECORD_LINES = 1000
 """A quoted value that spans more lines is taken for a stray quote."""
-COINCIDENCES = 3
-"""So many delimiters inside a quoted value, each just where a record would have it, are no chance but records."""
+COINCIDENCES = 6
+"""So many delimiters inside a quoted value, each just where records would have it, are no chance."""
 SEPARATOR = "\x1f"
 """Stands for a delimiter of several bytes; it is the character that ASCII has for this."""
 
@@ -324,13 +324,14 @@ def _swallows_records(lines: list[str], fields: list[str], layout: Layout) -> bo
     """Whether what reads as one record of several lines is two stray quotes with records between them.
 
     Its form cannot tell: a quoted text may hold anything. But a text whose every line has just the delimiters of a record is
-    none, and a value without line ends, such as an id, does not span lines.
+    none, and a value that holds no line ends, such as an id, does not span lines.
     """
     whole = sum(line.count(layout.delimiter) + 1 == layout.width for line in lines)
     if len(fields) != layout.width:
         return whole > 0
     spans = any("\n" in field for field, name in zip(fields, layout.names, strict=True) if name in layout.one_line)
-    return whole == len(lines) and (spans or (len(lines) - 1) * (layout.width - 1) >= COINCIDENCES)
+    lone = lines[0].count('"') == lines[-1].count('"') == 1
+    return lone and whole == len(lines) and (spans or (len(lines) - 1) * (layout.width - 1) >= COINCIDENCES)
 
 
 def _content(text: str, layout: Layout) -> str:

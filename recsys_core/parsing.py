@@ -23,7 +23,7 @@ DAY_FIRST, MONTH_FIRST = "dmy", "mdy"
 
 NOTHING_WORDS = (
     *("null", "(null)", "<null>", "[null]", "\\n", "none", "nan", "-nan", "nat", "n/a", "#n/a", "<na>", "<nan>", "nil"),
-    "undefined",
+    *("undefined", "[]", "{}"),
 )
 """Words, in lower case, that programs write for a value that isn't there."""
 NOTHING = tuple(
@@ -152,7 +152,7 @@ def parse_names(text: pa.Array | pa.ChunkedArray, nothing: tuple[str, ...] = NOT
     signs = _bytes_of(column)
     if not signs.isascii() or any(blank in signs for blank in b" \t\n\r\x0b\x0c"):
         column = pc.utf8_trim_whitespace(column)
-    if any(letter in signs for letter in b"nN-?"):
+    if any(letter in signs for letter in b"nN-?[{"):
         column = _where(pc.invert(pc.is_in(column, pa.array(nothing))), column)
     if ord(".") in signs or ord("+") in signs:
         floats = _where(pc.match_substring_regex(column, WRITTEN_FLOAT), column)
