@@ -129,7 +129,7 @@ def _notes(reports: list[Report], settings: Settings, partitions: PartitionSetti
             yield from (f"  {what}: {_shown(example)}" for what, example in sorted(part.examples.items()))
         again = [file for file in report.files if file.again]
         if again:
-            yield f"{_files(len(again))} with this content taken in before; the rows were replaced, not added."
+            yield f"Files that had been taken in before, so that their rows were replaced and not added: {len(again):,}."
         if report.unused:
             yield f"Columns that no field was read from: {_listed(report.unused)}."
     sources = sorted({file.source for report in reports for file in report.files if file.quarantined})
@@ -167,10 +167,6 @@ def _shown(example: Example) -> str:
     content = content if len(content) <= LONGEST_EXAMPLE else f"{content[:LONGEST_EXAMPLE]} …"
     where = f"{os.path.basename(example.path)} row {example.row}"
     return f"{where}, column {example.column}: {content!r}" if example.column else f"{where}: {content!r}"
-
-
-def _files(count: int) -> str:
-    return "A file was" if count == 1 else f"{count:,} files were"
 
 
 def _listed(names: list[str]) -> str:
