@@ -52,13 +52,16 @@ class Steps:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
-def run(data: Path | None, mapping: str | None, home: Path) -> None:
+def run(data: Path | None, mapping: str | None, home: Path, catalog: Path | None = None) -> None:
     """Run the demo in a home of its own. Raises StackError when that folder holds something else, or is in use twice.
 
-    Raises FileNotFoundError and MappingError for data that can't be read.
+    Raises FileNotFoundError and MappingError for data, or a catalogue of its items, that can't be read.
     """
-    if data is not None and not data.exists():
-        raise FileNotFoundError(2, "No such file or folder", str(data))
+    for path in (data, catalog):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(2, "No such file or folder", str(path))
+    if catalog is not None and data is None:
+        raise StackError("--catalog names the items of --data; name both")
     console = Console()
     steps = Steps(console)
     with _own_home(home.absolute()) as home:
@@ -70,7 +73,7 @@ def run(data: Path | None, mapping: str | None, home: Path) -> None:
             os.environ["RECSYS_REDIS__URL"] = redis_url
             settings = load_settings(home)
             with steps.step("landing"):
-                day = _land(settings, data, mapping, console)
+                day = _land(settings, data, mapping, catalog, console)
             try:
                 metrics = materialize_line(home, day, steps)
             finally:
@@ -128,7 +131,7 @@ def _empty(home: Path) -> None:
 # -- the line ---------------------------------------------------------------------------------------------------
 
 
-def _land(settings: Settings, data: Path | None, mapping: str | None, console: Console) -> str:
+def _land(settings: Settings, data: Path | None, mapping: str | None, catalog: Path | None, console: Console) -> str:
     """Fill the landing zone, fix the partitions of the home, and return the last day that is complete."""
     from recsys_core.lake import Lake
     from recsys_core.landing import Landing
@@ -138,7 +141,7 @@ def _land(settings: Settings, data: Path | None, mapping: str | None, console: C
     if data is None:
         _simulate(settings, landing, console)
     else:
-        _ingest(settings, landing, data, mapping, console)
+        _ingest(settings, data, mapping, catalog, console)
     day = landing.last_busy_day()
     extent = landing.extent()
     if day is None or extent is None:
@@ -162,17 +165,16 @@ def _simulate(settings: Settings, landing: Landing, console: Console) -> None:
     console.print(f"{rows:,} events of {made.config.days} days by about {made.config.users:,} users, made up", highlight=False)
 
 
-def _ingest(settings: Settings, landing: Landing, data: Path, mapping: str | None, console: Console) -> None:
-    from recsys_core.ingest import ingest
-    from recsys_core.mappings import choose
+def _ingest(settings: Settings, data: Path, mapping: str | None, catalog: Path | None, console: Console) -> None:
+    from recsys_cli.ingesting import chosen_mappings, show, take_in
 
-    name, chosen = choose(str(data), mapping, settings.mappings)
-    if chosen.kind != "events":
-        raise StackError(f"{data} fits {name}, which describes items; the demo needs events")
-    report = ingest(str(data), landing, chosen, settings.events)
-    console.print(f"{data} as {name}: {report.rows_read:,} rows read, {report.landed:,} events landed", highlight=False)
-    for reason, count in sorted(report.quarantined.items()):
-        console.print(f"  quarantined: {count:,} × {reason}", highlight=False)
+    chosen = chosen_mappings(settings, str(data), mapping, False, {}, console)
+    if not any(one.kind == "events" for one in chosen.values()):
+        raise StackError(f"{data} fits {', '.join(chosen)}, which describes items; the demo needs events")
+    show(take_in(str(data), chosen, settings), settings, console, partitions=None)
+    if catalog is not None:
+        items = chosen_mappings(settings, str(catalog), None, True, {}, console)
+        show(take_in(str(catalog), items, settings), settings, console, partitions=None)
 
 
 def fix_partitions(home: Path, first_ts: int, last_ts: int) -> None:

@@ -15,7 +15,7 @@ from recsys_cli import kafka, releases, stream
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from recsys_core.settings import Settings, SourceMapping
+    from recsys_core.settings import Settings
     from serving.client import ClientOptions, Recommendation, SimilarItems
 
 DEMO_HOME = Path(".recsys/demo")
@@ -40,6 +40,8 @@ class TimeUnit(StrEnum):
     US = "us"
     NS = "ns"
     ISO = "iso"
+    DMY = "dmy"
+    MDY = "mdy"
 
 
 class _Commands(TyperGroup):
@@ -82,9 +84,9 @@ def _explanation(error: Exception) -> str | None:
     from recsys_cli.java import JavaMissing
     from recsys_cli.processes import StackError
     from recsys_core.lake import MissingPartition
-    from recsys_core.readers import IngestError
     from recsys_core.release import ReleaseError
     from recsys_core.retention import UnsafePolicy
+    from recsys_core.sources import IngestError
     from serving.client import RecsysError
 
     if isinstance(error, ValidationError):
@@ -158,6 +160,9 @@ def doctor() -> None:
 def demo(
     data: Annotated[Path | None, typer.Option(help="A file or folder of events; without it a clickstream is made up.")] = None,
     mapping: Annotated[str | None, typer.Option(help="Name of the mapping of the columns; without it, it is detected.")] = None,
+    catalog: Annotated[
+        Path | None, typer.Option(help="A file or folder of the items of --data, if it does not hold them.")
+    ] = None,
     home: Annotated[Path, typer.Option(help="Folder of everything the demo writes.")] = DEMO_HOME,
     live: Annotated[bool, typer.Option("--live", help="Only its end, in the folder of an earlier demo.")] = False,
 ) -> None:
@@ -167,7 +172,7 @@ def demo(
     if live:
         demonstration.run_live(home)
     else:
-        demonstration.run(data, mapping, home)
+        demonstration.run(data, mapping, home, catalog)
 
 
 @app.command()
@@ -245,66 +250,58 @@ def simulate(
 
 @app.command()
 def ingest(
-    path: Annotated[str, typer.Argument(help="A file or folder: CSV, JSON lines or Parquet, plain or gzip.")],
+    path: Annotated[str, typer.Argument(help="A file or folder: delimited text, JSON or Parquet, plain or gzip.")],
     home: Home = None,
-    mapping: Annotated[str | None, typer.Option(help="A ready mapping, or one of [mappings] in recsys.toml.")] = None,
+    mapping: Annotated[
+        str | None, typer.Option(help="A ready mapping, or one of mappings.<name> in recsys.toml. Default: those that fit.")
+    ] = None,
     catalog: Annotated[bool, typer.Option("--catalog", help="The rows are items, not events.")] = False,
     user: Annotated[str | None, typer.Option(help="Column of the user.")] = None,
     item: Annotated[str | None, typer.Option(help="Column of the item.")] = None,
     type_: Annotated[str | None, typer.Option("--type", help="Column of the event type; without one all are views.")] = None,
     time: Annotated[str | None, typer.Option(help="Column of the time.")] = None,
-    unit: Annotated[TimeUnit | None, typer.Option(help="Unit of the time column. Default: ms.")] = None,
+    unit: Annotated[
+        TimeUnit | None,
+        typer.Option(help="Of numbers (default: ms), or what a date begins with: iso year, dmy day, mdy month."),
+    ] = None,
     session: Annotated[str | None, typer.Option(help="Column of the session.")] = None,
     device: Annotated[str | None, typer.Option(help="Column of the device.")] = None,
+    country: Annotated[str | None, typer.Option(help="Column of the country.")] = None,
+    value: Annotated[str | None, typer.Option(help="Column of the value: a price paid, a rating.")] = None,
     title: Annotated[str | None, typer.Option(help="Catalogue: column of the title.")] = None,
     category: Annotated[str | None, typer.Option(help="Catalogue: column of the category.")] = None,
+    price: Annotated[str | None, typer.Option(help="Catalogue: column of the price.")] = None,
+    available: Annotated[str | None, typer.Option(help="Catalogue: column that says whether an item can be had.")] = None,
+    attributes: Annotated[
+        str | None, typer.Option(help="Catalogue: further columns, with commas between; *: all others.")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Between fields of text. Default: what the first lines show.")] = None,
+    header: Annotated[str | None, typer.Option(help="Columns of a file without a header line, with commas between.")] = None,
     shift_to_now: Annotated[bool, typer.Option("--shift-to-now", help="Move history so that its end is the present.")] = False,
 ) -> None:
-    """Bring your own events or items. What can't be one goes to quarantine, with file, row and reason."""
+    """Bring your own events or items. What can't be one goes to quarantine, with file, row and reason.
+
+    Exit code 1: nothing landed.
+    """
+    from recsys_cli import ingesting
     from recsys_cli.console import showing_progress
-    from recsys_core import ingest as ingestion
     from recsys_core.events import now_ms
-    from recsys_core.lake import Lake
-    from recsys_core.landing import Landing
 
-    settings = _settings(home)
-    columns = {"user_id": user, "item_id": item, "event_type": type_, "ts": time, "session_id": session, "device": device}
-    columns |= {"title": title, "category": category, "ts_unit": unit.value if unit else None}
-    chosen = _mapping(settings, path, mapping, catalog, {name: column for name, column in columns.items() if column})
-    lake = Lake(settings.lake_uri, settings.lake.keep_versions)
-    with showing_progress():
-        if chosen.kind == "catalog":
-            report: Any = ingestion.ingest_catalog(path, lake, chosen)
-        else:
-            shift = now_ms() if shift_to_now else None
-            report = ingestion.ingest(path, Landing(lake), chosen, settings.events, shift_to_ms=shift)
-    _show_ingested(report, chosen.kind, settings)
+    settings, console = _settings(home), _console()
+    events = {"user_id": user, "item_id": item, "event_type": type_, "ts": time, "ts_unit": unit.value if unit else None}
+    events |= {"session_id": session, "device": device, "country": country, "value": value}
+    items = {"title": title, "category": category, "price": price, "available": available, "attributes": _names(attributes)}
+    fields = {**events, **items, "delimiter": delimiter and delimiter.replace("\\t", "\t"), "header": _names(header)}
+    given = {name: column for name, column in fields.items() if column}
+    chosen = ingesting.chosen_mappings(settings, path, mapping, catalog, given, console)
+    with showing_progress(console):
+        reports = ingesting.take_in(path, chosen, settings, now_ms() if shift_to_now else None)
+    if not ingesting.show(reports, settings, console, settings.partitions):
+        raise typer.Exit(1)
 
 
-def _mapping(settings: Settings, path: str, name: str | None, catalog: bool, columns: dict[str, str]) -> SourceMapping:
-    """The mapping by name, made of the flags, or detected; flags beside a name replace its columns."""
-    from recsys_core.mappings import MappingError, choose
-    from recsys_core.settings import SourceMapping
-
-    if name is None and columns:
-        return SourceMapping.model_validate({"kind": "catalog" if catalog else "events", **columns})
-    used, ready = choose(path, name, settings.mappings)
-    if name is None:
-        typer.echo(f"{path} fits the mapping {used}.")
-    chosen = SourceMapping.model_validate({**ready.model_dump(), **columns})
-    if catalog and chosen.kind != "catalog":
-        raise MappingError(f"the mapping {used!r} describes events; name the item columns by --item, --title, --category")
-    return chosen
-
-
-def _show_ingested(report: Any, kind: str, settings: Settings) -> None:
-    from recsys_cli.console import table
-    from recsys_core.masking import masked_text
-
-    rows: list[dict[str, object]] = [{"": "rows read", "count": report.rows_read}]
-    rows.append({"": "items kept" if kind == "catalog" else "events landed", "count": report.landed})
-    rows += [{"": f"quarantined: {reason}", "count": count} for reason, count in sorted(report.quarantined.items())]
-    _console().print(table(f"Ingested into {masked_text(settings.lake_uri)} in {report.seconds:.1f} s", rows))
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",")] if text else None
 
 
 @app.command()

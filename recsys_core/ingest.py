@@ -1,16 +1,18 @@
 """Bring your own data: event files of any mapped shape into the landing zone, item files into the catalogue.
 
 A landing file is named by the digest of the file it came from and its number in it, so that ingesting a file again
-rewrites the same files. Every row read is landed or quarantined with its file, row number, reason and content.
+rewrites the same files. Every row read is landed, quarantined with its file, row number, reason and content, or in a file that
+is another's copy. A file is taken in whole or, when it is damaged, not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,13 +22,15 @@ import pyarrow.compute as pc
 
 from recsys_core import progress
 from recsys_core.catalog import CATALOG_SCHEMA, last_of_each, merge_catalog
-from recsys_core.events import EARLIEST_TS, EVENT_SCHEMA, HOUR_MS, ITEM_ID, TS, content_ids, invalid_reasons, now_ms
+from recsys_core.events import DAY_MS, EARLIEST_TS, HOUR_MS, ITEM_ID, TS, day_key, invalid_reasons, now_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import LANDING, QUARANTINE, QUARANTINE_SCHEMA, Landing
-from recsys_core.mappings import MappingError, check_columns, mapped_columns
-from recsys_core.parsing import parse_bool, parse_decimal, parse_ts
-from recsys_core.readers import RawBatch, Rejected, SourceFile, find_files, read_rows
+from recsys_core.mapped import item_ids, map_events, map_items, text_column, unreadable_items, unreadable_values
+from recsys_core.mappings import FIELDS, MappingError, check_columns, mapped_columns, mapped_fields, source_file
+from recsys_core.parsing import parse_ts
+from recsys_core.readers import read_rows
 from recsys_core.settings import EventSettings, SourceMapping
+from recsys_core.sources import IngestError, RawBatch, Rejected, SourceFile, find_files
 from recsys_core.stores import open_filesystem
 
 CHUNK_ROWS = 250_000
@@ -36,15 +40,75 @@ MAX_CONTENT = 10_000
 """Characters of a rejected row that are kept."""
 BUSY_SHARE = 0.01
 """History ends with the last hour that has at least this share of a typical hour's events."""
-UNREADABLE_VALUE = "unreadable value"
+EMPTY = "it is empty"
+NO_DATA = "its ending is none of a data file"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One of the rows that something was wrong with: its file and number, the mapped column, and what is there.
+
+    Without a column it is the whole row.
+    """
+
+    path: str
+    row: int
+    column: str | None
+    content: str
+
+
+@dataclass
+class Account:
+    """What of the rows of files was wrong, for a report.
+
+    Attributes:
+        quarantined: rows that are no event or item, by reason.
+        unreadable: rows that were kept without the value of an optional field, which can't be read, by field.
+        examples: the first row of each reason and of each of those fields.
+    """
+
+    quarantined: Counter[str] = field(default_factory=Counter)
+    unreadable: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, Example] = field(default_factory=dict)
+
+    def add_rejected(self, path: str, rejected: list[Rejected], table: RawBatch, mapping: SourceMapping) -> None:
+        self.quarantined.update(r.reason for r in rejected)
+        for reason in {r.reason for r in rejected} - self.examples.keys():
+            first = next(r for r in rejected if r.reason == reason)
+            column = _column_of(reason, mapping)
+            at = np.flatnonzero(table.rows == first.row)
+            value = text_column(table.table, column)[int(at[0])].as_py() if column and len(at) else None
+            shown = first.content if column is None else value or ""
+            self.examples[reason] = Example(path, first.row, column, shown[:MAX_CONTENT])
+
+    def add_unreadable(self, path: str, chunk: RawBatch, found: dict[str, pa.ChunkedArray], mapping: SourceMapping) -> None:
+        for name, rows in found.items():
+            at = np.flatnonzero(rows.to_numpy())
+            self.unreadable[name] += len(at)
+            if len(at) and name not in self.examples:
+                column = mapped_fields(mapping)[name]
+                value = text_column(chunk.table, column)[int(at[0])].as_py()
+                self.examples[name] = Example(path, int(chunk.rows[at[0]]), column, value[:MAX_CONTENT])
+
+    def add(self, other: Account) -> None:
+        self.quarantined.update(other.quarantined)
+        self.unreadable.update(other.unreadable)
+        self.examples = {**other.examples, **self.examples}
+
+
+def _column_of(reason: str, mapping: SourceMapping) -> str | None:
+    """The column of the field that a reason names."""
+    words = reason.replace(":", " ").split()
+    return next((column for name, column in mapped_fields(mapping).items() if name in words), None)
 
 
 @dataclass(frozen=True)
 class CatalogReport:
-    """What became of the rows of item files. `rows_read` = `landed` + the sum of `quarantined`.
+    """What became of the rows of item files. `rows_read` = `landed` + the sum of `quarantined` + `duplicates`.
 
-    `items` is the size of the catalogue afterwards. A row whose price or availability can't be read is kept, with no
-    price or as available; `unreadable` counts them by field.
+    `items` is the size of the catalogue afterwards. A row whose price, availability or category can't be read is kept, with no
+    price or category or as available; `unreadable` counts them by field. `examples`, `left_out` and `unused` are as in
+    IngestReport.
     """
 
     rows_read: int
@@ -53,22 +117,39 @@ class CatalogReport:
     items: int
     unreadable: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    duplicates: int = 0
+    files: list[FileReport] = field(default_factory=list)
+    examples: dict[str, Example] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What became of the rows of one file."""
+    """What became of the rows of one file. `again`: the same content was taken in before, and stands in its place."""
 
     path: str
     source: str
     rows_read: int
     landed: int
     quarantined: int
+    duplicates: int = 0
+    again: bool = False
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of the rows of event files. `rows_read` = `landed` + the sum of `quarantined`, counts by reason."""
+    """What became of the rows of event files. `rows_read` = `landed` + the sum of `quarantined` + `duplicates`.
+
+    Attributes:
+        quarantined: counts by reason.
+        duplicates: rows of files that have the content, and the `key=value` folders, of another one.
+        days: landed events by day.
+        unreadable: events that landed without a value, as theirs can't be read, by field.
+        examples: the first row of each reason and of each of those fields.
+        left_out: the files that were not taken in, and why.
+        unused: the columns that the mapping names nowhere.
+    """
 
     rows_read: int
     landed: int
@@ -79,6 +160,12 @@ class IngestReport:
     shift_ms: int
     seconds: float
     catalog: CatalogReport | None = None
+    duplicates: int = 0
+    days: dict[str, int] = field(default_factory=dict)
+    unreadable: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, Example] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
 
 def ingest(
@@ -93,51 +180,58 @@ def ingest(
     """Land the events of a file or of all data files of a folder.
 
     `shift_to_ms` moves history by whole hours so that its last hour is the one completed before that moment (see
-    `shift_ms`); `now` is the clock for events of the future. Raises MappingError before anything is written when a file
-    lacks a mapped column, IngestError for a damaged file, FileNotFoundError.
+    `shift_ms`); `now` is the clock for events of the future. A file that is empty, damaged or lacks a mapped column is left
+    out of a folder. Raises MappingError or IngestError when that leaves none, FileNotFoundError.
     """
     started = time.perf_counter()
-    sources = _sources(path, mapping, "events")
+    found = _sources(path, mapping, "events")
     clock = now_ms() if now is None else now
-    shift = 0 if shift_to_ms is None else shift_ms(path, mapping, shift_to_ms)
+    shift = 0 if shift_to_ms is None else _shift(found.files, mapping, shift_to_ms)
     run = _EventRun(landing, mapping, events, clock, shift)
-    files = [run.file(source) for source in progress.track(sources, "ingesting files")]
+    files = _take_in(found, landing, run.file, "ingesting files")
     catalog = run.items.merge(landing.lake) if mapping.catalog_from_events else None
     return IngestReport(
         rows_read=sum(f.rows_read for f in files),
         landed=sum(f.landed for f in files),
-        quarantined=dict(run.reasons),
+        quarantined=dict(run.account.quarantined),
         files=files,
         first_ts=run.first_ts,
         last_ts=run.last_ts,
         shift_ms=shift,
         seconds=time.perf_counter() - started,
         catalog=catalog,
+        duplicates=sum(f.duplicates for f in files),
+        days=dict(sorted(run.days.items())),
+        unreadable=dict(+run.account.unreadable),
+        examples=run.account.examples,
+        left_out=found.left_out,
+        unused=found.unused,
     )
 
 
 def ingest_catalog(path: str, lake: Lake, mapping: SourceMapping) -> CatalogReport:
     """Merge the items of a file or of all data files of a folder into the catalogue; the last row of an item wins.
 
-    A row without an item_id is quarantined. Distinct items are held in memory. Raises as `ingest` does.
+    A row without an item_id is quarantined. Distinct items are held in memory. Files are left out, and errors raised, as by
+    `ingest`.
     """
     started = time.perf_counter()
     landing = Landing(lake)
-    items = _Items(mapping)
-    reasons: Counter[str] = Counter()
-    rows_read = 0
-    for source in progress.track(_sources(path, mapping, "catalog"), "ingesting items"):
-        name = _source_name(source)
-        for number, chunk in enumerate(_chunks(source)):
-            missing = pc.is_null(_column(chunk.table, mapping.item_id))
-            reason = pc.if_else(missing, pa.scalar("missing item_id"), pa.scalar(None, pa.string()))
-            rejected = _rejections(chunk, reason)
-            _put(landing, QUARANTINE, name, f"{number:05d}", _quarantine(source, rejected))
-            items.add(chunk.table.filter(pc.is_null(reason)))
-            reasons.update(r.reason for r in rejected)
-            rows_read += len(chunk.rows) + len(chunk.rejected)
-    merged = items.merge(lake)
-    return replace(merged, rows_read=rows_read, quarantined=dict(reasons), seconds=time.perf_counter() - started)
+    found = _sources(path, mapping, "catalog")
+    run = _CatalogRun(landing, mapping)
+    files = _take_in(found, landing, run.file, "ingesting items")
+    return replace(
+        run.items.merge(lake),
+        rows_read=sum(f.rows_read for f in files),
+        landed=sum(f.landed for f in files),
+        quarantined=dict(run.account.quarantined),
+        seconds=time.perf_counter() - started,
+        duplicates=sum(f.duplicates for f in files),
+        files=files,
+        examples={**run.items.account.examples, **run.account.examples},
+        left_out=found.left_out,
+        unused=found.unused,
+    )
 
 
 def shift_ms(path: str, mapping: SourceMapping, to_ms: int) -> int:
@@ -147,13 +241,13 @@ def shift_ms(path: str, mapping: SourceMapping, to_ms: int) -> int:
     of a typical hour, and the typical hour is the one in which the median event lies, so that many nearly empty hours
     don't count. Times before 1990 or after the present are no part of the history. 0 when there is none.
     """
+    return _shift(_sources(path, mapping, "events").files, mapping, to_ms)
+
+
+def _shift(sources: list[SourceFile], mapping: SourceMapping, to_ms: int) -> int:
     hours: Counter[int] = Counter()
-    for source in progress.track(_sources(path, mapping, "events"), "finding the end of history"):
-        for batch in read_rows(source):
-            ts = parse_ts(_column(batch.table, mapping.ts), mapping.ts_unit)
-            known = ts.filter(pc.and_(pc.greater_equal(ts, EARLIEST_TS), pc.less_equal(ts, now_ms())))
-            found, counts = np.unique(known.to_numpy() // HOUR_MS, return_counts=True)
-            hours.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+    for source in progress.track(sources, "finding the end of history"):
+        hours.update(_hours(source, mapping))
     if not hours:
         return 0
     volumes = np.sort(np.array(list(hours.values())))
@@ -162,26 +256,135 @@ def shift_ms(path: str, mapping: SourceMapping, to_ms: int) -> int:
     return (to_ms // HOUR_MS - 1 - end) * HOUR_MS
 
 
-def _sources(path: str, mapping: SourceMapping, kind: str) -> list[SourceFile]:
-    """The files to read, after their columns were checked."""
+def _hours(source: SourceFile, mapping: SourceMapping) -> Counter[int]:
+    """Number of events by hour; nothing of a damaged file."""
+    hours: Counter[int] = Counter()
+    try:
+        for batch in read_rows(source):
+            ts = parse_ts(text_column(batch.table, mapping.ts), mapping.ts_unit)
+            known = ts.filter(pc.and_(pc.greater_equal(ts, EARLIEST_TS), pc.less_equal(ts, now_ms())))
+            found, counts = np.unique(known.to_numpy() // HOUR_MS, return_counts=True)
+            hours.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+    except IngestError:
+        # It is left out, and named, when its rows are to be landed.
+        return Counter()
+    return hours
+
+
+# -- which files, and each of them whole or not at all ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    files: list[SourceFile]
+    left_out: dict[str, str]
+    unused: list[str]
+
+
+def _sources(path: str, mapping: SourceMapping, kind: str) -> _Found:
+    """The files to read, after their columns were checked. Raises what is wrong with the first when nothing is right."""
     if mapping.kind != kind:
         raise MappingError(f"{path}: a mapping of kind {kind!r} is needed, this one is of kind {mapping.kind!r}")
     fs, root = open_filesystem(path)
-    sources = [SourceFile(fs, found, mapping.delimiter, tuple(mapping.header)) for found in find_files(fs, root)]
-    for source in sources:
-        check_columns(source, mapping)
-    return sources
+    data, others = find_files(fs, root)
+    files: list[SourceFile] = []
+    columns: dict[str, None] = {}
+    left_out = dict.fromkeys(others, NO_DATA)
+    problems: list[IngestError] = []
+    for file in data:
+        source = source_file(fs, file, mapping)
+        try:
+            there = check_columns(source, mapping)
+        except IngestError as error:
+            problems.append(error)
+            left_out[file] = _without_path(error, file)
+            continue
+        columns |= dict.fromkeys(there)
+        if there:
+            files.append(source)
+        else:
+            left_out[file] = EMPTY
+    if problems and not files:
+        raise problems[0]
+    used = columns.keys() if "*" in mapping.attributes else {*mapped_columns(mapping), *_fields_of_folders(files)}
+    return _Found(files, dict(sorted(left_out.items())), [name for name in columns if name not in used])
 
 
-def _source_name(source: SourceFile) -> str:
-    """`clicks-hour-000-1f2e3d4c5b6a7988`: the file's name and the digest of its content."""
+def _fields_of_folders(files: list[SourceFile]) -> set[str]:
+    return {name for source in files for name in source.folders if name in FIELDS}
+
+
+def _without_path(error: IngestError, path: str) -> str:
+    return str(error).removeprefix(path).lstrip(": ")
+
+
+def _take_in(found: _Found, landing: Landing, take: Callable[[SourceFile, str], FileReport], what: str) -> list[FileReport]:
+    """Take each file in once. One that turns out to be damaged leaves nothing behind but its name among those left out."""
+    known = _known_sources(landing)
+    done: dict[str, FileReport] = {}
+    files: list[FileReport] = []
+    for source in progress.track(found.files, what):
+        digest = _digest(source)
+        if digest in done:
+            rows = done[digest].rows_read
+            files.append(FileReport(source.path, done[digest].source, rows, 0, 0, duplicates=rows))
+            continue
+        name = known.get(digest) or f"{_slug(source)}-{digest}"
+        try:
+            report = take(source, name)
+        except IngestError as error:
+            _discard(landing, name, from_number=0)
+            if len(found.files) == 1:
+                raise
+            found.left_out[source.path] = _without_path(error, source.path)
+            continue
+        done[digest] = replace(report, again=digest in known)
+        files.append(done[digest])
+    if found.files and not files:
+        raise IngestError("\n".join(f"{path}: {reason}" for path, reason in found.left_out.items()))
+    return files
+
+
+def _digest(source: SourceFile) -> str:
+    """Of the content of a file and what its folders say."""
     digest = hashlib.sha256()
     with source.fs.open(source.path, "rb") as raw:
         while block := raw.read(1 << 20):
             digest.update(block)
+    if source.folders:
+        digest.update(orjson.dumps(source.folders))
+    return digest.hexdigest()[:16]
+
+
+def _slug(source: SourceFile) -> str:
+    """`clicks-hour-000` of `clicks_hour_000.csv.gz`."""
     stem = source.name.lower().removesuffix(".gz").removesuffix(source.ending)
-    slug = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:60] or "file"
-    return f"{slug}-{digest.hexdigest()[:16]}"
+    return re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:60] or "file"
+
+
+def _known_sources(landing: Landing) -> dict[str, str]:
+    """The sources in the landing zone and the quarantine by the digest that their names end with."""
+    fs = landing.lake.fs
+    names: set[str] = set()
+    fs.invalidate_cache()
+    for area in (LANDING, QUARANTINE):
+        root = landing.lake.path(area)
+        names.update(os.path.basename(path.rstrip("/")) for path in (fs.ls(root, detail=False) if fs.exists(root) else []))
+    return {name[-16:]: name for name in sorted(names) if re.search(r"-[0-9a-f]{16}$", name)}
+
+
+def _discard(landing: Landing, name: str, from_number: int) -> None:
+    """Remove the files of a source that have this number or a higher one."""
+    fs = landing.lake.fs
+    for area in (LANDING, QUARANTINE):
+        folder = landing.lake.path(area, name)
+        for path in fs.ls(folder, detail=False) if fs.exists(folder) else []:
+            number = os.path.basename(path).removesuffix(".parquet")
+            if number.isdigit() and int(number) >= from_number:
+                fs.rm(path)
+
+
+# -- chunks of a file -----------------------------------------------------------------------------------------------
 
 
 def _chunks(source: SourceFile) -> Iterator[RawBatch]:
@@ -235,104 +438,74 @@ def _put(landing: Landing, area: str, source: str, name: str, table: pa.Table) -
         landing.lake.fs.rm(stale)
 
 
-def _column(table: pa.Table, name: str | None) -> pa.ChunkedArray:
-    """A text column, all null when the mapping or the file has none; empty text is null."""
-    if name is None or name not in table.column_names:
-        return pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
-    text = table[name]
-    return pc.if_else(pc.equal(pc.binary_length(text), 0), pa.scalar(None, pa.string()), text)
+def _mapping_of(source: SourceFile, mapping: SourceMapping) -> SourceMapping:
+    """The mapping for a file: a field that it names no column for is read from the folder called after that field."""
+    named = {name: name for name in FIELDS if name in source.folders and not getattr(mapping, name)}
+    return mapping.model_copy(update=named) if named else mapping
 
 
-def map_events(table: pa.Table, mapping: SourceMapping, shift: int = 0) -> tuple[pa.Table, pa.ChunkedArray]:
-    """The events of some rows: a table with the columns of EVENT_SCHEMA, nulls where a field is missing or unreadable,
-    and whether the value can't be read, bool (n,).
-
-    An event without an id of its own gets one made from the mapped fields before the shift.
-    """
-    source_ts = parse_ts(_column(table, mapping.ts), mapping.ts_unit)
-    value_text = _column(table, mapping.value)
-    value = parse_decimal(value_text)
-    columns = {
-        "user_id": _column(table, mapping.user_id),
-        "item_id": _column(table, mapping.item_id),
-        "event_type": _event_types(table, mapping),
-        "ts": source_ts,
-        "session_id": _column(table, mapping.session_id),
-        "device": _column(table, mapping.device),
-        "country": _column(table, mapping.country),
-        "value": value,
-        "recommendation_id": _column(table, mapping.recommendation_id),
-    }
-    columns["event_id"] = _column(table, mapping.event_id)
-    if columns["event_id"].null_count:
-        mapped = [column.cast(pa.string()) for name, column in columns.items() if getattr(mapping, name)]
-        columns["event_id"] = pc.coalesce(columns["event_id"], content_ids(mapped))
-    columns["ts"] = pc.if_else(pc.greater_equal(source_ts, EARLIEST_TS), pc.add(source_ts, shift), source_ts)
-    unreadable = pc.and_(pc.is_null(value), pc.invert(pc.is_in(pc.utf8_lower(value_text), pa.array([None, "nan", "null"]))))
-    return pa.table([columns[name] for name in EVENT_SCHEMA.names], names=EVENT_SCHEMA.names), unreadable
-
-
-def _event_types(table: pa.Table, mapping: SourceMapping) -> pa.ChunkedArray:
-    if mapping.event_type is None:
-        return pa.chunked_array([pa.array([mapping.default_event_type] * table.num_rows, pa.string())])
-    known = {name.strip().lower(): event_type for name, event_type in mapping.event_types.items()}
-    lower = pc.utf8_lower(pc.utf8_trim_whitespace(_column(table, mapping.event_type)))
-    if not known:
-        return lower
-    at = pc.index_in(lower, value_set=pa.array(list(known)))
-    return pc.coalesce(pa.chunked_array([pa.array(list(known.values()))]).take(at), lower)
-
-
-def map_items(table: pa.Table, mapping: SourceMapping) -> pa.Table:
-    """The catalogue rows, CATALOG_SCHEMA, of some rows that have an item id."""
-    category = pc.replace_substring(_column(table, mapping.category), mapping.category_separator, "/")
-    columns = {
-        "item_id": _column(table, mapping.item_id),
-        "title": _column(table, mapping.title),
-        "category": category,
-        "price": parse_decimal(_column(table, mapping.price)),
-        "available": pc.fill_null(parse_bool(_column(table, mapping.available)), True),
-        "attributes": _attributes(table, mapping),
-    }
-    return pa.table(columns).cast(CATALOG_SCHEMA)
-
-
-def _attributes(table: pa.Table, mapping: SourceMapping) -> pa.Array:
-    """The further columns of each row as a JSON object of those that are not empty, null when all are."""
-    names = list(mapping.attributes)
-    if "*" in names:
-        mapped = mapped_columns(mapping)
-        names = [name for name in table.column_names if name not in mapped]
-    there = [name for name in names if name in table.column_names]
-    if not there:
-        return pa.nulls(table.num_rows, pa.string())
-    rows = ({name: value for name, value in row.items() if value} for row in table.select(there).to_pylist())
-    return pa.array([orjson.dumps(row).decode() if row else None for row in rows], pa.string())
+def _settled(path: str, name: str, read: int, landed: int, quarantined: int) -> FileReport:
+    if read != landed + quarantined:
+        raise IngestError(f"{path}: {read} rows were read, {landed} kept and {quarantined} quarantined: a fault of the ingest")
+    return FileReport(path, name, read, landed, quarantined)
 
 
 class _Items:
     """The last row of each item seen, in the memory that the distinct items take."""
 
-    def __init__(self, mapping: SourceMapping) -> None:
-        self.mapping = mapping
+    def __init__(self) -> None:
         self.table = CATALOG_SCHEMA.empty_table()
-        self.unreadable: Counter[str] = Counter()
+        self.account = Account()
         self.rows = 0
 
-    def add(self, rows: pa.Table) -> None:
-        items = map_items(last_of_each(rows, self.mapping.item_id), self.mapping)
-        self.table = last_of_each(pa.concat_tables([self.table, items]), ITEM_ID)
-        for name, column, parse in (
-            ("price", self.mapping.price, parse_decimal),
-            ("available", self.mapping.available, parse_bool),
-        ):
-            text = _column(rows, column)
-            self.unreadable[name] += parse(text).null_count - text.null_count
-        self.rows += rows.num_rows
+    def add(self, path: str, chunk: RawBatch, mapping: SourceMapping) -> None:
+        """Take the items of rows that have an item id."""
+        ids = pa.table({ITEM_ID: item_ids(chunk.table, mapping), "at": pa.array(np.arange(chunk.table.num_rows))})
+        last = chunk.table.take(last_of_each(ids, ITEM_ID)["at"])
+        self.table = last_of_each(pa.concat_tables([self.table, map_items(last, mapping)]), ITEM_ID)
+        self.account.add_unreadable(path, chunk, unreadable_items(chunk.table, mapping), mapping)
+        self.rows += chunk.table.num_rows
+
+    def add_all(self, other: _Items) -> None:
+        self.table = last_of_each(pa.concat_tables([self.table, other.table]), ITEM_ID)
+        self.account.add(other.account)
+        self.rows += other.rows
 
     def merge(self, lake: Lake) -> CatalogReport:
         written = merge_catalog(lake, self.table)
-        return CatalogReport(self.rows, self.rows, {}, written.rows, dict(+self.unreadable))
+        unreadable = dict(+self.account.unreadable)
+        return CatalogReport(self.rows, self.rows, {}, written.rows, unreadable, examples=self.account.examples)
+
+
+class _CatalogRun:
+    """One call of `ingest_catalog`: adds up items and what became of the rows, file after file."""
+
+    def __init__(self, landing: Landing, mapping: SourceMapping) -> None:
+        self.landing, self.mapping = landing, mapping
+        self.items = _Items()
+        self.account = Account()
+
+    def file(self, source: SourceFile, name: str) -> FileReport:
+        mapping = _mapping_of(source, self.mapping)
+        items, account = _Items(), Account()
+        read = number = 0
+        for number, chunk in enumerate(_chunks(source), 1):
+            missing = pc.is_null(item_ids(chunk.table, mapping))
+            reason = pc.if_else(missing, pa.scalar("missing item_id"), pa.scalar(None, pa.string()))
+            rejected = _rejections(chunk, reason)
+            _put(self.landing, QUARANTINE, name, f"{number - 1:05d}", _quarantine(source, rejected))
+            account.add_rejected(source.path, rejected, chunk, mapping)
+            items.add(source.path, _only(chunk, pc.is_null(reason)), mapping)
+            read += len(chunk.rows) + len(chunk.rejected)
+        _discard(self.landing, name, from_number=number)
+        self.items.add_all(items)
+        self.account.add(account)
+        return _settled(source.path, name, read, items.rows, account.quarantined.total())
+
+
+def _only(chunk: RawBatch, wanted: pa.Array | pa.ChunkedArray) -> RawBatch:
+    """The rows of a chunk that are wanted, bool (n,)."""
+    return RawBatch(chunk.table.filter(wanted), chunk.rows[wanted.to_numpy(zero_copy_only=False)], [])
 
 
 class _EventRun:
@@ -340,34 +513,57 @@ class _EventRun:
 
     def __init__(self, landing: Landing, mapping: SourceMapping, events: EventSettings, now: int, shift: int) -> None:
         self.landing, self.mapping, self.events, self.now, self.shift = landing, mapping, events, now, shift
-        self.reasons: Counter[str] = Counter()
-        self.items = _Items(mapping)
+        self.account = Account()
+        self.items = _Items()
+        self.days: Counter[str] = Counter()
         self.first_ts: int | None = None
         self.last_ts: int | None = None
 
-    def file(self, source: SourceFile) -> FileReport:
-        name = _source_name(source)
-        read = landed = 0
-        for number, chunk in enumerate(_chunks(source)):
+    def file(self, source: SourceFile, name: str) -> FileReport:
+        one = _EventFile(self, source, name)
+        read = landed = number = 0
+        for number, chunk in enumerate(_chunks(source), 1):
             read += len(chunk.rows) + len(chunk.rejected)
-            landed += self._chunk(source, name, f"{number:05d}", chunk)
-        return FileReport(source.path, name, read, landed, read - landed)
+            landed += one.chunk(f"{number - 1:05d}", chunk)
+        _discard(self.landing, name, from_number=number)
+        self._add(one)
+        return _settled(source.path, name, read, landed, one.account.quarantined.total())
 
-    def _chunk(self, source: SourceFile, name: str, number: str, chunk: RawBatch) -> int:
+    def _add(self, one: _EventFile) -> None:
+        self.account.add(one.account)
+        self.items.add_all(one.items)
+        self.days.update(one.days)
+        ends = [end for end in (self.first_ts, self.last_ts, *one.ends) if end is not None]
+        self.first_ts, self.last_ts = min(ends, default=None), max(ends, default=None)
+
+
+class _EventFile:
+    """Lands one file of a run."""
+
+    def __init__(self, run: _EventRun, source: SourceFile, name: str) -> None:
+        self.run, self.source, self.name = run, source, name
+        self.mapping = _mapping_of(source, run.mapping)
+        self.account = Account()
+        self.items = _Items()
+        self.days: Counter[str] = Counter()
+        self.ends: list[int] = []
+
+    def chunk(self, number: str, chunk: RawBatch) -> int:
         """Land one chunk. Returns the number of events."""
-        mapped, unreadable = map_events(chunk.table, self.mapping, self.shift)
-        reason = invalid_reasons(mapped, self.events, self.now)
-        reason = pc.coalesce(reason, pc.if_else(unreadable, pa.scalar(UNREADABLE_VALUE), pa.scalar(None, pa.string())))
+        mapped = map_events(chunk.table, self.mapping, self.run.shift)
+        reason = invalid_reasons(mapped, self.run.events, self.run.now)
         rejected = _rejections(chunk, reason)
         good = pc.is_null(reason)
         landed = mapped.filter(good)
-        _put(self.landing, LANDING, name, number, landed)
-        _put(self.landing, QUARANTINE, name, number, _quarantine(source, rejected))
-        self.reasons.update(r.reason for r in rejected)
+        _put(self.run.landing, LANDING, self.name, number, landed)
+        _put(self.run.landing, QUARANTINE, self.name, number, _quarantine(self.source, rejected))
+        self.account.add_rejected(self.source.path, rejected, chunk, self.mapping)
+        kept = _only(chunk, good)
+        self.account.add_unreadable(self.source.path, kept, unreadable_values(kept.table, landed, self.mapping), self.mapping)
         if self.mapping.catalog_from_events:
-            self.items.add(chunk.table.filter(good))
+            self.items.add(self.source.path, kept, self.mapping)
         if landed.num_rows:
-            first, last = pc.min_max(landed[TS]).as_py().values()
-            self.first_ts = first if self.first_ts is None else min(first, self.first_ts)
-            self.last_ts = last if self.last_ts is None else max(last, self.last_ts)
+            days, counts = np.unique(landed[TS].to_numpy() // DAY_MS, return_counts=True)
+            self.days.update({day_key(int(day) * DAY_MS): int(n) for day, n in zip(days, counts, strict=True)})
+            self.ends += pc.min_max(landed[TS]).as_py().values()
         return landed.num_rows

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_core.delimited import fields_of, layout_of
 from recsys_core.parsing import parse_ts
-from recsys_core.readers import IngestError, SourceFile, columns_of, find_files, first_record
+from recsys_core.readers import columns_of, first_lines
 from recsys_core.settings import SourceMapping
+from recsys_core.sources import JSON, IngestError, SourceFile, find_files
 from recsys_core.stores import open_filesystem
 
 BUILTIN: dict[str, SourceMapping] = {
@@ -67,7 +70,28 @@ BUILTIN: dict[str, SourceMapping] = {
     "movielens": SourceMapping(
         user_id="userId", item_id="movieId", default_event_type="rating", ts="timestamp", ts_unit="s", value="rating"
     ),
-    "movielens-catalog": SourceMapping(kind="catalog", item_id="movieId", title="title", category="genres"),
+    "movielens-catalog": SourceMapping(
+        kind="catalog", item_id="movieId", title="title", category="genres", category_list_separator="|"
+    ),
+    "movielens-1m": SourceMapping(
+        user_id="userId",
+        item_id="movieId",
+        default_event_type="rating",
+        ts="timestamp",
+        ts_unit="s",
+        value="rating",
+        delimiter="::",
+        header=["userId", "movieId", "rating", "timestamp"],
+    ),
+    "movielens-1m-catalog": SourceMapping(
+        kind="catalog",
+        item_id="movieId",
+        title="title",
+        category="genres",
+        category_list_separator="|",
+        delimiter="::",
+        header=["movieId", "title", "genres"],
+    ),
     "movielens-100k": SourceMapping(
         user_id="userId",
         item_id="movieId",
@@ -92,6 +116,7 @@ BUILTIN: dict[str, SourceMapping] = {
         item_id="item_id:token",
         title="movie_title:token_seq",
         category="class:token_seq",
+        category_list_separator=" ",
         attributes=["release_year:token"],
         delimiter="\t",
     ),
@@ -134,42 +159,85 @@ class MappingError(IngestError):
     """A mapping does not fit a file, or no mapping can be chosen for it."""
 
 
+EVENT_FIELDS = (
+    *("user_id", "item_id", "event_type", "ts", "event_id", "session_id", "device", "country", "value"),
+    "recommendation_id",
+)
+TEXT_FIELDS = ("title", "category")
+"""Fields whose values may hold line ends."""
+FIELDS = (*EVENT_FIELDS, *TEXT_FIELDS, "price", "available")
+"""The fields of a mapping that name one column each."""
+
+
+def mapped_fields(mapping: SourceMapping) -> dict[str, str]:
+    """The column of each field of an event or item that the mapping names one for."""
+    return {name: column for name in FIELDS if (column := getattr(mapping, name))}
+
+
 def mapped_columns(mapping: SourceMapping) -> list[str]:
     """The columns that a mapping names, each once. `*` is no column."""
-    event = [mapping.user_id, mapping.item_id, mapping.event_type, mapping.ts, mapping.event_id, mapping.session_id]
-    more = [mapping.device, mapping.country, mapping.value, mapping.recommendation_id]
-    item = [mapping.title, mapping.category, mapping.price, mapping.available, *mapping.attributes]
-    return list(dict.fromkeys(column for column in (*event, *more, *item) if column and column != "*"))
+    return list(dict.fromkeys(column for column in (*mapped_fields(mapping).values(), *mapping.attributes) if column != "*"))
 
 
-def check_columns(source: SourceFile, mapping: SourceMapping) -> None:
-    """Raise MappingError when a file has columns but lacks one that the mapping names and needs."""
-    there = columns_of(source)
-    missing = [column for column in mapped_columns(mapping) if column not in there and column not in mapping.optional]
+def needed_columns(mapping: SourceMapping) -> list[str]:
+    """The columns that a file must have."""
+    return [column for column in mapped_columns(mapping) if column not in mapping.optional]
+
+
+def source_file(fs: fsspec.AbstractFileSystem, path: str, mapping: SourceMapping) -> SourceFile:
+    """A file as a mapping says that it is to be read."""
+    one_line = {column for name, column in mapped_fields(mapping).items() if name not in TEXT_FIELDS}
+    nested = tuple(column for column in mapped_columns(mapping) if "." in column)
+    return SourceFile(fs, path, mapping.delimiter, tuple(mapping.header), nested, frozenset(one_line - set(mapping.attributes)))
+
+
+def check_columns(source: SourceFile, mapping: SourceMapping) -> list[str]:
+    """The columns of a file, none of an empty one. Raises MappingError when it lacks one that the mapping needs.
+
+    A file without a header line has the columns of the mapping; it fits when one of its first lines has as many fields.
+    """
+    needed = needed_columns(mapping)
+    there = columns_of(source, needed)
+    missing = [column for column in needed if column not in there]
     if there and missing:
         raise MappingError(f"{source.path}: the mapping names {', '.join(missing)}; the file's columns are {', '.join(there)}")
+    lines = first_lines(source) if mapping.header else []
+    widths = [len(fields_of(line, layout_of(source, lines).delimiter)) for line in lines]
+    if widths and len(mapping.header) not in widths:
+        raise MappingError(
+            f"{source.path}: the mapping names {len(mapping.header)} columns; the file's first line has {widths[0]}"
+        )
+    return there
 
 
-def detect(path: str, own: Mapping[str, SourceMapping] | None = None) -> str:
-    """The name of the only mapping, of the ready and the `own` ones, that fits the first file at `path`.
+def fitting(path: str, own: Mapping[str, SourceMapping] | None = None) -> list[str]:
+    """The names of the mappings, of the ready and the `own` ones, that the files at `path` fit, those of events first.
 
-    A mapping with a header line fits when all its columns are there, one without when the first line has as many fields, a
-    readable time and a known event type.
-    Raises MappingError when none or several fit.
+    A file fits a mapping when it has all its columns; one without a header line when most of its first lines have as many
+    fields, a readable time and a known event type. Files that fit none or several are passed over while another one fits.
+    Raises MappingError when none does.
     """
     known = {**BUILTIN, **(own or {})}
     fs, root = open_filesystem(path)
-    first = find_files(fs, root)[0]
-    fitting = {name: mapping for name, mapping in known.items() if _fits(SourceFile(fs, first, mapping.delimiter), mapping)}
-    if len(fitting) == 1:
-        return next(iter(fitting))
-    found = f"fit equally: {', '.join(sorted(fitting))}" if fitting else f"none of {', '.join(sorted(known))} fits"
-    columns = ", ".join(columns_of(SourceFile(fs, first)))
-    raise MappingError(f"{first} has the columns {columns}; {found}. Name a mapping, or add one as [mappings.<name>]")
+    found: set[str] = set()
+    problems = []
+    for file in find_files(fs, root)[0]:
+        try:
+            found.add(_only_fit(fs, file, known))
+        except IngestError as error:
+            problems.append(error)
+    if not found:
+        raise next((problem for problem in problems if not isinstance(problem, _EmptyFile)), problems[0])
+    return sorted(found, key=lambda name: (known[name].kind != "events", list(known).index(name)))
+
+
+def detect(path: str, own: Mapping[str, SourceMapping] | None = None) -> str:
+    """The first name of `fitting`."""
+    return fitting(path, own)[0]
 
 
 def choose(path: str, name: str | None = None, own: Mapping[str, SourceMapping] | None = None) -> tuple[str, SourceMapping]:
-    """The mapping called `name`, of the ready and the `own` ones, or the one that `path` fits. Raises MappingError."""
+    """The mapping called `name`, of the ready and the `own` ones, or the first that `path` fits. Raises MappingError."""
     known = {**BUILTIN, **(own or {})}
     chosen = detect(path, own) if name is None else name
     if chosen not in known:
@@ -177,15 +245,48 @@ def choose(path: str, name: str | None = None, own: Mapping[str, SourceMapping] 
     return chosen, known[chosen]
 
 
-def _fits(source: SourceFile, mapping: SourceMapping) -> bool:
-    if not mapping.header:
-        needed = set(mapped_columns(mapping)) - set(mapping.optional)
-        return needed <= set(columns_of(source))
-    record = first_record(source)
-    if len(record) != len(mapping.header):
+class _EmptyFile(MappingError):
+    """A file holds nothing that a mapping could fit."""
+
+
+def _only_fit(fs: fsspec.AbstractFileSystem, path: str, known: Mapping[str, SourceMapping]) -> str:
+    """The only mapping that a file fits. Raises MappingError when there is none or another one."""
+    source = SourceFile(fs, path)
+    there = columns_of(source)
+    if not there:
+        raise _EmptyFile(f"{path} is empty")
+    lines = first_lines(source)
+    fits = [name for name, mapping in known.items() if _fits(source_file(fs, path, mapping), mapping, there, lines)]
+    if not fits and source.ending in JSON:
+        # A key may come late.
+        there = columns_of(source, None)
+        fits = [name for name, mapping in known.items() if _fits(source_file(fs, path, mapping), mapping, there, lines)]
+    if len(fits) == 1:
+        return fits[0]
+    found = f"fit equally: {', '.join(sorted(fits))}" if fits else f"none of {', '.join(sorted(known))} fits"
+    raise MappingError(f"{path} has the columns {', '.join(there)}; {found}. Name a mapping, or add one as [mappings.<name>]")
+
+
+def _fits(source: SourceFile, mapping: SourceMapping, there: list[str], lines: list[str]) -> bool:
+    """`there` are the columns that the file shows without a mapping, `lines` its first lines if it is delimited."""
+    needed = set(needed_columns(mapping))
+    if lines and (mapping.delimiter or mapping.header):
+        layout = layout_of(source, lines)
+        if mapping.header:
+            records = [fields_of(line, layout.delimiter) for line in lines]
+            fitting = sum(_is_record(fields, mapping) for fields in records)
+            return needed <= {*mapping.header, *source.folders} and 2 * fitting > len(records)
+        there = [*layout.names, *source.folders]
+    elif source.nested:
+        there = columns_of(source, needed)
+    return needed <= set(there) and not (mapping.header and not lines)
+
+
+def _is_record(fields: list[str], mapping: SourceMapping) -> bool:
+    if len(fields) != len(mapping.header):
         return False
-    row = dict(zip(mapping.header, record, strict=True))
-    if mapping.ts and not pc.all(pc.is_valid(parse_ts(pa.array([row[mapping.ts]]), mapping.ts_unit))).as_py():
+    row = dict(zip(mapping.header, fields, strict=True))
+    if mapping.ts in row and not pc.all(pc.is_valid(parse_ts(pa.array([row[mapping.ts]]), mapping.ts_unit))).as_py():
         return False
     known_types = {name.lower() for name in mapping.event_types}
-    return not mapping.event_type or row[mapping.event_type].strip().lower() in known_types
+    return mapping.event_type not in row or not known_types or row[mapping.event_type].lower() in known_types

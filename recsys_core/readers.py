@@ -1,336 +1,138 @@
-"""Foreign files as batches of text columns: CSV, TSV, JSON lines and Parquet, plain or gzip, in bounded memory.
+"""Foreign files as batches of text columns: delimited text, JSON and Parquet, plain or gzip, in bounded memory.
 
-Every row of a file comes out exactly once, either in a table or as a `Rejected` with its number and the reason. Delimited
-text is cut into blocks of whole lines. A regular block goes through Arrow; a block with a stray or multi-line quote or
-with bytes that are not UTF-8 is read record by record, so that one bad line costs one row.
+Every row of a file comes out exactly once, either in a table or as a `Rejected` with its number and the reason. The number of
+rows is held against what was counted without the parser: the lines of a text file, the rows in a Parquet file's footer.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import itertools
-import os
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO, Any, cast
+from collections.abc import Collection, Iterator
+from typing import IO, Any
 
-import fsspec
 import numpy as np
 import orjson
 import pyarrow as pa
-import pyarrow.csv
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-DELIMITED = (".csv", ".tsv", ".txt", ".data", ".inter", ".item")
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-TEXT = DELIMITED + JSON_LINES
-PARQUET = (".parquet",)
-ENDINGS = (*TEXT, *(f"{ending}.gz" for ending in TEXT), *PARQUET)
+from recsys_core.delimited import layout_of, read_delimited, sample_of
+from recsys_core.json_rows import json_columns, number_text, read_json
+from recsys_core.sources import JSON, PARQUET, IngestError, RawBatch, SourceFile, opened
 
 BLOCK_BYTES = 4 << 20
-MAX_LINE_BYTES = 16 << 20
-MAX_RECORD_LINES = 1000
-"""A quoted value that spans more lines is taken for a stray quote."""
-JSON_SAMPLE_ROWS = 10_000
+JSON_SAMPLE_ROWS = 1_000
 PARQUET_BATCH_ROWS = 65_536
-RAGGED = "{found} columns where {wanted} are expected"
-NOT_UTF8 = "not UTF-8"
-DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, pa.ArrowInvalid)
-OPEN_QUOTE = "a quote that is never closed"
 
 
-class IngestError(ValueError):
-    """A file can't be taken in as a whole; nothing of one row."""
+def columns_of(source: SourceFile, needed: Collection[str] | None = ()) -> list[str]:
+    """Column names of a file and of its folders. An empty file has none.
 
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file to read and how. `header` names the columns of a file that has no header line."""
-
-    fs: fsspec.AbstractFileSystem
-    path: str
-    delimiter: str = ","
-    header: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.path)
-
-    @property
-    def ending(self) -> str:
-        """`.csv` of `clicks.CSV.gz`."""
-        return os.path.splitext(self.name.lower().removesuffix(".gz"))[1]
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row that has no columns: its 1-based number, why, and what was there."""
-
-    row: int
-    reason: str
-    content: str
-
-
-@dataclass(frozen=True)
-class RawBatch:
-    """Rows of a file as text. `rows` are the 1-based numbers (n,) of the rows of `table`."""
-
-    table: pa.Table
-    rows: np.ndarray
-    rejected: list[Rejected]
-
-
-def find_files(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """The data files at `path`, a file or a folder, sorted; names that begin with `.` or `_` are left out.
-
-    Raises FileNotFoundError when there is nothing, IngestError when nothing there is a data file.
+    Of JSON they are the keys of the first 1,000 rows, and of as many more as it takes to see all of `needed`; of all rows for
+    None.
     """
-    if not fs.exists(path):
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    found = [path] if fs.isfile(path) else sorted(fs.find(path))
-    visible = [p for p in found if p == path or not any(part.startswith((".", "_")) for part in _below(path, p))]
-    usable = [p for p in visible if p.lower().endswith(ENDINGS)]
-    if not usable:
-        raise IngestError(f"{path}: no data file; the endings read are {', '.join(ENDINGS)}")
-    return usable
-
-
-def _below(folder: str, path: str) -> list[str]:
-    return os.path.relpath(path, folder).split("/")
-
-
-def columns_of(source: SourceFile) -> list[str]:
-    """Column names of a file; of JSON lines, the keys of its first 10,000 rows. An empty file has none."""
-    with _opened(source) as raw:
+    with opened(source) as raw:
+        if source.fs.size(source.path) == 0:
+            return []
         if source.ending in PARQUET:
-            return list(pq.ParquetFile(raw).schema_arrow.names)
-        if source.ending in JSON_LINES:
-            rows = (_json_object(line) for line in itertools.islice(raw, JSON_SAMPLE_ROWS))
-            return list(dict.fromkeys(key for row in rows if row for key in row))
-        return list(source.header) or _header(source, raw)
+            schema = pq.ParquetFile(raw).schema_arrow
+            names = [*schema.names, *(name for name in source.nested if _path(schema, name))]
+        elif source.ending in JSON:
+            names = json_columns(
+                source, raw, JSON_SAMPLE_ROWS, None if needed is None else frozenset(needed) - source.folders.keys()
+            )
+        else:
+            sample = sample_of(source, raw)
+            names = list(layout_of(source, sample).names) if sample else []
+    return list(dict.fromkeys([*names, *source.folders])) if names else []
 
 
-def first_record(source: SourceFile) -> list[str]:
-    """The fields of the first line of a delimited file, empty for any other file."""
-    if source.ending not in DELIMITED:
+def first_lines(source: SourceFile) -> list[str]:
+    """The first lines of a delimited file that are not blank; none of any other file."""
+    if source.ending in JSON + PARQUET:
         return []
-    with _opened(source) as raw:
-        return _header(source, raw)
+    with opened(source) as raw:
+        return sample_of(source, raw)
 
 
 def read_rows(source: SourceFile) -> Iterator[RawBatch]:
-    """All rows of a file in order. Raises IngestError for a damaged file."""
-    reader = _parquet if source.ending in PARQUET else _json_lines if source.ending in JSON_LINES else _delimited
-    with _opened(source) as raw:
-        yield from reader(source, raw)
-
-
-@contextmanager
-def _opened(source: SourceFile) -> Iterator[IO[bytes]]:
-    """The decompressed bytes of a file; what goes wrong inside the block is reported as damage of that file."""
-    with source.fs.open(source.path, "rb") as raw:
-        try:
-            yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if source.name.lower().endswith(".gz") else raw
-        except DAMAGE as error:
-            raise IngestError(f"{source.path} is damaged or not what its ending says: {error}") from error
-
-
-# -- delimited text -------------------------------------------------------------------------------------------------
-
-
-def _delimiter(source: SourceFile) -> str:
-    return "\t" if source.ending == ".tsv" else source.delimiter
-
-
-def _header(source: SourceFile, raw: IO[bytes]) -> list[str]:
-    line = raw.readline(MAX_LINE_BYTES)
-    try:
-        text = line.decode("utf-8-sig").rstrip("\r\n")
-        fields = next(csv.reader([text], delimiter=_delimiter(source)), [])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise IngestError(f"{source.path}: the first line is not delimited UTF-8 text: {error}") from error
-    seen: dict[str, int] = {}
-    names = []
-    for name in (field.strip() for field in fields):
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
-    return names
-
-
-def _delimited(source: SourceFile, raw: IO[bytes]) -> Iterator[RawBatch]:
-    names = list(source.header) or _header(source, raw)
-    if not names:
-        return
-    first, rest = 1, b""
-    while True:
-        data = raw.read(BLOCK_BYTES)
-        block = rest + data
-        cut = block.rfind(b"\n") + 1 if data else len(block)
-        if cut == 0 and len(block) > MAX_LINE_BYTES:
-            raise IngestError(f"{source.path}: the line of data row {first} is longer than {MAX_LINE_BYTES} bytes")
-        block, rest = block[:cut], block[cut:]
-        if block:
-            batch = _regular_block(block, names, _delimiter(source), first)
-            if batch is None:
-                batch, left = _irregular_block(block, names, _delimiter(source), first, at_end=not data)
-                rest = left + rest
-            yield batch
-            first += len(batch.rows) + len(batch.rejected)
-        if not data:
-            return
-
-
-def _regular_block(block: bytes, names: list[str], delimiter: str, first: int) -> RawBatch | None:
-    """Parse whole lines, one record each; None when they are not."""
-    try:
-        block.decode()
-    except UnicodeDecodeError:
-        return None
-    skipped: list[pa.csv.InvalidRow] = []
-
-    def skip(row: pa.csv.InvalidRow) -> str:
-        skipped.append(row)
-        return "skip"
-
-    records = sum(1 for line in block.split(b"\n") if line not in (b"", b"\r"))
-    if records == 0:
-        return _batch([], names, [], [])
-    try:
-        table = pa.csv.read_csv(
-            io.BytesIO(block),
-            pa.csv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=names),
-            pa.csv.ParseOptions(delimiter=delimiter, invalid_row_handler=skip),
-            pa.csv.ConvertOptions(
-                check_utf8=False,
-                column_types=dict.fromkeys(names, pa.string()),
-                strings_can_be_null=True,
-                null_values=[""],
-                quoted_strings_can_be_null=True,
-            ),
-        )
-    except pa.ArrowInvalid:
-        return None
-    if table.num_rows + len(skipped) != records or any("\n" in row.text for row in skipped):
-        return None
-    ragged = [
-        Rejected(first + r.number - 1, RAGGED.format(found=r.actual_columns, wanted=r.expected_columns), r.text)
-        for r in skipped
-    ]
-    rows = np.setdiff1d(np.arange(first, first + records), [r.row for r in ragged], assume_unique=True)
-    return RawBatch(table, rows, ragged)
-
-
-def _irregular_block(block: bytes, names: list[str], delimiter: str, first: int, at_end: bool) -> tuple[RawBatch, bytes]:
-    """Parse record by record. Returns also the tail that begins with a quoted value the block does not end."""
-    lines = block.removesuffix(b"\n").split(b"\n")
-    values: list[list[str]] = []
-    rows: list[int] = []
-    rejected: list[Rejected] = []
-    at, row, tail = 0, first, b""
-    while at < len(lines):
-        if lines[at] in (b"", b"\r"):
-            at += 1
-            continue
-        window = lines[at : at + MAX_RECORD_LINES] if lines[at].count(b'"') % 2 else lines[at : at + 1]
-        fields, reason, used = _record(window, delimiter, len(names))
-        if reason == OPEN_QUOTE and not at_end and at + len(window) == len(lines) and len(window) < MAX_RECORD_LINES:
-            tail = b"\n".join(lines[at:]) + b"\n"
-            break
-        if reason:
-            rejected.append(Rejected(row, reason, lines[at].decode(errors="replace").rstrip("\r")))
+    """All rows of a file in order. Raises IngestError for a damaged file, and for one whose rows do not add up."""
+    with opened(source) as raw:
+        if source.ending in PARQUET:
+            batches = _parquet(source, raw)
         else:
-            values.append(fields)
-            rows.append(row)
-        at, row = at + used, row + 1
-    return _batch(values, names, rows, rejected), tail
+            batches = (read_json if source.ending in JSON else read_delimited)(source, raw, BLOCK_BYTES)
+        for batch in batches:
+            yield RawBatch(_with_folders(batch.table, source), batch.rows, batch.rejected, batch.lines)
 
 
-def _record(lines: list[bytes], delimiter: str, wanted: int) -> tuple[list[str], str, int]:
-    """The record that begins at the first of `lines`: its fields, what is wrong with it, and the lines it takes."""
-    text = (line.decode().removesuffix("\r") + "\n" for line in lines)
-    reader = csv.reader(itertools.chain(text, ["\n"]), delimiter=delimiter)
-    try:
-        fields = next(reader)
-    except UnicodeDecodeError:
-        return [], NOT_UTF8, 1
-    except csv.Error as error:
-        return [], str(error), 1
-    used = reader.line_num
-    if used > len(lines):
-        return [], OPEN_QUOTE, 1
-    if len(fields) != wanted:
-        return [], RAGGED.format(found=len(fields), wanted=wanted), 1
-    return fields, "", used
-
-
-def _batch(values: list[list[str]], names: list[str], rows: list[int], rejected: list[Rejected]) -> RawBatch:
-    columns = zip(*values, strict=True) if values else ([] for _ in names)
-    arrays = [pa.array([value or None for value in column], pa.string()) for column in columns]
-    return RawBatch(pa.table(arrays, names=names), np.array(rows, dtype=np.int64), rejected)
-
-
-# -- JSON lines -----------------------------------------------------------------------------------------------------
-
-
-def _json_object(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and row else None
-
-
-def _json_lines(source: SourceFile, raw: IO[bytes]) -> Iterator[RawBatch]:
-    names = columns_of(source)
-    first = 1
-    while lines := raw.readlines(BLOCK_BYTES):
-        objects: list[dict[str, Any]] = []
-        rows: list[int] = []
-        rejected: list[Rejected] = []
-        for line in lines:
-            if not line.strip():
-                continue
-            row = _json_object(line)
-            number = first + len(rows) + len(rejected)
-            if row is None:
-                rejected.append(Rejected(number, "not a JSON object with fields", line.decode(errors="replace").rstrip("\r\n")))
-            else:
-                objects.append(row)
-                rows.append(number)
-        arrays = [pa.array([_json_text(row.get(name)) for row in objects], pa.string()) for name in names]
-        yield RawBatch(pa.table(arrays, names=names), np.array(rows, dtype=np.int64), rejected)
-        first += len(rows) + len(rejected)
-
-
-def _json_text(value: Any) -> str | None:
-    """A JSON value as text; objects and lists stay JSON, an empty string is as good as none."""
-    if value is None or isinstance(value, str):
-        return value or None
-    return orjson.dumps(value).decode()
+def _with_folders(table: pa.Table, source: SourceFile) -> pa.Table:
+    """The rows with the columns that the folders give them; a column of the file's own stands before a folder's."""
+    for name, value in source.folders.items():
+        if name not in table.column_names:
+            table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), table.num_rows))
+    return table
 
 
 # -- Parquet --------------------------------------------------------------------------------------------------------
 
 
-def _parquet(_: SourceFile, raw: IO[bytes]) -> Iterator[RawBatch]:
+def _parquet(source: SourceFile, raw: IO[bytes]) -> Iterator[RawBatch]:
+    file = pq.ParquetFile(raw)
     first = 1
-    for batch in pq.ParquetFile(raw).iter_batches(batch_size=PARQUET_BATCH_ROWS):
-        arrays = [_arrow_text(column) for column in batch.columns]
+    for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        columns |= {
+            name: pc.struct_field(batch.column(p[0]), p[1:]) for name in source.nested if (p := _path(batch.schema, name))
+        }
+        arrays = [_arrow_text(column) for column in columns.values()]
         rows = np.arange(first, first + batch.num_rows)
-        yield RawBatch(pa.table(arrays, names=batch.schema.names), rows, [])
+        yield RawBatch(pa.table(arrays, names=list(columns)), rows, [])
         first += batch.num_rows
+    if first - 1 != file.metadata.num_rows:
+        raise IngestError(f"{source.path} has {file.metadata.num_rows} rows, {first - 1} were read: it is damaged")
+
+
+def _path(schema: pa.Schema, name: str) -> list[str]:
+    """The names that lead to a nested value, empty when there is none or a column has that very name."""
+    parts = name.split(".")
+    if name in schema.names or parts[0] not in schema.names:
+        return []
+    kind = schema.field(parts[0]).type
+    for part in parts[1:]:
+        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            return []
+        kind = kind.field(part).type
+    return parts
 
 
 def _arrow_text(column: pa.Array) -> pa.Array:
-    """Any column as text; lists and structs become JSON, bytes that are not UTF-8 become null."""
+    """Any column as text: whole numbers without a fraction, lists and structs as JSON.
+
+    NaN and bytes that are not UTF-8 become null.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_floating(column.type):
+        return _float_text(column.cast(pa.float32()) if pa.types.is_float16(column.type) else column)
+    if pa.types.is_decimal(column.type):
+        return pa.array([None if value is None else number_text(value) for value in column.to_pylist()], pa.string())
     try:
         return column.cast(pa.string())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
         return pa.array([_python_text(value) for value in column.to_pylist()], pa.string())
+
+
+def _float_text(column: pa.Array) -> pa.Array:
+    missing = pa.scalar(None, column.type)
+    column = pc.if_else(pc.is_nan(column), missing, column)
+    whole = pc.and_(pc.equal(column, pc.floor(column)), pc.is_finite(column))
+    small = pc.and_(whole, pc.less(pc.abs(column), 2.0**63))
+    text = pc.coalesce(pc.if_else(small, column, missing).cast(pa.int64()).cast(pa.string()), column.cast(pa.string()))
+    large = pc.and_not(whole, small)
+    if not pc.any(large).as_py():
+        return text
+    values = pc.if_else(large, column, missing).to_pylist()
+    return pc.coalesce(pa.array([None if v is None else number_text(v) for v in values], pa.string()), text)
 
 
 def _python_text(value: Any) -> str | None:

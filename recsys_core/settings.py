@@ -482,6 +482,9 @@ class AlertSettings(Section):
     max_lag_events: int = Field(1_000_000, ge=1, description="a stream that is further behind is an alert")
 
 
+TimeUnit = Literal["s", "ms", "us", "ns", "iso", "dmy", "mdy"]
+
+
 class SourceMapping(Section):
     """Which column of a foreign file is which field of an event or of a catalogue item. `recsys ingest` uses it."""
 
@@ -492,7 +495,7 @@ class SourceMapping(Section):
     default_event_type: str = "view"
     event_types: dict[str, str] = Field(default_factory=dict, description="source value -> event type of [events.weights]")
     ts: str | None = None
-    ts_unit: Literal["s", "ms", "us", "ns", "iso"] = "ms"
+    ts_unit: TimeUnit = Field("ms", description="of numbers; iso, dmy, mdy: a date that begins with the year, day or month")
     event_id: str | None = None
     session_id: str | None = None
     device: str | None = None
@@ -502,12 +505,20 @@ class SourceMapping(Section):
     title: str | None = None
     category: str | None = None
     category_separator: str = Field("/", min_length=1, description="between the levels of a category; stored as `/`")
+    category_list_separator: str | None = Field(
+        None, min_length=1, description="between several categories in one text; JSON and Parquet lists need none"
+    )
     price: str | None = None
     available: str | None = None
     attributes: list[str] = Field(default_factory=list, description="further catalogue columns; `*`: all the others")
     catalog_from_events: bool = Field(False, description="the event rows also describe their items")
     optional: list[str] = Field(default_factory=list, description="columns named above that a file may lack")
-    delimiter: str = Field(",", min_length=1, max_length=1, description="of text files; a `.tsv` file always has tabs")
+    decimal: Literal[".", ","] = Field(
+        ".", description="sign before the fraction where a number leaves it open: 1,299 or 1.299"
+    )
+    delimiter: str | None = Field(
+        None, min_length=1, description="of text files; unset: what the first lines show. A `.tsv` file always has tabs"
+    )
     header: list[str] = Field(default_factory=list, description="column names of a file that has none")
 
     @model_validator(mode="after")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from recsys_cli.main import app
+from recsys_core.catalog import read_catalog
+from recsys_core.lake import Lake
+from recsys_core.landing import Landing
 
 EVENTS = "user_id,item_id,event_type,ts\nu1,i1,view,1767225600000\nu1,i2,click,1767225601000\n,i3,view,1767225602000\n"
 
@@ -58,6 +64,120 @@ def test_ingest_takes_events_by_named_columns_and_counts_what_it_refused(tmp_pat
     assert result.exit_code == 0, result.output
     counts = [line.replace(" ", "").strip("│") for line in result.stdout.splitlines() if "│" in line]
     assert counts == ["rowsread│3", "eventslanded│2", "quarantined:missinguser_id│1"]
+
+
+def told(result: Result) -> str:
+    """What a command printed, in one line."""
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_ingest_says_what_became_of_every_row_and_where_to_look(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "Kunde;Artikel;Zeit;Betrag;Filiale\n"
+        "anna;tent;31.12.2025 10:00;zwei;1\nbert;pan;1.2.2026 10:00;12,50;1\ncarl;pan;gestern;1;1\n"
+    )
+    flags = ("--user", "Kunde", "--item", "Artikel", "--time", "Zeit", "--value", "Betrag")
+    result = recsys("ingest", "a.csv", *flags)
+    assert result.exit_code == 0, result.output
+    text = told(result)
+    assert "kept without a value: Betrag can't be read 1" in text
+    assert "value: a.csv row 1, column Betrag: 'zwei'" in text
+    assert "missing or unreadable ts: a.csv row 3, column Zeit: 'gestern'" in text
+    assert "The events are of 2025-12-31 10:00:00 to 2026-02-01 10:00:00 UTC." in text
+    assert "1 of them are before the first partition: [partitions] start = 2026-01-01" in text
+    assert "Set start = 2025-12-31 in" in text
+    assert "Columns that no field was read from: Filiale." in text
+    [folder] = (tmp_path / ".recsys" / "lake" / "quarantine").iterdir()
+    assert f"Quarantined rows are in {folder}." in text
+    assert "taken in before" not in text
+    assert "so that their rows were replaced and not added: 1." in told(recsys("ingest", "a.csv", *flags))
+
+
+def test_events_after_the_last_partition_are_told(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(EVENTS)
+    (tmp_path / "recsys.toml").write_text("[partitions]\nstart = 2020-01-01\nend = 2020-02-01\n")
+    assert "after the last partition: [partitions] end = 2020-02-01" in told(recsys("ingest", "events.csv"))
+
+
+@pytest.mark.parametrize("text", ["", "\n", "user_id,item_id,event_type,ts\n", "user_id,item_id,event_type,ts\nu,i,fly,0\n"])
+def test_ingest_that_lands_nothing_is_exit_code_1(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    result = recsys("ingest", "a.csv", "--mapping", "recsys")
+    assert result.exit_code == 1
+    assert "Nothing landed." in result.output
+
+
+def test_ingest_of_a_catalogue_without_items_is_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("sku,name\n,Tent\n")
+    assert recsys("ingest", "a.csv", "--catalog", "--item", "sku").exit_code == 1
+
+
+def test_ingest_takes_events_and_items_of_one_folder_and_names_what_it_leaves(tmp_path: Path) -> None:
+    folder = tmp_path / "ml"
+    folder.mkdir()
+    (folder / "README.txt").write_text("Summary, of the data\n")
+    (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,1,4.0,964982703\n")
+    (folder / "movies.csv").write_text("movieId,title,genres\n1,Toy Story (1995),Adventure|Animation\n")
+    result = recsys("ingest", "ml")
+    assert result.exit_code == 0, result.output
+    text = told(result)
+    assert "ml fits movielens, movielens-catalog." in text
+    assert "events landed 1" in text
+    assert "items in the catalogue 1" in text
+    assert "README.txt: the mapping names" in text
+    assert "movies.csv: the mapping" not in text
+
+
+def test_flags_name_the_form_of_a_file_and_every_field(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("anna\ttent\t1767225600\tbuy\t9,5\tNA\n")
+    flags = (
+        "--header",
+        "who,what,when,how,paid,land",
+        "--delimiter",
+        "\\t",
+        "--user",
+        "who",
+        "--item",
+        "what",
+        "--time",
+        "when",
+    )
+    result = recsys("ingest", "a.txt", *flags, "--unit", "s", "--value", "paid", "--country", "land")
+    assert result.exit_code == 0, result.output
+    [row] = Landing(Lake(str(tmp_path / ".recsys" / "lake"))).files()
+    assert pq.read_table(row.path).select(["user_id", "ts", "value", "country"]).to_pylist() == [
+        {"user_id": "anna", "ts": 1_767_225_600_000, "value": 9.5, "country": "NA"}
+    ]
+    (tmp_path / "items.csv").write_text("sku|eur|stock|brand|note\ntent|$12|no|acme|x\n")
+    items = ("--catalog", "--item", "sku", "--price", "eur", "--available", "stock", "--attributes", "brand")
+    result = recsys("ingest", "items.csv", *items)
+    assert result.exit_code == 0, result.output
+    [item] = read_catalog(Lake(str(tmp_path / ".recsys" / "lake"))).to_pylist()
+    assert (item["price"], item["available"], item["attributes"]) == (12.0, False, '{"brand":"acme"}')
+    assert "Columns that no field was read from: note." in told(result)
+
+
+def test_a_unit_alone_changes_the_mapping_that_fits(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("user_id,item_id,event_type,ts\nu,i,view,1767225600\n")
+    result = recsys("ingest", "a.csv", "--unit", "s")
+    assert result.exit_code == 0, result.output
+    assert "The events are of 2026-01-01 00:00:00" in told(result)
+
+
+def test_a_unit_alone_for_a_file_that_fits_nothing_says_what_to_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    result = recsys("ingest", "a.csv", "--unit", "s")
+    assert result.exit_code == 2
+    assert "has the columns x, y" in result.stderr
+    assert "--user, --item and --time" in result.stderr
+
+
+def test_no_help_text_loses_what_is_in_brackets() -> None:
+    shown = " ".join(recsys("ingest", "--help").output.split())
+    assert "mappings.<name> in" in shown
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    texts = [option.help for command in commands.values() for option in command.params if getattr(option, "help", None)]
+    assert [text for text in texts if re.search(r"(?<!\\)\[\w+\]", text)] == []
 
 
 def test_a_mapping_that_names_an_absent_column_lists_those_that_are_there(tmp_path: Path) -> None:
