@@ -99,7 +99,8 @@ class Report:
 
 def _told(row: Mapping[str, Any]) -> str:
     """A measure out of its range in words."""
-    value, least, most = (readable(row[column]) for column in (VALUE_COLUMN, LEAST, MOST))
+    least, most = (readable(row[column]) for column in (LEAST, MOST))
+    value = readable(row[VALUE_COLUMN]) if row[VALUE_COLUMN] == row[VALUE_COLUMN] else "not a number"
     beside = f" ({row['beside']})" if row.get("beside") else ""
     return f"{row.get('hour', '')}: {row['what']} {value}, expected {least} … {most}{beside}"
 
@@ -112,6 +113,8 @@ def readable(value: float | None) -> str:
 
 
 SAMPLE = 20
+LARGEST = 1e300
+"""Above every number that is measured; infinity is not below it."""
 SPARK_CONNECT = "pyspark.sql.connect"
 PARTITION = "partition"
 """Column that `samples_of` adds."""
@@ -263,7 +266,7 @@ def landing_suite(settings: EventSettings) -> Suite:
     latest = now_ms() + settings.max_future_minutes * MINUTE_MS
     mostly = {"mostly": 0.98}
     ids = [EVENT_ID, USER_ID, ITEM_ID]
-    rules = [*_present(*ids, TS), _between(TS, EARLIEST_TS, latest), _one_of(EVENT_TYPE, settings.weights)]
+    rules = [*_present(*ids, EVENT_TYPE, TS), _between(TS, EARLIEST_TS, latest), _one_of(EVENT_TYPE, settings.weights)]
     rules += _id_lengths(ids, settings.max_id_bytes)
     return Suite("landed_rows_are_events", tuple(Expectation(r.name, {**r.arguments, **mostly}) for r in rules))
 
@@ -274,7 +277,7 @@ def clicks_suite(settings: EventSettings) -> Suite:
     return Suite(
         "rows_are_whole_events",
         (
-            *_present(*ids, TS, "session_id"),
+            *_present(*ids, EVENT_TYPE, TS, "session_id"),
             *_id_lengths(ids, settings.max_id_bytes),
             _one_of(EVENT_TYPE, settings.weights),
             _between(VALUE, -1e12, 1e12),
@@ -287,7 +290,7 @@ def interactions_suite() -> Suite:
     return Suite(
         "pairs_are_whole_and_single",
         (
-            *_present(USER_ID, ITEM_ID, "weight", "first_ts", "last_ts"),
+            *_present(USER_ID, ITEM_ID, "weight", "n_events", "first_ts", "last_ts"),
             _between("weight", 0, 1e30, strict_min=True),
             _between("n_events", 1),
             Expectation("expect_compound_columns_to_be_unique", {"column_list": [PARTITION, USER_ID, ITEM_ID]}),
@@ -321,7 +324,7 @@ def item_features_suite() -> Suite:
     """Counts of an item's events are nested windows of one another."""
     return Suite(
         "item_features_are_in_range",
-        (*_present(ITEM_ID), *_activity_rules("item"), _between("item_age_days", 0), _between("price_bucket", -1)),
+        (*_present(ITEM_ID), *_activity_rules("item"), *_item_rules()),
     )
 
 
@@ -330,17 +333,24 @@ def training_examples_suite(settings: EventSettings) -> Suite:
     return Suite(
         "examples_are_in_range",
         (
-            *_present(USER_ID, ITEM_ID, TS),
+            *_present(USER_ID, ITEM_ID, TS, EVENT_TYPE, "weight", "hour", "weekday"),
             _one_of(EVENT_TYPE, settings.weights),
             _between("weight", 0, 1e6, strict_min=True),
             _between("hour", 0, 23),
             _between("weekday", 0, 6),
             *_activity_rules("user"),
             *_activity_rules("item"),
-            _between("item_age_days", 0),
-            _between("price_bucket", -1),
+            *_item_rules(),
         ),
     )
+
+
+def _item_rules() -> list[Expectation]:
+    return [
+        *_present("item_age_days", "price_bucket"),
+        _between("item_age_days", 0, LARGEST),
+        _between("price_bucket", -1),
+    ]
 
 
 def _activity_rules(side: str) -> list[Expectation]:
@@ -353,14 +363,18 @@ def _activity_rules(side: str) -> list[Expectation]:
 
 
 def usual_suite(claim: str) -> Suite:
-    """Over a frame of measures: every value is in its usual range; a side that is null is not judged."""
+    """Over a frame of measures: every value is a finite number in its usual range; a side that is null is not judged."""
     return Suite(
         claim,
-        tuple(
-            Expectation(
-                "expect_column_pair_values_a_to_be_greater_than_b",
-                {"column_A": high, "column_B": low, "or_equal": True, "ignore_row_if": "either_value_is_missing"},
-            )
-            for high, low in ((VALUE_COLUMN, LEAST), (MOST, VALUE_COLUMN))
+        (
+            *_present(VALUE_COLUMN),
+            _between(VALUE_COLUMN, -LARGEST, LARGEST),
+            *(
+                Expectation(
+                    "expect_column_pair_values_a_to_be_greater_than_b",
+                    {"column_A": high, "column_B": low, "or_equal": True, "ignore_row_if": "either_value_is_missing"},
+                )
+                for high, low in ((VALUE_COLUMN, LEAST), (MOST, VALUE_COLUMN))
+            ),
         ),
     )
