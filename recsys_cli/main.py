@@ -43,19 +43,26 @@ class TimeUnit(StrEnum):
 
 
 class _Commands(TyperGroup):
-    """Prints what a user can mend as one red message and exits with 2; everything else is a bug and keeps its traceback."""
+    """Prints what a user can mend as one red message and exits with 2; a bug is a line that says where its traceback is."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except Exception as error:
-            message = _explanation(error)
-            if message is None:
-                raise
-            from rich.console import Console
+        except (typer.TyperException, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:  # noqa: BLE001  what it was is printed, and the traceback of a bug is kept
+            from recsys_cli.errors import BUG, MENDABLE, explain, explain_bug
 
-            Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
+            message = explain(error)
+            code = BUG if message is None else MENDABLE
+            _print_red(message or explain_bug(error))
+            raise typer.Exit(code) from None
+
+
+def _print_red(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 app = typer.Typer(
@@ -70,32 +77,6 @@ app = typer.Typer(
 app.add_typer(kafka.app, name="kafka")
 app.add_typer(stream.app, name="stream")
 app.add_typer(releases.app, name="release")
-
-
-def _explanation(error: Exception) -> str | None:
-    """What to tell the user about an error that is theirs to mend, None for any other."""
-    from pydantic import ValidationError
-
-    from recsys_cli.config import explain_invalid
-    from recsys_cli.java import JavaMissing
-    from recsys_cli.processes import StackError
-    from recsys_core.lake import MissingPartition
-    from recsys_core.readers import IngestError
-    from recsys_core.release import ReleaseError
-    from recsys_core.retention import UnsafePolicy
-    from serving.client import RecsysError
-
-    if isinstance(error, ValidationError):
-        return explain_invalid(error)
-    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
-        named = error.filename
-        return f"{error.strerror}: {named}" if named else str(error)
-    if isinstance(error, StackError | JavaMissing | IngestError | MissingPartition | ReleaseError | UnsafePolicy):
-        return str(error)
-    if isinstance(error, RecsysError):
-        hint = " (what is up: `recsys status`)" if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else ""
-        return f"the server says {error}{hint}"
-    return None
 
 
 def _settings(home: Path | None) -> Settings:

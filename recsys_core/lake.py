@@ -23,6 +23,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys_core.errors import UserError
+
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
 
@@ -32,7 +34,7 @@ PUBLISHED_AT_ONCE = 16
 """Partitions of a staged folder that are taken over at once: each waits for the disk or the store."""
 
 
-class MissingPartition(LookupError):
+class MissingPartition(UserError, LookupError):
     """A table has no data for a partition that a reader asked for."""
 
 

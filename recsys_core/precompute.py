@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from recsys_core import progress
 from recsys_core.bundle import TRENDING_ITEMS
+from recsys_core.errors import UserError
 from recsys_core.events import EVENT_TYPE, ITEM_ID, TS, USER_ID, now_ms
 from recsys_core.features import OnlineFeatures
 from recsys_core.lake import Lake
@@ -41,7 +42,7 @@ SAMPLES, SHOWN = 10, 5
 """Users that are shown, and items of each."""
 
 
-class UnfinishedCaches(RuntimeError):
+class UnfinishedCaches(UserError, RuntimeError):
     """Some shards of a plan were not written."""
 
 

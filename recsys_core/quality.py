@@ -87,6 +87,11 @@ class Report:
         return all(finding.passed for finding in self.findings)
 
     @property
+    def made(self) -> bool:
+        """Whether anything was looked at; a report on nothing neither passes nor fails."""
+        return bool(self.rows or self.findings)
+
+    @property
     def reason(self) -> str:
         """One line that says what failed; empty when nothing did."""
         if self.passed:
@@ -126,7 +131,7 @@ def _short(value: Any) -> str:
 
 
 def validate(suite: Suite, frame: pd.DataFrame) -> Report:
-    """Hold a frame against a suite. A frame without rows passes: there is nothing to be wrong.
+    """Hold a frame against a suite. Of a frame without rows nothing is found, and the report says that none was made.
 
     Raises RuntimeError when an expectation could not be evaluated, such as for a column that is not there.
     """

@@ -25,6 +25,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from recsys_core.errors import UserError
+
 DELIMITED = (".csv", ".tsv", ".txt", ".data", ".inter", ".item")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 TEXT = DELIMITED + JSON_LINES
@@ -43,7 +45,7 @@ DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, pa.ArrowInvalid)
 OPEN_QUOTE = "a quote that is never closed"
 
 
-class IngestError(ValueError):
+class IngestError(UserError, ValueError):
     """A file can't be taken in as a whole; nothing of one row."""
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from recsys_core.errors import UserError
 from recsys_core.events import DAY_MS, day_key, hour_key
 from recsys_core.lake import POINTER, STAGING, Lake
 from recsys_core.landing import LANDING, QUARANTINE, Landing
@@ -39,7 +40,7 @@ class Removal:
     bytes: int
 
 
-class UnsafePolicy(ValueError):
+class UnsafePolicy(UserError, ValueError):
     """The policy would remove what the next runs read."""
 
 

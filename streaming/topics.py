@@ -11,6 +11,7 @@ from hashlib import blake2b
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
+from recsys_core.errors import UserError
 from recsys_core.events import HOUR_MS
 from recsys_core.kafka_config import SILENT, client_config, topic_identity
 from recsys_core.settings import KafkaSettings
@@ -18,7 +19,7 @@ from recsys_core.settings import KafkaSettings
 ADMIN_SECONDS = 15.0
 
 
-class TopicError(RuntimeError):
+class TopicError(UserError, RuntimeError):
     """A topic is not as it has to be; the message says what differs and what to do."""
 
 

@@ -151,7 +151,7 @@ def test_a_failing_check_shows_its_report_and_the_rows_that_fail(platform: Platf
     assert f"{DAY}T15" in shown["failing rows"]
     assert "users_are_many" in shown["failing rows"]
     assert shown["report"].startswith("| holds | expectation |")
-    assert shown["rows"] == 48
+    assert shown["rows judged"] == 48
 
 
 def test_every_claim_of_a_group_is_judged_and_described() -> None:
