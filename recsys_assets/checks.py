@@ -27,7 +27,7 @@ from recsys_core.profiles import (
     window_report,
 )
 from recsys_core.quality import Finding, Report, validate
-from recsys_core.release import ReleaseError
+from recsys_core.release import Manifest, ReleaseError
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
 
 NEWEST_FILES = 20
@@ -49,14 +49,14 @@ class Group:
     """The claims on an asset, and how some of its partitions are judged: a report by claim.
 
     `latest` gives the partition to look at when none is named; an asset without partitions has none. `made` says whether
-    the asset is there at all.
+    the asset is there at all, or a partition of it.
     """
 
     asset: str
     claims: tuple[Claim, ...]
     judge: Callable[[Platform, Sequence[str]], Mapping[str, Report]]
     latest: Callable[[Platform], str | None]
-    made: Callable[[Platform], bool]
+    made: Callable[[Platform, str | None], bool]
 
     def chosen(self, platform: Platform, partitions: Sequence[str] = ()) -> list[str]:
         """`partitions`, by default the latest; empty for an asset without partitions."""
@@ -73,8 +73,11 @@ def _latest_of(name: str) -> Callable[[Platform], str | None]:
     return lambda platform: platform.lake.latest(name)
 
 
-def _has(name: str) -> Callable[[Platform], bool]:
-    return lambda platform: platform.lake.latest(name) is not None
+def _has(name: str) -> Callable[[Platform, str | None], bool]:
+    def made(platform: Platform, partition: str | None) -> bool:
+        return platform.lake.latest(name) is not None if partition is None else platform.lake.find(name, partition) is not None
+
+    return made
 
 
 def _nothing(platform: Platform) -> str | None:  # noqa: ARG001
@@ -135,7 +138,7 @@ LANDING = Group(
     ),
     _landing,
     _nothing,
-    lambda platform: any(True for _ in platform.landing.files()) or any(True for _ in platform.landing.quarantined()),
+    lambda platform, _: bool(platform.landing.files()) or next(platform.landing.quarantined(), None) is not None,
 )
 CLICKS = Group(
     CLICKS_HOURLY,
@@ -166,7 +169,7 @@ CATALOGUE = Group(
     ),
     _catalogue,
     _nothing,
-    lambda platform: platform.lake.find(CATALOG_TABLE, CATALOG_KEY) is not None,
+    lambda platform, _: platform.lake.find(CATALOG_TABLE, CATALOG_KEY) is not None,
 )
 
 
@@ -296,10 +299,18 @@ INDEX = Group(
 
 def _release(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
     measures: dict[str, list[Measure]] = {claim.name: [] for claim in RELEASE.claims}
-    newest = {manifest.day: manifest for manifest in platform.releases.list()}
-    for day in days:
-        if day not in newest:
-            measures["releases_are_whole"].append(Measure(f"no release of {day}", "verifies (1: yes)", 0, least=1))
+    newest: dict[str, Manifest] = {}
+    for name in platform.releases.names():
+        try:
+            manifest = platform.releases.manifest(name)
+        except ReleaseError as error:
+            if not days or name[: len(days[0])] in days:
+                measures["releases_are_whole"].append(Measure(str(error), "verifies (1: yes)", 0, least=1))
+            continue
+        if manifest.day not in newest or manifest.created_at > newest[manifest.day].created_at:
+            newest[manifest.day] = manifest
+    for day in set(days) - set(newest):
+        measures["releases_are_whole"].append(Measure(f"no release of {day}", "verifies (1: yes)", 0, least=1))
     for manifest in [newest[day] for day in (days or sorted(newest)[-1:]) if day in newest]:
         try:
             _, snapshot = platform.releases.load(manifest.release_id)
@@ -324,7 +335,7 @@ def _champion(platform: Platform) -> Measure:
     return Measure(champion.release_id, "champion verifies (1: yes)", 1, least=1)
 
 
-def _has_champion(platform: Platform) -> bool:
+def _has_champion(platform: Platform, _: str | None) -> bool:
     try:
         return platform.releases.champion() is not None
     except ReleaseError:
@@ -355,7 +366,7 @@ RELEASE = Group(
     ),
     _release,
     _nothing,
-    lambda platform: bool(platform.releases.names()),
+    lambda platform, day: any(name.startswith(f"{day or ''}") for name in platform.releases.names()),
 )
 CHAMPION = Group(
     "champion",
@@ -375,6 +386,14 @@ CACHES = Group(
     _latest_of(ACTIVE_USERS),
     _has(ACTIVE_USERS),
 )
+
+ELSEWHERE = {
+    "offsets_have_no_gap": CLICKS_HOURLY,
+    "examples_see_only_the_past": "training_examples",
+    "two_tower_is_trained": "two_tower",
+    "challenger_beats_champion": "release",
+}
+"""Checks that need the brokers, the clicks or the run itself, and the asset whose runs make them."""
 
 GROUPS = (
     LANDING,
@@ -410,6 +429,8 @@ def _checks_of(group: Group) -> dg.AssetChecksDefinition:
         wanted = {key.name for key in context.selected_asset_check_keys}
         for claim, report in group.reports(platform, _partitions(context)):
             if claim.name in wanted:
+                if not report.passed:
+                    context.log.warning(f"{claim.name}: {report.reason}")
                 yield result_of(group, claim, report)
 
     return checks

@@ -70,13 +70,29 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="From clickstream to served recommendations: run the platform, bring data to it, ask it.",
 )
 
 
 app.add_typer(kafka.app, name="kafka")
 app.add_typer(stream.app, name="stream")
 app.add_typer(releases.app, name="release")
+
+
+@app.callback()
+def recsys(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=lambda on: _show_version(on))
+    ] = False,
+) -> None:
+    """From clickstream to served recommendations: run the platform, bring data to it, ask it."""
+
+
+def _show_version(wanted: bool) -> None:
+    from importlib.metadata import version
+
+    if wanted:
+        typer.echo(f"recsys {version('recsys')}")
+        raise typer.Exit
 
 
 def _settings(home: Path | None) -> Settings:

@@ -99,6 +99,10 @@ class Report:
         if self.sample and {"what", VALUE_COLUMN, LEAST, MOST} <= set(self.sample[0]):
             more = f" and {len(self.sample) - 1} more" if len(self.sample) > 1 else ""
             return _told(self.sample[0]) + more
+        if self.sample and {"hour", "reason"} <= set(self.sample[0]):
+            told = "; ".join(f"{row['hour']} {row['reason']}" for row in self.sample[:TOLD])
+            count = sum(f.unexpected for f in self.findings)
+            return told + (f"; and {count - TOLD} more" if count > TOLD else "")
         return "; ".join(f"{f.expectation}: {f.unexpected} of {self.rows} rows" for f in self.findings if not f.passed)
 
 
@@ -117,7 +121,7 @@ def readable(value: float | None) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-SAMPLE = 20
+SAMPLE, TOLD = 20, 3
 LARGEST = 1e300
 """Above every number that is measured; infinity is not below it."""
 SPARK_CONNECT = "pyspark.sql.connect"
