@@ -377,7 +377,8 @@ class Measure:
     @property
     def readable(self) -> bool:
         """Whether value and bounds are finite numbers."""
-        return all(math.isfinite(number) for number in (self.value, self.least, self.most) if number is not None)
+        bounds = (bound for bound in (self.least, self.most) if bound is not None)
+        return self.value is not None and all(map(math.isfinite, (self.value, *bounds)))
 
     @property
     def unusual(self) -> bool:
@@ -518,6 +519,11 @@ def prices(profiles: Profiles, hour: str) -> Iterator[Measure]:
     pairs.append(("median value, 24 hours", day, days, "the days before"))
     if now and now.unreadable:
         yield Measure(hour, "values that are not finite numbers", now.unreadable, most=0)
+    if day and days:
+        share = median(p.priced / p.looked_at for p in days)
+        if share * day.looked_at >= profiles.settings.min_events:
+            told = f"{share:.3f} on the days before"
+            yield Measure(hour, "share with a value, 24 hours", day.priced / day.looked_at, share / 4, None, told)
     for what, one, others, beside in pairs:
         known = [p for p in others if p.priced >= least_events and p.price > 0]
         if one and one.priced >= least_events and known:
@@ -838,10 +844,12 @@ def catalogue_measures(lake: Lake) -> tuple[dict[str, list[Measure]], dict[str, 
             Measure("now", "items", now["items"], 0.7 * size, None, f"{size} in {told}"),
             Measure("now", "available items", now["available"], share, None, f"{before['available']} in {told}"),
         ]
-        if before["priced"] >= SAMPLE and now["priced"]:
+        if before["priced"] >= SAMPLE:
             usual = before["price"]
+            priced_before = f"{before['priced']} in {told}"
             measures["catalogue_prices_are_as_usual"] = [
-                Measure("now", "median price", now["price"], usual / 4, usual * 4, f"{usual:.2f} in {told}")
+                Measure("now", "median price", now["price"], usual / 4, usual * 4, f"{usual:.2f} in {told}"),
+                Measure("now", "items with a price", now["priced"], before["priced"] / 4, None, priced_before),
             ]
         measures["catalogue_categories_are_all_there"] = [
             Measure(
