@@ -365,7 +365,7 @@ def recommend(
 
     with RecsysClient(address or _serving_address(home), options=_call_options(ca, certificate, key)) as client:
         answer = client.recommend(user, count, explain=explain)
-    _show_answer(answer, f"For user {user}", answer.tier)
+    _show_answer(answer, f"For user {user}", _titles(home, answer), answer.tier)
 
 
 @app.command(context_settings=IDS)
@@ -383,7 +383,7 @@ def similar(
 
     with RecsysClient(address or _serving_address(home), options=_call_options(ca, certificate, key)) as client:
         answer = client.similar_items(item, count)
-    _show_answer(answer, f"Similar to item {item}")
+    _show_answer(answer, f"Similar to item {item}", _titles(home, answer))
 
 
 @app.command()
@@ -425,15 +425,26 @@ def _serving_address(home: Path | None) -> str:
     return running.get("serving", f"{settings.serving.host}:{settings.serving.port}")
 
 
-def _show_answer(answer: Recommendation | SimilarItems, title: str, tier: str = "") -> None:
+def _titles(home: Path | None, answer: Recommendation | SimilarItems) -> dict[str, str]:
+    """Titles of the items by the answer, else by the catalogue of this home: an answer out of the cache has ids alone."""
+    from recsys_core.catalog import names_of
+    from recsys_core.lake import Lake
+
+    known = {item.item_id: item.title for item in answer if item.title}
+    if known:
+        return known
+    names = names_of(Lake(_settings(home).lake_uri), [item.item_id for item in answer])
+    return {item: name for item, name in names.items() if name != item}
+
+
+def _show_answer(answer: Recommendation | SimilarItems, title: str, titles: dict[str, str], tier: str = "") -> None:
     from recsys_cli.console import table
 
-    titled = any(item.title for item in answer)
     rows: list[dict[str, object]] = []
     for rank, item in enumerate(answer, start=1):
         row: dict[str, object] = {"#": rank, "item": item.item_id}
-        if titled:
-            row["title"] = item.title
+        if titles:
+            row["title"] = titles.get(item.item_id, "")
         rows.append({**row, "score": item.score, **(item.parts or {})})
     by = f"{tier}, " if tier else ""
     _console().print(table(f"{title} ({by}release {answer.release_id or 'none'}, {answer.milliseconds:.1f} ms)", rows))
