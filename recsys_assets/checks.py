@@ -6,7 +6,7 @@ so that the caches go on; they are the hour's verdict, and `window_is_sound` of 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import dagster as dg
 import pyarrow.dataset as ds
@@ -26,7 +26,7 @@ from recsys_core.profiles import (
     unsound_hours,
     window_report,
 )
-from recsys_core.quality import Report, validate
+from recsys_core.quality import Finding, Report, validate
 from recsys_core.release import Manifest, ReleaseError
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
 
@@ -48,23 +48,36 @@ class Claim:
 class Group:
     """The claims on an asset, and how some of its partitions are judged: a report by claim.
 
-    `partitions` gives those to look at when none are named: the latest.
+    `latest` gives the partition to look at when none is named; an asset without partitions has none. `made` says whether
+    the asset is there at all, or a partition of it.
     """
 
     asset: str
     claims: tuple[Claim, ...]
     judge: Callable[[Platform, Sequence[str]], Mapping[str, Report]]
     latest: Callable[[Platform], str | None]
+    made: Callable[[Platform, str | None], bool]
+
+    def chosen(self, platform: Platform, partitions: Sequence[str] = ()) -> list[str]:
+        """`partitions`, by default the latest; empty for an asset without partitions."""
+        latest = self.latest(platform) if not partitions else None
+        return list(partitions) or ([latest] if latest else [])
 
     def reports(self, platform: Platform, partitions: Sequence[str] = ()) -> list[tuple[Claim, Report]]:
         """Every claim with its report on `partitions`, by default the latest."""
-        latest = self.latest(platform) if not partitions else None
-        found = self.judge(platform, list(partitions) or ([latest] if latest else []))
+        found = self.judge(platform, self.chosen(platform, partitions))
         return [(claim, found[claim.name]) for claim in self.claims]
 
 
 def _latest_of(name: str) -> Callable[[Platform], str | None]:
     return lambda platform: platform.lake.latest(name)
+
+
+def _has(name: str) -> Callable[[Platform, str | None], bool]:
+    def made(platform: Platform, partition: str | None) -> bool:
+        return platform.lake.latest(name) is not None if partition is None else platform.lake.find(name, partition) is not None
+
+    return made
 
 
 def _nothing(platform: Platform) -> str | None:  # noqa: ARG001
@@ -134,6 +147,7 @@ LANDING = Group(
     ),
     _landing,
     _nothing,
+    lambda platform, _: bool(platform.landing.files()) or next(platform.landing.quarantined(), None) is not None,
 )
 CLICKS = Group(
     CLICKS_HOURLY,
@@ -152,6 +166,7 @@ CLICKS = Group(
     ),
     _clicks,
     _latest_of(CLICKS_HOURLY),
+    _has(CLICKS_HOURLY),
 )
 CATALOGUE = Group(
     CATALOG_TABLE,
@@ -163,6 +178,7 @@ CATALOGUE = Group(
     ),
     _catalogue,
     _nothing,
+    lambda platform, _: platform.lake.find(CATALOG_TABLE, CATALOG_KEY) is not None,
 )
 
 
@@ -199,6 +215,7 @@ FEATURES = Group(
     ),
     _interactions,
     _latest_of(INTERACTIONS),
+    _has(INTERACTIONS),
 )
 
 
@@ -209,9 +226,14 @@ def _rows_group(name: str, suite: Callable[[Platform], quality.Suite], claim: Cl
         chosen = suite(platform)
         columns = sorted({c for e in chosen.expectations for c in e.columns})
         dataset = platform.lake.dataset(name, days, missing_ok=True)
-        return {claim.name: validate(chosen, quality.sample_rows(dataset, platform.settings.quality.sample_rows, columns))}
+        report = validate(chosen, quality.sample_rows(dataset, platform.settings.quality.sample_rows, columns))
+        empty = [day for day in days if (part := platform.lake.find(name, day)) is not None and not part.rows]
+        if empty:
+            found = Finding(f"every day has rows, which {', '.join(empty)} lacks", False, len(empty))
+            report = replace(report, findings=(*report.findings, found))
+        return {claim.name: report}
 
-    return Group(name, (claim,), run, _latest_of(name))
+    return Group(name, (claim,), run, _latest_of(name), _has(name))
 
 
 USER_FEATURES = _rows_group(
@@ -257,6 +279,7 @@ FACTORS = Group(
     ),
     _factors,
     _latest_of(ALS_FACTORS),
+    _has(ALS_FACTORS),
 )
 TOWER = Group(
     "two_tower",
@@ -266,6 +289,7 @@ TOWER = Group(
     ),
     _tower,
     _latest_of("two_tower"),
+    _has("two_tower"),
 )
 INDEX = Group(
     ITEM_INDEX,
@@ -275,6 +299,7 @@ INDEX = Group(
     ),
     _index,
     _latest_of(ITEM_INDEX),
+    _has(ITEM_INDEX),
 )
 
 
@@ -283,7 +308,19 @@ INDEX = Group(
 
 def _release(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
     measures: dict[str, list[Measure]] = {claim.name: [] for claim in RELEASE.claims}
-    for manifest in _newest_releases(platform, days):
+    newest: dict[str, Manifest] = {}
+    for name in platform.releases.names():
+        try:
+            manifest = platform.releases.manifest(name)
+        except ReleaseError as error:
+            if not days or name[: len(days[0])] in days:
+                measures["releases_are_whole"].append(Measure(str(error), "verifies (1: yes)", 0, least=1))
+            continue
+        if manifest.day not in newest or manifest.created_at > newest[manifest.day].created_at:
+            newest[manifest.day] = manifest
+    for day in set(days) - set(newest):
+        measures["releases_are_whole"].append(Measure(f"no release of {day}", "verifies (1: yes)", 0, least=1))
+    for manifest in [newest[day] for day in (days or sorted(newest)[-1:]) if day in newest]:
         try:
             _, snapshot = platform.releases.load(manifest.release_id)
         except ReleaseError as error:
@@ -296,11 +333,6 @@ def _release(platform: Platform, days: Sequence[str]) -> dict[str, Report]:
     return {claim: model_quality.report_of(claim, of_claim) for claim, of_claim in measures.items()}
 
 
-def _newest_releases(platform: Platform, days: Sequence[str]) -> list[Manifest]:
-    newest = {manifest.day: manifest for manifest in platform.releases.list()}
-    return [newest[day] for day in (days or sorted(newest)[-1:]) if day in newest]
-
-
 def _champion(platform: Platform) -> Measure:
     try:
         champion = platform.releases.champion()
@@ -310,6 +342,14 @@ def _champion(platform: Platform) -> Measure:
     except ReleaseError as error:
         return Measure(str(error), "champion verifies (1: yes)", 0, least=1)
     return Measure(champion.release_id, "champion verifies (1: yes)", 1, least=1)
+
+
+def _has_champion(platform: Platform, _: str | None) -> bool:
+    try:
+        return platform.releases.champion() is not None
+    except ReleaseError:
+        # A pointer that can't be read is there, and does not verify.
+        return True
 
 
 def _caches(platform: Platform, hours: Sequence[str]) -> dict[str, Report]:
@@ -335,12 +375,14 @@ RELEASE = Group(
     ),
     _release,
     _nothing,
+    lambda platform, day: any(name.startswith(f"{day or ''}") for name in platform.releases.names()),
 )
 CHAMPION = Group(
     "champion",
     (Claim("champion_verifies", "The release that serving reads is complete and unchanged."),),
     lambda platform, _: {"champion_verifies": model_quality.report_of("champion_verifies", [_champion(platform)])},
     _nothing,
+    _has_champion,
 )
 CACHES = Group(
     "rec_cache",
@@ -351,7 +393,16 @@ CACHES = Group(
     ),
     _caches,
     _latest_of(ACTIVE_USERS),
+    _has(ACTIVE_USERS),
 )
+
+ELSEWHERE = {
+    "offsets_have_no_gap": CLICKS_HOURLY,
+    "examples_see_only_the_past": "training_examples",
+    "two_tower_is_trained": "two_tower",
+    "challenger_beats_champion": "release",
+}
+"""Checks that need the brokers, the clicks or the run itself, and the asset whose runs make them."""
 
 GROUPS = (
     LANDING,
@@ -387,6 +438,8 @@ def _checks_of(group: Group) -> dg.AssetChecksDefinition:
         wanted = {key.name for key in context.selected_asset_check_keys}
         for claim, report in group.reports(platform, _partitions(context)):
             if claim.name in wanted:
+                if not report.passed:
+                    context.log.warning(f"{claim.name}: {report.reason}")
                 yield result_of(group, claim, report)
 
     return checks
@@ -399,7 +452,9 @@ def _partitions(context: dg.AssetCheckExecutionContext) -> list[str]:
 def result_of(group: Group, claim: Claim, report: Report) -> dg.AssetCheckResult:
     """A report as the result of an asset check: what was looked at, what each expectation found, rows that fail."""
     severity = dg.AssetCheckSeverity.WARN if claim.warning else dg.AssetCheckSeverity.ERROR
-    metadata: dict[str, dg.MetadataValue | str | int] = {"rows": report.rows}
+    metadata: dict[str, dg.MetadataValue | str | int] = {"rows judged": report.rows}
+    if not report.made:
+        metadata["not made"] = "there was nothing to judge"
     if report.findings:
         findings = [["yes" if f.passed else "NO", f.expectation, f.unexpected] for f in report.findings]
         metadata["report"] = table(["holds", "expectation", "unexpected rows"], findings)

@@ -22,6 +22,8 @@ def examples_see_only_the_past(context: dg.AssetCheckExecutionContext, platform:
         rows, found = find_leaks(platform.lake, day, categories, platform.settings)
         checked += rows
         wrong += [f"{day}, {line}" for line in found]
+    # Of examples that are there, none made again is no proof.
     return dg.AssetCheckResult(
-        passed=not wrong, metadata={"examples made again": checked, "differences": len(wrong), "first of them": wrong[:10]}
+        passed=not wrong and (checked > 0 or not days),
+        metadata={"examples made again": checked, "differences": len(wrong), "first of them": wrong[:10]},
     )

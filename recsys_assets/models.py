@@ -20,12 +20,14 @@ from recsys_assets.resources import PlatformResource
 from recsys_assets.tracking import tracked
 from recsys_core.apart import ApartError, run_apart
 from recsys_core.bundle import fit_als_factors, item_factors
-from recsys_core.evaluation import ALS, EVALUATION, POPULAR_WINDOW, NothingToEvaluate, evaluate_day, write_evaluation
+from recsys_core.evaluation import ALS, EVALUATION, POPULAR_WINDOW, SERVED, NothingToEvaluate, evaluate_day, write_evaluation
 from recsys_core.lake import MissingPartition
 from recsys_core.tables import INTERACTIONS
 from recsys_core.two_tower import fit_two_tower
 
 GROUP = "models"
+PLOTTED = ("ndcg@10", "recall@10", "coverage@10")
+"""Numbers of the served ranking that the web UI plots over the days."""
 OWNERS = ["team:ml-engineering"]
 
 
@@ -143,6 +145,7 @@ def evaluation(context: dg.AssetExecutionContext, platform: PlatformResource) ->
             "users": result.users,
             "items": result.items,
             "relevant pairs": result.relevant,
+            **{f"served ranking, {name}": value for name, value in result.metrics.get(SERVED, {}).items() if name in PLOTTED},
             "share of the day's pairs with items new that day": round(result.new_item_share, 4),
             "ALS over window popularity, NDCG@10": round(lift, 2),
             "models": evaluation_table(result),

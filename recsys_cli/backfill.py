@@ -14,9 +14,11 @@ from recsys_cli.console import showing_progress
 from recsys_cli.java import ensure_java
 from recsys_cli.processes import StackError, quiet, run_folder
 from recsys_cli.stack import dagster_environment
+from recsys_core.events import key_start_ms
 from recsys_core.settings import HOME_VARIABLE, load_settings
 
 if TYPE_CHECKING:
+    import dagster as dg
     from dagster import DagsterInstance
 
 PROCESS = "recsys/process"
@@ -31,13 +33,13 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     import dagster as dg
 
     home = home.absolute()
+    settings = load_settings(home)
     os.environ |= dagster_environment(home)
     os.environ[HOME_VARIABLE] = str(home)
-    os.environ["JAVA_HOME"] = str(ensure_java().path)
     from recsys_assets.definitions import build_definitions
     from recsys_core.spark import stop_session
 
-    definitions = build_definitions(load_settings(home))
+    definitions = build_definitions(settings)
     graph = definitions.resolve_asset_graph()
     key = dg.AssetKey(asset)
     if key not in graph.get_all_asset_keys() or graph.get(key).partitions_def is None:
@@ -47,7 +49,10 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
     for wanted in (first, last):
         if partitions is None or not partitions.has_partition_key(wanted):
             raise StackError(f"{asset} has no partition {wanted!r}; [partitions] in recsys.toml says which there are")
+    if key_start_ms(first) > key_start_ms(last):
+        raise StackError(f"the first partition, {first}, is later than the last, {last}")
     keys = list(partitions.get_partition_keys_in_range(dg.PartitionKeyRange(first, last)))  # type: ignore[union-attr]
+    os.environ["JAVA_HOME"] = str(ensure_java().path)
     policy = graph.get(key).backfill_policy
     single = policy is not None and policy.policy_type.value == "SINGLE_RUN" and len(keys) > 1
     # These have partitions of one kind, which a range of them is resolved by; the job of all assets has both.
@@ -70,11 +75,38 @@ def run(home: Path, asset: str, first: str, last: str, console: Console) -> int:
                     raise_on_error=False,
                 )
                 failed += not done.success
-                told = "made" if done.success else f"FAILED, {log} says why"
-                console.print(f"{asset} {start if start == end else f'{start} … {end}'}: {told}, run {done.run_id}")
+                told = "made" if done.success else "FAILED"
+                say(console, f"{asset} {start if start == end else f'{start} … {end}'}: {told}, run {done.run_id}")
+                if not done.success:
+                    for line in why_it_failed(done):
+                        say(console, f"  {line}")
+                    say(console, f"  the whole log: {log}")
     finally:
         stop_session()
     return 1 if failed else 0
+
+
+def say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def why_it_failed(done: dg.ExecuteInProcessResult) -> list[str]:
+    """The checks that failed with their reasons and what mends them, and the errors of steps."""
+    checks = [e.asset_check_evaluation_data for e in done.all_events if e.event_type_value == "ASSET_CHECK_EVALUATION"]
+    lines = []
+    for check in checks:
+        if not check.passed and check.severity.value == "ERROR":
+            reason = check.metadata.get("reason") or check.metadata.get("faults") or check.metadata.get("first of them")
+            lines.append(f"{check.check_name}: {reason.value if reason else 'see the web UI'}")
+    if any(not check.passed and check.check_name == "window_is_sound" for check in checks):
+        lines.append("mend these hours, or say that they are right: `recsys check clicks_hourly --accept`; then run this again")
+    if any(not check.passed and check.check_name == "hours_are_all_there" for check in checks):
+        lines.append("make them first: `recsys backfill clicks_hourly FIRST LAST`")
+    for event in done.all_events:
+        if event.is_step_failure and (error := event.step_failure_data.error) is not None and not lines:
+            cause = error.cause or error
+            lines.append(f"{event.step_key}: {cause.cls_name}: {cause.message.strip().splitlines()[-1]}")
+    return lines
 
 
 def tell_who_is_before(instance: DagsterInstance, pool: str, console: Console) -> None:

@@ -9,64 +9,112 @@ from rich.console import Console
 
 from recsys_cli.console import table
 from recsys_cli.processes import StackError
+from recsys_core.events import checked_key
 from recsys_core.settings import Settings
 
 if TYPE_CHECKING:
+    from recsys_assets.checks import Claim, Group
     from recsys_assets.resources import Platform
+    from recsys_core.quality import Report
 
 
 def run(settings: Settings, asset: str | None, partitions: Sequence[str], accept: bool, console: Console) -> int:
-    """Judge one asset or all of them, by default their latest partition. Returns 1 when an error was found, else 0.
+    """Judge one asset or all of them, by default their latest partition.
 
-    Raises StackError for an asset that has no checks.
+    Returns 1 when an error was found, or nothing was made that could be judged, else 0. Raises StackError for an asset that has
+    no checks and for what was never made, BadKey for a partition that is no hour and no day.
     """
-    from recsys_assets.checks import GROUPS, accept_catalogue
+    from recsys_assets.checks import ELSEWHERE, GROUPS
     from recsys_assets.resources import Platform
-    from recsys_core.catalog import CATALOG_TABLE
-    from recsys_core.profiles import Profiles, unsound_hours
-    from recsys_core.profiles import accept as accept_hours
-    from recsys_core.tables import CLICKS_HOURLY
 
     chosen = [group for group in GROUPS if asset in (None, group.asset)]
     if not chosen:
         raise StackError(f"no checks on {asset!r}; there are some on {', '.join(group.asset for group in GROUPS)}")
     platform = Platform(settings)
+    if asset is None and partitions:
+        raise StackError("--partition needs an asset: `recsys check clicks_hourly --partition 2026-01-31T09`")
+    if asset is not None:
+        _raise_unless_made(platform, chosen[0], [checked_key(key) for key in partitions])
     if accept:
-        if asset == CATALOG_TABLE:
-            accept_catalogue(platform)
-            console.print("The catalogue as it is now is what later ones are held against.")
-            return 0
-        if asset != CLICKS_HOURLY:
-            raise StackError(
-                f"--accept is for {CLICKS_HOURLY} (with --partition, or all of its unsound hours) and {CATALOG_TABLE}"
-            )
-        profiles = Profiles(platform.lake, settings.quality)
-        changed = accept_hours(profiles, partitions or unsound_hours(profiles, platform.lake.keys(CLICKS_HOURLY)))
-        console.print(f"Accepted: {', '.join(changed) or 'nothing new'}. Launch the night again: the job `nightly`.")
-        return 0
-    rows: list[dict[str, object]] = []
+        return _accept(platform, asset, partitions, console)
+    made = [group for group in chosen if group.made(platform, None)]
+    if not made:
+        console.print(
+            f"Nothing is made in {settings.home.absolute()} yet, so there is nothing to check. "
+            "`recsys ingest` brings events, `recsys up` makes the rest.",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return 1
     errors = 0
-    for group in chosen:
-        if asset is None and not _is_made(platform, group.asset):
-            continue
+    rows: list[dict[str, object]] = []
+    reasons: list[str] = []
+    for group in made:
+        of = _shown_partitions(group.chosen(platform, partitions))
         for claim, report in group.reports(platform, partitions):
-            outcome = "passed" if report.passed else "WARNING" if claim.warning else "FAILED"
+            outcome = _outcome(claim, report)
             errors += outcome == "FAILED"
-            reason = _shown(report.sample, report.reason)
-            rows.append({"asset": group.asset, "check": claim.name, "": outcome, "rows": report.rows, "reason": reason})
-    console.print(table("Checks", rows))
+            rows.append({"check": claim.name, "of": f"{group.asset} {of}".strip(), "": outcome})
+            if report.reason:
+                reasons.append(f"{outcome} {claim.name}: {report.reason}")
+    console.print(table("Checks", rows, whole="check"))
+    for line in reasons:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    _tell_what_is_not_made(console, [group.asset for group in chosen if group not in made], asset, ELSEWHERE)
     return 1 if errors else 0
 
 
-def _is_made(platform: Platform, asset: str) -> bool:
-    """Whether there is anything to judge; assets that are not tables always are."""
-    if asset in ("clickstream_landing", "item_catalog", "rec_cache"):
-        return True
-    return bool(platform.releases.list()) if asset == "release" else platform.lake.latest(asset) is not None
+def _outcome(claim: Claim, report: Report) -> str:
+    if not report.made:
+        return "not made"
+    return "passed" if report.passed else "WARNING" if claim.warning else "FAILED"
 
 
-def _shown(sample: Sequence[dict[str, object]], reason: str) -> str:
-    if not sample:
-        return reason
-    first = ", ".join(f"{name} {value}" for name, value in list(sample[0].items())[:6])
-    return f"{reason}: {first}" + (f" and {len(sample) - 1} more" if len(sample) > 1 else "")
+def _shown_partitions(keys: Sequence[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]} … {keys[-1]}" if keys else ""
+
+
+def _tell_what_is_not_made(console: Console, absent: Sequence[str], asset: str | None, elsewhere: dict[str, str]) -> None:
+    lines = [f"Not there yet, so not checked: {', '.join(absent)}."] if absent else []
+    more = [check for check, of in elsewhere.items() if asset in (None, of)]
+    if more:
+        lines.append(f"Only runs of their assets make {', '.join(more)}; their results are in the web UI.")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _raise_unless_made(platform: Platform, group: Group, partitions: Sequence[str]) -> None:
+    """Raises StackError when the asset, or one of the partitions, was never made."""
+    latest = group.latest(platform)
+    if partitions and latest is None and group.asset != "release" and group.made(platform, None):
+        raise StackError(f"{group.asset} has no partitions")
+    if not group.made(platform, None):
+        raise StackError(f"{group.asset} was never made in {platform.settings.home.absolute()}, so there is nothing to check")
+    absent = [key for key in partitions if not group.made(platform, key)]
+    if absent:
+        newest = f"; the latest is {latest}" if latest else ""
+        raise StackError(f"{group.asset} has no partition {', '.join(absent)}: it was never made{newest}")
+
+
+def _accept(platform: Platform, asset: str | None, partitions: Sequence[str], console: Console) -> int:
+    """A person's word for the catalogue, for some hours, or for all that are unsound."""
+    from recsys_assets.checks import accept_catalogue
+    from recsys_core.catalog import CATALOG_TABLE
+    from recsys_core.profiles import Profiles, unsound_hours
+    from recsys_core.profiles import accept as accept_hours
+    from recsys_core.tables import CLICKS_HOURLY
+
+    if asset == CATALOG_TABLE:
+        accept_catalogue(platform)
+        console.print("The catalogue as it is now is what later ones are held against.")
+        return 0
+    if asset != CLICKS_HOURLY:
+        raise StackError(f"--accept is for {CLICKS_HOURLY} (with --partition, or all of its unsound hours) and {CATALOG_TABLE}")
+    profiles = Profiles(platform.lake, platform.settings.quality)
+    changed = accept_hours(profiles, partitions or unsound_hours(profiles, platform.lake.keys(CLICKS_HOURLY)))
+    console.print(
+        f"Accepted: {', '.join(changed) or 'nothing new'}. Launch the night again: the job `nightly`.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0

@@ -46,7 +46,7 @@ def table(title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[st
     A narrow terminal breaks every column into lines but the one that is to stay `whole`.
     """
     names = list(columns) or list(rows[0] if rows else ())
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    made = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
     for name in names:
         numeric = bool(rows) and all(isinstance(row.get(name), int | float | None) for row in rows)
         made.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=name == whole)

@@ -35,6 +35,7 @@ SHOP = "epochs = 2\nlearning_rate = 0.004\npropensity_power = 0.25\n"
 """Further settings of the two-tower model where the clicks are made up, chosen on clicks of the same generator: it gains by
 what news lose by (docs/decisions.md)."""
 STRANGER = "someone-new"
+UNUSUAL_SHOWN = 3
 
 
 @dataclass
@@ -75,7 +76,7 @@ def run(data: Path | None, mapping: str | None, home: Path, catalog: Path | None
             with steps.step("landing"):
                 day = _land(settings, data, mapping, catalog, console)
             try:
-                metrics = materialize_line(home, day, steps)
+                metrics = materialize_line(home, day, steps, history=data is not None)
             finally:
                 stop_session()
             with serving_process(home) as address:
@@ -187,8 +188,11 @@ def fix_partitions(home: Path, first_ts: int, last_ts: int) -> None:
     (home / "recsys.toml").write_text("\n".join(lines) + "\n")
 
 
-def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
-    """Run the jobs of the graph in this process, recorded in the home's Dagster instance; return the evaluation."""
+def materialize_line(home: Path, day: str, steps: Steps, history: bool = False) -> dict[str, Any]:
+    """Run the jobs of the graph in this process, recorded in the home's Dagster instance; return the evaluation.
+
+    Unusual hours of a `history` that is over are accepted and told; in clicks that were made up there are none.
+    """
     import dagster as dg
 
     from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, hour_keys, key_start_ms
@@ -220,7 +224,8 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
 
         definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
         materialize("hourly", ["clicks_hourly"], hours)
-        take_history_as_it_is(platform.lake, settings, hour_keys(first, end))
+        if history:
+            take_history_as_it_is(platform.lake, settings, hour_keys(first, end), steps.console)
         materialize("nightly", ["interactions"], (days[0], day))
         materialize("nightly", ["user_features", "item_features", "training_examples"], (days[0], day))
         for known in days:
@@ -231,15 +236,24 @@ def materialize_line(home: Path, day: str, steps: Steps) -> dict[str, Any]:
         return platform.lake.get("evaluation", day).extra
 
 
-def take_history_as_it_is(lake: Lake, settings: Settings, hours: list[str]) -> list[str]:
-    """Accept the hours of a history that its checks find unusual, such as an outage long ago; returns them.
+def take_history_as_it_is(lake: Lake, settings: Settings, hours: list[str], console: Console) -> list[str]:
+    """Accept the hours of a history that its checks find unusual, such as an outage long ago, and tell them; returns them.
 
     Nobody can mend them any more, and the demo shows what can be made of the data that there is.
     """
     from recsys_core.profiles import Profiles, accept, unsound_hours
 
     profiles = Profiles(lake, settings.quality)
-    return accept(profiles, unsound_hours(profiles, hours))
+    unusual = unsound_hours(profiles, hours)
+    if unusual:
+        console.print(
+            f"{len(unusual)} of {len(hours):,} hours are unusual and are taken as they are, because this history is over:",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for hour, why in list(unusual.items())[:UNUSUAL_SHOWN]:
+        console.print(f"  {hour} {why}", highlight=False, soft_wrap=True, markup=False)
+    return accept(profiles, unusual)
 
 
 def _range_tags(first: str, last: str) -> dict[str, str]:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from recsys_cli.console import showing_progress, table
+from recsys_cli.processes import StackError
+from recsys_core.events import DAY_MS, BadKey, checked_key, hour_keys, key_start_ms
 from recsys_core.settings import Settings
+from recsys_core.tables import CLICKS_HOURLY
+
+if TYPE_CHECKING:
+    from recsys_assets.resources import Platform
 
 if TYPE_CHECKING:
     from recsys_core.forget import Forgotten
@@ -18,14 +24,18 @@ MENTIONS_SHOWN = 10
 
 
 def replay(settings: Settings, day: str, users: Sequence[str], count: int, console: Console) -> None:
-    """Print what would have been recommended on a day, beside what users did before it and had on it."""
+    """Print what would have been recommended on a day, beside what users did before it and had on it.
+
+    Raises BadKey for what is no day and StackError where there are no clicks before it, before anything is started.
+    """
     from recsys_assets.resources import Platform
     from recsys_cli.java import ensure_java
     from recsys_core.replay import replay_day
     from recsys_core.spark import stop_session
 
-    os.environ["JAVA_HOME"] = str(ensure_java().path)
     platform = Platform(settings)
+    _raise_without_clicks(platform, day)
+    os.environ["JAVA_HOME"] = str(ensure_java().path)
     try:
         with showing_progress(console):
             found = replay_day(platform.lake, day, settings, platform.spark, platform.als_engine, users, count)
@@ -49,6 +59,23 @@ def replay(settings: Settings, day: str, users: Sequence[str], count: int, conso
     console.print(table(f"{day} from the data before it{made}", rows))
     for model, why in found.notes.items():
         console.print(f"Without {model}: {why}", highlight=False, soft_wrap=True)
+
+
+def _raise_without_clicks(platform: Platform, day: str) -> None:
+    start = key_start_ms(checked_key(day))
+    if len(day) != len("2026-01-31"):
+        raise BadKey(f"{day!r} is no day such as 2026-01-31")
+    made = platform.lake.keys(CLICKS_HOURLY)
+    window = hour_keys(start - platform.settings.interactions.window_days * DAY_MS, start)
+    if not made:
+        raise StackError(
+            f"no hour of clicks was made in {platform.settings.home.absolute()}: `recsys backfill clicks_hourly …`"
+        )
+    if not set(window) & set(made):
+        raise StackError(
+            f"there are no clicks in the {platform.settings.interactions.window_days} days before {day}; "
+            f"those that were made are of {made[0]} … {made[-1]}"
+        )
 
 
 def forget(settings: Settings, user: str, console: Console) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recsys_cli.system import install
+from recsys_core.errors import UserError
 
 OLDEST = 17
 MODULE = "jdk.incubator.vector"
@@ -22,7 +23,7 @@ APT_PACKAGES = ("openjdk-17-jre-headless", "openjdk-21-jre-headless", "default-j
 APT_ACCELERATOR = "libopenblas0-pthread"
 
 
-class JavaMissing(Exception):
+class JavaMissing(UserError):
     """No usable Java; the message says what was found and what to do."""
 
 

@@ -84,11 +84,16 @@ def up(
 
 @app.command()
 def init(home: Home = None) -> None:
-    """Make the topics with their partitions and retention; refuse to change the partitions of one that is there."""
+    """Make the topics with their partitions and retention; refuse to change the partitions of one that is there.
+
+    They are made at the broker of the stack that runs in this home, else at kafka.bootstrap_servers.
+    """
+    from recsys_cli.stack import running_services
     from recsys_core.settings import load_settings
 
     settings = load_settings(home)
-    for topic in _init(settings, settings.kafka.bootstrap_servers):
+    running = {service.name: service.address() for service in running_services(settings.home.absolute())}
+    for topic in _init(settings, running.get("broker") or settings.kafka.bootstrap_servers):
         typer.echo(f"{topic.name}: {topic.partitions} partitions, identity {topic.identity}")
 
 

@@ -45,21 +45,28 @@ class TimeUnit(StrEnum):
 
 
 class _Commands(TyperGroup):
-    """Prints what a user can mend as one red message and exits with 2; everything else is a bug and keeps its traceback."""
+    """Prints what a user can mend as one red message and exits with 2; a bug is a line that says where its traceback is."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except Exception as error:
-            message = _explanation(error)
-            if message is None:
-                raise
-            from rich.console import Console
+        except (typer.TyperException, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:  # noqa: BLE001  what it was is printed, and the traceback of a bug is kept
+            from recsys_cli.errors import BUG, MENDABLE, explain, explain_bug
 
-            from recsys_core.masking import masked_text
+            message = explain(error)
+            code = BUG if message is None else MENDABLE
+            _print_red(message or explain_bug(error))
+            raise typer.Exit(code) from None
 
-            Console(stderr=True).print(masked_text(message), style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
+
+def _print_red(message: str) -> None:
+    from rich.console import Console
+
+    from recsys_core.masking import masked_text
+
+    Console(stderr=True).print(masked_text(message), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 app = typer.Typer(
@@ -67,7 +74,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="From clickstream to served recommendations: run the platform, bring data to it, ask it.",
 )
 
 
@@ -76,30 +82,21 @@ app.add_typer(stream.app, name="stream")
 app.add_typer(releases.app, name="release")
 
 
-def _explanation(error: Exception) -> str | None:
-    """What to tell the user about an error that is theirs to mend, None for any other."""
-    from pydantic import ValidationError
+@app.callback()
+def recsys(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=lambda on: _show_version(on))
+    ] = False,
+) -> None:
+    """From clickstream to served recommendations: run the platform, bring data to it, ask it."""
 
-    from recsys_cli.config import explain_invalid
-    from recsys_cli.java import JavaMissing
-    from recsys_cli.processes import StackError
-    from recsys_core.lake import MissingPartition
-    from recsys_core.release import ReleaseError
-    from recsys_core.retention import UnsafePolicy
-    from recsys_core.sources import IngestError
-    from serving.client import RecsysError
 
-    if isinstance(error, ValidationError):
-        return explain_invalid(error)
-    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
-        named = error.filename
-        return f"{error.strerror}: {named}" if named else str(error)
-    if isinstance(error, StackError | JavaMissing | IngestError | MissingPartition | ReleaseError | UnsafePolicy):
-        return str(error)
-    if isinstance(error, RecsysError):
-        hint = " (what is up: `recsys status`)" if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else ""
-        return f"the server says {error}{hint}"
-    return None
+def _show_version(wanted: bool) -> None:
+    from importlib.metadata import version
+
+    if wanted:
+        typer.echo(f"recsys {version('recsys')}")
+        raise typer.Exit
 
 
 def _settings(home: Path | None) -> Settings:
@@ -369,7 +366,7 @@ def recommend(
 
     with RecsysClient(address or _serving_address(home), options=_call_options(ca, certificate, key)) as client:
         answer = client.recommend(user, count, explain=explain)
-    _show_answer(answer, f"For user {user}", answer.tier)
+    _show_answer(answer, f"For user {user}", _titles(home, answer), answer.tier)
     if answer.weights:
         typer.echo("score = " + " + ".join(f"{weight:.2f} · {name}" for name, weight in answer.weights.items()))
 
@@ -389,7 +386,7 @@ def similar(
 
     with RecsysClient(address or _serving_address(home), options=_call_options(ca, certificate, key)) as client:
         answer = client.similar_items(item, count)
-    _show_answer(answer, f"Similar to item {item}")
+    _show_answer(answer, f"Similar to item {item}", _titles(home, answer))
 
 
 @app.command()
@@ -435,15 +432,26 @@ def _serving_address(home: Path | None) -> str:
     return running.get("serving", f"{settings.serving.host}:{settings.serving.port}")
 
 
-def _show_answer(answer: Recommendation | SimilarItems, title: str, tier: str = "") -> None:
+def _titles(home: Path | None, answer: Recommendation | SimilarItems) -> dict[str, str]:
+    """Titles of the items by the answer, else by the catalogue of this home: an answer out of the cache has ids alone."""
+    from recsys_core.catalog import names_of
+    from recsys_core.lake import Lake
+
+    known = {item.item_id: item.title for item in answer if item.title}
+    if known:
+        return known
+    names = names_of(Lake(_settings(home).lake_uri), [item.item_id for item in answer])
+    return {item: name for item, name in names.items() if name != item}
+
+
+def _show_answer(answer: Recommendation | SimilarItems, title: str, titles: dict[str, str], tier: str = "") -> None:
     from recsys_cli.console import table
 
-    titled = any(item.title for item in answer)
     rows: list[dict[str, object]] = []
     for rank, item in enumerate(answer, start=1):
         row: dict[str, object] = {"#": rank, "item": item.item_id}
-        if titled:
-            row["title"] = item.title
+        if titles:
+            row["title"] = titles.get(item.item_id, "")
         row = {**row, "score": item.score, **(item.parts or {})}
         if any(other.moved_by for other in answer):
             row["moved by"] = ", ".join(f"{by.title or by.item_id} (+{by.strength:.2f})" for by in item.moved_by)

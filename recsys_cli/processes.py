@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from recsys_core.errors import UserError
+
 LOOPBACK = "127.0.0.1"
 
 
-class StackError(Exception):
+class StackError(UserError):
     """A part of the local stack can't do its work; the message says which, why and what to do."""
 
 

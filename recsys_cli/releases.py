@@ -29,6 +29,7 @@ Reason = Annotated[str, typer.Option(help="Why; kept in the pointer file.")]
 def list_releases(home: Home = None) -> None:
     """All releases, newest first: how the served ranking did, what the gate said, and which one is served."""
     from recsys_cli.console import table
+    from recsys_cli.stack import NEXT_STEP
     from recsys_core.masking import masked_text
 
     settings, releases, console = _open(home)
@@ -45,7 +46,7 @@ def list_releases(home: Home = None) -> None:
             )
         )
     else:
-        console.print(f"There is no release in {where}: `recsys up` and materialize `release`.", soft_wrap=True)
+        console.print(f"There is no release in {where}. {NEXT_STEP}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -71,8 +72,9 @@ def show(release: Name = CHAMPION, home: Home = None) -> None:
     console.print(table("Models and ranking", _pairs({**manifest.models, "ranking": manifest.ranking})))
     scores = _scores(manifest)
     if scores:
-        names = sorted({name for values in scores.values() for name in values})
-        console.print(table("Metrics", [{"model": model, **values} for model, values in scores.items()], ["model", *names]))
+        names = sorted({name for values in scores.values() for name in values}, key=_metric_order)
+        of_metrics = [{"metric": name, **{model: values.get(name) for model, values in scores.items()}} for name in names]
+        console.print(table("Metrics", of_metrics, ["metric", *scores], whole="metric"))
     verdict = _verdict(settings, manifest)
     if verdict is not None:
         _show_verdict(console, verdict)
@@ -218,6 +220,12 @@ def _scores(manifest: Manifest) -> dict[str, dict[str, float]]:
         for model, values in manifest.metrics.items()
         if isinstance(values, Mapping)
     }
+
+
+def _metric_order(name: str) -> tuple[str, int, str]:
+    """By the metric, then by its cut-off: ndcg@10 before ndcg@20 and ndcg@100."""
+    of, _, k = name.partition("@")
+    return of, int(k) if k.isdigit() else 0, k
 
 
 def _comparable(manifest: Manifest) -> dict[str, object]:

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from honcho.manager import Manager
+from honcho.manager import KILL_WAIT, Manager
+from honcho.printer import Message, Printer
 from rich.console import Console
 
 from recsys_cli.child import is_alive
@@ -54,6 +56,13 @@ EVENT_BATCH, EVENTS_AT_ONCE = "DAGSTER_EVENT_BATCH_SIZE", "1000"
 CHECK_SECONDS = 2.0
 RESTARTS = 3
 """Starts of a part that keeps ending, before the whole stack is stopped."""
+STORES = ("redis", "broker")
+NO_RELEASE = "up, without a release to serve"
+NEXT_STEP = (
+    "A night makes a release: `recsys ingest` your events, then launch the job `nightly` in the web UI for a day whose hours "
+    "are made (docs/how-to.md)."
+)
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 RECSYS = (sys.executable, "-m", "recsys_cli.main")
 
 
@@ -61,7 +70,7 @@ RECSYS = (sys.executable, "-m", "recsys_cli.main")
 class Service:
     """A part of the stack. `where` is its address; a broker's is read from `address_file` once it has chosen one.
 
-    `health` is where it says how it is, if that is another address.
+    `health` is where it says how it is, if that is another address, and `metrics` where Prometheus reads it.
     """
 
     name: str
@@ -69,6 +78,7 @@ class Service:
     where: str
     address_file: str = ""
     health: str = ""
+    metrics: str = ""
 
     def address(self) -> str:
         """Where it answers, empty while that is not known."""
@@ -129,13 +139,31 @@ def plan(settings: Settings, console: Console) -> tuple[list[Service], dict[str,
     web = [*_dagster("dagster_webserver"), "-h", LOOPBACK, "-p", str(web_port), *workspace]
     services = [
         Service("redis", redis_command(home, redis_port), environment["RECSYS_REDIS__URL"]),
-        Service("broker", [*RECSYS, "kafka", "up", "--or-embedded", "--address-file", str(broker_file)], "", str(broker_file)),
-        Service("stream", [*RECSYS, "stream"], ""),
-        Service("serving", [*RECSYS, "serve"], f"{LOOPBACK}:{serving_port}", health=f"{LOOPBACK}:{health_port}"),
+        Service("broker", _broker_command(settings, broker_file), "", str(broker_file)),
+        Service("stream", [*RECSYS, "stream"], "", metrics=_metrics("stream", settings, environment)),
+        Service(
+            "serving",
+            [*RECSYS, "serve"],
+            f"{LOOPBACK}:{serving_port}",
+            health=f"{LOOPBACK}:{health_port}",
+            metrics=_metrics("serving", settings, environment),
+        ),
         Service("webserver", web, f"http://{LOOPBACK}:{web_port}"),
         Service("daemon", [*_dagster("dagster._daemon"), "run", *workspace], ""),
     ]
     return services, environment
+
+
+def _broker_command(settings: Settings, address_file: Path) -> list[str]:
+    """The broker listens where the settings look for it, as far as that port is free."""
+    port = settings.kafka.bootstrap_servers.split(",")[0].rpartition(":")[2]
+    command = [*RECSYS, "kafka", "up", "--or-embedded", "--address-file", str(address_file)]
+    return [*command, "--port", port] if port.isdigit() else command
+
+
+def _metrics(name: str, settings: Settings, environment: Mapping[str, str]) -> str:
+    port = environment.get(f"RECSYS_{name.upper()}__METRICS_PORT") or getattr(settings, name).metrics_port
+    return f"{LOOPBACK}:{port}" if int(port) else ""
 
 
 def status(settings: Settings, console: Console) -> int:
@@ -149,9 +177,12 @@ def status(settings: Settings, console: Console) -> int:
     for service in services:
         pid = _pid(home, service.name)
         problem = check(service, pid)
-        where = service.address()
+        where = "\n".join(filter(None, [service.address(), service.metrics and f"metrics {service.metrics}"]))
         rows.append({"service": service.name, "state": problem or "up", "where": where, "pid": str(pid) if pid else ""})
-    console.print(table(f"The stack in {home}", rows))
+    console.print(f"The stack in {home}", style="bold", highlight=False, soft_wrap=True)
+    console.print(table("", rows))
+    if any(row["state"] == NO_RELEASE for row in rows):
+        console.print(NEXT_STEP, highlight=False, soft_wrap=True)
     return 0 if all(row["state"] == "up" for row in rows) else 1
 
 
@@ -179,15 +210,21 @@ def check(service: Service, pid: int | None) -> str:
     elif service.name == "serving":
         health = serving_health(service.health or where)
         if health == "NOT_SERVING":
-            return "up, without a release to serve"
+            return NO_RELEASE
         works = health == "SERVING"
     return "" if works else "starting or not answering"
 
 
 class _Manager(Manager):
-    """honcho's manager, which also remembers which process ended first by itself."""
+    """honcho's manager, which remembers which process ended first by itself, and stops the stores after those who use them.
 
-    first_ended: tuple[str, int] | None = None
+    What the speed layer holds is written to Redis and to the broker at its end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_Printer(sys.stdout))
+        self.first_ended: tuple[str, int] | None = None
+        self._asked: dict[str, float] = {}
 
     def terminate(self) -> None:
         if not self._all_started():
@@ -196,6 +233,38 @@ class _Manager(Manager):
             ended = [(name, process["returncode"]) for name, process in self._processes.items() if "returncode" in process]
             self.first_ended = ended[0] if ended else None
         super().terminate()
+
+    def kill(self) -> None:
+        self._killall()
+
+    def _all_stopped(self) -> bool:
+        if self._terminating:
+            self._killall()
+        return bool(super()._all_stopped())
+
+    def _killall(self, force: bool = False) -> None:
+        """Ask the next ones to end, and kill those that were asked `KILL_WAIT` ago: stores are asked when all others ended."""
+        left = [name for name, process in self._processes.items() if "returncode" not in process]
+        for name in [name for name in left if name not in STORES] or left:
+            pid = self._processes[name]["pid"]
+            if name not in self._asked:
+                self._asked[name] = time.monotonic()
+                self._system_print(f"sending SIGTERM to {name} (pid {pid})\n")
+                self._procmgr.terminate(pid)
+            elif force or time.monotonic() - self._asked[name] > KILL_WAIT:
+                self._system_print(f"sending SIGKILL to {name} (pid {pid})\n")
+                self._procmgr.kill(pid)
+
+
+class _Printer(Printer):
+    """honcho's printer, which leaves out the colours of the parts' own lines where nobody sees them."""
+
+    def write(self, message: Message) -> None:
+        if not self.output.isatty():
+            data = message.data
+            plain = ANSI.sub("", data.decode(errors="replace") if isinstance(data, bytes) else data)
+            message = message._replace(data=plain)
+        super().write(message)
 
 
 def _keep_running(home: Path, services: Sequence[Service], environment: dict[str, str], console: Console) -> int:

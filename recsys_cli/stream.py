@@ -25,15 +25,10 @@ def stream(context: typer.Context, home: Home = None) -> None:
     """Run a worker of the speed layer until Ctrl-C. Workers of one group share the partitions of the topic."""
     context.obj = home
     if context.invoked_subcommand is None:
-        from recsys_cli.processes import StackError
         from recsys_core.settings import load_settings
-        from streaming.metrics import MetricsError
         from streaming.run import main
 
-        try:
-            raise typer.Exit(main(load_settings(home)))
-        except MetricsError as error:
-            raise StackError(str(error)) from error
+        raise typer.Exit(main(load_settings(home)))
 
 
 @app.command()
@@ -57,13 +52,9 @@ def rebuild(
     from recsys_cli.processes import StackError
     from recsys_core.settings import load_settings
     from streaming.rebuild import rebuild as run
-    from streaming.rebuild_lock import RebuildRefused
-    from streaming.topics import TopicError
 
     try:
         done = run(load_settings(context.obj), _since_ms(since), source is Source.LANDING)
-    except (TopicError, RebuildRefused) as error:
-        raise StackError(str(error)) from error
     except KafkaException as error:
         raise StackError(f"Kafka is away, run the rebuild again when it is back: {error.args[0].str()}") from error
     except (RedisError, RedisClusterException) as error:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from recsys_core.als import AlsReport, Factors, inverse_propensity, iter_factors, read_factors
 from recsys_core.catalog import CATALOG_KEY, CATALOG_TABLE, read_catalog, with_catalog
+from recsys_core.errors import UserError
 from recsys_core.evaluation import ALS_FACTORS, EVALUATION
 from recsys_core.events import DAY_MS, ITEM_ID, key_start_ms
 from recsys_core.fold_in import gram
@@ -53,7 +54,7 @@ SIMILAR_BLOB = "similar.npy"
 METRICS: tuple[Metric, ...] = ("inner_product", "cosine")
 
 
-class MismatchedParts(Exception):
+class MismatchedParts(UserError):
     """Parts of a release were not made from each other; the message names them."""
 
 

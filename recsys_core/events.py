@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_core.errors import UserError
 from recsys_core.settings import EventSettings
 
 SCHEMA_VERSION = 1
@@ -70,9 +72,24 @@ def day_key(ts: int) -> str:
     return str(np.datetime64(ts // DAY_MS, "D"))
 
 
+class BadKey(UserError, ValueError):
+    """What was given as an hour or a day is none."""
+
+
 def key_start_ms(key: str) -> int:
-    """First millisecond of the hour or day that a partition key names."""
-    return int(np.datetime64(key, "ms").astype(np.int64))
+    """First millisecond of the hour or day that a partition key names. Raises BadKey."""
+    try:
+        return int(np.datetime64(key, "ms").astype(np.int64))
+    except ValueError as error:
+        raise BadKey(f"{key!r} is neither a day such as 2026-01-31 nor an hour such as 2026-01-31T09: {error}") from None
+
+
+def checked_key(key: str) -> str:
+    """`key` if it is written as partition keys are, an hour or a day that there is. Raises BadKey."""
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}(T\d{2})?", key):
+        raise BadKey(f"{key!r} is neither a day such as 2026-01-31 nor an hour such as 2026-01-31T09")
+    key_start_ms(key)
+    return key
 
 
 def hour_keys(start_ms: int, end_ms: int) -> list[str]:

@@ -77,7 +77,7 @@ def judge(challenger: Mapping[str, float], champion: Mapping[str, float] | None,
     claims += [
         _at_least(name, challenger, champion, _less(champion[name], settings.max_segment_drop))
         for name in segments
-        if _users(name, challenger) >= settings.min_segment_users
+        if not _users(name, challenger) < settings.min_segment_users
     ]
     broken = [_sentence(claim) for claim in claims if not claim.held]
     return Verdict(not broken, "; ".join(broken) or f"{metric} and every guardrail held", tuple(claims))
@@ -99,7 +99,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _users(name: str, scores: Mapping[str, float]) -> float:
-    """Size of the segment of a score; one of unknown size counts as large enough."""
+    """Size of the segment of a score; one of unknown size, which may be NaN, counts as large enough."""
     return scores.get(f"users{OF}{name.split(OF, 1)[1]}", math.inf)
 
 

@@ -8,6 +8,7 @@ reduction to Euclidean distance.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from recsys_core.settings import IndexSettings
 
 if TYPE_CHECKING:
     import faiss
+
+# FAISS tells at INFO which builds of itself it did not find.
+logging.getLogger("faiss.loader").setLevel(logging.WARNING)
 
 Metric = Literal["inner_product", "cosine"]
 RECALL_AT = 50

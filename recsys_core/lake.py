@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys_core.errors import UserError
 from recsys_core.masking import masked_text
 from recsys_core.stores import delete_pointer, is_local, open_filesystem, sync_files, update, write_atomically
 
@@ -40,7 +41,7 @@ PUBLISHED_AT_ONCE = 16
 """Partitions of a staged folder that are taken over at once: each waits for the disk or the store."""
 
 
-class MissingPartition(LookupError):
+class MissingPartition(UserError, LookupError):
     """A table has no data for a partition that a reader asked for."""
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from recsys_core import progress
 from recsys_core.bundle import TRENDING_ITEMS
+from recsys_core.errors import UserError
 from recsys_core.events import EVENT_TYPE, ITEM_ID, TS, USER_ID, now_ms
 from recsys_core.features import OnlineFeatures
 from recsys_core.lake import Lake, Partition
@@ -52,7 +53,7 @@ OTHER_REASONS = "other reasons"
 log = logging.getLogger(__name__)
 
 
-class UnfinishedCaches(RuntimeError):
+class UnfinishedCaches(UserError, RuntimeError):
     """Some shards of a plan were not written."""
 
 

@@ -8,6 +8,7 @@ person accepted) count as a past. The model day reads the verdicts of its whole 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -38,9 +39,13 @@ WEEKS, DAYS, BEFORE = "the same hour of past weeks", "the same hour of past days
 DAY_HOURS = 24
 MAX_LAG = 11
 """Hours; a day curve shifted by twelve can't be told from one shifted the other way."""
+SHIFTS = sorted(range(-MAX_LAG, MAX_LAG + 1), key=abs)
+LEAST_SHIFT, BURST = 3, 4
 LEAST_HOURS, LEAST_REGULAR = 14, 0.7
-"""Hours with events that a curve needs to be judged, and how like each other the days before have to be (correlation)."""
+"""Hours with events that a curve needs to be judged, and how like the others each day before has to be (correlation)."""
 COLUMNS = [EVENT_ID, USER_ID, ITEM_ID, EVENT_TYPE, TS, VALUE]
+SIGMAS_OF_MAD = 1.4826
+"""Standard deviations of a normal distribution in its median absolute deviation."""
 OTHER = "(others)"
 MOST_CATEGORIES = 200
 
@@ -60,7 +65,9 @@ class Profile:
         repeated: events whose user, item, type and time occur before in the hour.
         copied: events that occur at the same time of the day before.
         unknown_items: events of items that the catalogue lacks; -1 without a catalogue.
-        priced, price: events with a value, and the median of the values.
+        priced, price: events with a value that is a finite number, and the median of the values.
+        price_spread: robust standard deviation of the logarithm of the values above zero.
+        unreadable: events whose value is not a finite number.
         types, categories: events by event type and by first level of the category.
         category_users: distinct users of each of those categories.
     """
@@ -78,6 +85,8 @@ class Profile:
     unknown_items: int = -1
     priced: int = 0
     price: float = 0.0
+    price_spread: float = 0.0
+    unreadable: int = 0
     types: dict[str, int] = field(default_factory=dict)
     categories: dict[str, int] = field(default_factory=dict)
     category_users: dict[str, int] = field(default_factory=dict)
@@ -121,6 +130,8 @@ class Profiles:
         self._stored: dict[str, Verdict | None] = {}
         self._sums: dict[int, Profile | None] = {}
         self._contents: dict[str, np.ndarray] = {}
+        self._days: dict[str, dict[str, Verdict]] = {}
+        self._errors: dict[tuple[str, str], tuple[float, float]] = {}
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -137,7 +148,7 @@ class Profiles:
             part, kept = parts.get(hour), stored.get(hour)
             self._parts[hour] = part
             same = part is not None and kept is not None and kept["profile"]["data_version"] == part.data_version
-            self._stored[hour] = Verdict(**{**kept, "profile": Profile(**kept["profile"])}) if same and kept else None
+            self._stored[hour] = _verdict_of(kept) if same and kept else None
 
     def _read_days(self, days: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What is kept of the hours of some days."""
@@ -176,9 +187,42 @@ class Profiles:
             self._sums[start] = _summed([v.profile if v and v.sound else None for v in verdicts])
         return self._sums[start]
 
+    def errors(self, start: int, kind: str, least: float) -> np.ndarray:
+        """Of the sound hours of the week before `start`, the logarithm of their events over what `kind` foretold.
+
+        Those are taken for which about `least` or more were foretold: in a quiet hour chance errs by more.
+        """
+        found = [self._error(hour_key(start - n * HOUR_MS), kind) for n in range(1, 7 * DAY_HOURS + 1)]
+        return np.array([error for foretold, error in found if foretold >= least])
+
+    def _error(self, hour: str, kind: str) -> tuple[float, float]:
+        """What was foretold of an hour, 0 when nothing was, and the error."""
+        if (hour, kind) not in self._errors:
+            start = key_start_ms(hour)
+            steps = range(1, self.settings.weeks + 1) if kind == WEEKS else range(1, 8)
+            each = 7 * DAY_MS if kind == WEEKS else DAY_MS
+            events = self.sound_events(hour)
+            past = [count for n in steps if (count := self.sound_events(hour_key(start - n * each)))] if events else []
+            known = events and past
+            self._errors[hour, kind] = (median(past), math.log(events / median(past))) if known else (0.0, 0.0)
+        return self._errors[hour, kind]
+
+    def sound_events(self, hour: str) -> int | None:
+        """Events of an hour that was found sound, by what is kept of its day; None of any other."""
+        if hour not in self._stored:
+            day = hour[:10]
+            if day not in self._days:
+                self._days[day] = {h: _verdict_of(kept) for h, kept in self._read_days([day]).items()}
+            verdict = self._days[day].get(hour)
+        else:
+            verdict = self._stored[hour]
+        return verdict.profile.events if verdict and verdict.sound else None
+
     def hold(self, verdict: Verdict) -> None:
         """Use a verdict from now on, before it is stored."""
         self._stored[verdict.profile.hour] = verdict
+        for kind in (WEEKS, DAYS):
+            self._errors.pop((verdict.profile.hour, kind), None)
 
     def store(self, verdicts: Iterable[Verdict]) -> None:
         """Keep verdicts beside their profiles, a small file a day; several runs may judge hours of one day at once."""
@@ -206,7 +250,8 @@ class Profiles:
             self._contents.pop(next(iter(self._contents)))
         tops = self.catalogue.tops_of(rows[ITEM_ID]) if len(self.catalogue.items) else None
         categories, category_users = _by_category(rows[USER_ID], tops) if tops is not None else ({}, {})
-        values = rows[VALUE].drop_null().to_numpy() if VALUE in rows.column_names else np.zeros(0)
+        given = rows[VALUE].drop_null().to_numpy() if VALUE in rows.column_names else np.zeros(0)
+        values = given[np.isfinite(given)]
         return Profile(
             hour=part.key,
             data_version=part.data_version,
@@ -221,6 +266,8 @@ class Profiles:
             unknown_items=int(tops.null_count) if tops is not None else -1,
             priced=len(values),
             price=float(np.median(values)) if len(values) else 0.0,
+            price_spread=spread_of(values),
+            unreadable=len(given) - len(values),
             types=_counts(rows[EVENT_TYPE]),
             categories=categories,
             category_users=category_users,
@@ -259,6 +306,10 @@ class Profiles:
     def _sound_profile(self, hour: str) -> Profile | None:
         verdict = self.verdict(hour)
         return verdict.profile if verdict and verdict.sound and verdict.profile.events else None
+
+
+def _verdict_of(kept: Mapping[str, Any]) -> Verdict:
+    return Verdict(**{**kept, "profile": Profile(**kept["profile"])})
 
 
 def _sample_of_users(lake: Lake, part: Partition, limit: int, step: int | None = None) -> pa.Table | None:
@@ -307,6 +358,12 @@ def _by_category(users: pa.ChunkedArray, tops: pa.Array | pa.ChunkedArray) -> tu
     return _counts(known["top"]), _counts(known.group_by(["user", "top"]).aggregate([])["top"])
 
 
+def spread_of(values: np.ndarray) -> float:
+    """Robust standard deviation of the logarithm of the values above zero; 0 of none."""
+    logs = np.log(values[values > 0])
+    return float(SIGMAS_OF_MAD * np.median(np.abs(logs - np.median(logs)))) if len(logs) else 0.0
+
+
 # -- measures beside what is usual -----------------------------------------------------------------------------
 
 
@@ -321,17 +378,42 @@ class Measure:
     most: float | None = None
     beside: str = ""
 
+    @property
+    def readable(self) -> bool:
+        """Whether value and bounds are finite numbers."""
+        bounds = (bound for bound in (self.least, self.most) if bound is not None)
+        return self.value is not None and all(map(math.isfinite, (self.value, *bounds)))
+
+    @property
+    def unusual(self) -> bool:
+        """Whether the value is out of its range, or something of it is no finite number."""
+        if not self.readable:
+            return True
+        return (self.least is not None and self.value < self.least) or (self.most is not None and self.value > self.most)
+
+    def __str__(self) -> str:
+        usual = f"{readable(self.least)} … {readable(self.most)}"
+        value = readable(self.value) if self.readable else "not a number"
+        return f"{self.what} {value}, usual {usual}" + (f" ({self.beside})" if self.beside else "")
+
 
 def frame_of(measures: Sequence[Measure]) -> pd.DataFrame:
-    """The measures as a frame for `usual_suite`."""
+    """The measures as a frame for `usual_suite`; beside a bound that is no finite number no value is one."""
     import pandas as pd
 
-    frame = pd.DataFrame([asdict(m) for m in measures], columns=["hour", "what", VALUE_COLUMN, LEAST, MOST, "beside"])
+    rows = [asdict(m if m.readable else replace(m, value=math.nan)) for m in measures]
+    frame = pd.DataFrame(rows, columns=["hour", "what", VALUE_COLUMN, LEAST, MOST, "beside"])
     return frame.astype({VALUE_COLUMN: "float64", LEAST: "float64", MOST: "float64"})
 
 
-VOLUME_RANGE = {WEEKS: (0.3, 3.5), DAYS: (0.25, 4.0), BEFORE: (0.05, 10.0)}
+VOLUME_RANGE = {WEEKS: (0.3, 3.5), DAYS: (0.2, 8.0), BEFORE: (0.05, 10.0)}
 """Times the usual number of events. A day is not like the day before it, and an hour still less like the one before."""
+LEAST_FACTOR, LOWEST, KNOWN_ERRORS = 1.8, 0.12, 40
+"""Half and double are found where the errors of so many hours are small; a tenth is found however large they are."""
+MEDIAN_ERROR = math.sqrt(math.pi / 2)
+"""Standard error of a median in those of the mean."""
+SIGMAS, BEYOND = 5.0, 1.3
+"""What is unusual: so many robust standard deviations of the errors, and so many times the largest of them."""
 
 
 def repeated_ids(profiles: Profiles, hour: str) -> Iterator[Measure]:
@@ -348,22 +430,46 @@ def outside_times(profiles: Profiles, hour: str) -> Iterator[Measure]:
 
 FEW = 10
 """Times `min_events`: with fewer events a quiet night and a loyal customer look like faults."""
-FEW_LEAST = 0.15
-"""Times the usual number of events, where that is of few users: half of them and short sessions are a fifth of the events."""
 
 
 def volumes(profiles: Profiles, hour: str) -> Iterator[Measure]:
-    """Events of the hour."""
+    """Events of the hour beside what they were, as far as that foretold the hours of the last week.
+
+    The same hour of past weeks is moved by what the last week as a whole was beside its own past, so that a shop may grow, and
+    holds as closely as its errors were small. Days say nothing of weekends yet, and the hours before little of the next one.
+    """
     past, kind = profiles.past(hour)
     events = profiles.events(hour) or 0
     if not past:
         yield Measure(hour, "events", events, beside="no past to compare with")
         return
+    level, least, most = 1.0, *VOLUME_RANGE[kind]
     usual = median(p.events for p in past)
-    least, most = VOLUME_RANGE[kind]
-    if usual < FEW * profiles.settings.min_events:
-        least = 0.0 if kind == BEFORE else FEW_LEAST
-    yield Measure(hour, "events", events, usual * least, usual * most, f"{usual:.0f} in {kind}")
+    errors = profiles.errors(key_start_ms(hour), kind, max(usual / 2, 1)) if kind != BEFORE else np.zeros(0)
+    known = kind == WEEKS and len(errors) >= KNOWN_ERRORS
+    if len(errors):
+        middle = float(np.median(errors))
+        if known:
+            level, least, most = math.exp(middle), 1 / LEAST_FACTOR, LEAST_FACTOR
+        apart = np.abs(errors - middle)
+        visits = median(p.users for p in past)
+        spread = math.hypot(SIGMAS_OF_MAD * float(np.median(apart)), math.sqrt((1 + 1 / len(past)) / max(visits, 1)))
+        wide = math.exp(max(SIGMAS * spread, BEYOND * float(apart.max())))
+        least, most = max(min(least, 1 / wide), LOWEST), max(most, wide)
+    if kind == BEFORE and usual < FEW * profiles.settings.min_events:
+        least = 0.0
+    elif usual < FEW * profiles.settings.min_events:
+        least = min(least, _fewest_users(past, 1.0)) if known else min(least, LOWEST, _fewest_users(past, 0.5))
+    usual *= level
+    yield Measure(hour, "events", events, usual * least, usual * most, f"{usual:.0f} by {kind}")
+
+
+def _fewest_users(past: Sequence[Profile], due: float) -> float:
+    """Share of the usual users that hardly ever is less where a share of them is `due`: of a dozen users none may come."""
+    from scipy.stats import poisson
+
+    usual = median(p.users for p in past)
+    return float(poisson.ppf(UNLIKELY, usual * due) / max(usual, 1))
 
 
 def repetitions(profiles: Profiles, hour: str) -> Iterator[Measure]:
@@ -405,22 +511,41 @@ def type_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
 
 
 def prices(profiles: Profiles, hour: str) -> Iterator[Measure]:
-    """Median value of the events that have one, in the hour and in the 24 hours up to it."""
+    """Median value of the events that have one, in the hour and in the 24 hours up to it; and values that are no numbers.
+
+    A median of few values that differ widely says little: its range is as wide as `SIGMAS` of its standard error.
+    """
     least_events = profiles.settings.min_priced
     now = profiles.profile(hour)
     past, kind = profiles.past(hour)
     pairs = [("median value", now, past, kind)]
     day, days = _days(profiles, hour)
     pairs.append(("median value, 24 hours", day, days, "the days before"))
+    if now and now.unreadable:
+        yield Measure(hour, "values that are not finite numbers", now.unreadable, most=0)
+    if day and days:
+        share = median(p.priced / p.looked_at for p in days)
+        if share * day.looked_at >= profiles.settings.min_events:
+            told = f"{share:.3f} on the days before"
+            yield Measure(hour, "share with a value, 24 hours", day.priced / day.looked_at, share / 4, None, told)
     for what, one, others, beside in pairs:
-        known = [p.price for p in others if p.priced >= least_events and p.price > 0]
+        known = [p for p in others if p.priced >= least_events and p.price > 0]
         if one and one.priced >= least_events and known:
-            usual = median(known)
-            yield Measure(hour, what, one.price, usual / 4, usual * 4, f"{usual:.2f} in {beside}")
+            usual = median(p.price for p in known)
+            error = math.hypot(_median_error(one), median(map(_median_error, known)) / math.sqrt(len(known)))
+            most = max(4.0, math.exp(SIGMAS * error))
+            yield Measure(hour, what, one.price, usual / most, usual * most, f"{usual:.2f} in {beside}")
+
+
+def _median_error(profile: Profile) -> float:
+    """Standard error of the logarithm of the median value; a user's values are taken to be alike."""
+    return MEDIAN_ERROR * profile.price_spread / math.sqrt(max(1, min(profile.priced, profile.users)))
 
 
 UNLIKELY = 1e-6
-"""A category is missed where by chance none of the users would have come for it less often than so."""
+"""What chance does less often than so is no chance: a day that looks moved, a category that none of the users came for."""
+CERTAIN = math.log(len(SHIFTS) / UNLIKELY)
+"""A likelihood ratio above it has a probability below `UNLIKELY` (Markov), were all of the shifts tried (Bonferroni)."""
 RETURNS = 3.0
 """Hours of a day in which a user comes, at most on average (1.4 on Deskdrop, 1.5 on Globo, 2.0 simulated)."""
 
@@ -467,41 +592,98 @@ def known_items(profiles: Profiles, hour: str) -> Iterator[Measure]:
 def time_shifts(profiles: Profiles, hour: str) -> Iterator[Measure]:
     """By how many hours the day curve that ends with the hour has to be moved to lie on that of the days before.
 
-    The curves are log(1 + events) of 24 hours, so that the low of the night counts as much as the peaks; hours without
-    events are left out. The shift is where their circular correlation is largest; one that is hardly better than none
-    counts as none.
+    A shift counts where three things hold: each day before is like the others without it, so that there is a curve at all;
+    moving wins `min_shift_gain` of correlation; and the moved curve explains the day so much better that chance, over all
+    shifts that were tried, does it less than once in `UNLIKELY` days (likelihood ratio, with the days' own dispersion).
+    Less than `LEAST_SHIFT` hours are those of late risers on a weekend. Hours without events are left out.
     """
     start, settings = key_start_ms(hour), profiles.settings
-    curve = _curve(profiles, start)
-    earlier = [c for n in range(1, 8) if (c := _curve(profiles, start - n * DAY_MS, sound=True)) is not None]
-    if curve is None or len(earlier) < 2 or np.expm1(curve).sum() < DAY_HOURS * settings.min_events / 4:
+    counts = _day_counts(profiles, start)
+    earlier = [c for n in range(1, 8) if (c := _day_counts(profiles, start - n * DAY_MS, sound=True)) is not None]
+    if counts is None or len(earlier) < 2 or counts.sum() < DAY_HOURS * settings.min_events / 4:
         return
-    usual = np.mean([c / c.mean() for c in earlier], axis=0)
-    there = curve > 0
-    regular = min(c.std() for c in earlier) > 0 and median(_correlation(c, usual) for c in earlier) > LEAST_REGULAR
-    if not regular or there.sum() < LEAST_HOURS or curve[there].std() == 0:
+    there = counts > 0
+    if there.sum() < LEAST_HOURS or median(_likeness(earlier)) <= LEAST_REGULAR:
         return
-    lags = sorted(range(-MAX_LAG, MAX_LAG + 1), key=abs)
-    fits = {lag: _correlation(curve[there], np.roll(usual, lag)[there]) for lag in lags}
-    best = max(lags, key=lambda lag: fits[lag])
+    usual = _mean_curve(earlier)
+    unmoved = _levelled(usual, counts)
+    fits = {lag: _correlation(counts[there], (np.roll(usual, lag) if lag else unmoved)[there]) for lag in SHIFTS}
+    best = max(SHIFTS, key=lambda lag: fits[lag])
     told = f"correlation {fits[0]:.2f} as it is, {fits[best]:.2f} when moved by {best} h"
-    shift = best if fits[best] - fits[0] >= settings.min_shift_gain else 0
-    yield Measure(hour, "hours that the day is shifted by", shift, 0, 0, told)
+    wins = fits[best] - fits[0] >= settings.min_shift_gain
+    found = wins and abs(best) >= LEAST_SHIFT and _explains(counts, np.roll(usual, best), unmoved, earlier) > CERTAIN
+    yield Measure(hour, "hours that the day is shifted by", best if found else 0, 0, 0, told)
+
+
+def _levelled(usual: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The usual curve with levels of their own before and after its low, where one day becomes the next: a Monday is no
+    Sunday."""
+    low = int(np.argmin(usual))
+    parts = [part for part in (slice(0, low), slice(low, None)) if usual[part].sum() > 0]
+    levelled = usual.copy()
+    for part in parts:
+        levelled[part] *= max(counts[part].sum(), 1.0) / usual[part].sum()
+    return levelled
+
+
+def _likeness(days: Sequence[np.ndarray]) -> list[float]:
+    """Correlation of the curve of each day with the mean of all the others."""
+    return [_correlation(day, _mean_curve(_others(days, at))) for at, day in enumerate(days)]
+
+
+def _explains(counts: np.ndarray, moved: np.ndarray, unmoved: np.ndarray, earlier: Sequence[np.ndarray]) -> float:
+    """Logarithm of how many times more probable a day's counts are of the moved curve than of the one as it is.
+
+    Twice the root of a count has variance 1 by chance alone (Anscombe 1948); the variance here is that of the days
+    before, so that it holds what makes days differ beside chance. Hours of a day that differ together, from one to the next,
+    count as fewer than they are (effective sample size of an autoregression).
+    """
+    apart = [_differences(day, _mean_curve(_others(earlier, at))) for at, day in enumerate(earlier)]
+    variance = max(1.0, float(np.mean([_size(of) for of in apart])))
+    together = sum(float(of[1:] @ of[:-1]) for of in apart) / max(sum(float(of @ of) for of in apart), 1e-9)
+    share = (1 - together) / (1 + together) if together > 0 else 1.0
+    there = counts > 0
+    won = _size(_differences(counts[there], unmoved[there])) - _size(_differences(counts[there], moved[there]))
+    return float(share * won * there.sum() / (2 * variance))
+
+
+def _differences(counts: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """Of twice the roots of counts and of a curve that is brought to their sum."""
+    expected = curve * (counts.sum() / max(curve.sum(), 1e-9))
+    return np.asarray(2 * np.sqrt(counts + 0.375) - 2 * np.sqrt(expected + 0.375))
+
+
+def _size(differences: np.ndarray) -> float:
+    """Mean square without the `BURST` largest."""
+    return float(np.mean(np.sort(differences**2)[:-BURST]))
+
+
+def _mean_curve(days: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean of the days' curves as if each had the same number of events, the mean one."""
+    return np.asarray(np.mean([day / day.sum() for day in days], axis=0) * np.mean([day.sum() for day in days]))
+
+
+def _others(days: Sequence[np.ndarray], at: int) -> list[np.ndarray]:
+    return [day for n, day in enumerate(days) if n != at]
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.corrcoef(one, other)[0, 1]) if other.std() > 0 else 0.0
+    """Of the logarithms, so that the low of the night counts as much as the peaks."""
+    one, other = np.log1p(one), np.log1p(other)
+    one, other = one - one.mean(), other - other.mean()
+    both = math.sqrt(float(one @ one) * float(other @ other))
+    return float(one @ other) / both if both else 0.0
 
 
-def _curve(profiles: Profiles, start: int, sound: bool = False) -> np.ndarray | None:
-    """log(1 + events) of the 24 hours that end with the hour at `start`; None when some were never made (or not sound)."""
+def _day_counts(profiles: Profiles, start: int, sound: bool = False) -> np.ndarray | None:
+    """Events of the 24 hours that end with the hour at `start`; None when some were never made (or not sound)."""
     hours = [hour_key(start - n * HOUR_MS) for n in range(DAY_HOURS - 1, -1, -1)]
     counts = [profiles.events(hour) for hour in hours]
     if any(count is None for count in counts) or not any(counts):
         return None
     if sound and any((v := profiles.verdict(hour)) is None or (v.judged and not v.sound) for hour in hours):
         return None
-    return np.log1p(np.asarray(counts, float))
+    return np.asarray(counts, float)
 
 
 def _days(profiles: Profiles, hour: str) -> tuple[Profile | None, list[Profile]]:
@@ -538,6 +720,7 @@ def _summed(parts: Sequence[Profile | None]) -> Profile | None:
         users=sum(p.users for p in known),
         priced=sum(weight for _, weight in by_price),
         price=price,
+        price_spread=max((p.price_spread for p in known if p.priced), default=0.0),
         types=dict(types),
         categories=dict(categories),
         category_users=dict(category_users),
@@ -576,7 +759,7 @@ def judge(profiles: Profiles, hours: Sequence[str]) -> dict[str, Report]:
             measures[claim] += of_hour
         if (profile := profiles.profile(hour)) is not None:
             before = profiles.verdict(hour)
-            failed = {claim: "; ".join(map(_told, bad)) for claim, of in found.items() if (bad := [*filter(_unusual, of)])}
+            failed = {claim: "; ".join(map(str, bad)) for claim, of in found.items() if (bad := [m for m in of if m.unusual])}
             hard = {claim: reason for claim, reason in failed.items() if claim not in WARNINGS}
             verdict = Verdict(profile, hard, True, bool(before and before.accepted))
             if verdict != before:
@@ -588,16 +771,6 @@ def judge(profiles: Profiles, hours: Sequence[str]) -> dict[str, Report]:
 
 def _same_hours(lookback: int) -> range:
     return range(0, lookback, 7 * DAY_HOURS)
-
-
-def _unusual(measure: Measure) -> bool:
-    low = measure.least is not None and measure.value < measure.least
-    return low or (measure.most is not None and measure.value > measure.most)
-
-
-def _told(measure: Measure) -> str:
-    usual = f"{readable(measure.least)} … {readable(measure.most)}"
-    return f"{measure.what} {readable(measure.value)}, usual {usual}" + (f" ({measure.beside})" if measure.beside else "")
 
 
 def accept(profiles: Profiles, hours: Iterable[str]) -> list[str]:
@@ -651,7 +824,8 @@ def catalogue_measures(lake: Lake) -> tuple[dict[str, list[Measure]], dict[str, 
     table = read_catalog(lake)
     tops = Counter(_counts(Catalogue(lake).tops))
     tops.pop("", None)
-    priced = pc.drop_null(table["price"])
+    given = pc.drop_null(table["price"])
+    priced = given.filter(pc.is_finite(given))
     now = {
         "items": table.num_rows,
         "priced": len(priced),
@@ -674,10 +848,12 @@ def catalogue_measures(lake: Lake) -> tuple[dict[str, list[Measure]], dict[str, 
             Measure("now", "items", now["items"], 0.7 * size, None, f"{size} in {told}"),
             Measure("now", "available items", now["available"], share, None, f"{before['available']} in {told}"),
         ]
-        if before["priced"] >= SAMPLE and now["priced"]:
+        if before["priced"] >= SAMPLE:
             usual = before["price"]
+            priced_before = f"{before['priced']} in {told}"
             measures["catalogue_prices_are_as_usual"] = [
-                Measure("now", "median price", now["price"], usual / 4, usual * 4, f"{usual:.2f} in {told}")
+                Measure("now", "median price", now["price"], usual / 4, usual * 4, f"{usual:.2f} in {told}"),
+                Measure("now", "items with a price", now["priced"], before["priced"] / 4, None, priced_before),
             ]
         measures["catalogue_categories_are_all_there"] = [
             Measure(
@@ -686,6 +862,9 @@ def catalogue_measures(lake: Lake) -> tuple[dict[str, list[Measure]], dict[str, 
             for name, count in before["categories"].items()
             if count >= SAMPLE and name != OTHER
         ]
+    measures["catalogue_prices_are_as_usual"].append(
+        Measure("now", "prices that are not finite numbers", len(given) - len(priced), most=0)
+    )
     return measures, now
 
 

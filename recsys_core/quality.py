@@ -87,6 +87,11 @@ class Report:
         return all(finding.passed for finding in self.findings)
 
     @property
+    def made(self) -> bool:
+        """Whether anything was looked at; a report on nothing neither passes nor fails."""
+        return bool(self.rows or self.findings)
+
+    @property
     def reason(self) -> str:
         """One line that says what failed; empty when nothing did."""
         if self.passed:
@@ -94,12 +99,17 @@ class Report:
         if self.sample and {"what", VALUE_COLUMN, LEAST, MOST} <= set(self.sample[0]):
             more = f" and {len(self.sample) - 1} more" if len(self.sample) > 1 else ""
             return _told(self.sample[0]) + more
+        if self.sample and {"hour", "reason"} <= set(self.sample[0]):
+            told = "; ".join(f"{row['hour']} {row['reason']}" for row in self.sample[:TOLD])
+            count = sum(f.unexpected for f in self.findings)
+            return told + (f"; and {count - TOLD} more" if count > TOLD else "")
         return "; ".join(f"{f.expectation}: {f.unexpected} of {self.rows} rows" for f in self.findings if not f.passed)
 
 
 def _told(row: Mapping[str, Any]) -> str:
     """A measure out of its range in words."""
-    value, least, most = (readable(row[column]) for column in (VALUE_COLUMN, LEAST, MOST))
+    least, most = (readable(row[column]) for column in (LEAST, MOST))
+    value = readable(row[VALUE_COLUMN]) if row[VALUE_COLUMN] == row[VALUE_COLUMN] else "not a number"
     beside = f" ({row['beside']})" if row.get("beside") else ""
     return f"{row.get('hour', '')}: {row['what']} {value}, expected {least} … {most}{beside}"
 
@@ -111,7 +121,9 @@ def readable(value: float | None) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-SAMPLE = 20
+SAMPLE, TOLD = 20, 3
+LARGEST = 1e300
+"""Above every number that is measured; infinity is not below it."""
 SPARK_CONNECT = "pyspark.sql.connect"
 PARTITION = "partition"
 """Column that `samples_of` adds."""
@@ -123,7 +135,7 @@ def _short(value: Any) -> str:
 
 
 def validate(suite: Suite, frame: pd.DataFrame) -> Report:
-    """Hold a frame against a suite. A frame without rows passes: there is nothing to be wrong.
+    """Hold a frame against a suite. Of a frame without rows nothing is found, and the report says that none was made.
 
     Raises RuntimeError when an expectation could not be evaluated, such as for a column that is not there.
     """
@@ -263,7 +275,7 @@ def landing_suite(settings: EventSettings) -> Suite:
     latest = now_ms() + settings.max_future_minutes * MINUTE_MS
     mostly = {"mostly": 0.98}
     ids = [EVENT_ID, USER_ID, ITEM_ID]
-    rules = [*_present(*ids, TS), _between(TS, EARLIEST_TS, latest), _one_of(EVENT_TYPE, settings.weights)]
+    rules = [*_present(*ids, EVENT_TYPE, TS), _between(TS, EARLIEST_TS, latest), _one_of(EVENT_TYPE, settings.weights)]
     rules += _id_lengths(ids, settings.max_id_bytes)
     return Suite("landed_rows_are_events", tuple(Expectation(r.name, {**r.arguments, **mostly}) for r in rules))
 
@@ -274,7 +286,7 @@ def clicks_suite(settings: EventSettings) -> Suite:
     return Suite(
         "rows_are_whole_events",
         (
-            *_present(*ids, TS, "session_id"),
+            *_present(*ids, EVENT_TYPE, TS, "session_id"),
             *_id_lengths(ids, settings.max_id_bytes),
             _one_of(EVENT_TYPE, settings.weights),
             _between(VALUE, -1e12, 1e12),
@@ -287,7 +299,7 @@ def interactions_suite() -> Suite:
     return Suite(
         "pairs_are_whole_and_single",
         (
-            *_present(USER_ID, ITEM_ID, "weight", "first_ts", "last_ts"),
+            *_present(USER_ID, ITEM_ID, "weight", "n_events", "first_ts", "last_ts"),
             _between("weight", 0, 1e30, strict_min=True),
             _between("n_events", 1),
             Expectation("expect_compound_columns_to_be_unique", {"column_list": [PARTITION, USER_ID, ITEM_ID]}),
@@ -321,7 +333,7 @@ def item_features_suite() -> Suite:
     """Counts of an item's events are nested windows of one another."""
     return Suite(
         "item_features_are_in_range",
-        (*_present(ITEM_ID), *_activity_rules("item"), _between("item_age_days", 0), _between("price_bucket", -1)),
+        (*_present(ITEM_ID), *_activity_rules("item"), *_item_rules()),
     )
 
 
@@ -330,17 +342,24 @@ def training_examples_suite(settings: EventSettings) -> Suite:
     return Suite(
         "examples_are_in_range",
         (
-            *_present(USER_ID, ITEM_ID, TS),
+            *_present(USER_ID, ITEM_ID, TS, EVENT_TYPE, "weight", "hour", "weekday"),
             _one_of(EVENT_TYPE, settings.weights),
             _between("weight", 0, 1e6, strict_min=True),
             _between("hour", 0, 23),
             _between("weekday", 0, 6),
             *_activity_rules("user"),
             *_activity_rules("item"),
-            _between("item_age_days", 0),
-            _between("price_bucket", -1),
+            *_item_rules(),
         ),
     )
+
+
+def _item_rules() -> list[Expectation]:
+    return [
+        *_present("item_age_days", "price_bucket"),
+        _between("item_age_days", 0, LARGEST),
+        _between("price_bucket", -1),
+    ]
 
 
 def _activity_rules(side: str) -> list[Expectation]:
@@ -353,14 +372,18 @@ def _activity_rules(side: str) -> list[Expectation]:
 
 
 def usual_suite(claim: str) -> Suite:
-    """Over a frame of measures: every value is in its usual range; a side that is null is not judged."""
+    """Over a frame of measures: every value is a finite number in its usual range; a side that is null is not judged."""
     return Suite(
         claim,
-        tuple(
-            Expectation(
-                "expect_column_pair_values_a_to_be_greater_than_b",
-                {"column_A": high, "column_B": low, "or_equal": True, "ignore_row_if": "either_value_is_missing"},
-            )
-            for high, low in ((VALUE_COLUMN, LEAST), (MOST, VALUE_COLUMN))
+        (
+            *_present(VALUE_COLUMN),
+            _between(VALUE_COLUMN, -LARGEST, LARGEST),
+            *(
+                Expectation(
+                    "expect_column_pair_values_a_to_be_greater_than_b",
+                    {"column_A": high, "column_B": low, "or_equal": True, "ignore_row_if": "either_value_is_missing"},
+                )
+                for high, low in ((VALUE_COLUMN, LEAST), (MOST, VALUE_COLUMN))
+            ),
         ),
     )

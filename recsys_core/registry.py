@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from recsys_core.errors import UserError
 from recsys_core.masking import masked_text
 from recsys_core.release import Manifest, Releases
 from recsys_core.settings import Settings
@@ -44,7 +45,7 @@ _LONGEST_DIGEST = 36
 _LONGEST_MESSAGE = 400
 
 
-class RegistryError(Exception):
+class RegistryError(UserError):
     """MLflow can't be reached or refused; the message says where and why."""
 
 

@@ -43,6 +43,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from recsys_core.errors import UserError
 from recsys_core.index import ExactIndex, Metric, Searchable, VectorIndex
 from recsys_core.masking import masked_text
 from recsys_core.ranking import Snapshot
@@ -81,7 +82,7 @@ TWO_TOWER_INDEX_FILE = f"{TWO_TOWER}/index.faiss"
 INDEX_FILES: dict[Metric, str] = {"inner_product": "index/inner_product.faiss", "cosine": "index/cosine.faiss"}
 
 
-class ReleaseError(Exception):
+class ReleaseError(UserError):
     """A release can't be used; the message names the release, the file and what is wrong with it."""
 
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from recsys_core.errors import UserError
 from recsys_core.events import DAY_MS, day_key, hour_key
 from recsys_core.lake import STAGING, Lake, Partition
 from recsys_core.landing import LANDING, QUARANTINE, Landing
@@ -51,7 +52,7 @@ class Removal:
     part: Partition | None = None
 
 
-class UnsafePolicy(ValueError):
+class UnsafePolicy(UserError, ValueError):
     """The policy would remove what the next runs read."""
 
 

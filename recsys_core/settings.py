@@ -7,18 +7,52 @@ Sources, the first that names a setting wins: arguments, `RECSYS_<SECTION>__<NAM
 from __future__ import annotations
 
 import os
+import re
+import tomllib
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+from pydantic_settings import (
+    SettingsError as PydanticSettingsError,
+)
 
+from recsys_core.errors import UserError
 from recsys_core.masking import masked_text
 
 HOME_VARIABLE = "RECSYS_HOME"
 CONFIG_VARIABLE = "RECSYS_CONFIG"
+DEBUG_VARIABLE = "RECSYS_DEBUG"
 DEFAULT_HOME = ".recsys"
+FILE = "recsys.toml"
+PREFIX, NESTED = "RECSYS_", "__"
+OTHER_VARIABLES = {
+    HOME_VARIABLE: "folder of the installation",
+    CONFIG_VARIABLE: "file that is read in place of recsys.toml in the working directory",
+    DEBUG_VARIABLE: "1: commands show the traceback of an unexpected error",
+    "RECSYS_TOKEN": "bearer token of `recsys recommend` and the like",
+    "RECSYS_CA": "their --ca",
+    "RECSYS_CERTIFICATE": "their --certificate",
+    "RECSYS_KEY": "their --key",
+    "RECSYS_JARS": "folder of fetched jar files",
+    "RECSYS_DATA_DIR": "data sets of the benchmarks",
+    "RECSYS_VERSION": "tag of the images of deploy/compose.yaml",
+}
+"""Variables that are no settings. `serving.tokens` may name further ones."""
+SERVICE_LINKS = r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)"
+"""Variables that Kubernetes gives every pod for each service of its namespace."""
+
+
+class SettingsError(UserError, ValueError):
+    """A file or variable of the settings can't be read."""
 
 
 class Section(BaseModel):
@@ -601,20 +635,82 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         home = init_settings().get("home") or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME
-        files = [Path(home) / "recsys.toml", Path(os.environ.get(CONFIG_VARIABLE) or "recsys.toml")]
-        tomls = tuple(TomlConfigSettingsSource(settings_cls, toml_file=f) for f in files if f.is_file())
-        return (init_settings, env_settings, *tomls)
+        return (init_settings, env_settings, *(_TomlSource(settings_cls, f) for f in _files(home)))
+
+
+class _TomlSource(TomlConfigSettingsSource):
+    """A file of settings; one that is no TOML is told by its name."""
+
+    def _read_file(self, file_path: Path) -> dict[str, Any]:
+        try:
+            return super()._read_file(file_path)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{file_path} is no TOML: {error}") from error
+
+
+def _files(home: str | Path) -> list[Path]:
+    """The files of settings that are there, the first that names a setting wins."""
+    files = [Path(home) / FILE, Path(os.environ.get(CONFIG_VARIABLE) or FILE)]
+    return [file for file in files if file.is_file()]
 
 
 def load_settings(home: str | Path | None = None, **sections: Any) -> Settings:
     """Read the settings of the installation at `home` (default: `RECSYS_HOME`, else `.recsys`).
 
-    Raises FileNotFoundError when `RECSYS_CONFIG` names a file that is not there, pydantic.ValidationError when a
-    setting has a wrong name or value.
+    Raises SettingsError when `RECSYS_CONFIG` names a file that is not there, a file is no TOML or a variable names no setting,
+    and pydantic.ValidationError when a setting has a wrong name or value; its notes say where each was set.
     """
     config = os.environ.get(CONFIG_VARIABLE)
     if config and not Path(config).is_file():
-        raise FileNotFoundError(f"{CONFIG_VARIABLE} names {config}, which is not a file")
+        raise SettingsError(f"{CONFIG_VARIABLE} names {config}, which is not a file")
     if home is not None:
         sections["home"] = Path(home)
-    return Settings(**sections)
+    try:
+        settings = Settings(**sections)
+    except ValidationError as error:
+        for problem in error.errors():
+            error.add_note(_origin(problem["loc"], sections, home))
+        raise
+    except PydanticSettingsError as error:
+        raise SettingsError(f"{error}: a section is set by {PREFIX}<SECTION>{NESTED}<NAME>") from error
+    _refuse_unknown_variables(settings)
+    return settings
+
+
+def _origin(place: tuple[int | str, ...], sections: Mapping[str, Any], home: str | Path | None) -> str:
+    """Which argument, variable or file set what stands at `place`; empty where none did."""
+    names = [str(part) for part in place]
+    variables = [PREFIX + NESTED.join(names[:n]).upper() for n in range(len(names), 0, -1)]
+    if names and names[0] in sections:
+        return ""
+    for variable in variables:
+        if found := next((given for given in os.environ if given.upper() == variable), ""):
+            return found
+    for file in _files(home or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME):
+        value: Any = tomllib.loads(file.read_text())
+        depth = 0
+        while depth < len(names) and isinstance(value, dict) and names[depth] in value:
+            value, depth = value[names[depth]], depth + 1
+        if depth and (depth == len(names) or not isinstance(value, dict)):
+            return str(file)
+    return ""
+
+
+def _refuse_unknown_variables(settings: Settings) -> None:
+    """Raises SettingsError for a variable that looks like a setting and is none: it would change nothing, silently."""
+    sections = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    known = {*OTHER_VARIABLES, *settings.serving.tokens}
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ
+    unknown = [
+        name
+        for name in sorted(os.environ)
+        if name.upper().startswith(PREFIX)
+        and name not in known
+        and name.upper().split(NESTED)[0] not in sections
+        and not (in_kubernetes and re.fullmatch(SERVICE_LINKS, name))
+    ]
+    if unknown:
+        named = ", ".join(unknown)
+        raise SettingsError(
+            f"{named}: there is no such setting (a setting is {PREFIX}<SECTION>{NESTED}<NAME>; `recsys config`)"
+        )

@@ -18,6 +18,8 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
+from recsys_core.errors import UserError
+
 DELIMITED = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item")
 JSON = (".jsonl", ".ndjson", ".json")
 TEXT = DELIMITED + JSON
@@ -33,7 +35,7 @@ DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException)
 """What reading the bytes of a damaged file raises; `gzip.BadGzipFile` is an OSError."""
 
 
-class IngestError(ValueError):
+class IngestError(UserError, ValueError):
     """A file can't be taken in as a whole; nothing of one row."""
 
 

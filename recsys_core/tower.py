@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from recsys_core.errors import UserError
 from recsys_core.events import DAY_MS, HOUR_MS
 
 Float32 = npt.NDArray[np.float32]
@@ -47,7 +48,7 @@ FIRST_WEEKDAY = 3
 """1970-01-01 was a Thursday; Monday is 0."""
 
 
-class TowerError(ValueError):
+class TowerError(UserError, ValueError):
     """The files of a tower can't be used; the message names the file and what is wrong with it."""
 
 

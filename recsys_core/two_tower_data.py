@@ -27,6 +27,7 @@ import pyarrow.dataset as ds
 import pyarrow.ipc as ipc
 
 from recsys_core import progress
+from recsys_core.errors import UserError
 from recsys_core.events import DAY_MS, HOUR_MS
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.settings import TwoTowerSettings
@@ -80,7 +81,7 @@ SHARD_SCHEMA = pa.schema(
 """An example as numbers: places of ids (-1: user unknown), rows of values, standardised counts, history as places."""
 
 
-class TwoTowerError(ValueError):
+class TwoTowerError(UserError, ValueError):
     """The two-tower model can't be trained; the message names the table, the partition and what is wrong."""
 
 

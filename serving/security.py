@@ -9,12 +9,13 @@ from pathlib import Path
 
 import grpc
 
+from recsys_core.errors import UserError
 from recsys_core.settings import ServingSettings
 
 EVERY_METHOD = "*"
 
 
-class MissingSecret(ValueError):
+class MissingSecret(UserError, ValueError):
     """A setting names a secret that is not there."""
 
 

@@ -17,17 +17,18 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from recsys_core.errors import UserError
 from recsys_core.settings import KafkaSettings
 
 KAFKA = ("org.apache.kafka", "kafka_2.13", "4.1.0")
 LOGGER = ("org.slf4j", "slf4j-simple", "1.7.36")
-CACHE_VARIABLE = "RECSYS_CACHE"
+CACHE_VARIABLE = "RECSYS_JARS"
 FETCH_SECONDS = 600
 DONE = "complete"
 HEAP = "512m"
 
 
-class KafkaUnavailable(RuntimeError):
+class KafkaUnavailable(UserError, RuntimeError):
     """No real Kafka can be run here; the message says why and what else there is."""
 
 
@@ -47,7 +48,7 @@ class BrokerPlan:
 
 
 def cache_folder() -> Path:
-    """Where fetched jar files are kept: RECSYS_CACHE, else the user's cache folder."""
+    """Where fetched jar files are kept: RECSYS_JARS, else the user's cache folder."""
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME")

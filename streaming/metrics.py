@@ -9,10 +9,12 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from prometheus_client.core import HistogramMetricFamily
 
+from recsys_core.errors import UserError
+
 LATENCY_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 300.0)
 
 
-class MetricsError(RuntimeError):
+class MetricsError(UserError):
     """The metrics can't be served; the message says where, why and what to do."""
 
 

@@ -10,6 +10,7 @@ import orjson
 import pyarrow as pa
 from confluent_kafka import KafkaError, Message, Producer
 
+from recsys_core.errors import UserError
 from recsys_core.events import SCHEMA_VERSION, USER_ID
 from recsys_core.kafka_config import client_config
 from recsys_core.settings import KafkaSettings
@@ -20,7 +21,7 @@ SLICES_A_SECOND = 20
 MAX_SLICE = 2_000
 
 
-class DeliveryError(RuntimeError):
+class DeliveryError(UserError, RuntimeError):
     """The broker did not take every event."""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from recsys_core.errors import UserError
 from recsys_core.redis_client import Script, run_calls
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 _RELEASE = Script("if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0")
 
 
-class RebuildRefused(RuntimeError):
+class RebuildRefused(UserError):
     """A rebuild may not begin, or not go on; the message says why and what to do."""
 
 

@@ -19,6 +19,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
+from recsys_core.errors import UserError
 from recsys_core.events import HOUR_MS
 from recsys_core.kafka_config import SILENT, client_config, topic_identity
 from recsys_core.settings import KafkaSettings
@@ -26,7 +27,7 @@ from recsys_core.settings import KafkaSettings
 ADMIN_SECONDS = 15.0
 
 
-class TopicError(RuntimeError):
+class TopicError(UserError, RuntimeError):
     """A topic is not as it has to be; the message says what differs and what to do."""
 
 

@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from builders import ms, write_clicks, write_interactions
+from typer.testing import CliRunner, Result
 
 from recsys_assets.checks import GROUPS
 from recsys_assets.definitions import build_definitions
 from recsys_assets.resources import Platform
+from recsys_cli.backfill import why_it_failed
+from recsys_cli.main import app
 from recsys_core.bundle import ALS_FACTORS, ALS_ITEMS, ITEM_INDEX, build_item_index, fit_als_factors
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, merge_catalog, read_catalog
 from recsys_core.evaluation import write_evaluation
@@ -59,16 +62,21 @@ def refit(platform: Platform, day: str) -> None:
     build_item_index(platform.lake, day, platform.settings)
 
 
-def run_the_night(platform: Platform) -> tuple[set[str], dict[str, dg.AssetCheckEvaluation]]:
-    """Run the end of the night with all checks before it. Returns what was made and the checks that failed."""
+def night(platform: Platform) -> dg.ExecuteInProcessResult:
+    """The end of the night with all checks before it."""
     selection = dg.AssetSelection.assets(*NIGHT) | dg.AssetSelection.checks_for_assets(*CHECKED)
     definitions = dg.Definitions.merge(
         build_definitions(platform.settings), dg.Definitions(jobs=[dg.define_asset_job("end_of_night", selection)])
     )
     with dg.DagsterInstance.ephemeral() as instance:
-        done = definitions.resolve_job_def("end_of_night").execute_in_process(
+        return definitions.resolve_job_def("end_of_night").execute_in_process(
             instance=instance, partition_key=DAY, raise_on_error=False
         )
+
+
+def run_the_night(platform: Platform) -> tuple[set[str], dict[str, dg.AssetCheckEvaluation]]:
+    """Run the end of the night. Returns what was made and the checks that failed."""
+    done = night(platform)
     evaluations = [e.asset_check_evaluation_data for e in done.all_events if e.event_type_value == "ASSET_CHECK_EVALUATION"]
     made = {e.asset_key.to_user_string() for e in done.all_events if e.is_step_materialization and e.asset_key}
     assert done.success == (made == set(NIGHT))
@@ -151,7 +159,68 @@ def test_a_failing_check_shows_its_report_and_the_rows_that_fail(platform: Platf
     assert f"{DAY}T15" in shown["failing rows"]
     assert "users_are_many" in shown["failing rows"]
     assert shown["report"].startswith("| holds | expectation |")
-    assert shown["rows"] == 48
+    assert shown["rows judged"] == 48
+
+
+def test_a_failed_run_tells_which_check_failed_why_and_what_to_do(platform: Platform) -> None:
+    a_bot(platform)
+    told = "\n".join(why_it_failed(night(platform)))
+    assert f"window_is_sound: {DAY}T15 users_are_many: share of the most active user" in told
+    assert "`recsys check clicks_hourly --accept`" in told
+
+
+def test_a_failed_run_names_the_hours_to_make(platform: Platform) -> None:
+    an_hour_missing(platform)
+    told = "\n".join(why_it_failed(night(platform)))
+    assert f"hours_are_all_there: {DAY}T07 was never made" in told
+    assert "`recsys backfill clicks_hourly" in told
+
+
+# -- recsys check -------------------------------------------------------------------------------------------------
+
+
+def check(platform: Platform, *arguments: str) -> Result:
+    home = str(platform.settings.home)
+    return CliRunner().invoke(app, ["check", *arguments, "--home", home], env={"COLUMNS": "80"})
+
+
+def outcomes(result: Result) -> dict[str, str]:
+    rows = [[cell.strip() for cell in line.split("│")] for line in result.stdout.splitlines() if line.startswith("│")]
+    return {row[1]: row[3] for row in rows if row[1]}
+
+
+def test_check_says_what_it_judged_and_what_is_not_there(platform: Platform) -> None:
+    found = check(platform)
+    assert found.exit_code == 0, found.output
+    assert set(outcomes(found).values()) == {"passed", "not made"}
+    assert outcomes(found)["pairs_are_whole_and_single"] == "passed"
+    assert DAY in found.stdout
+    absent = next(line for line in found.stdout.splitlines() if line.startswith("Not there yet"))
+    assert "release" in absent
+    assert "rec_cache" in absent
+    assert "offsets_have_no_gap" in found.stdout
+    assert max(map(len, [line for line in found.stdout.splitlines() if line.startswith(("│", "┃"))])) <= 80
+
+
+def test_check_tells_a_reason_once(platform: Platform) -> None:
+    a_bot(platform)
+    found = check(platform, "interactions")
+    assert found.exit_code == 1
+    assert outcomes(found)["window_is_sound"] == "FAILED"
+    assert found.stdout.count("share of the most active user") == 1
+
+
+def test_check_of_a_partition_that_is_not_there_names_the_latest(platform: Platform) -> None:
+    found = check(platform, "interactions", "--partition", "2020-01-01")
+    assert found.exit_code == 2
+    assert found.stderr.strip() == f"interactions has no partition 2020-01-01: it was never made; the latest is {DAY}"
+    assert check(platform, "item_catalog", "--partition", DAY).stderr.strip() == "item_catalog has no partitions"
+
+
+def test_an_hour_that_is_not_there_can_not_be_accepted(platform: Platform) -> None:
+    found = check(platform, "clicks_hourly", "--accept", "--partition", "2020-01-01T00")
+    assert found.exit_code == 2
+    assert "2020-01-01T00" in found.stderr
 
 
 def test_every_claim_of_a_group_is_judged_and_described() -> None:

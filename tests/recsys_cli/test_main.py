@@ -54,7 +54,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "recsys.toml").write_text("[als]\nrnak = 3\n")
     result = recsys("config")
     assert result.exit_code == 2
-    assert result.stderr.strip() == "als.rnak: there is no such setting (`recsys config` lists them)"
+    assert result.stderr.strip() == "recsys.toml: als.rnak: there is no such setting (`recsys config` lists them)"
 
 
 def test_ingest_takes_events_by_named_columns_and_counts_what_it_refused(tmp_path: Path) -> None:

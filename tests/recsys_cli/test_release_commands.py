@@ -95,10 +95,10 @@ def test_a_home_without_releases_says_so(tmp_path: Path) -> None:
 def test_show_tells_lineage_models_metrics_and_verdict(release) -> None:
     shown = release("show", THIRD).stdout
     assert "als_factors" in row(shown, "abc")
-    assert "0.12" in row(shown, "served ranking")
+    assert "0.12" in row(shown, "ndcg@10")
     assert "als.rank" in shown
     assert f"The gate against {SECOND}: failed" in shown
-    assert row(shown, "│ ndcg@10").split("│")[-2].strip() == "no"
+    assert [line for line in shown.splitlines() if "│ ndcg@10" in line][-1].split("│")[-2].strip() == "no"
     assert f"Release {SECOND}" in release("show").stdout, "without a name it is the champion"
 
 
@@ -149,3 +149,26 @@ def test_a_rollback_does_not_wait_for_mlflow(release, releases: Releases, monkey
     assert result.exit_code == 0, result.output
     assert "stays behind" in result.stdout
     assert releases.champion().release_id == FIRST
+
+
+def test_metrics_of_many_models_are_readable_at_80_columns(
+    release, releases: Releases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = ("served ranking", "als", "two_tower", "popular", "trending", "item_item")
+    names = [f"{metric}@{k}" for metric in ("ndcg", "recall", "precision", "mrr", "hit_rate", "coverage") for k in (10, 20, 50)]
+    snapshot = replace(make_snapshot(items=50), release_id="2026-01-04.d")
+    metrics = {model: dict.fromkeys(names, 0.1234) for model in models}
+    releases.write(replace(make_manifest(snapshot), day="2026-01-04", created_at=9.0, metrics=metrics), snapshot)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = release("show", "2026-01-04.d").stdout
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert row(shown, "ndcg@10").count("0.1234") == len(models)
+    order = [line.split("│")[1].strip() for line in lines if "@" in line]
+    assert order == sorted(order, key=lambda name: (name.split("@")[0], int(name.split("@")[1])))
+
+
+def test_without_a_release_the_way_to_one_is_told(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["release", "list", "--home", str(tmp_path)]).stdout
+    assert "the job `nightly`" in shown
+    assert "materialize `release`" not in shown

@@ -53,6 +53,37 @@ except stack.StackError as error:
 """
 
 
+LAST_WORDS = """
+import pathlib, signal, sys, time
+from recsys_cli.stack import redis_answers
+def end(*_):
+    time.sleep(1.0)
+    pathlib.Path(sys.argv[1], "last-words").write_text(f"redis answers: {redis_answers(sys.argv[2])}")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("\\x1b[31mready\\x1b[0m", flush=True)
+time.sleep(600)
+"""
+KEEPS_A_USER_OF_REDIS = f"""
+import pathlib, sys
+from rich.console import Console
+from recsys_cli import stack
+from recsys_cli.java import JavaHome
+from recsys_core.settings import load_settings
+home = pathlib.Path(sys.argv[1])
+whole_plan = stack.plan
+def small_plan(settings, console):
+    services, environment = whole_plan(settings, console)
+    kept = [s for s in services if s.name in ("redis", "webserver")]
+    (stack.run_folder(home) / "broker.address").write_text("127.0.0.1:1")
+    user = [sys.executable, "-c", {LAST_WORDS!r}, str(home), kept[0].where]
+    return [kept[0], stack.Service("webserver", user, kept[1].where)], environment
+stack.plan = small_plan
+stack.ensure_java = lambda: JavaHome(pathlib.Path("/nowhere"), 17)
+sys.exit(stack.up(load_settings(home, redis={{"url": "redis://127.0.0.1:0"}}), Console()))
+"""
+
+
 def start(program: str, home: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", program, str(home)],
@@ -296,3 +327,39 @@ def test_a_server_that_can_not_start_is_told_with_its_last_words(tmp_path: Path)
     with pytest.raises(StackError, match=r"serving ended with exit code 2(.|\n)*there is no such setting"):
         with stack.serving_process(tmp_path, {"RECSYS_ALS__RNAK": "1"}):
             pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_redis_goes_after_those_who_write_to_it_at_their_end(tmp_path: Path, number: signal.Signals) -> None:
+    running_stack = start(KEEPS_A_USER_OF_REDIS, tmp_path)
+    pids_of(tmp_path, "redis", "webserver")
+    assert running_stack.stdout is not None
+    seen = []
+    while not any("ready" in line for line in seen):
+        seen.append(running_stack.stdout.readline())
+    os.kill(running_stack.pid, number)
+    rest, _ = running_stack.communicate(timeout=20)
+    assert (tmp_path / "last-words").read_text() == "redis answers: True"
+    assert "\x1b" not in "".join(seen) + rest, "colours are for terminals"
+    assert processes_of(tmp_path) == []
+
+
+def test_the_broker_is_to_listen_where_the_settings_look_for_it(tmp_path: Path) -> None:
+    settings = load_settings(tmp_path, kafka={"bootstrap_servers": "127.0.0.1:53155,127.0.0.1:53156"})
+    services, _ = stack.plan(settings, Console())
+    command = next(service.command for service in services if service.name == "broker")
+    assert command[command.index("--port") + 1] == "53155"
+
+
+def test_status_says_where_metrics_are_and_how_a_release_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(tmp_path, serving={"metrics_port": 53152})
+    services, _ = stack.plan(settings, Console())
+    serving = next(service for service in services if service.name == "serving")
+    assert serving.metrics == "127.0.0.1:53152"
+    monkeypatch.setattr(stack, "running_services", lambda _: [serving])
+    monkeypatch.setattr(stack, "check", lambda *_: stack.NO_RELEASE)
+    console = Console(record=True, width=80)
+    assert stack.status(settings, console) == 1
+    shown = console.export_text()
+    assert "metrics 127.0.0.1:53152" in shown
+    assert "nightly" in shown

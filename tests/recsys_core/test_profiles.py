@@ -262,6 +262,22 @@ def test_a_first_day_without_a_past_is_sound(lake: Lake, history: tuple[Path, pa
     assert unsound_hours(Profiles(lake, SETTINGS), LAST_DAY) == {}
 
 
+def test_even_traffic_of_a_newcomers_first_days_is_sound(lake: Lake) -> None:
+    random = np.random.default_rng(5)
+    hours = hour_keys(END - 4 * DAY_MS, END)
+    for hour in hours:
+        events = int(random.poisson(94))
+        rows = {
+            "event_id": [f"{hour}-{n}" for n in range(events)],
+            "user_id": [f"u{n}" for n in random.integers(0, 2000, events)],
+            "item_id": [f"i{n}" for n in random.integers(0, 300, events)],
+            "event_type": ["view"] * events,
+            "ts": key_start_ms(hour) + random.integers(0, HOUR_MS, events),
+        }
+        lake.write(CLICKS_HOURLY, hour, pa.table(rows))
+    assert unsound_hours(Profiles(lake, SETTINGS), hours) == {}
+
+
 def test_an_event_id_that_occurs_twice_and_a_time_of_another_hour_are_found(lake: Lake) -> None:
     rows = pa.table(
         {

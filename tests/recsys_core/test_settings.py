@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from recsys_cli.config import documented_toml, explain_invalid
-from recsys_core.settings import Section, Settings, load_settings
+from recsys_core.settings import Section, Settings, SettingsError, load_settings
 
 PROJECT_FILE = Path(__file__).parents[2] / "recsys.toml"
 
@@ -84,5 +84,5 @@ def test_the_environment_beats_the_home_and_the_home_beats_the_project(tmp_path:
 
 def test_a_config_variable_that_names_no_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECSYS_CONFIG", "absent.toml")
-    with pytest.raises(FileNotFoundError, match=r"absent\.toml"):
+    with pytest.raises(SettingsError, match=r"absent\.toml"):
         load_settings()

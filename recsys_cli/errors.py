@@ -1,0 +1,120 @@
+"""What a command says when something raises: one message for what a user can mend, one line and a log for a bug."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from recsys_core.errors import UserError
+from recsys_core.settings import DEBUG_VARIABLE, DEFAULT_HOME, HOME_VARIABLE
+
+MENDABLE, BUG = 2, 1
+"""Exit codes."""
+LOG = "error.log"
+
+
+def explain(error: Exception) -> str | None:
+    """What to tell the user about an error that is theirs to mend, None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and not _is_of_a_client(error):
+        return _told(error)
+    for module, of_module in _BY_MODULE.items():
+        # An error of a package can't be raised where that was not imported.
+        if module in sys.modules and (message := of_module(error)):
+            return message
+    return None
+
+
+def explain_bug(error: Exception) -> str:
+    """One line on an error that nobody expected; the traceback goes to a file, or to standard error when that is wanted."""
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exception(error)
+    summary = " ".join(str(error).split())[:200]
+    what = f"unexpected {type(error).__name__}: {summary}"
+    return f"{what}\nThe traceback is in {_kept(error)}; {DEBUG_VARIABLE}=1 shows it here."
+
+
+def _kept(error: Exception) -> Path:
+    """The file that the traceback was written to: in the home, or in the system's folder for what is temporary."""
+    text = "".join(traceback.format_exception(error))
+    for folder in (Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME) / "run", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / LOG).write_text(f"{' '.join(sys.argv)}\n{text}")
+        except OSError:
+            continue
+        return folder / LOG
+    traceback.print_exception(error)
+    return Path("the lines above")
+
+
+def _is_of_a_client(error: OSError) -> bool:
+    """Errors of clients of servers that inherit from OSError have their own words."""
+    return error.errno is None and type(error).__module__ != "builtins"
+
+
+def _told(error: OSError) -> str:
+    named = " and ".join(str(name) for name in (error.filename, error.filename2) if name)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{f' at {named}' if named else ''}: make room, and run the same command again"
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason}: {named}" if named and named not in reason else reason
+
+
+def _of_pydantic(error: Exception) -> str | None:
+    from pydantic import ValidationError
+
+    from recsys_cli.config import explain_invalid
+
+    if not isinstance(error, ValidationError):
+        return None
+    lines = explain_invalid(error).splitlines()
+    origins = getattr(error, "__notes__", [])
+    return "\n".join(f"{origins[at]}: {line}" if at < len(origins) and origins[at] else line for at, line in enumerate(lines))
+
+
+def _of_redis(error: Exception) -> str | None:
+    import redis
+
+    return (
+        f"Redis says: {error} (`recsys up` starts one, [redis] names another)" if isinstance(error, redis.RedisError) else None
+    )
+
+
+def _of_kafka(error: Exception) -> str | None:
+    from confluent_kafka import KafkaException
+
+    if not isinstance(error, KafkaException):
+        return None
+    told = error.args[0].str() if error.args and hasattr(error.args[0], "str") else str(error)
+    return f"the brokers say: {told} (`recsys up` starts one, kafka.bootstrap_servers names others)"
+
+
+def _of_serving(error: Exception) -> str | None:
+    from serving.client import RecsysError
+
+    if not isinstance(error, RecsysError):
+        return None
+    hint = " (what is up: `recsys status`)" if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else ""
+    return f"the server says {error}{hint}"
+
+
+def _of_storage(error: Exception) -> str | None:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return f"the object store says: {error}" if isinstance(error, BotoCoreError | ClientError) else None
+
+
+_BY_MODULE: dict[str, Callable[[Exception], str | None]] = {
+    "pydantic": _of_pydantic,
+    "redis": _of_redis,
+    "confluent_kafka": _of_kafka,
+    "serving.client": _of_serving,
+    "botocore": _of_storage,
+}

@@ -1,0 +1,224 @@
+"""Every command, given what can't be: one message of a few lines, an exit code that is not 0, and no traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from recsys_cli import errors
+from recsys_cli.main import app
+from recsys_core.errors import UserError
+from recsys_core.lake import MissingPartition
+from recsys_core.readers import IngestError
+from recsys_core.release import ReleaseError
+
+NO_REDIS = {"RECSYS_REDIS__URL": "redis://127.0.0.1:1/0", "RECSYS_REDIS__TIMEOUT_MS": "50"}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in [name for name in os.environ if name.startswith("RECSYS_")]:
+        monkeypatch.delenv(name)
+
+
+def recsys(*arguments: str, **variables: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env=variables)
+
+
+def told(result: Result) -> str:
+    """The message of a mistake, after it was held against the rule."""
+    assert result.exit_code in (1, 2), (result.exit_code, result.output, result.exception)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Traceback" not in result.output
+    lines = [line for line in (result.stderr or result.output).splitlines() if line.strip(" ╭─╮╰╯│")]
+    assert 1 <= len(lines) <= 5, result.output
+    return " ".join(line.strip(" │") for line in lines)
+
+
+MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "a command that is not there": (("recomend", "u1"), "No such command"),
+    "an option that is not there": (("check", "--partitions", "x"), "No such option"),
+    "check of an unknown asset": (("check", "clicks"), "no checks on 'clicks'"),
+    "check of a month that is not": (("check", "clicks_hourly", "--partition", "2026-13-30T02"), "2026-13-30T02"),
+    "check of a day that is not": (("check", "clicks_hourly", "--partition", "2026-02-30T00"), "2026-02-30T00"),
+    "check of words": (("check", "clicks_hourly", "--partition", "yesterday"), "yesterday"),
+    "check of what was never made": (("check", "als_factors"), "never made"),
+    "check of a partition of everything": (("check", "--partition", "2026-01-01"), "needs an asset"),
+    "check of nothing at all": (("check",), "Nothing is made"),
+    "accepting what can't be": (("check", "als_factors", "--accept"), "never made"),
+    "backfill of an unknown asset": (("backfill", "clicks", "2026-01-01", "2026-01-02"), "no asset 'clicks'"),
+    "backfill from late to early": (("backfill", "clicks_hourly", "2026-01-07T00", "2026-01-01T00"), "later than the last"),
+    "backfill of a day that is not": (("backfill", "clicks_hourly", "2026-02-30T00", "2026-03-01T00"), "2026-02-30T00"),
+    "backfill of days for hours": (("backfill", "clicks_hourly", "2026-01-01", "2026-01-02"), "no partition '2026-01-01'"),
+    "replay of words": (("replay", "--day", "yesterday"), "'yesterday'"),
+    "replay of an hour": (("replay", "--day", "2026-01-01T00"), "no day"),
+    "replay of a day that is not": (("replay", "--day", "2026-02-30"), "2026-02-30"),
+    "replay without data": (("replay", "--day", "2027-01-01"), "no hour of clicks"),
+    "show of an unknown release": (("release", "show", "nothing"), "no release 'nothing'"),
+    "show of no champion": (("release", "show"), "no release has been promoted"),
+    "diff of unknown releases": (("release", "diff", "a", "b"), "no release 'a'"),
+    "promotion of an unknown release": (("release", "promote", "nothing"), "no release 'nothing'"),
+    "rollback of nothing": (("release", "rollback"), "no earlier champion"),
+    "rebuild since words": (("stream", "rebuild", "--since", "tuesday"), "tuesday"),
+    "rebuild from nowhere": (("stream", "rebuild", "--from", "heaven"), "heaven"),
+    "ingest of an absent file": (("ingest", "absent.csv", "--mapping", "globo"), "absent.csv"),
+    "ingest by an unknown mapping": (("ingest", "recsys.toml", "--mapping", "globe"), "globe"),
+    "simulate of no users": (("simulate", "--users", "0"), "--users"),
+    "live demo without a demo": (("demo", "--live", "--home", "nothing"), "holds no demo"),
+    "demo of absent data": (("demo", "--data", "absent"), "absent"),
+    "a key without its certificate": (("recommend", "u1", "--key", "k.pem"), "go together"),
+    "recommend without a server": (("recommend", "u1", "--address", "127.0.0.1:1"), "UNAVAILABLE"),
+    "similar without a server": (("similar", "i1", "--address", "127.0.0.1:1"), "UNAVAILABLE"),
+    "status without a stack": (("status",), "recsys up"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_a_few_lines(mistake: str, tmp_path: Path) -> None:
+    (tmp_path / "recsys.toml").write_text("")
+    arguments, wanted = MISTAKES[mistake]
+    assert wanted in told(recsys(*arguments))
+
+
+COMMANDS = {
+    "up": ("up",),
+    "status": ("status",),
+    "config": ("config",),
+    "broker": ("broker",),
+    "serve": ("serve",),
+    "prune": ("prune",),
+    "simulate": ("simulate",),
+    "ingest": ("ingest", "x"),
+    "check": ("check",),
+    "backfill": ("backfill", "clicks_hourly", "2026-01-01T00", "2026-01-01T01"),
+    "replay": ("replay", "--day", "2026-01-01"),
+    "forget": ("forget", "u1"),
+    "recommend": ("recommend", "u1"),
+    "similar": ("similar", "i1"),
+    "inspect": ("inspect",),
+    "kafka init": ("kafka", "init"),
+    "kafka up": ("kafka", "up"),
+    "stream": ("stream",),
+    "stream rebuild": ("stream", "rebuild"),
+    "release list": ("release", "list"),
+    "release show": ("release", "show"),
+    "release diff": ("release", "diff", "a"),
+    "release promote": ("release", "promote", "a"),
+    "release rollback": ("release", "rollback"),
+}
+BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
+    "a file that is no TOML": ("[gate\nals_weight = 1,5\n", {}, "recsys.toml"),
+    "a setting that is not there": ("[als]\nrnak = 3\n", {}, "recsys.toml: als.rnak"),
+    "a section that is not there": ("[asl]\nrank = 3\n", {}, "recsys.toml: asl"),
+    "a value that can't be": ("[als]\nrank = 0\n", {}, "recsys.toml: als.rank"),
+    "a section misspelt in a variable": ("", {"RECSYS_ALSS__RANK": "5"}, "RECSYS_ALSS__RANK"),
+    "a setting misspelt in a variable": ("", {"RECSYS_ALS__RNAK": "5"}, "RECSYS_ALS__RNAK"),
+    "one underscore instead of two": ("", {"RECSYS_ALS_RANK": "5"}, "RECSYS_ALS_RANK"),
+    "a value that can't be in a variable": ("", {"RECSYS_ALS__RANK": "many"}, "RECSYS_ALS__RANK"),
+    "a section given as a value": ("", {"RECSYS_CACHE": "/tmp"}, "cache"),
+    "a file that is not there": ("", {"RECSYS_CONFIG": "absent.toml"}, "absent.toml"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("fault", BROKEN)
+def test_every_command_names_what_is_wrong_with_the_settings_and_where(fault: str, command: str, tmp_path: Path) -> None:
+    text, variables, wanted = BROKEN[fault]
+    (tmp_path / "recsys.toml").write_text(text)
+    assert wanted in told(recsys(*COMMANDS[command], **variables))
+
+
+def test_forget_without_redis_says_where_redis_should_be() -> None:
+    assert "edis" in told(recsys("forget", "u1", **NO_REDIS))
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        yield int(holder.getsockname()[1])
+
+
+def test_a_page_whose_port_is_taken_is_one_message(taken_port: int) -> None:
+    told(recsys("inspect", "--address", "127.0.0.1:1", "--port", str(taken_port)))
+
+
+def test_brokers_that_are_away_are_one_message() -> None:
+    told(
+        recsys("kafka", "init", RECSYS_KAFKA__BOOTSTRAP_SERVERS="127.0.0.1:1", RECSYS_KAFKA__CONF='{"socket.timeout.ms":"500"}')
+    )
+
+
+def test_the_version_is_told() -> None:
+    assert recsys("--version").output.startswith("recsys ")
+
+
+# -- the rule -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [UserError, MissingPartition, IngestError, ReleaseError])
+def test_whatever_users_can_mend_is_told_in_its_own_words(kind: type[Exception]) -> None:
+    assert errors.explain(kind("the reason")) == "the reason"
+
+
+OS_ERRORS: dict[str, tuple[OSError, str]] = {
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device", "/lake/x"), "the disk is full at /lake/x"),
+    "a full disk of unknown place": (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+    "a read-only disk": (OSError(errno.EROFS, "Read-only file system", "/lake"), "Read-only file system: /lake"),
+    "a port that is taken": (OSError(errno.EADDRINUSE, "Address already in use"), "Address already in use"),
+    "a folder": (IsADirectoryError(errno.EISDIR, "Is a directory", "x.pem"), "Is a directory: x.pem"),
+    "a lost connection": (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer"),
+    "without a number": (FileNotFoundError("lake/x"), "lake/x"),
+}
+
+
+@pytest.mark.parametrize("case", OS_ERRORS)
+def test_what_the_system_refuses_is_told_with_its_place(case: str) -> None:
+    error, wanted = OS_ERRORS[case]
+    assert wanted in str(errors.explain(error))
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_full_disk_during_ingest_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "e.csv").write_text("user,item,ts\nu,i,1767225600000\n")
+    full = OSError(errno.ENOSPC, "No space left on device", "landing/x.parquet")
+    monkeypatch.setattr("recsys_core.landing.Landing.write_events", raising(full))
+    monkeypatch.setattr("recsys_core.lake.write_atomically", raising(full))
+    monkeypatch.setattr("pyarrow.parquet.write_table", raising(full))
+    message = told(recsys("ingest", "e.csv", "--user", "user", "--item", "item", "--time", "ts"))
+    assert "the disk is full" in message
+
+
+def test_a_bug_is_one_line_that_says_where_its_traceback_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys_cli.stack.status", raising(ZeroDivisionError("division by zero")))
+    result = recsys("status")
+    assert result.exit_code == 1
+    assert told(result).startswith("unexpected ZeroDivisionError: division by zero")
+    kept = tmp_path / ".recsys" / "run" / "error.log"
+    assert str(Path(".recsys/run/error.log")) in result.stderr
+    assert "Traceback" in kept.read_text()
+    assert "ZeroDivisionError" in kept.read_text()
+
+
+def test_a_bug_shows_its_traceback_where_it_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("recsys_cli.stack.status", raising(ZeroDivisionError("division by zero")))
+    monkeypatch.setenv("RECSYS_DEBUG", "1")
+    result = recsys("status")
+    assert "Traceback" in result.stderr + capfd.readouterr().err
