@@ -28,7 +28,8 @@ class Arrivals:
 
     def of(self, messages: Sequence[Message]) -> np.ndarray:
         """Arrivals of messages that are taken now, ms, int64 (n,)."""
-        flat = np.fromiter(chain.from_iterable(map(Message.timestamp, messages)), np.int64, 2 * len(messages))
+        stamps = (message.timestamp() for message in messages)
+        flat = np.fromiter(chain.from_iterable(stamps), np.int64, 2 * len(messages))
         kinds, appended = flat[::2], flat[1::2].copy()
         others = kinds != TIMESTAMP_LOG_APPEND_TIME
         if others.any():
