@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
@@ -27,12 +28,12 @@ class Arrivals:
 
     def of(self, messages: Sequence[Message]) -> np.ndarray:
         """Arrivals of messages that are taken now, ms, int64 (n,)."""
-        if not messages:
-            return np.empty(0, np.int64)
-        kinds, times = zip(*[message.timestamp() for message in messages], strict=True)
-        appended = np.fromiter(times, np.int64, len(messages))
-        if kinds.count(TIMESTAMP_LOG_APPEND_TIME) < len(messages):
-            appended[np.fromiter(kinds, np.int64, len(messages)) != TIMESTAMP_LOG_APPEND_TIME] = self._taken_now()
+        stamps = (message.timestamp() for message in messages)
+        flat = np.fromiter(chain.from_iterable(stamps), np.int64, 2 * len(messages))
+        kinds, appended = flat[::2], flat[1::2].copy()
+        others = kinds != TIMESTAMP_LOG_APPEND_TIME
+        if others.any():
+            appended[others] = self._taken_now()
         return appended
 
     def of_one(self, message: Message) -> int:
