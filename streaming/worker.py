@@ -282,10 +282,8 @@ class _Session:
         if error.code() == KafkaError._PARTITION_EOF:
             self._note_end(message.partition(), message.offset())
             return False
-        if error.code() == KafkaError._AUTO_OFFSET_RESET:
-            raise StartOver(f"{self._topic.name}/{message.partition()}: {error.str()}")
-        if error.fatal():
-            raise BrokerFailure(error.str())
+        if error.fatal() or error.code() == KafkaError._AUTO_OFFSET_RESET:
+            raise BrokerFailure(f"{self._topic.name}/{message.partition()}: {error.str()}")
         if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID, KafkaError.OFFSET_OUT_OF_RANGE):
             self._due["topic"] = 0.0
         self._kafka_log.log(logging.WARNING, "Kafka: %s", error.str())
