@@ -191,7 +191,7 @@ def test_the_end_of_a_partition_is_archived_when_transactions_are_the_last_in_it
                 sender.produce(one.settings.kafka.topic, orjson.dumps(event), b"k")
             sender.flush()
             (sender.commit_transaction if commit else sender.abort_transaction)()
-            assert one.ends() == {0: end}
+            wait_for("its marker is there", lambda end=end: one.ends() == {0: end})
             one.settle(seconds=15)
             wait_for("no lag", lambda: [b.lag for b in read_heartbeats(one.redis) if b.worker == "here"] == [0], 15)
             wait_for("the group knows", lambda end=end: watcher.committed([place], timeout=9)[0].offset == end, 15)
