@@ -201,6 +201,8 @@ class Archiver:
     def close(self) -> None:
         """End the thread. What is open is dropped, and so is a thread that the lake does not let go."""
         self._stopping.set()
+        with self._lock:
+            self._archive.drop(list(self._assigned))
         if self._thread.ident is not None:
             self._thread.join(CLOSE_SECONDS)
             if self._thread.is_alive():

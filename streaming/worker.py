@@ -102,11 +102,12 @@ class Worker:
         self._stopping.set()
 
     def run(self) -> None:
-        """Work until `stop`."""
+        """Work until `stop`. Raises what the clients say of wrong settings."""
         sys.setswitchinterval(SWITCH_SECONDS)
         # What was imported stays: looking through all of it for garbage would hold up messages for a tenth of a second.
         gc.freeze()
         self.metrics.serve(self.settings.stream.metrics_port)
+        admin = AdminClient(client_config(self.settings.kafka), logger=self._kafka_log)
         lake = Lake(self.settings.lake_uri, self.settings.lake.keep_versions)
         forgotten = ForgottenUsers(lake)
         forgotten.begin()
@@ -114,7 +115,7 @@ class Worker:
         while not self._stopping.is_set():
             started = time.monotonic()
             try:
-                self._work(lake, forgotten)
+                self._work(admin, lake, forgotten)
             except (StartOver, StateLost) as reason:
                 self._say(reason)
             except (BrokerFailure, *REDIS_FAILURES) as reason:
@@ -135,9 +136,9 @@ class Worker:
             self.metrics.restarts.labels(type(reason).__name__).inc()
             log.warning("starting over: %s", reason)
 
-    def _work(self, lake: Lake, forgotten: ForgottenUsers) -> None:
+    def _work(self, admin: AdminClient, lake: Lake, forgotten: ForgottenUsers) -> None:
         """Work on the topic that there is until that is no longer possible. Raises what made it so."""
-        found = self._wait_for_topic()
+        found = self._wait_for_topic(admin)
         if found is None:
             return
         session = _Session(self.settings, *found, self.metrics, self._stopping, self.name, lake, forgotten, self._kafka_log)
@@ -146,9 +147,8 @@ class Worker:
         finally:
             session.close()
 
-    def _wait_for_topic(self) -> tuple[Topic, bool] | None:
+    def _wait_for_topic(self, admin: AdminClient) -> tuple[Topic, bool] | None:
         """The topic, and whether the broker is the embedded one. None when the worker was stopped before there was one."""
-        admin = AdminClient(client_config(self.settings.kafka), logger=self._kafka_log)
         name = self.settings.kafka.topic
         told = False
         while not self._stopping.is_set():
@@ -249,7 +249,8 @@ class _Session:
             if self._pipe.failure is None:
                 self._write_progress()
                 self._commit(asynchronous=False)
-                forget_heartbeat(self._redis, self._name)
+                if self._stopping.is_set():  # one that starts over and does not come back is missed
+                    forget_heartbeat(self._redis, self._name)
         except (*REDIS_FAILURES, BrokerFailure, StateLost) as error:
             log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
         with self._lock:
@@ -258,12 +259,13 @@ class _Session:
             self._consumer.close()
         except BrokerFailure as error:
             log.info("the group is left to find out: %s", error)
-        if self._archiver is not None:
-            self._archiver.close()
-        self._sink.close()
-        self._quick_sink.close()
-        self._quick_redis.close()
-        self._redis.close()
+        finally:
+            if self._archiver is not None:
+                self._archiver.close()
+            self._sink.close()
+            self._quick_sink.close()
+            self._quick_redis.close()
+            self._redis.close()
 
     def _take(self) -> list[Message]:
         """What there is, at most a batch; waits a moment for a first message."""
