@@ -349,8 +349,10 @@ def test_a_worker_whose_neighbours_are_stopped_with_it_ends_with_one_line(tmp_pa
         worker.send_signal(signal.SIGCONT)
         assert worker.wait(20) == 0
         lines = [line for line in said.read_text().splitlines()[before:] if " INFO " not in line]
-        assert len(lines) == 1, lines
-        assert "the next worker repeats some work" in lines[0]
+        # Kafka's client may say that the connection is gone before the signal is heard.
+        own = [line for line in lines if "streaming.librdkafka" not in line]
+        assert (len(own), len(lines) <= 2) == (1, True), lines
+        assert "the next worker repeats some work" in own[0]
 
 
 def test_a_batch_counts_once_a_replica_has_it(
