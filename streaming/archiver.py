@@ -139,6 +139,11 @@ class Intake:
         with self._lock:
             self.missed[number] = max(offset, self.missed.get(number, 0))
 
+    def leave_out(self) -> None:
+        """Give up all that was offered so far."""
+        with self._lock:
+            self._miss_all()
+
     def drop(self, numbers: Iterable[int]) -> None:
         """Forget partitions that another worker has now. Parsed messages and ends of theirs are told by their epoch."""
         gone = set(numbers)
@@ -157,13 +162,16 @@ class Intake:
     def _put(self, some: _Waiting) -> None:
         """With the lock. What waits is left out when it is too much with what comes; a single batch is never."""
         if self._waiting and self._bytes + some.bytes > self._max_bytes:
-            for number, offset in self._upto.items():
-                self.missed[number] = max(offset, self.missed.get(number, 0))
-            self._waiting.clear()
-            self._bytes = 0
+            self._miss_all()
             return
         self._waiting.append(some)
         self._bytes += some.bytes
+
+    def _miss_all(self) -> None:
+        for number, offset in self._upto.items():
+            self.missed[number] = max(offset, self.missed.get(number, 0))
+        self._waiting.clear()
+        self._bytes = 0
 
 
 class Archiver:
@@ -200,6 +208,8 @@ class Archiver:
     def close(self) -> None:
         """End the thread. What is open is dropped, and so is a thread that the lake does not let go."""
         self._stopping.set()
+        with self._lock:
+            self._archive.drop(list(self._assigned))
         if self._thread.ident is not None:
             self._thread.join(CLOSE_SECONDS)
             if self._thread.is_alive():
@@ -263,10 +273,10 @@ class Archiver:
                 pause = RETRY_SECONDS
             except Exception as error:  # noqa: BLE001 - a store raises what it likes; the topic keeps what it does not take
                 log.warning("the archive waits and tries again (%s: %s)", type(error).__name__, error)
+                self._stop_reading()
                 self._stopping.wait(pause)
                 pause = min(2 * pause, MAX_RETRY_SECONDS)
-        with suppress(BrokerFailure):
-            self._reader.close()
+        self._stop_reading()
 
     def _turn(self) -> None:
         self._begin_new()
@@ -275,9 +285,9 @@ class Archiver:
         if behind:
             self._read_again(behind)
         elif (some := self._intake.take()) is not None:
-            self._add(some)
+            self._add_or_miss(some)
         else:
-            self._reader.close()
+            self._stop_reading()
             self._intake.filled.wait(GATHER_SECONDS)
         if self._is_heard_of():
             self._archive.tick(now_ms())
@@ -319,8 +329,15 @@ class Archiver:
                 rows = []
                 self._archive.reach(number, offset, now_ms())
             elif error.code() == KafkaError._AUTO_OFFSET_RESET:
+                self._add_rows(rows)
+                rows = []
                 self._skip_lost(number)
         self._add_rows(rows)
+
+    def _stop_reading(self) -> None:
+        """Whatever is read again after this begins where the archive is."""
+        with suppress(BrokerFailure):
+            self._reader.close()
 
     def _skip_lost(self, number: int) -> None:
         """Go on where the brokers have messages again; what is between is missing, and seen to be."""
@@ -331,15 +348,31 @@ class Archiver:
             self._archive.cut(number, max(low, at) if at <= high else at)
         if at is not None and at > high:
             self._intake.missed.pop(number, None)
-        self._reader.close()
+        self._stop_reading()
 
-    def _add(self, some: _Waiting) -> None:
-        if some.rows:
-            self._add_rows(some.rows)
-        for number, (epoch, messages) in (some.parsed or {}).items():
-            self._archive.add(number, messages, epoch)
-        for number, end in (some.ends or {}).items():
-            self._archive.reach(number, end, now_ms())
+    def _add_or_miss(self, some: _Waiting) -> None:
+        """Archive what waited. What fails, or comes before it is known how far its partition is, is read again."""
+        try:
+            if some.rows:
+                self._add_rows(some.rows)
+            for number, (epoch, messages) in (some.parsed or {}).items():
+                self._add(number, messages, epoch)
+            for number, end in (some.ends or {}).items():
+                self._archive.reach(number, end, now_ms())
+        except BaseException:
+            self._intake.leave_out()
+            raise
+
+    def _add(self, number: int, messages: Messages, epoch: int | None) -> None:
+        """Add messages of an assignment, None: of the one that there is."""
+        with self._lock:
+            assigned, begun = self._assigned.get(number), self._begun.get(number)
+        if assigned is None or epoch not in (None, assigned.epoch):
+            return
+        if begun == assigned.epoch:
+            self._archive.add(number, messages, assigned.epoch)
+        else:
+            self._intake.miss(number, int(messages.offset[-1]) + 1)
 
     def _add_rows(self, rows: list[Row]) -> None:
         if not rows:
@@ -348,9 +381,7 @@ class Archiver:
         decoded = decode(taken.values, self._settings.events, self._settings.kafka.max_message_bytes, taken.appended)
         batch = Batch(decoded.events, taken.partition[decoded.rows], taken.offset[decoded.rows])
         for number, messages in by_partition(taken, decoded, batch).items():
-            with self._lock:
-                epoch = self._begun.get(number, -1)
-            self._archive.add(number, messages, epoch)
+            self._add(number, messages, None)
 
     def _is_heard_of(self) -> bool:
         """Whether this worker would know if others had its partitions: one that was frozen does not, for a moment."""

@@ -106,11 +106,13 @@ class Worker:
         self._stopping.set()
 
     def run(self) -> None:
-        """Work until `stop`. Raises MetricsError when the port of the metrics can't be had."""
+        """Work until `stop`. Raises MetricsError when the port of the metrics can't be had, and what the clients say of wrong
+        settings."""
         sys.setswitchinterval(SWITCH_SECONDS)
         # What was imported stays: looking through all of it for garbage would hold up messages for a tenth of a second.
         gc.freeze()
         self.metrics.serve(self.settings.stream.metrics_host, self.settings.stream.metrics_port)
+        admin = AdminClient(client_config(self.settings.kafka), logger=self._kafka_log)
         lake = Lake(self.settings.lake_uri, self.settings.lake.keep_versions)
         forgotten = ForgottenUsers(lake)
         forgotten.begin()
@@ -118,7 +120,7 @@ class Worker:
         while not self._stopping.is_set():
             started = time.monotonic()
             try:
-                self._work(lake, forgotten)
+                self._work(admin, lake, forgotten)
             except (StartOver, StateLost) as reason:
                 self._say(reason)
             except (BrokerFailure, *REDIS_FAILURES) as reason:
@@ -139,9 +141,9 @@ class Worker:
             self.metrics.restarts.labels(type(reason).__name__).inc()
             log.warning("starting over: %s", reason)
 
-    def _work(self, lake: Lake, forgotten: ForgottenUsers) -> None:
+    def _work(self, admin: AdminClient, lake: Lake, forgotten: ForgottenUsers) -> None:
         """Work on the topic that there is until that is no longer possible. Raises what made it so."""
-        found = self._wait_for_topic()
+        found = self._wait_for_topic(admin)
         if found is None:
             return
         session = _Session(self.settings, *found, self.metrics, self._stopping, self.name, lake, forgotten, self._kafka_log)
@@ -150,9 +152,8 @@ class Worker:
         finally:
             session.close()
 
-    def _wait_for_topic(self) -> tuple[Topic, bool] | None:
+    def _wait_for_topic(self, admin: AdminClient) -> tuple[Topic, bool] | None:
         """The topic, and whether the broker is the embedded one. None when the worker was stopped before there was one."""
-        admin = AdminClient(client_config(self.settings.kafka), logger=self._kafka_log)
         name = self.settings.kafka.topic
         told = False
         while not self._stopping.is_set():
@@ -257,7 +258,8 @@ class _Session:
             if self._pipe.failure is None:
                 self._write_progress()
                 self._commit(asynchronous=False)
-                forget_heartbeat(self._redis, self._name)
+                if self._stopping.is_set():  # one that starts over and does not come back is missed
+                    forget_heartbeat(self._redis, self._name)
         except (*REDIS_FAILURES, BrokerFailure, StateLost) as error:
             log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
         with self._lock:
@@ -266,12 +268,13 @@ class _Session:
             self._consumer.close()
         except BrokerFailure as error:
             log.info("the group is left to find out: %s", error)
-        if self._archiver is not None:
-            self._archiver.close()
-        self._sink.close()
-        self._quick_sink.close()
-        self._quick_redis.close()
-        self._redis.close()
+        finally:
+            if self._archiver is not None:
+                self._archiver.close()
+            self._sink.close()
+            self._quick_sink.close()
+            self._quick_redis.close()
+            self._redis.close()
 
     def _take(self) -> list[Message]:
         """What there is, at most a batch; waits a moment for a first message."""
@@ -290,10 +293,8 @@ class _Session:
         if error.code() == KafkaError._PARTITION_EOF:
             self._note_end(message.partition(), message.offset())
             return False
-        if error.code() == KafkaError._AUTO_OFFSET_RESET:
-            raise StartOver(f"{self._topic.name}/{message.partition()}: {error.str()}")
-        if error.fatal():
-            raise BrokerFailure(error.str())
+        if error.fatal() or error.code() == KafkaError._AUTO_OFFSET_RESET:
+            raise BrokerFailure(f"{self._topic.name}/{message.partition()}: {error.str()}")
         if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.UNKNOWN_TOPIC_ID, KafkaError.OFFSET_OUT_OF_RANGE):
             self._due["topic"] = 0.0
         self._kafka_log.log(logging.WARNING, "Kafka: %s", error.str())

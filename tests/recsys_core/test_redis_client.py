@@ -86,3 +86,9 @@ def test_nodes_are_named_with_their_ports() -> None:
 
 def test_a_password_is_never_shown() -> None:
     assert "secret" not in repr(RedisSettings(password=SecretStr("secret")))
+
+
+def test_waiting_for_replicas_is_refused_where_it_would_prove_nothing() -> None:
+    with pytest.raises(ValidationError, match="wait_replicas is for a single master"):
+        RedisSettings(mode="cluster", nodes=["redis:6379"], wait_replicas=1)
+    assert RedisSettings(mode="sentinel", nodes=["sentinel:26379"], wait_replicas=1).wait_replicas == 1

@@ -191,7 +191,7 @@ def test_the_end_of_a_partition_is_archived_when_transactions_are_the_last_in_it
                 sender.produce(one.settings.kafka.topic, orjson.dumps(event), b"k")
             sender.flush()
             (sender.commit_transaction if commit else sender.abort_transaction)()
-            assert one.ends() == {0: end}
+            wait_for("its marker is there", lambda end=end: one.ends() == {0: end})
             one.settle(seconds=15)
             wait_for("no lag", lambda: [b.lag for b in read_heartbeats(one.redis) if b.worker == "here"] == [0], 15)
             wait_for("the group knows", lambda end=end: watcher.committed([place], timeout=9)[0].offset == end, 15)
@@ -332,9 +332,10 @@ def test_a_worker_whose_neighbours_are_stopped_with_it_ends_with_one_line(tmp_pa
         )
         sections = {"kafka": kafka, "redis": {"url": server.url}}
         command = [sys.executable, "-c", code, str(tmp_path / "home"), orjson.dumps(sections).decode()]
-        said = tmp_path / "said"
+        said, nothing = tmp_path / "said", tmp_path / "empty.toml"
+        nothing.touch()
         with said.open("w") as out:
-            worker = subprocess.Popen(command, stderr=out, env={**os.environ, "RECSYS_CONFIG": str(said)})
+            worker = subprocess.Popen(command, stderr=out, env={**os.environ, "RECSYS_CONFIG": str(nothing)})
         held.callback(worker.kill)
         settings = Settings(home=tmp_path, kafka=kafka, redis={"url": server.url})
         produce([events(50)], settings.kafka)
@@ -347,6 +348,29 @@ def test_a_worker_whose_neighbours_are_stopped_with_it_ends_with_one_line(tmp_pa
         brokers.close()
         worker.send_signal(signal.SIGCONT)
         assert worker.wait(20) == 0
-        lines = said.read_text().splitlines()[before:]
-        assert len(lines) == 1, lines
-        assert "the next worker repeats some work" in lines[0]
+        lines = [line for line in said.read_text().splitlines()[before:] if " INFO " not in line]
+        # Kafka's client may say that the connection is gone before the signal is heard.
+        own = [line for line in lines if "streaming.librdkafka" not in line]
+        assert (len(own), len(lines) <= 2) == (1, True), lines
+        assert "the next worker repeats some work" in own[0]
+
+
+def test_a_batch_counts_once_a_replica_has_it(
+    world: Callable[..., World], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "REDIS_SECONDS", 0.1)
+    monkeypatch.setattr(worker_module, "DRAIN_SECONDS", 0.1)
+    port = free_port()
+    replica = Server(port, [*redis_command(tmp_path / "replica", port), "--replicaof", "127.0.0.1", str(server.port)])
+    one = world(redis={"url": server.url, "wait_replicas": 1}, stream={"archive": False})
+    chance = random.Random(8)
+    with in_this_process(one.settings) as worker, redis.Redis.from_url(replica.url) as copy:
+        one.send(*(one.event(chance, user_id="ann") for _ in range(3)))
+        wait_for("there is no replica", lambda: worker.metrics.redis_retries._value.get() >= 2)
+        assert worker.metrics.messages._value.get() == 0
+        replica.start()
+        try:
+            wait_for("it counts", lambda: worker.metrics.messages._value.get() == 3)
+            assert read_records(copy, ["ann"])[0].last
+        finally:
+            replica.kill()
