@@ -7,8 +7,10 @@ so that the caches go on; they are the hour's verdict, and `window_is_sound` of 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import dagster as dg
+import pyarrow as pa
 import pyarrow.dataset as ds
 
 from recsys_assets.reports import table
@@ -17,6 +19,7 @@ from recsys_core import model_quality, quality
 from recsys_core.bundle import ALS_FACTORS, ITEM_INDEX
 from recsys_core.catalog import CATALOG_KEY, CATALOG_TABLE
 from recsys_core.events import DAY_MS, USER_ID, hour_keys, key_start_ms
+from recsys_core.landing import LandingFile
 from recsys_core.profiles import (
     Measure,
     Profiles,
@@ -29,6 +32,9 @@ from recsys_core.profiles import (
 from recsys_core.quality import Finding, Report, validate
 from recsys_core.release import Manifest, ReleaseError
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NEWEST_FILES = 20
 CACHE_SAMPLE = 1000
@@ -99,8 +105,13 @@ def _merged(claims: Iterable[str], found: Iterable[Mapping[str, Sequence[Measure
 
 def _landing(platform: Platform, partitions: Sequence[str]) -> dict[str, Report]:  # noqa: ARG001
     files = sorted((f for f in platform.landing.files() if f.rows), key=lambda f: f.last_ts)[-NEWEST_FILES:]
-    dataset = ds.dataset([f.path for f in files], filesystem=platform.lake.fs, format="parquet") if files else None
-    rows = quality.sample_rows(dataset, platform.settings.quality.sample_rows)
+    try:
+        rows = _sample_of_files(platform, files)
+    except (pa.ArrowException, OSError):
+        damaged = platform.landing.damaged(files)
+        if not damaged:
+            raise
+        rows = _sample_of_files(platform, [file for file in files if file not in damaged])
     landed = sum(f.rows for f in platform.landing.files())
     rejected = sum(t.num_rows for t in platform.landing.quarantined())
     share = [Measure("now", "share of rows in quarantine", rejected / max(landed + rejected, 1), most=0.2)]
@@ -109,6 +120,11 @@ def _landing(platform: Platform, partitions: Sequence[str]) -> dict[str, Report]
         "quarantined_rows_are_few": model_quality.report_of("quarantined_rows_are_few", share),
         "landing_files_are_readable": model_quality.report_of("landing_files_are_readable", _left_out(platform)),
     }
+
+
+def _sample_of_files(platform: Platform, files: Sequence[LandingFile]) -> "pd.DataFrame":
+    dataset = ds.dataset([f.path for f in files], filesystem=platform.lake.fs, format="parquet") if files else None
+    return quality.sample_rows(dataset, platform.settings.quality.sample_rows)
 
 
 def _left_out(platform: Platform) -> list[Measure]:

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys_core.events import DAY_MS, EVENT_SCHEMA, HOUR_MS, TS, day_key, hour_key, key_start_ms
+from recsys_core.events import EVENT_SCHEMA, HOUR_MS, TS, hour_key, key_start_ms
 from recsys_core.lake import Lake, Partition
 from recsys_core.stores import write_atomically, written_at
 from recsys_core.tombstones import TombstoneLog
@@ -37,6 +37,7 @@ from recsys_core.tombstones import TombstoneLog
 LANDING = "landing"
 QUARANTINE = "quarantine"
 ENDING = ".parquet"
+DAY_LENGTH = len("2026-01-31")
 LANDING_SEEN, NAMES = "landing_seen", "names"
 """Lake table of which landing files were there at the last look for late ones: 64-bit hashes of their paths."""
 
@@ -269,8 +270,7 @@ class Landing:
         found = []
         for entry, file in self._readable():
             unseen = noted is not None and _name_hash(entry.path) not in noted
-            if unseen or file.arrived > since - CLOCK_SECONDS:
-                hours = self._hours_of(entry, file)
+            if (unseen or file.arrived > since - CLOCK_SECONDS) and (hours := self._hours_of(entry, file)) is not None:
                 found.append(Arrival(file, hours, unseen))
         return found
 
@@ -288,15 +288,17 @@ class Landing:
             return None
         return set(np.frombuffer(self.lake.read_blob(LANDING_SEEN, NAMES, NAMES), "<u8").tolist())
 
-    def _hours_of(self, entry: _Entry, file: LandingFile) -> dict[str, int]:
+    def _hours_of(self, entry: _Entry, file: LandingFile) -> dict[str, int] | None:
+        """Events of a file by hour, None where it turns out to be damaged."""
         if entry not in self._hours:
             held = OffsetRange.parse(file.path)
-            self._hours[entry] = self.archive_facts(held)["hours"] if held else self._count_hours(file.path)
+            counted: dict[str, int] = {}
+            reason = "" if held else self._trouble(entry.path, lambda source: counted.update(_by_hour(_times(source))))
+            if reason:
+                self._footers[entry] = reason
+                return None
+            self._hours[entry] = self.archive_facts(held)["hours"] if held else counted
         return self._hours[entry]
-
-    def _count_hours(self, path: str) -> dict[str, int]:
-        with self.lake.fs.open(path, "rb") as source:
-            return _by_hour(pq.read_table(source, columns=[TS])[TS].drop_null())
 
     def write_quarantine(self, source: str, name: str, rows: pa.Table) -> str:
         """Write one file of rejected rows. `rows` has QUARANTINE_SCHEMA. Returns its path."""
@@ -387,11 +389,9 @@ class Landing:
         Real histories end with stray events of broken clocks, and with a day that has only begun.
         """
         counts: Counter[str] = Counter()
-        for file in self.files():
-            with self.lake.fs.open(file.path, "rb") as source:
-                times = pq.read_table(source, columns=[TS])[TS].to_numpy()
-            days, events = np.unique(times // DAY_MS, return_counts=True)
-            counts.update({day_key(int(day) * DAY_MS): int(n) for day, n in zip(days, events, strict=True)})
+        for entry, file in self._readable():
+            for hour, events in (self._hours_of(entry, file) or {}).items():
+                counts[hour[:DAY_LENGTH]] += events
         if not counts:
             return None
         ordered = sorted(counts)
@@ -472,6 +472,10 @@ def _file_of(entry: _Entry, file: pq.ParquetFile) -> LandingFile:
 
 def _is_hidden(below: str) -> bool:
     return any(part.startswith((".", "_")) for part in below.split("/"))
+
+
+def _times(source: Any) -> pa.ChunkedArray:
+    return pq.read_table(source, columns=[TS])[TS].drop_null()
 
 
 def _name_hash(path: str) -> int:

@@ -73,25 +73,26 @@ def build_clicks_hourly(
     start, end = key_start_ms(min(hours)), key_start_ms(max(hours)) + HOUR_MS
     from_ms = start - settings.lookback_hours * HOUR_MS - settings.session_gap_minutes * MINUTE_MS
     looked = time.time()
-    files = landing.covering(from_ms, end)
+    listed = landing.covering(from_ms, end)
+    files, said = listed, what_was_read(listed, looked, hours)
     while files:
         try:
             with stage_progress(spark, f"clicks_hourly ({span(hours)})"):
-                return _build_clicks(spark, lake, files, looked, (from_ms, start, end), hours, settings)
+                return _build_clicks(spark, lake, files, said, (from_ms, start, end), hours, settings)
         except Exception:
             damaged = landing.damaged(files)
             if not damaged:
                 raise
             log.exception("clicks_hourly is made without %d landing files that can't be read", len(damaged))
             files = [file for file in files if file not in damaged]
-    return publish_empty(lake, CLICKS_HOURLY, hours, what_was_read([], looked, hours))
+    return publish_empty(lake, CLICKS_HOURLY, hours, said)
 
 
 def _build_clicks(
     spark: SparkSession,
     lake: Lake,
     files: Sequence[LandingFile],
-    looked: float,
+    said: Mapping[str, dict[str, Any]],
     times: tuple[int, int, int],
     hours: Sequence[str],
     settings: EventSettings,
@@ -113,7 +114,7 @@ def _build_clicks(
     maybe = not _folders(lake, staged) or seen.get["rejected"]
     rejected = judged.where(bad).withColumn("hour", _hour()) if maybe else None
     _quarantine(spark, lake, rejected, hours)
-    return publish(spark, lake, CLICKS_HOURLY, staged, "hour", hours, what_was_read(files, looked, hours))
+    return publish(spark, lake, CLICKS_HOURLY, staged, "hour", hours, said)
 
 
 def _quarantine(spark: SparkSession, lake: Lake, rejected: DataFrame | None, hours: Sequence[str]) -> None:

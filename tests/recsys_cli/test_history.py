@@ -7,16 +7,22 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
+import pyarrow as pa
 import pytest
+from builders import write_interactions
 from nights import prepare_night, small
 from rich.console import Console
 
+from recsys_cli import history
 from recsys_cli.backfill import PROCESS, tell_who_is_before
+from recsys_cli.stack import prepare_dagster_home, redis_server
 from recsys_core.bundle import ALS_FACTORS, POPULAR_ITEMS, TRENDING_ITEMS
 from recsys_core.lake import Lake
+from recsys_core.landing import QUARANTINE_SCHEMA, Landing
 from recsys_core.registry import Registry
 from recsys_core.settings import Settings
 
@@ -124,3 +130,75 @@ def test_a_day_is_replayed_beside_what_users_then_did(home: Path) -> None:
     refused = recsys(home, "replay", "--day", "2026-02-01")
     assert refused.returncode == 2
     assert "nothing to replay from" in refused.stderr
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    with redis_server(tmp_path / "redis") as url:
+        yield url
+
+
+def forget(settings: Settings, redis_url: str, user: str) -> tuple[int, str]:
+    """Exit code and output."""
+    at = settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": redis_url})})
+    shown = Console(file=io.StringIO(), width=200)
+    code = history.forget(at, user, shown)
+    assert isinstance(shown.file, io.StringIO)
+    return code, shown.file.getvalue()
+
+
+@pytest.fixture
+def own_dagster_home(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(prepare_dagster_home(settings.home)))
+
+
+def test_forgetting_somebody_whom_nobody_knows_says_so(mlflow_settings: Settings, redis_url: str) -> None:
+    home = mlflow_settings.home
+    write_interactions(Lake(mlflow_settings.lake_uri), DAYS[0], [("u7", "i1", 1.0)])
+    (home / "recsys.toml").write_text(f'{TOML}\n[redis]\nurl = "{redis_url}"\n')
+    done = recsys(home, "forget", "nosuchuser")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "There is no trace of this user in " in done.stdout
+    assert "was not searched" not in done.stdout
+    assert "were fitted with this user" not in done.stdout
+    assert "Kafka's topics clickstream.events and clickstream.dead-letter: messages stay for 168 hours" in done.stdout
+
+
+@pytest.mark.usefixtures("own_dagster_home")
+def test_forgetting_tells_what_went_what_is_left_to_look_at_and_what_could_not_be_searched(
+    settings: Settings, redis_url: str
+) -> None:
+    lake = Lake(settings.lake_uri)
+    rows = [
+        {"origin": "a", "row": 1, "reason": "bad", "content": content}
+        for content in ('{"user_id":"u7"}', "u7,i1,view", '{"user_id":"u8","note":"u7"}')
+    ]
+    write_interactions(lake, DAYS[0], [("u7", "i1", 1.0), ("u8", "i1", 1.0)])
+    Landing(lake).write_quarantine("shop", "a", pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA))
+    half = lake.path("landing", "app", "half.parquet")
+    lake.fs.makedirs(lake.path("landing", "app"))
+    lake.fs.pipe_file(half, b"PAR1")
+    code, shown = forget(settings, redis_url, "u7")
+    assert code == 1
+    assert "landing/app/half.parquet was not searched" in shown
+    assert "Look at: quarantine (rows that name no user by a field)" in shown
+    assert "interactions" in shown
+    lake.fs.rm_file(half)
+    code, shown = forget(settings, redis_url, "u7")
+    assert (code, "There is no trace of this user" in shown) == (0, True)
+
+
+@pytest.mark.usefixtures("own_dagster_home")
+def test_a_run_under_way_is_named_because_it_may_write_what_it_has_read(settings: Settings, redis_url: str) -> None:
+    with dg.DagsterInstance.get() as instance:
+        instance.create_run_for_job(idle, status=dg.DagsterRunStatus.STARTED)
+    code, shown = forget(settings, redis_url, "nosuchuser")
+    assert code == 1
+    assert "What runs write that were under way was not searched: 1 of idle began before the removal" in shown
+
+
+@pytest.mark.usefixtures("own_dagster_home")
+def test_without_redis_forgetting_names_it_in_a_line(settings: Settings) -> None:
+    code, shown = forget(settings, "redis://127.0.0.1:1", "nosuchuser")
+    assert code == 1
+    assert "Redis was not searched: ConnectionError" in shown

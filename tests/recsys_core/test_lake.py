@@ -1,3 +1,4 @@
+import os
 import uuid
 
 import pyarrow as pa
@@ -6,7 +7,7 @@ import pytest
 
 from recsys_core import stores
 from recsys_core.lake import POINTER, Lake, MissingPartition
-from recsys_core.stores import write_atomically
+from recsys_core.stores import LOCK, write_atomically
 
 KEY = "2026-03-02T10"
 
@@ -257,3 +258,63 @@ def test_the_latest_partition_can_be_bounded(anywhere):
 def test_spark_gets_an_address_it_knows():
     assert Lake("/data/lake").url("/data/lake/t") == "file:///data/lake/t"
     assert Lake("memory://bucket/lake").url("/bucket/lake/t") == "memory:///bucket/lake/t"
+
+
+def files_under(lake: Lake) -> set[str]:
+    return {path for path in lake.fs.find(lake.root) if not path.endswith(LOCK)}
+
+
+def test_a_writer_that_breaks_off_leaves_no_file(anywhere):
+    anywhere.write("t", KEY, numbers(1))
+    before = files_under(anywhere)
+
+    def breaks_off():
+        yield numbers(2).to_batches()[0]
+        raise RuntimeError("the source is gone")
+
+    def blobs():
+        yield "a", b"1"
+        raise RuntimeError("the source is gone")
+
+    staged = stage(anywhere, "t", {KEY: [2], "other": [3]})
+    for write in (
+        lambda: anywhere.write("t", KEY, breaks_off(), numbers().schema),
+        lambda: anywhere.write_blobs("t", KEY, blobs(), 1),
+        lambda: anywhere.replace_rows(anywhere.get("t", KEY), breaks_off(), numbers().schema),
+    ):
+        with pytest.raises(RuntimeError, match="the source is gone"):
+            write()
+    with pytest.raises(OSError, match="t/none: 5 rows expected"):
+        anywhere.publish_staged("t", staged, "hour", {"none": (5, "v")})
+    assert files_under(anywhere) == before
+
+
+@pytest.mark.parametrize("how", ["write", "write_blobs", "publish_staged"])
+def test_everything_that_a_pointer_names_is_on_the_disk_before_it(tmp_path, monkeypatch, how):
+    lake = Lake(str(tmp_path))
+    staged = stage(lake, "t", {KEY: [2]})
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda opened: (done.append(os.readlink(f"/proc/self/fd/{opened}")), fsync(opened)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(f"named {new}"), replace(old, new)))
+    {
+        "write": lambda: lake.write("t", KEY, numbers(2)),
+        "write_blobs": lambda: lake.write_blobs("t", KEY, {"n": b"2"}, 1),
+        "publish_staged": lambda: lake.publish_staged("t", staged, "hour", {KEY: (1, "v")}),
+    }[how]()
+    part = lake.get("t", KEY)
+    folder = lake.path("t", KEY)
+    named = done.index(f"named {folder}/{POINTER}")
+    before = set(done[:named])
+    assert {f"{folder}/{part.version}/{name}" for name in part.files} <= before
+    assert {f"{folder}/{part.version}", folder} <= before
+    assert folder in done[named:], "the pointer's own name"
+
+
+def test_a_pointer_that_is_no_pointer_is_repaired_by_making_the_partition_again(anywhere):
+    anywhere.write("t", KEY, numbers(1))
+    anywhere.fs.pipe_file(anywhere.path("t", KEY, POINTER), b"{half")
+    with pytest.raises(ValueError, match="Expecting property name"):
+        anywhere.get("t", KEY)
+    anywhere.write("t", KEY, numbers(2))
+    assert held(anywhere, "t", [KEY]) == [2]

@@ -333,3 +333,15 @@ def test_only_marks_of_files_that_hold_events_of_the_hour_are_kept_with_it(landi
         landing.write_events("app", f"f{n}", at(f"2026-03-02T1{n}:00"))
     said = what_was_read(landing.files(), time.time(), [f"2026-03-02T1{n}" for n in range(4)])
     assert [len(of_hour["recent"]) for of_hour in said.values()] == [1, 1, 1, 0]
+
+
+def test_a_file_with_damaged_pages_is_named_once_it_is_read(landing):
+    landing.write_events("app", "good", at(f"{HOUR}:10"))
+    content = bytearray(whole())
+    for place in range(4, 300):
+        content[place] ^= 0xFF
+    path = drop(landing, "damaged.parquet", bytes(content))
+    assert len(landing.files()) == 2
+    assert [a.file.path for a in landing.arrivals(0)] != [path]
+    assert list(landing.unreadable()) == [path]
+    assert Landing(landing.lake).last_busy_day() == "2026-03-02"

@@ -6,7 +6,7 @@ import pytest
 from builders import event, event_table, land, ms, write_clicks
 
 from recsys_core.events import HOUR_MS, hour_keys, invalid_reasons
-from recsys_core.landing import Landing
+from recsys_core.landing import Landing, was_read
 from recsys_core.settings import EventSettings, InteractionSettings
 from recsys_core.tables import (
     ACTIVE_USERS,
@@ -325,3 +325,30 @@ def test_active_users_had_an_event_in_the_hours_up_to_the_end_of_the_hour(spark,
     assert build_active_users(spark, lake, f"{DAY}T10", active_hours=3).rows == 3
     assert [row["user_id"] for row in rows_of(lake, ACTIVE_USERS, [f"{DAY}T10"])] == ["first", "last", "twice"]
     assert build_active_users(spark, lake, "2027-01-01T00", active_hours=3).rows == 0
+
+
+def test_a_file_whose_pages_are_damaged_is_left_out_of_the_hour_and_named(lake, build):
+    """Its footer is whole, so that only reading its rows shows it."""
+    land(lake, event("good", "u", "i", f"{DAY}T10:30"), name="good")
+    path = land(lake, *(event(f"e{n}", f"u{n}", f"i{n}", f"{DAY}T10:{n:02}") for n in range(60)), name="bad")
+    content = bytearray(lake.fs.cat_file(path))
+    for at in range(4, 600):
+        content[at] ^= 0xFF
+    lake.fs.pipe_file(path, bytes(content))
+    landing = Landing(lake)
+    assert len(landing.files()) == 2, "the footer is read"
+    build([f"{DAY}T10"])
+    assert [row["event_id"] for row in rows_of(lake, CLICKS_HOURLY, [f"{DAY}T10"])] == ["good"]
+    assert [file.path for file in landing.damaged(landing.files())] == [path]
+    assert list(landing.unreadable()) == [path]
+
+
+def test_an_hour_knows_which_files_it_was_made_from(lake, build):
+    land(lake, event("a", "u", "i", f"{DAY}T10:30"), name="a")
+    build(hours(f"{DAY}T10", f"{DAY}T11"))
+    landing = Landing(lake)
+    ten, eleven = (lake.get(CLICKS_HOURLY, f"{DAY}T{hour}") for hour in (10, 11))
+    assert (len(ten.extra["recent"]), eleven.extra["recent"]) == (1, [])
+    assert all(was_read(ten, arrival, 0) for arrival in landing.arrivals(0))
+    land(lake, event("b", "u", "i", f"{DAY}T10:31"), name="b")
+    assert [was_read(ten, arrival, 0) for arrival in landing.arrivals(0)] == [True, False]
