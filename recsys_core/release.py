@@ -167,9 +167,7 @@ class Releases:
             replaced = None
         before = (replaced.release_id, *replaced.previous) if replaced else ()
         withdrawn = replaced.withdrawn if replaced else ()
-        return self._point(
-            release_id, reason, tuple(name for name in before if name != release_id)[:KEPT_CHAMPIONS], withdrawn
-        )
+        return self._point(release_id, reason, tuple(name for name in before if name != release_id)[:KEPT_CHAMPIONS], withdrawn)
 
     def roll_back(self, reason: str = "rollback") -> tuple[Pointer, dict[str, str]]:
         """Return to the champion before this one, or to the next one before it that is whole.

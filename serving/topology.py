@@ -14,6 +14,7 @@ import random
 from binascii import crc_hqx
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import hiredis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
@@ -169,7 +170,7 @@ class Topology:
         """Raises Unknown."""
         return self.layout
 
-    async def _first(self, addresses: Sequence[Address], login: Login, *words: bytes) -> tuple[Address, object]:
+    async def _first(self, addresses: Sequence[Address], login: Login, *words: bytes) -> tuple[Address, Any]:
         """The first of some servers that answers a command, and its answer. Raises Unknown."""
         said = ""
         for host, port in addresses:
@@ -279,7 +280,7 @@ class ClusterMap(Topology):
         layout = Layout([], [-1] * REDIS_CLUSTER_HASH_SLOTS)
         assert layout.slots is not None
         try:
-            for first, last, *nodes in ranges:  # type: ignore[attr-defined]
+            for first, last, *nodes in ranges:
                 addresses = [_node_address(node, host) for node in nodes]
                 if addresses[0] not in shards:
                     shards[addresses[0]] = len(layout.shards)
@@ -330,19 +331,19 @@ def _configured(settings: RedisSettings) -> list[Address]:
     return [(host, int(port)) for host, _, port in (node.rpartition(":") for node in settings.nodes)]
 
 
-def _address(answer: object) -> Address:
+def _address(answer: Any) -> Address:
     """Raises Unknown."""
     try:
-        host, port = answer  # type: ignore[misc]
-        return host.decode(), int(port)
+        host, port = answer
+        return str(host.decode()), int(port)
     except (ValueError, TypeError, AttributeError) as error:
         raise Unknown(f"a Sentinel names no address but {answer!r}") from error
 
 
-def _usable_replicas(answer: object) -> list[Address]:
+def _usable_replicas(answer: Any) -> list[Address]:
     """Of replicas as Sentinel describes them, a list of names and values each, those that are up and follow the master."""
     found = []
-    for flat in answer:  # type: ignore[attr-defined]
+    for flat in answer:
         state = dict(zip(flat[::2], flat[1::2], strict=False))
         down = {b"s_down", b"o_down", b"disconnected"} & set(state.get(b"flags", b"").split(b","))
         if not down and state.get(b"master-link-status") == b"ok":
@@ -350,8 +351,8 @@ def _usable_replicas(answer: object) -> list[Address]:
     return found
 
 
-def _node_address(node: Sequence[object], asked: str) -> Address:
+def _node_address(node: Sequence[Any], asked: str) -> Address:
     """A node of CLUSTER SLOTS. A node that does not know its own name is the one that was asked."""
-    name, port = node[0], int(node[1])  # type: ignore[call-overload]
+    name, port = node[0], int(node[1])
     host = name.decode() if isinstance(name, bytes) else ""
     return (asked if host in ("", "?") else host), port

@@ -114,9 +114,7 @@ def test_any_byte_that_is_changed_is_noticed(at: int, to: int, count: int, long:
 
 
 @settings(deadline=None)
-@given(
-    at=st.integers(0, 400_000), oldest=st.integers(0, 400_000), last_ts=st.integers(0, 400_000), now=st.integers(0, 400_000)
-)
+@given(at=st.integers(0, 400_000), oldest=st.integers(0, 400_000), last_ts=st.integers(0, 400_000), now=st.integers(0, 400_000))
 def test_the_fast_path_takes_exactly_what_is_fresh(at: int, oldest: int, last_ts: int, now: int) -> None:
     value = encode_one([0, 1, 3], [3.0, 2.0, 1.0], at=at)
     answer = CachedAnswer.decode(value)

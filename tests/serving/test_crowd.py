@@ -11,8 +11,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from worlds import World, eventually
 
-from serving import recsys_pb2 as pb
 from serving import node
+from serving import recsys_pb2 as pb
 from serving.crowd import QUEUE
 
 STREAMS = 3

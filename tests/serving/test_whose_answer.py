@@ -98,9 +98,7 @@ def forget_answers(world: World) -> None:
 
 
 @pytest.mark.parametrize("field", MATTERS)
-def test_a_field_that_changes_an_answer_never_changes_another_callers(
-    served: World, stub: RecommenderStub, field: str
-) -> None:
+def test_a_field_that_changes_an_answer_never_changes_another_callers(served: World, stub: RecommenderStub, field: str) -> None:
     plain, other = pb.RecommendRequest(user_id="ann"), pb.RecommendRequest(user_id="ann", **MATTERS[field])
     alone = {}
     for name, request in (("plain", plain), ("other", other)):
@@ -168,9 +166,7 @@ def test_a_release_that_takes_no_notice_of_place_and_time_answers_from_the_cache
 
 
 @pytest.mark.parametrize("field", MATTERS)
-def test_every_field_is_part_of_the_options_and_makes_an_answer_uncacheable_or_is_the_count(
-    served: World, field: str
-) -> None:
+def test_every_field_is_part_of_the_options_and_makes_an_answer_uncacheable_or_is_the_count(served: World, field: str) -> None:
     plain = options_of(pb.RecommendRequest(user_id="ann"), served.settings)
     other = options_of(pb.RecommendRequest(user_id="ann", **MATTERS[field]), served.settings)
     assert other != plain
