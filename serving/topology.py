@@ -341,13 +341,19 @@ def _address(answer: Any) -> Address:
 
 
 def _usable_replicas(answer: Any) -> list[Address]:
-    """Of replicas as Sentinel describes them, a list of names and values each, those that are up and follow the master."""
+    """Of replicas as Sentinel describes them, a list of names and values each, those that are up and follow the master.
+
+    Raises Unknown.
+    """
     found = []
-    for flat in answer:
-        state = dict(zip(flat[::2], flat[1::2], strict=False))
-        down = {b"s_down", b"o_down", b"disconnected"} & set(state.get(b"flags", b"").split(b","))
-        if not down and state.get(b"master-link-status") == b"ok":
-            found.append((state[b"ip"].decode(), int(state[b"port"])))
+    try:
+        for flat in answer:
+            state = dict(zip(flat[::2], flat[1::2], strict=False))
+            down = {b"s_down", b"o_down", b"disconnected"} & set(state[b"flags"].split(b","))
+            if not down and state[b"master-link-status"] == b"ok":
+                found.append((state[b"ip"].decode(), int(state[b"port"])))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise Unknown(f"a Sentinel does not describe replicas as it should: {error}") from error
     return found
 
 
