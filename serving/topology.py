@@ -123,10 +123,12 @@ class Topology:
     # -- looking ------------------------------------------------------------------------------------------------
 
     async def find(self) -> None:
-        """Look now, or wait for the look under way."""
-        if self._looking is None:
-            self._looking = asyncio.get_running_loop().create_task(self._look())
-        await asyncio.shield(self._looking)
+        """Look now, or wait for the look under way; what the last one found is new enough for RETRY_SECONDS."""
+        loop = asyncio.get_running_loop()
+        if self._looking is None and loop.time() >= self._looked_at + RETRY_SECONDS:
+            self._looking = loop.create_task(self._look())
+        if self._looking is not None:
+            await asyncio.shield(self._looking)
 
     def look_soon(self) -> None:
         """Something has changed, or fails: look again, but not more often than every RETRY_SECONDS."""
