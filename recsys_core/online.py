@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 from recsys_core.features import OnlineFeatures, user_inputs
 from recsys_core.item_ids import DIGEST_BYTES, ItemIds, digests, packed, unpacked
 from recsys_core.ranking import Scores, Snapshot, Users
-from recsys_core.redis_client import Script, run_calls
+from recsys_core.redis_client import Script, is_cluster, run_calls
 from recsys_core.settings import RankingSettings
 from recsys_core.tower import TowerInputs
 
@@ -121,24 +121,29 @@ WRITE = Script(WRITE_LUA)
 CLOCK_MS = 60_000
 """Clocks of two machines may differ by so much: what is dated further ahead was dated by a wrong clock and is never fresh."""
 
-PUT_ANSWER_LUA = """
-if ARGV[3] == '1' and redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
-local held = redis.pcall('GETRANGE', KEYS[1], 0, 10)
-if type(held) == 'string' and #held == 11 and string.byte(held) == string.byte(ARGV[1]) then
+PUT_ANSWERS_LUA = """
+local ttl, beside = ARGV[1], ARGV[2] == '1'
+local function is_newer(held, value)
+  if type(held) ~= 'string' or #held < 11 or string.byte(held) ~= string.byte(value) then return false end
   local at = struct.unpack('<i8', held, 4)
-  if at > struct.unpack('<i8', ARGV[1], 4) then
-    local now = redis.call('TIME')
-    if at <= now[1] * 1000 + now[2] / 1000 + CLOCK_MS then return 0 end
+  if at <= struct.unpack('<i8', value, 4) then return false end
+  local now = redis.call('TIME')
+  return at <= now[1] * 1000 + now[2] / 1000 + CLOCK_MS
+end
+for i = 1, #KEYS, 2 do
+  local value = ARGV[2 + (i + 1) / 2]
+  if not beside or redis.call('EXISTS', KEYS[i + 1]) == 1 then
+    if not is_newer(redis.pcall('GETRANGE', KEYS[i], 0, 10), value) then redis.call('SET', KEYS[i], value, 'EX', ttl) end
   end
 end
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-return 1
 """.replace("CLOCK_MS", str(CLOCK_MS))
-"""KEYS: answer and record of a user. ARGV: the encoded answer, TTL (s), 1 when it may lie only beside a record.
+"""KEYS: answer and record of each user. ARGV: TTL (s), 1 when answers may lie only beside records, an encoded answer of each.
 
-Returns 1, or 0 and nothing is written: the answer that lies there is a newer one (unless a wrong clock dated it), or the
-record that it was made from is gone, because the user was forgotten meanwhile."""
-PUT_ANSWER = Script(PUT_ANSWER_LUA)
+An answer is not written over a newer one (unless a wrong clock dated that), nor, with 1, when the record that it was made
+from is gone: the user was forgotten meanwhile. Who removes a user removes the record first."""
+PUT_ANSWERS = Script(PUT_ANSWERS_LUA)
+ANSWERS_A_CALL = 64
+"""Answers that are written by one call where they need not share a slot: half the time of a SET for each."""
 
 _HEADER = struct.Struct("<BHqB")
 _END = struct.Struct("<i")
@@ -664,19 +669,26 @@ def read_records(redis: Any, user_ids: Sequence[str], features: bool = True) -> 
     return found  # type: ignore[return-value]
 
 
-def put_answer(user_id: str, value: bytes, ttl_seconds: int, beside_record: bool) -> tuple[object, ...]:
-    """The call of PUT_ANSWER that writes an encoded answer; only `beside_record` when it was made from one."""
-    return PUT_ANSWER.call([recs_key(user_id), user_key(user_id)], value, ttl_seconds, int(beside_record))
+def put_answers(
+    answers: Sequence[tuple[str, bytes]], ttl_seconds: int, beside_record: bool, a_call: int
+) -> list[tuple[object, ...]]:
+    """The calls of PUT_ANSWERS that write encoded answers by user id, `a_call` of them by each."""
+    calls = []
+    for at in range(0, len(answers), a_call):
+        some = answers[at : at + a_call]
+        keys = [key for user_id, _ in some for key in (recs_key(user_id), user_key(user_id))]
+        calls.append(PUT_ANSWERS.call(keys, ttl_seconds, int(beside_record), *(value for _, value in some)))
+    return calls
 
 
 def write_answers(redis: Any, answers: Iterable[tuple[str, bytes]], ttl_seconds: int, beside_record: bool = False) -> int:
-    """Write encoded answers by user id in one pipeline, each unless PUT_ANSWER says otherwise. Returns how many there were.
+    """Write encoded answers by user id in one pipeline, each unless PUT_ANSWERS says otherwise. Returns how many there were.
 
     `redis` is a redis-py client (standalone or cluster). Raises redis.RedisError.
     """
-    calls = [put_answer(user_id, value, ttl_seconds, beside_record) for user_id, value in answers]
-    run_calls(redis, calls, [PUT_ANSWER])
-    return len(calls)
+    made = list(answers)
+    run_calls(redis, put_answers(made, ttl_seconds, beside_record, 1 if is_cluster(redis) else ANSWERS_A_CALL), [PUT_ANSWERS])
+    return len(made)
 
 
 def write_records(redis: Any, records: Iterable[tuple[str, UserRecord]], ttl_seconds: int, keep: int = 5) -> int:

@@ -355,7 +355,7 @@ class RedisSettings(Section):
     key_file: str = Field("", description="PEM file of its key")
     read_replicas: bool = Field(False, description="online reads go to replicas as well; they may be a moment behind")
     wait_replicas: int = Field(0, ge=0, description="replicas that must have a batch of the speed layer before it counts")
-    timeout_ms: int = Field(20, ge=1, description="deadline of one online read")
+    timeout_ms: int = Field(20, ge=1, description="deadline of one online read of a user, from when it is sent")
 
     @model_validator(mode="after")
     def _has_nodes(self) -> RedisSettings:

@@ -17,15 +17,16 @@ from redis.retry import Retry
 
 from recsys_core.live_trends import LiveTrend, LiveTrendReader, with_hourly
 from recsys_core.online import (
+    ANSWERS_A_CALL,
     LAST_TS,
-    PUT_ANSWER,
+    PUT_ANSWERS,
     RECORD_FIELDS,
     TRENDING_KEY,
     CachedAnswer,
     CorruptValue,
     TrendingValue,
     UserRecord,
-    put_answer,
+    put_answers,
     recs_key,
     user_key,
 )
@@ -211,25 +212,26 @@ class Store:
 
     async def write_answers(self, answers: Iterable[tuple[str, bytes]]) -> None:
         """Write encoded answers by user id, each beside the record that it was made from; a failure is counted."""
-        parts: dict[int, tuple[Node, list[tuple[bytes, ...]]]] = {}
+        parts: dict[int, tuple[Node, list[tuple[str, bytes]]]] = {}
         for user_id, value in answers:
             shard = self.topology.layout.shard(user_id.encode())
             if shard is None:
                 self.counts["redis_skipped"] += 1
-                continue
-            words = words_of(put_answer(user_id, value, self._ttl, beside_record=True))
-            parts.setdefault(id(shard.master), (shard.master, []))[1].append(words)
+            else:
+                parts.setdefault(id(shard.master), (shard.master, []))[1].append((user_id, value))
         started = time.perf_counter()
-        refused = await asyncio.gather(*(self._write(node, commands) for node, commands in parts.values()))
+        refused = await asyncio.gather(*(self._write(node, some) for node, some in parts.values()))
         self.metrics.steps["write"].observe(time.perf_counter() - started)
         self._note_refused([error for errors in refused for error in errors])
 
-    async def _write(self, node: Node, commands: list[tuple[bytes, ...]]) -> list[ReplyError]:
+    async def _write(self, node: Node, answers: list[tuple[str, bytes]]) -> list[ReplyError]:
         """The error replies."""
+        a_call = 1 if self.topology.layout.slots is not None else ANSWERS_A_CALL
+        commands = [words_of(call) for call in put_answers(answers, self._ttl, True, a_call)]
         replies = await node.call(commands) or []
         unknown = [words for words, reply in zip(commands, replies, strict=False) if _is_unknown_script(reply)]
         if unknown:
-            text = PUT_ANSWER.text.encode()
+            text = PUT_ANSWERS.text.encode()
             again = await node.call([(b"EVAL", text, *words[2:]) for words in unknown]) or []
             replies = [reply for reply in replies if not _is_unknown_script(reply)] + again
         return [reply for reply in replies if type(reply) is ReplyError]

@@ -14,6 +14,7 @@ import random
 from binascii import crc_hqx
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import hiredis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
@@ -122,10 +123,12 @@ class Topology:
     # -- looking ------------------------------------------------------------------------------------------------
 
     async def find(self) -> None:
-        """Look now, or wait for the look under way."""
-        if self._looking is None:
-            self._looking = asyncio.get_running_loop().create_task(self._look())
-        await asyncio.shield(self._looking)
+        """Look now, or wait for the look under way; what the last one found is new enough for RETRY_SECONDS."""
+        loop = asyncio.get_running_loop()
+        if self._looking is None and loop.time() >= self._looked_at + RETRY_SECONDS:
+            self._looking = loop.create_task(self._look())
+        if self._looking is not None:
+            await asyncio.shield(self._looking)
 
     def look_soon(self) -> None:
         """Something has changed, or fails: look again, but not more often than every RETRY_SECONDS."""
@@ -169,7 +172,7 @@ class Topology:
         """Raises Unknown."""
         return self.layout
 
-    async def _first(self, addresses: Sequence[Address], login: Login, *words: bytes) -> tuple[Address, object]:
+    async def _first(self, addresses: Sequence[Address], login: Login, *words: bytes) -> tuple[Address, Any]:
         """The first of some servers that answers a command, and its answer. Raises Unknown."""
         said = ""
         for host, port in addresses:
@@ -279,7 +282,7 @@ class ClusterMap(Topology):
         layout = Layout([], [-1] * REDIS_CLUSTER_HASH_SLOTS)
         assert layout.slots is not None
         try:
-            for first, last, *nodes in ranges:  # type: ignore[attr-defined]
+            for first, last, *nodes in ranges:
                 addresses = [_node_address(node, host) for node in nodes]
                 if addresses[0] not in shards:
                     shards[addresses[0]] = len(layout.shards)
@@ -330,28 +333,34 @@ def _configured(settings: RedisSettings) -> list[Address]:
     return [(host, int(port)) for host, _, port in (node.rpartition(":") for node in settings.nodes)]
 
 
-def _address(answer: object) -> Address:
+def _address(answer: Any) -> Address:
     """Raises Unknown."""
     try:
-        host, port = answer  # type: ignore[misc]
-        return host.decode(), int(port)
+        host, port = answer
+        return str(host.decode()), int(port)
     except (ValueError, TypeError, AttributeError) as error:
         raise Unknown(f"a Sentinel names no address but {answer!r}") from error
 
 
-def _usable_replicas(answer: object) -> list[Address]:
-    """Of replicas as Sentinel describes them, a list of names and values each, those that are up and follow the master."""
+def _usable_replicas(answer: Any) -> list[Address]:
+    """Of replicas as Sentinel describes them, a list of names and values each, those that are up and follow the master.
+
+    Raises Unknown.
+    """
     found = []
-    for flat in answer:  # type: ignore[attr-defined]
-        state = dict(zip(flat[::2], flat[1::2], strict=False))
-        down = {b"s_down", b"o_down", b"disconnected"} & set(state.get(b"flags", b"").split(b","))
-        if not down and state.get(b"master-link-status") == b"ok":
-            found.append((state[b"ip"].decode(), int(state[b"port"])))
+    try:
+        for flat in answer:
+            state = dict(zip(flat[::2], flat[1::2], strict=False))
+            down = {b"s_down", b"o_down", b"disconnected"} & set(state[b"flags"].split(b","))
+            if not down and state[b"master-link-status"] == b"ok":
+                found.append((state[b"ip"].decode(), int(state[b"port"])))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise Unknown(f"a Sentinel does not describe replicas as it should: {error}") from error
     return found
 
 
-def _node_address(node: Sequence[object], asked: str) -> Address:
+def _node_address(node: Sequence[Any], asked: str) -> Address:
     """A node of CLUSTER SLOTS. A node that does not know its own name is the one that was asked."""
-    name, port = node[0], int(node[1])  # type: ignore[call-overload]
+    name, port = node[0], int(node[1])
     host = name.decode() if isinstance(name, bytes) else ""
     return (asked if host in ("", "?") else host), port

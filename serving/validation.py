@@ -64,7 +64,8 @@ NO_DIVERSITY = Diversity()
 
 @dataclass(frozen=True)
 class Context:
-    """Where the user is; it changes what is recommended. `current_item` is the item that the user looks at; `excluded` of the options holds it too."""
+    """Where the user is, which changes what is recommended. `current_item` is the item that the user looks at; `excluded` of
+    the options holds it too."""
 
     current_item: str = ""
     device: str = ""

@@ -17,6 +17,7 @@ from recsys_core.features import OnlineFeatures
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.online import (
     TRENDING_KEY,
+    AnswerEncoder,
     CachedAnswer,
     TrendingValue,
     UserRecord,
@@ -25,6 +26,7 @@ from recsys_core.online import (
     user_key,
     users_of,
     write_answers,
+    write_records,
 )
 from recsys_core.popularity import TRENDS_SCHEMA
 from recsys_core.precompute import (
@@ -46,6 +48,7 @@ from recsys_core.ranking import Snapshot, Trend, rank
 from recsys_core.release import Pointer
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
+from recsys_core.tombstones import TombstoneLog, hash_of
 
 DAY, HOUR = "2026-03-02", "2026-03-02T10"
 SNAPSHOT = make_snapshot(items=60, rank=4, unavailable=(0, 7))
@@ -246,6 +249,32 @@ def test_samples_show_the_last_items_beside_the_first_recommended(redis, lake, s
     assert (nobody.last, len(nobody.recommended)) == ((), 5)
     write_active(lake, *(f"guest-{n}" for n in range(20)))
     assert [(s.user_id, s.recommended) for s in read_samples(redis, lake, HOUR)] == [(f"guest-{n}", ()) for n in range(10)]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with a record", "without one"])
+def test_a_user_who_is_forgotten_while_the_caches_are_made_is_not_in_them(redis, lake, settings, monkeypatch, known):
+    write_active(lake, "ann", "bob")
+    write_records(redis, [("ann", UserRecord(last_ts=1))] + [("bob", UserRecord(last_ts=1))] * known, 60)
+
+    def forgotten_meanwhile(*args, **kwargs):
+        ranked = rank(*args, **kwargs)
+        TombstoneLog(lake).add(hash_of("bob"), now_ms())
+        redis.delete(user_key("bob"))
+        redis.delete(recs_key("bob"))
+        return ranked
+
+    monkeypatch.setattr("recsys_core.precompute.rank", forgotten_meanwhile)
+    write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
+    assert redis.exists(recs_key("ann"))
+    assert not redis.exists(recs_key("bob"), user_key("bob"))
+
+
+def test_an_older_answer_of_the_caches_does_not_replace_a_newer_one(redis, lake, settings):
+    write_active(lake, "ann")
+    newer = AnswerEncoder("now", SNAPSHOT.item_ids).encode(np.array([[5]]), np.ones((1, 1), np.float32), now_ms() + 30_000)
+    write_answers(redis, [("ann", *newer)], 60)
+    write_rec_cache(redis, lake, SNAPSHOT, no_trend(), settings)
+    assert answer_of(redis, "ann").release_id == "now"
 
 
 GUESTS = [f"guest-{n}" for n in range(60)]

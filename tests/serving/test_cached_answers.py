@@ -1,4 +1,5 @@
-"""Which cached answers are served and which are written: none of the future, none that was changed, none of a forgotten user."""
+"""Cached answers: none of the future is served, none that was changed, none of a release that was rolled back; and no
+answer is written over a newer one, or for a user who was forgotten."""
 
 from __future__ import annotations
 

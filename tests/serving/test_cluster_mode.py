@@ -20,6 +20,9 @@ from recsys_core.settings import Settings, load_settings
 from serving.client import RecsysClient
 
 USERS = [f"user-{n}" for n in range(60)]
+RIGHTS = ["+@read", "+@write", "+@scripting", "+@connection", "+wait", "+cluster|slots", "+readonly", "+asking", "~*"]
+"""What docs/how-to.md says."""
+LOGIN = {"username": "recsys", "password": "secret"}
 
 
 def settings_of(home: Path, nodes: list[str], **redis: object) -> Settings:
@@ -40,7 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def parts(here: Path) -> Iterator[Cluster]:
     """Three masters without replicas; the death of one leaves the others at work."""
-    with cluster(here, options=["--cluster-require-full-coverage", "no"]) as made:
+    with cluster(here, options=["--cluster-require-full-coverage", "no", "--user", "recsys", "on", ">secret", *RIGHTS]) as made:
         yield made
 
 
@@ -71,7 +74,7 @@ def serving(settings: Settings) -> Iterator[ClusterWorld]:
 
 @pytest.fixture
 def world(here: Path, parts: Cluster) -> Iterator[ClusterWorld]:
-    with serving(settings_of(here, parts.nodes[:2])) as made:
+    with serving(settings_of(here, parts.nodes[:2], **LOGIN)) as made:
         yield made
 
 
@@ -182,7 +185,7 @@ def test_users_whose_slot_is_moved_are_answered_during_the_move_and_after_it(wor
     for address in (target, source):
         parts.node(address).execute_command("CLUSTER", "SETSLOT", slot, "NODE", names[target])
     assert world.client.recommend("ann").tier == "CACHE", "the source says MOVED"
-    assert [a.tier for a in world.client.recommend_batch(["ann", *USERS])][0] == "CACHE"
+    assert world.client.recommend_batch(["ann", *USERS])[0].tier == "CACHE"
     shard = world.server.store.topology
     eventually(lambda: shard.layout.shard(b"ann").master.breaker.name.endswith(target.rpartition(":")[2]))
     assert world.server.store.breaker == (False, 0)

@@ -147,6 +147,17 @@ def test_a_server_starts_whatever_redis_is_doing_and_uses_it_once_it_works(
     eventually(lambda: tier(world) == "CACHE")
 
 
+@pytest.mark.parametrize("mode", ["sentinel", "cluster"])
+def test_who_says_where_keys_are_is_not_asked_by_every_call(start: Callable[..., World], puppet: Puppet, mode: str) -> None:
+    asked = []
+    puppet.answer = lambda words: asked.append(words[0]) or b"-LOADING Redis is loading the dataset in memory\r\n"
+    world = start(mode)
+    began, asked[:] = time.monotonic(), []
+    assert {tier(world, f"user-{n}") for n in range(200)} == {"POPULAR"}
+    questions = [name for name in asked if name in (b"SENTINEL", b"CLUSTER")]
+    assert len(questions) <= 6 + 12 * (time.monotonic() - began), "a look in half a second, and that of the live trends"
+
+
 def test_a_redis_that_is_a_node_of_a_cluster_is_named_so_once(
     start: Callable[..., World], puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:

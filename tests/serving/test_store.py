@@ -151,7 +151,7 @@ class OneAtATime:
     def __init__(self) -> None:
         self.asked: list[tuple[list[bytes], Sink]] = []
 
-    def read(self, user_ids: Sequence[bytes], sink: Sink, many: bool = False) -> None:
+    def read(self, user_ids: Sequence[bytes], sink: Sink) -> None:
         self.asked.append((list(user_ids), sink))
 
     def answer(self, at: int) -> None:
