@@ -127,7 +127,8 @@ class ExactIndex:
 
     def search(self, queries: np.ndarray, k: int, allowed: Part | np.ndarray | None = None) -> np.ndarray:
         """What `VectorIndex.search` approximates."""
-        return _padded(scan(_as_queries(queries, self.metric), self.vectors, self._lengths, k, _positions(allowed)), k)
+        positions = _positions(allowed) if isinstance(allowed, np.ndarray) else None if allowed is None else allowed.positions
+        return _padded(scan(_as_queries(queries, self.metric), self.vectors, self._lengths, k, positions), k)
 
     def scans(self, allowed: Part | None) -> bool:  # noqa: ARG002
         return True
@@ -164,15 +165,15 @@ class VectorIndex:
         Args:
             queries: float32 (b, dimension).
             k: neighbours wanted.
-            allowed: positions that may be returned, ascending, None for all. They are filtered inside the search.
+            allowed: positions that may be returned, None for all. They are filtered inside the search.
 
         Returns:
             int64 (b, k), best first, padded by -1.
         """
-        part = Part(np.asarray(allowed, np.int64), self.items) if isinstance(allowed, np.ndarray) else allowed
+        part = Part(_positions(allowed), self.items) if isinstance(allowed, np.ndarray) else allowed
         queries = _as_queries(queries, self.metric)
         if self.scans(part):
-            return _padded(scan(queries, self.vectors, self.lengths, k, _positions(part)), k)
+            return _padded(scan(queries, self.vectors, self.lengths, k, None if part is None else part.positions), k)
         return _padded(self._walk(queries, k, part), k)
 
     def scans(self, allowed: Part | None) -> bool:
@@ -311,10 +312,9 @@ def _as_queries(queries: np.ndarray, metric: Metric) -> np.ndarray:
     return unit_rows(queries) if metric == "cosine" else np.ascontiguousarray(queries, dtype=np.float32)
 
 
-def _positions(allowed: Part | np.ndarray | None) -> np.ndarray | None:
-    if allowed is None:
-        return None
-    return np.ascontiguousarray(allowed.positions if isinstance(allowed, Part) else allowed, np.int64)
+def _positions(allowed: np.ndarray) -> np.ndarray:
+    """Positions as a scan takes them."""
+    return np.sort(np.asarray(allowed, np.int64))
 
 
 def _padded(found: np.ndarray, k: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from zlib import crc32
 
@@ -540,33 +541,36 @@ def _last_and_excluded(
 
     The last items are the newest distinct ones, those of `last` before those of `seen`.
     """
-    most = settings.max_consumed if settings.exclude_consumed else 0
-    lists = [
-        ids
-        for row, record in enumerate(records)
-        for ids in ([action[0] for action in record.last], excluded[row] if excluded else (), record.seen)
-    ]
+    count, most = len(records), settings.max_consumed if settings.exclude_consumed else 0
+    others = excluded or [()] * count
+    lists: list[Sequence[str]] = []
+    for record, asked in zip(records, others, strict=True):
+        lists += [action[0] for action in record.last], asked, record.seen
     sizes = np.fromiter(map(len, lists), np.int64, len(lists))
-    positions = snapshot.item_ids.positions([item for ids in lists for item in ids])
+    positions = snapshot.item_ids.positions(list(chain.from_iterable(lists)))
     parts = np.repeat(np.arange(len(sizes)), sizes)
-    rows, kind = parts // 3, parts % 3
-    within = np.arange(len(parts)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    known, asked = positions >= 0, kind == 1
-    newest = [_padded(rows, positions, known & (kind == which), len(records)) for which in (0, 2)]
-    had_too = known & (asked | (settings.exclude_consumed & ((kind == 0) | (within < most))))
-    rows, positions, had = _with_digests(snapshot, records, rows[had_too], positions[had_too], most)
+    rows, kind = np.divmod(parts, 3)
+    known, of_seen = positions >= 0, kind == 2
+    enough = int(sizes[::3].max(initial=0)) + settings.last_items
+    newest = _padded(rows, positions, known & (kind != 1), count, enough)
+    if not settings.exclude_consumed:
+        known &= kind == 1
+    elif sizes[2::3].max(initial=0) > most:
+        within = np.arange(len(parts)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        known &= ~of_seen | (within < most)
+    rows, positions, had = _with_digests(snapshot, records, rows[known], positions[known], most)
     everything = np.ones(len(rows), bool)
-    return _first_distinct(np.hstack(newest), settings.last_items), _padded(rows, positions, everything, len(records)), had
+    return _first_distinct(newest, settings.last_items), _padded(rows, positions, everything, count), had
 
 
 def _with_digests(
     snapshot: Snapshot, records: Sequence[UserRecord], rows: np.ndarray, positions: np.ndarray, most: int
 ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
     """Rows and positions with those of the records' digests, and apart, by row, those of users that had very many items."""
-    found = [_digests_of(record, most) for record in records] if any(record.had for record in records) else []
-    sizes = np.array([len(of_user) for of_user in found], np.int64)
-    if not sizes.any():
+    if not most or not any(record.had for record in records):
         return rows, positions, {}
+    found = [_digests_of(record, most) for record in records]
+    sizes = np.array([len(of_user) for of_user in found], np.int64)
     more, owners = snapshot.item_ids.positions_of_digests(np.concatenate(found)), np.repeat(np.arange(len(sizes)), sizes)
     ends = np.cumsum(sizes)
     many = np.flatnonzero(sizes > FEW_HAD)
@@ -579,15 +583,10 @@ def _with_digests(
 
 def _first_distinct(rows: np.ndarray, count: int) -> np.ndarray:
     """int64 (b, count): the first distinct positions of each row, padded by -1."""
-    repeated = rows < 0
-    for at in range(1, rows.shape[1]):
-        repeated[:, at] |= (rows[:, :at] == rows[:, at : at + 1]).any(axis=1)
-    order = np.argsort(repeated, axis=1, kind="stable")[:, :count]
-    found = np.full((len(rows), count), -1, np.int64)
-    found[:, : order.shape[1]] = np.where(
-        np.take_along_axis(repeated, order, axis=1), -1, np.take_along_axis(rows, order, axis=1)
-    )
-    return found
+    first_equal = (rows[:, :, None] == rows[:, None, :]).argmax(axis=2) if rows.size else rows
+    at, columns = np.nonzero((first_equal == np.arange(rows.shape[1])) & (rows >= 0))
+    found = rows[at, columns]
+    return _padded(at, found, np.ones(len(found), bool), len(rows), count)
 
 
 def _padded(rows: np.ndarray, positions: np.ndarray, chosen: np.ndarray, count: int, width: int | None = None) -> np.ndarray:

@@ -80,11 +80,17 @@ def test_a_search_under_any_filter_finds_the_nearest_that_it_leaves(walked: Vect
     np.testing.assert_array_equal(np.sort(one_by_one), np.sort(found[:5]))
 
 
-def test_items_without_a_direction_in_a_filter_leave_room_for_the_others() -> None:
-    vectors = falling()
-    vectors[1_200:2_700] = 0
-    index, _ = build_index(vectors, "inner_product", SETTINGS, questions(200))
-    allowed = np.arange(900, 2_940)
+@pytest.mark.parametrize("zeros", [0, 5_000])
+def test_the_half_of_a_large_catalogue_that_is_least_popular_is_found_too(zeros: int) -> None:
+    """Zeros are vectors of items that a model does not know."""
+    random = np.random.default_rng(4)
+    vectors = random.normal(size=(12_000, DIMENSION)).astype(np.float32)
+    vectors *= (np.arange(1, 12_001) ** -0.5 / np.linalg.norm(vectors, axis=1)).astype(np.float32)[:, None]
+    vectors[7_000 : 7_000 + zeros] = 0
+    few = SETTINGS.model_copy(update={"m": 8, "ef_construction": 40})
+    index, _ = build_index(vectors, "inner_product", few, questions(200))
+    index.ef_search = 567
+    allowed = random.permutation(np.arange(5_000, 12_000))
     exact = allowed[exact_neighbours(questions(), vectors[allowed], "inner_product", 50)]
     assert found_share(index.search(questions(), 200, allowed)[:, :50], exact) >= RECALL
 
@@ -217,7 +223,7 @@ def test_of_the_similar_items_those_that_a_filter_leaves_are_taken() -> None:
 GRAPHS: dict[float, Snapshot] = {}
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     exact=st.booleans(),
     available=st.sampled_from([0.1, 0.5, 0.97, 1.0]),

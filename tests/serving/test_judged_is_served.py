@@ -17,18 +17,19 @@ from towers import make_tower
 from waiting import eventually
 from worlds import World
 
+from recsys_core.als import read_factors
 from recsys_core.bundle import ALS_FACTORS, POPULAR_ITEMS, TRENDING_ITEMS, assemble, build_item_index, fit_als_factors
 from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
 from recsys_core.evaluation import SERVED, compare, evaluate_snapshot
 from recsys_core.events import DAY_MS, HOUR_MS, hour_keys
 from recsys_core.features import USER_FEATURES, user_summaries
-from recsys_core.holdout import TWO_TOWER, Split, fit_holdout, time_split
+from recsys_core.holdout import TWO_TOWER, Past, Split, aligned, fit_holdout, time_split, users_then
 from recsys_core.index import unit_rows
 from recsys_core.lake import Lake
 from recsys_core.online import CachedAnswer, recs_key
 from recsys_core.popularity import popular_items, trending_items
 from recsys_core.precompute import plan_caches, read_trend, write_online_features, write_shards, write_trend
-from recsys_core.ranking import Snapshot, Trend
+from recsys_core.ranking import Snapshot, Trend, rank
 from recsys_core.settings import RankingSettings, Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS, ONLINE_FEATURES
 from recsys_core.tower import npy_bytes
@@ -132,7 +133,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lake, rows, settings = Lake(str(folder)), events(), Settings(als=ALS)
     write_clicks(lake, [(user, name, np.datetime64(ts, "ms").astype(str)) for user, name, ts in rows])
     write_window(lake, rows)
-    catalogue = [{"item_id": item(n), "available": n not in UNAVAILABLE} for n in range(ITEMS)]
+    catalogue = [{"item_id": item(n), "category": f"c{n % 5}", "available": n not in UNAVAILABLE} for n in range(ITEMS)]
     merge_catalog(lake, pa.Table.from_pylist(catalogue, schema=CATALOG_SCHEMA))
     fit_als_factors(lake, BEFORE, settings, None, "numpy")
     build_item_index(lake, BEFORE, settings)
@@ -173,6 +174,20 @@ def had(one: Night, user: str) -> set[str]:
     return {one.split.items[at] for at in row.indices}
 
 
+def under_a_filter(one: Night, trend: Trend, category: str) -> dict[str, list[str]]:
+    """What the evaluation would judge if every user asked for one category."""
+    split, snapshot = one.split, one.snapshot
+    factors = aligned(read_factors(one.lake, ALS_FACTORS, BEFORE, "users", split.users), split.users)
+    past = Past(split.users, factors, split.items, split.seen, MIDNIGHT)
+    users = users_then(one.lake, snapshot, past, snapshot.ranking, one.settings)
+    allowed = snapshot.in_categories([category])
+    ranked = rank(snapshot, trend, users, KEPT, snapshot.ranking, allowed)
+    return {
+        user: [snapshot.item_ids[at] for at in row if at >= 0]
+        for user, row in zip(split.users.tolist(), ranked.positions, strict=True)
+    }
+
+
 @pytest.mark.parametrize("towers", [False, True])
 def test_the_server_and_the_caches_answer_what_the_evaluation_judged(
     made: Path, empty_world: World, tmp_path: Path, towers: bool, monkeypatch: pytest.MonkeyPatch
@@ -201,6 +216,10 @@ def test_the_server_and_the_caches_answer_what_the_evaluation_judged(
             request = pb.RecommendRequest(user_id=user, count=KEPT, context=pb.Context(ts_ms=MIDNIGHT))
             answer = recommender.Recommend(request, timeout=60)
             assert answer.tier == tier
+            assert [found.item_id for found in answer.items] == items
+        for user, items in under_a_filter(one, trend, "c1").items():
+            request = pb.RecommendRequest(user_id=user, count=KEPT, categories=["c1"], context=pb.Context(ts_ms=MIDNIGHT))
+            answer = recommender.Recommend(request, timeout=60)
             assert [found.item_id for found in answer.items] == items
     one.lake.write(ACTIVE_USERS, LAST_HOUR, pa.table({"user_id": list(one.judged)}))
     monkeypatch.setattr("recsys_core.precompute.now_ms", lambda: MIDNIGHT)
