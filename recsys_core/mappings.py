@@ -252,10 +252,10 @@ class _EmptyFile(MappingError):
 def _only_fit(fs: fsspec.AbstractFileSystem, path: str, known: Mapping[str, SourceMapping]) -> str:
     """The only mapping that a file fits. Raises MappingError when there is none or another one."""
     source = SourceFile(fs, path)
-    there = columns_of(source)
+    lines = first_lines(source)
+    there = [*layout_of(source, lines).names, *source.folders] if lines else columns_of(source)
     if not there:
         raise _EmptyFile(f"{path} is empty")
-    lines = first_lines(source)
     fits = [name for name, mapping in known.items() if _fits(source_file(fs, path, mapping), mapping, there, lines)]
     if not fits and source.ending in JSON:
         # A key may come late.
