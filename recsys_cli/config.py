@@ -37,7 +37,8 @@ MAPPING_EXAMPLE = """
 # event_type = "action"
 # event_types = { buy = "purchase" }
 # ts = "time"
-# ts_unit = "s"                    # s, ms, us, ns or iso
+# ts_unit = "s"                    # s, ms, us, ns; dates: iso, dmy, mdy
+# All keys: docs/reference.md.
 """
 
 

@@ -218,14 +218,15 @@ def _is_utf8(block: bytes) -> bool:
 def _is_well_quoted(block: bytes, layout: Layout) -> bool:
     """Whether each line has quotes only around whole fields and, doubled, inside of quoted ones."""
     data = np.frombuffer(b"\n" + block + b"\n", np.uint8)
-    quotes = np.flatnonzero(data == ord('"'))
-    line = np.searchsorted(np.flatnonzero(data == ord("\n")), quotes)
-    first = np.flatnonzero(np.diff(line, prepend=-1))
-    counts = np.diff(first, append=len(quotes))
-    closing = (np.arange(len(quotes)) - np.repeat(first, counts)) % 2 == 1
-    before, after = data[quotes[~closing] - 1], data[quotes[closing] + 1]
-    fences = [ord(layout.delimiter), ord("\n"), ord('"')]
-    return bool((counts % 2 == 0).all() and np.isin(before, fences).all() and np.isin(after, [*fences, ord("\r")]).all())
+    marks = np.flatnonzero((data == ord('"')) | (data == ord("\n")))
+    is_quote = data[marks] == ord('"')
+    so_far = np.cumsum(is_quote)
+    if (so_far[~is_quote] % 2).any():
+        return False
+    quotes = marks[is_quote]
+    fence = np.zeros(256, bool)
+    fence[[ord(layout.delimiter), ord("\n"), ord("\r"), ord('"')]] = True
+    return bool(fence[data[quotes[::2] - 1]].all() and fence[data[quotes[1::2] + 1]].all())
 
 
 # -- lines of any kind ----------------------------------------------------------------------------------------------

@@ -467,7 +467,8 @@ class _Items:
         self.rows += chunk.table.num_rows
 
     def add_all(self, other: _Items) -> None:
-        self.table = last_of_each(pa.concat_tables([self.table, other.table]), ITEM_ID)
+        if other.rows:
+            self.table = last_of_each(pa.concat_tables([self.table, other.table]), ITEM_ID)
         self.account.add(other.account)
         self.rows += other.rows
 

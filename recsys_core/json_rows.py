@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys_core.sources import MAX_LINE_BYTES, IngestError, Lines, RawBatch, Rejected, SourceFile
 
@@ -61,20 +62,43 @@ def read_json(source: SourceFile, raw: IO[bytes], block_bytes: int) -> Iterator[
 
 def _batch(source: SourceFile, found: Iterable[tuple[Any, bytes]], number: int) -> RawBatch:
     objects: list[dict[str, Any]] = []
+    texts: list[bytes] = []
     rows: list[int] = []
     rejected: list[Rejected] = []
     for row, (element, text) in enumerate(found, number):
         if isinstance(element, dict) and element:
             objects.append(element)
+            texts.append(text)
             rows.append(row)
         else:
             rejected.append(Rejected(row, NO_OBJECT, text.decode(errors="replace").rstrip("\r")))
     names = dict.fromkeys(itertools.chain.from_iterable(objects))
-    arrays = {name: pa.array([_json_text(row.get(name)) for row in objects], pa.string()) for name in names}
+    arrays = {name: _column([row.get(name) for row in objects], name, texts) for name in names}
     for name in source.nested:
         if name not in arrays:
-            arrays[name] = pa.array([_json_text(_at(row, name)) for row in objects], pa.string())
+            arrays[name] = _column([_at(row, name) for row in objects], name, texts)
     return RawBatch(pa.table(arrays), np.array(rows, dtype=np.int64), rejected, len(rows) + len(rejected))
+
+
+def _column(values: list[Any], name: str, texts: list[bytes]) -> pa.Array:
+    """The values of one key as text; `texts` are the lines that they are from."""
+    try:
+        found = pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        found = pa.nulls(0)
+    if pa.types.is_string(found.type):
+        return pc.if_else(pc.equal(found, ""), pa.scalar(None, pa.string()), found)
+    if pa.types.is_int64(found.type):
+        return found.cast(pa.string())
+    return pa.array([_json_text(_exact(value, name, text)) for value, text in zip(values, texts, strict=True)], pa.string())
+
+
+def _exact(value: Any, name: str, line: bytes) -> Any:
+    """A number with all digits of its line."""
+    if type(value) is not float or -EXACT_BELOW < value < EXACT_BELOW:
+        return value
+    row = _exactly(line)
+    return row[name] if name in row else _at(row, name)
 
 
 def _at(value: Any, name: str) -> Any:
@@ -89,12 +113,9 @@ def _at(value: Any, name: str) -> Any:
 def _object(line: bytes) -> Any:
     """The value on a line, None for what is no JSON."""
     try:
-        value = orjson.loads(line)
+        return orjson.loads(line)
     except orjson.JSONDecodeError:
         return _exactly(line)
-    if isinstance(value, dict) and any(type(v) is float and not -EXACT_BELOW < v < EXACT_BELOW for v in value.values()):
-        return _exactly(line)
-    return value
 
 
 def _exactly(line: bytes) -> Any:

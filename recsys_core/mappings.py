@@ -219,16 +219,19 @@ def fitting(path: str, own: Mapping[str, SourceMapping] | None = None) -> list[s
     """
     known = {**BUILTIN, **(own or {})}
     fs, root = open_filesystem(path)
-    found: set[str] = set()
+    found: dict[tuple[str, ...], str] = {}
     problems = []
     for file in find_files(fs, root)[0]:
         try:
-            found.add(_only_fit(fs, file, known))
+            there, lines = _shown(fs, file)
+            # Most files of a folder look alike. Without a header line each of them looks otherwise.
+            if tuple(there) not in found:
+                found[tuple(there)] = _only_fit(fs, file, there, lines, known)
         except IngestError as error:
             problems.append(error)
     if not found:
         raise next((problem for problem in problems if not isinstance(problem, _EmptyFile)), problems[0])
-    return sorted(found, key=lambda name: (known[name].kind != "events", list(known).index(name)))
+    return sorted(set(found.values()), key=lambda name: (known[name].kind != "events", list(known).index(name)))
 
 
 def detect(path: str, own: Mapping[str, SourceMapping] | None = None) -> str:
@@ -249,13 +252,21 @@ class _EmptyFile(MappingError):
     """A file holds nothing that a mapping could fit."""
 
 
-def _only_fit(fs: fsspec.AbstractFileSystem, path: str, known: Mapping[str, SourceMapping]) -> str:
-    """The only mapping that a file fits. Raises MappingError when there is none or another one."""
+def _shown(fs: fsspec.AbstractFileSystem, path: str) -> tuple[list[str], list[str]]:
+    """The columns that a file shows without a mapping, and its first lines if it is delimited. Raises _EmptyFile."""
     source = SourceFile(fs, path)
-    there = columns_of(source)
+    lines = first_lines(source)
+    there = [*layout_of(source, lines).names, *source.folders] if lines else columns_of(source)
     if not there:
         raise _EmptyFile(f"{path} is empty")
-    lines = first_lines(source)
+    return there, lines
+
+
+def _only_fit(
+    fs: fsspec.AbstractFileSystem, path: str, there: list[str], lines: list[str], known: Mapping[str, SourceMapping]
+) -> str:
+    """The only mapping that a file fits. Raises MappingError when there is none or another one."""
+    source = SourceFile(fs, path)
     fits = [name for name, mapping in known.items() if _fits(source_file(fs, path, mapping), mapping, there, lines)]
     if not fits and source.ending in JSON:
         # A key may come late.
