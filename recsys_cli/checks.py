@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from recsys_cli.console import table
+from recsys_cli.errors import explain
 from recsys_cli.processes import StackError
 from recsys_core.events import checked_key
 from recsys_core.settings import Settings
@@ -50,13 +51,21 @@ def run(settings: Settings, asset: str | None, partitions: Sequence[str], accept
     rows: list[dict[str, object]] = []
     reasons: list[str] = []
     for group in made:
-        of = _shown_partitions(group.chosen(platform, partitions))
-        for claim, report in group.reports(platform, partitions):
-            outcome = _outcome(claim, report)
+        of = f"{group.asset} {_shown_partitions(group.chosen(platform, partitions))}".strip()
+        try:
+            found = [
+                (claim.name, _outcome(claim, report), report.reason) for claim, report in group.reports(platform, partitions)
+            ]
+        except Exception as error:
+            why = explain(error)
+            if why is None:
+                raise
+            found = [("all of them", "FAILED", f"could not be judged: {why}")]
+        for check, outcome, reason in found:
             errors += outcome == "FAILED"
-            rows.append({"check": claim.name, "of": f"{group.asset} {of}".strip(), "": outcome})
-            if report.reason:
-                reasons.append(f"{outcome} {claim.name}: {report.reason}")
+            rows.append({"check": check, "of": of, "": outcome})
+            if reason:
+                reasons.append(f"{outcome} {check} of {of}: {reason}")
     console.print(table("Checks", rows, whole="check"))
     for line in reasons:
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     Progress,
@@ -40,19 +40,20 @@ def showing_progress(console: Console | None = None) -> Iterator[None]:
         yield
 
 
-def table(title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[str] = (), whole: str = "") -> Table:
-    """A table of `rows`; its columns are `columns`, else the keys of the first row. Numbers stand on the right.
+def table(title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[str] = (), whole: str = "") -> Group:
+    """A table of `rows` under its title, which may be wider than it.
 
-    A narrow terminal breaks every column into lines but the one that is to stay `whole`.
+    Its columns are `columns`, else the keys of the first row. Numbers stand on the right. A narrow terminal breaks every column
+    into lines but the one that is to stay `whole`.
     """
     names = list(columns) or list(rows[0] if rows else ())
-    made = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+    made = Table(header_style="bold")
     for name in names:
         numeric = bool(rows) and all(isinstance(row.get(name), int | float | None) for row in rows)
         made.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=name == whole)
     for row in rows:
         made.add_row(*(_cell(row.get(name)) for name in names))
-    return made
+    return Group(*([Text(title, style="bold")] if title else []), made)
 
 
 def _cell(value: object) -> Text:

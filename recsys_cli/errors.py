@@ -41,11 +41,12 @@ def explain_bug(error: Exception) -> str:
 
 
 def _kept(error: Exception) -> Path:
-    """The file that the traceback was written to: in the home, or in the system's folder for what is temporary."""
+    """The file that the traceback was written to: in the home if there is one, else among what is temporary."""
     text = "".join(traceback.format_exception(error))
-    for folder in (Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME) / "run", Path(tempfile.gettempdir())):
+    home = Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
+    for folder in ([home / "run"] if home.is_dir() else []) + [Path(tempfile.gettempdir())]:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
             (folder / LOG).write_text(f"{' '.join(sys.argv)}\n{text}")
         except OSError:
             continue

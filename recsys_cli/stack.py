@@ -179,8 +179,7 @@ def status(settings: Settings, console: Console) -> int:
         problem = check(service, pid)
         where = "\n".join(filter(None, [service.address(), service.metrics and f"metrics {service.metrics}"]))
         rows.append({"service": service.name, "state": problem or "up", "where": where, "pid": str(pid) if pid else ""})
-    console.print(f"The stack in {home}", style="bold", highlight=False, soft_wrap=True)
-    console.print(table("", rows))
+    console.print(table(f"The stack in {home}", rows))
     if any(row["state"] == NO_RELEASE for row in rows):
         console.print(NEXT_STEP, highlight=False, soft_wrap=True)
     return 0 if all(row["state"] == "up" for row in rows) else 1

@@ -69,7 +69,7 @@ class Profile:
         price_spread: robust standard deviation of the logarithm of the values above zero.
         unreadable: events whose value is not a finite number.
         types, categories: events by event type and by first level of the category.
-        category_users: distinct users of each of those categories.
+        type_users, category_users: distinct users of each of those types and categories.
     """
 
     hour: str
@@ -89,6 +89,7 @@ class Profile:
     unreadable: int = 0
     types: dict[str, int] = field(default_factory=dict)
     categories: dict[str, int] = field(default_factory=dict)
+    type_users: dict[str, int] = field(default_factory=dict)
     category_users: dict[str, int] = field(default_factory=dict)
 
 
@@ -269,6 +270,7 @@ class Profiles:
             price_spread=spread_of(values),
             unreadable=len(given) - len(values),
             types=_counts(rows[EVENT_TYPE]),
+            type_users=_counts(rows.group_by([USER_ID, EVENT_TYPE]).aggregate([])[EVENT_TYPE]),
             categories=categories,
             category_users=category_users,
         )
@@ -497,16 +499,22 @@ def user_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
 
 
 def type_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
-    """Share of each event type that is or was there, in the 24 hours up to the hour."""
+    """Share of each event type that is or was there, in the 24 hours up to the hour.
+
+    A type is too frequent where too many of the users do it as well: one who bookmarks a hundred items is no fault of the data.
+    It is missed where by chance hardly ever so few of those who usually do it come.
+    """
     now, past = _days(profiles, hour)
     if not now or not past:
         return
     total = sum(now.types.values())
     for name in sorted(set(now.types).union(*(p.types for p in past))):
         usual = median(p.types.get(name, 0) / max(sum(p.types.values()), 1) for p in past)
-        share = now.types.get(name, 0) / max(total, 1)
-        least = usual / 4 if usual * total >= profiles.settings.min_events else None
-        most = max(4 * usual, 0.15) if usual < 0.5 else None
+        of_users = median(p.type_users.get(name, 0) / max(p.users, 1) for p in past)
+        share, users = now.types.get(name, 0) / max(total, 1), now.type_users.get(name, 0) / max(now.users, 1)
+        missed = usual * total >= profiles.settings.min_events and (1 - of_users) ** (now.users / RETURNS) < UNLIKELY
+        many = usual < 0.5 and users > max(4 * of_users, 0.15)
+        least, most = usual / 4 if missed else None, max(4 * usual, 0.15) if many else None
         yield Measure(hour, f"share of {name!r}, 24 hours", share, least, most, f"{usual:.3f} on the days before")
 
 
@@ -704,9 +712,10 @@ def _summed(parts: Sequence[Profile | None]) -> Profile | None:
     total = sum(p.looked_at for p in known)
     if len(known) < len(parts) or not total:
         return None
-    types, categories, category_users = Counter[str](), Counter[str](), Counter[str]()
+    types, type_users, categories, category_users = (Counter[str]() for _ in range(4))
     for part in known:
         types.update(part.types)
+        type_users.update(part.type_users)
         categories.update(part.categories)
         category_users.update(part.category_users)
     by_price = sorted((p.price, p.priced) for p in known if p.priced)
@@ -722,6 +731,7 @@ def _summed(parts: Sequence[Profile | None]) -> Profile | None:
         price=price,
         price_spread=max((p.price_spread for p in known if p.priced), default=0.0),
         types=dict(types),
+        type_users=dict(type_users),
         categories=dict(categories),
         category_users=dict(category_users),
     )

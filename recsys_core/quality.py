@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from recsys_core.errors import UserError
 from recsys_core.events import EARLIEST_TS, EVENT_ID, EVENT_TYPE, ITEM_ID, MINUTE_MS, TS, USER_ID, VALUE, now_ms
 from recsys_core.lake import Lake
 from recsys_core.settings import EventSettings
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 VALUE_COLUMN, LEAST, MOST = "value", "least", "most"
 """Columns of a frame of measures: the value, and the range that is usual."""
+
+
+class NotJudged(UserError, RuntimeError):
+    """An expectation could not be evaluated, such as one about a column that is not there."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def _short(value: Any) -> str:
 def validate(suite: Suite, frame: pd.DataFrame) -> Report:
     """Hold a frame against a suite. Of a frame without rows nothing is found, and the report says that none was made.
 
-    Raises RuntimeError when an expectation could not be evaluated, such as for a column that is not there.
+    Raises NotJudged when an expectation could not be evaluated, such as for a column that is not there.
     """
     if not len(frame):
         return Report(suite.claim, 0)
@@ -174,7 +179,7 @@ def _finding(expectation: Expectation, result: Any, rows: int) -> Finding:
 def _raise_if_not_evaluated(suite: Suite, expectation: Expectation, result: Any) -> None:
     raised = [e for e in _exceptions(result.exception_info) if e.get("raised_exception")]
     if raised:
-        raise RuntimeError(f"{suite.claim}: {expectation} could not be evaluated: {raised[0].get('exception_message')}")
+        raise NotJudged(f"{suite.claim}: {expectation} could not be evaluated: {raised[0].get('exception_message')}")
 
 
 def _exceptions(info: Any) -> list[Mapping[str, Any]]:

@@ -190,6 +190,10 @@ def outcomes(result: Result) -> dict[str, str]:
 
 
 def test_check_says_what_it_judged_and_what_is_not_there(platform: Platform) -> None:
+    for hour in platform.lake.keys(CLICKS_HOURLY):
+        rows = platform.lake.read(CLICKS_HOURLY, hour)
+        rows = rows.append_column("session_id", pa.array(["s"] * rows.num_rows))
+        platform.lake.write(CLICKS_HOURLY, hour, rows.append_column("value", pa.nulls(rows.num_rows, pa.float64())))
     found = check(platform)
     assert found.exit_code == 0, found.output
     assert set(outcomes(found).values()) == {"passed", "not made"}
@@ -200,6 +204,16 @@ def test_check_says_what_it_judged_and_what_is_not_there(platform: Platform) -> 
     assert "rec_cache" in absent
     assert "offsets_have_no_gap" in found.stdout
     assert max(map(len, [line for line in found.stdout.splitlines() if line.startswith(("│", "┃"))])) <= 80
+
+
+def test_what_can_not_be_judged_is_an_error_and_the_other_checks_are_made(platform: Platform) -> None:
+    """Hours of another version lack a column."""
+    found = check(platform)
+    assert found.exit_code == 1
+    assert outcomes(found)["all of them"] == "FAILED"
+    assert "could not be judged: rows_are_whole_events" in found.stdout
+    assert "session_id" in found.stdout
+    assert outcomes(found)["pairs_are_whole_and_single"] == "passed"
 
 
 def test_check_tells_a_reason_once(platform: Platform) -> None:

@@ -206,6 +206,7 @@ def test_a_full_disk_during_ingest_is_one_message(tmp_path: Path, monkeypatch: p
 
 def test_a_bug_is_one_line_that_says_where_its_traceback_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys_cli.stack.status", raising(ZeroDivisionError("division by zero")))
+    (tmp_path / ".recsys").mkdir()
     result = recsys("status")
     assert result.exit_code == 1
     assert told(result).startswith("unexpected ZeroDivisionError: division by zero")

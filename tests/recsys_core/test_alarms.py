@@ -78,11 +78,12 @@ def of_one_user(profile: Profile) -> Profile:
 
 
 def without_purchases(profile: Profile) -> Profile:
-    return replace(profile, types={name: count for name, count in profile.types.items() if name != "purchase"})
+    kept = [{n: c for n, c in of.items() if n != "purchase"} for of in (profile.types, profile.type_users)]
+    return replace(profile, types=kept[0], type_users=kept[1])
 
 
 def all_purchases(profile: Profile) -> Profile:
-    return replace(profile, types={"purchase": profile.looked_at})
+    return replace(profile, types={"purchase": profile.looked_at}, type_users={"purchase": profile.users})
 
 
 def without_sports(profile: Profile) -> Profile:
@@ -130,6 +131,14 @@ def test_a_fault_is_found_by_its_claim_within_the_day(kind: str, fault: str) -> 
 @pytest.mark.parametrize("kind", [*STEADY, *WILD])
 def test_the_same_day_without_a_fault_is_sound(kind: str) -> None:
     assert found_in(kind, list(past_and_next_day(kind)[1])) == {}
+
+
+def test_one_user_who_bookmarks_a_hundred_items_is_no_fault() -> None:
+    """On a quiet day that is most of the events."""
+    _, clean = past_and_next_day("strong day curve")
+    few = [times(profile, 0.3) for profile in clean]
+    bookmarks = [replace(p, types={**p.types, "purchase": p.looked_at // 2}) for p in few]
+    assert "event_types_are_as_usual" not in found_in("strong day curve", bookmarks)
 
 
 @pytest.mark.parametrize("hours", [-8, -5, 5, 6, 10])

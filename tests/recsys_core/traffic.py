@@ -126,6 +126,7 @@ def profile_of(hour: str, expected: float, traffic: Traffic, random: np.random.G
         price=float(np.median(values)) if len(values) else 0.0,
         price_spread=spread_of(values),
         types=_counted(TYPES, types),
+        type_users=_counted(TYPES, np.unique(users * len(TYPES) + types) % len(TYPES)),
         categories=_counted(CATEGORIES, wanted),
         category_users=_counted(CATEGORIES, pairs % len(CATEGORIES)),
     )
@@ -209,6 +210,7 @@ def times(profile: Profile, factor: float) -> Profile:
         users=max(1, round(profile.users * factor)),
         priced=round(profile.priced * factor),
         types=scaled(profile.types, factor),
+        type_users=scaled(profile.type_users, factor),
         categories=scaled(profile.categories, factor),
         category_users=scaled(profile.category_users, factor),
     )
