@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from email.message import EmailMessage
 from typing import Protocol
 
-from recsys_core.masking import masked_text, one_line
+from recsys_core.log_lines import escaped
+from recsys_core.masking import masked_text
 from recsys_core.settings import AlertSettings
 
 
@@ -91,7 +92,7 @@ class Mail:
     def send(self, alert: Alert) -> None:
         settings = self.settings
         message = EmailMessage()
-        message["Subject"] = f"recsys: {one_line(alert.title)[:120]}"
+        message["Subject"] = f"recsys: {escaped(alert.title)[:120]}"
         message["From"], message["To"] = settings.email_from, ", ".join(settings.email_to)
         message.set_content(alert.text)
         try:

@@ -320,8 +320,8 @@ def _ranked(
                 raise
             continue
         yield some, ranked
-    for user_id, error in failed:
-        left_out.add(user_id, error)
+    for user_id, reason in failed:
+        left_out.add(user_id, reason)
 
 
 def _write_answers(
