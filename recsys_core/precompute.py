@@ -318,8 +318,8 @@ def _ranked(
                 raise
             continue
         yield ids, ranked
-    for user_id, error in failed:
-        left_out.add(user_id, error)
+    for user_id, reason in failed:
+        left_out.add(user_id, reason)
 
 
 def _users_of_shard(lake: Lake, plan: CachePlan, shard: int, size: int) -> Iterator[list[str]]:
