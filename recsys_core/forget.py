@@ -254,10 +254,11 @@ class Search:
                 self._in_the_making(f"{table}/{key}/{version}", table, paths)
                 continue
             dataset, mine = self._rows_of(table, paths)
-            found = dataset.count_rows(filter=mine) if dataset is not None and mine is not None else 0
+            if dataset is None or mine is None:
+                continue
+            found = dataset.count_rows(filter=mine)
             count += found
             if found and self.remove and part and version == part.version:
-                assert dataset is not None
                 others = (b for b in dataset.to_batches(filter=~mine | mine.is_null()) if b.num_rows)
                 part = lake.replace_rows(part, others, dataset.schema)
         if part and count and self.remove:
