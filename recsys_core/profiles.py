@@ -203,8 +203,8 @@ class Profiles:
             each = 7 * DAY_MS if kind == WEEKS else DAY_MS
             events = self.sound_events(hour)
             past = [count for n in steps if (count := self.sound_events(hour_key(start - n * each)))] if events else []
-            known = events and past
-            self._errors[hour, kind] = (median(past), math.log(events / median(past))) if known else (0.0, 0.0)
+            foretold = median(past) if past else 0.0
+            self._errors[hour, kind] = (foretold, math.log(events / foretold)) if events and past else (0.0, 0.0)
         return self._errors[hour, kind]
 
     def sound_events(self, hour: str) -> int | None:
