@@ -28,7 +28,7 @@ def explain(error: Exception) -> str | None:
         # An error of a package can't be raised where that was not imported.
         if module in sys.modules and (message := of_module(error)):
             return message
-    return None
+    return _of_storage(error)
 
 
 def explain_bug(error: Exception) -> str:
@@ -107,9 +107,9 @@ def _of_serving(error: Exception) -> str | None:
 
 
 def _of_storage(error: Exception) -> str | None:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    return f"the object store says: {error}" if isinstance(error, BotoCoreError | ClientError) else None
+    """botocore is there with `recsys[s3]` alone."""
+    of_botocore = any(kind.__module__.startswith("botocore.") for kind in type(error).__mro__)
+    return f"the object store says: {error}" if of_botocore else None
 
 
 _BY_MODULE: dict[str, Callable[[Exception], str | None]] = {
@@ -117,5 +117,4 @@ _BY_MODULE: dict[str, Callable[[Exception], str | None]] = {
     "redis": _of_redis,
     "confluent_kafka": _of_kafka,
     "serving.client": _of_serving,
-    "botocore": _of_storage,
 }

@@ -204,8 +204,8 @@ class Profiles:
             each = 7 * DAY_MS if kind == WEEKS else DAY_MS
             events = self.sound_events(hour)
             past = [count for n in steps if (count := self.sound_events(hour_key(start - n * each)))] if events else []
-            known = events and past
-            self._errors[hour, kind] = (median(past), math.log(events / median(past))) if known else (0.0, 0.0)
+            foretold = median(past) if past else 0.0
+            self._errors[hour, kind] = (foretold, math.log(events / foretold)) if events and past else (0.0, 0.0)
         return self._errors[hour, kind]
 
     def sound_events(self, hour: str) -> int | None:
@@ -501,9 +501,11 @@ def user_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
 def type_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
     """Share of each event type that is or was there, in the 24 hours up to the hour.
 
-    A type is too frequent where too many of the users do it as well: one who bookmarks a hundred items is no fault of the data.
-    It is missed where by chance hardly ever so few of those who usually do it come.
+    A type is too frequent, or missed, where too many or too few of the users do it as well, by more than chance gives: one who
+    bookmarks a hundred items is no fault of the data.
     """
+    from scipy.stats import poisson
+
     now, past = _days(profiles, hour)
     if not now or not past:
         return
@@ -511,9 +513,11 @@ def type_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
     for name in sorted(set(now.types).union(*(p.types for p in past))):
         usual = median(p.types.get(name, 0) / max(sum(p.types.values()), 1) for p in past)
         of_users = median(p.type_users.get(name, 0) / max(p.users, 1) for p in past)
-        share, users = now.types.get(name, 0) / max(total, 1), now.type_users.get(name, 0) / max(now.users, 1)
-        missed = usual * total >= profiles.settings.min_events and (1 - of_users) ** (now.users / RETURNS) < UNLIKELY
-        many = usual < 0.5 and users > max(4 * of_users, 0.15)
+        share, who = now.types.get(name, 0) / max(total, 1), now.type_users.get(name, 0)
+        few = who < of_users * now.users / 4 and (1 - of_users) ** (now.users / RETURNS) < UNLIKELY
+        missed = few and usual * total >= profiles.settings.min_events
+        due = max(4 * of_users, 0.15) * now.users
+        many = usual < 0.5 and who > due and poisson.sf(who / RETURNS - 1, due / 4 / RETURNS) < UNLIKELY
         least, most = usual / 4 if missed else None, max(4 * usual, 0.15) if many else None
         yield Measure(hour, f"share of {name!r}, 24 hours", share, least, most, f"{usual:.3f} on the days before")
 

@@ -641,7 +641,7 @@ class Settings(BaseSettings):
 class _TomlSource(TomlConfigSettingsSource):
     """A file of settings; one that is no TOML is told by its name."""
 
-    def _read_file(self, file_path: Path) -> dict[str, Any]:
+    def _read_file(self, file_path: Any) -> dict[str, Any]:
         try:
             return super()._read_file(file_path)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
