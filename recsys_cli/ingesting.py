@@ -14,6 +14,7 @@ from recsys_core.ingest import CatalogReport, Example, IngestReport, ingest, ing
 from recsys_core.lake import Lake
 from recsys_core.landing import QUARANTINE, Landing
 from recsys_core.mappings import BUILTIN, MappingError, choose, fitting
+from recsys_core.masking import masked_text
 from recsys_core.settings import PartitionSettings, Settings, SourceMapping
 
 Report = IngestReport | CatalogReport
@@ -119,7 +120,7 @@ def _unreadable(report: Report) -> Iterator[tuple[str, int]]:
 
 def _notes(reports: list[Report], settings: Settings, partitions: PartitionSettings | None) -> Iterator[str]:
     lake = Lake(settings.lake_uri)
-    yield f"The lake is {settings.lake_uri}."
+    yield f"The lake is {masked_text(settings.lake_uri)}."
     for report in reports:
         if isinstance(report, IngestReport) and report.days:
             yield from _span(report)

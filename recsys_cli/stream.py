@@ -45,7 +45,7 @@ def rebuild(
     long ago as records live.
     """
     from confluent_kafka import KafkaException
-    from redis.exceptions import RedisClusterException, RedisError
+    from redis.exceptions import RedisError
     from rich.console import Console
 
     from recsys_cli.console import table
@@ -57,7 +57,7 @@ def rebuild(
         done = run(load_settings(context.obj), _since_ms(since), source is Source.LANDING)
     except KafkaException as error:
         raise StackError(f"Kafka is away, run the rebuild again when it is back: {error.args[0].str()}") from error
-    except (RedisError, RedisClusterException) as error:
+    except RedisError as error:
         raise StackError(f"Redis is away, run the rebuild again when it is back: {error}") from error
     found = done.differences
     facts = {

@@ -26,16 +26,19 @@ import pyarrow.parquet as pq
 
 from recsys_core import progress
 from recsys_core.events import USER_ID, now_ms
+from recsys_core.heartbeat import read_heartbeats
 from recsys_core.lake import STAGING, Lake, MissingPartition, Partition, PartitionChanged
 from recsys_core.landing import ENDING, LANDING, LANDING_SEEN, QUARANTINE, Landing
 from recsys_core.mentions import Named
 from recsys_core.online import recs_key, user_key
 from recsys_core.registry import Registry, RegistryError
 from recsys_core.release import Releases
-from recsys_core.tombstones import FORGOTTEN_AT, TOMBSTONES, USER_HASH, TombstoneLog, hash_of
+from recsys_core.tombstones import FORGOTTEN_AT, REREAD_SECONDS, TOMBSTONES, USER_HASH, TombstoneLog, hash_of
 
 FORGOTTEN = "forgotten_users"
 """Lake table with the report of each removal, a partition named by its moment and the user's hash."""
+READ_SECONDS = 1.0
+"""What a worker needs to read the tombstones, once it looks."""
 FACTOR_ID = "id"
 USER_SIDE = "_users"
 """Tables of user factors end with it and name the user `id`."""
@@ -110,6 +113,7 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
     key = f"{forgotten_at:013d}-{user_hash[:16]}"
     tombstones = TombstoneLog(places.lake)
     tombstones.add(user_hash, forgotten_at)
+    _wait_for_workers(places.redis)
     places.lake.write_blobs(FORGOTTEN, key, {}, 0, {USER_HASH: user_hash, FORGOTTEN_AT: forgotten_at})
     removed = Search(places, user_id, remove=True).run()
     left = Search(places, user_id).run() if removed.found else removed
@@ -128,6 +132,18 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
     places.lake.write_blobs(FORGOTTEN, key, {}, removed.found.total(), asdict(report))
     tombstones.merge()
     return report
+
+
+def _wait_for_workers(redis: Any) -> None:
+    """Return when the workers of the speed layer know the tombstone: what is removed before that they might take in again."""
+    from redis.exceptions import RedisError
+
+    try:
+        at_work = bool(read_heartbeats(redis))
+    except (RedisError, OSError):
+        return
+    if at_work:
+        time.sleep(REREAD_SECONDS + READ_SECONDS)
 
 
 class Search:
@@ -303,7 +319,7 @@ class Search:
     # -- Redis, releases, MLflow --------------------------------------------------------------------------------
 
     def _redis(self) -> None:
-        from redis.exceptions import RedisClusterException, RedisError
+        from redis.exceptions import RedisError
 
         redis = self.places.redis
         keys = [user_key(self.user_id), recs_key(self.user_id)]
@@ -312,7 +328,7 @@ class Search:
             if self.remove:
                 for key in keys:
                     redis.delete(key)
-        except (RedisError, RedisClusterException, OSError) as error:
+        except (RedisError, OSError) as error:
             self.unsearched["Redis"] = f"{type(error).__name__}: {error}"
             return
         self.looked_at["Redis keys"] += len(keys)

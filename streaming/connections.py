@@ -11,7 +11,7 @@ from typing import Any
 
 from confluent_kafka import KafkaException
 from hiredis import pack_command
-from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from recsys_core.kafka_config import client_config
 from recsys_core.redis_client import CONNECT_SECONDS, Script, client
@@ -20,8 +20,6 @@ from recsys_core.settings import Settings
 log = logging.getLogger("streaming.librdkafka")
 
 REDIS_SECONDS = 30.0
-REDIS_FAILURES = (RedisError, RedisClusterException)
-"""What redis-py raises: a cluster that can't be connected is no RedisError to it."""
 SAME_LINE_SECONDS = 30.0
 
 

@@ -42,7 +42,6 @@ from streaming.archiver import Archiver, Assigned
 from streaming.arrival import Arrivals
 from streaming.batches import Pipeline, Position, Row, Taken, Work, by_partition
 from streaming.connections import (
-    REDIS_FAILURES,
     REDIS_SECONDS,
     BrokerFailure,
     Kafka,
@@ -123,7 +122,7 @@ class Worker:
                 self._work(admin, lake, forgotten)
             except (StartOver, StateLost) as reason:
                 self._say(reason)
-            except (BrokerFailure, *REDIS_FAILURES) as reason:
+            except (BrokerFailure, RedisError) as reason:
                 self._say(reason)
                 self._stopping.wait(next(pauses))
             except Exception as reason:
@@ -260,7 +259,7 @@ class _Session:
                 self._commit(asynchronous=False)
                 if self._stopping.is_set():  # one that starts over and does not come back is missed
                     forget_heartbeat(self._redis, self._name)
-        except (*REDIS_FAILURES, BrokerFailure, StateLost) as error:
+        except (RedisError, BrokerFailure, StateLost) as error:
             log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
         with self._lock:
             self._positions.clear()
@@ -372,7 +371,7 @@ class _Session:
         upto = {number: offset + 1 for number, offset, _, _ in rows if number in of}
         try:
             hits = self._quick_sink.apply_few(events, sources, known, now_ms(), upto) if events else 0
-        except REDIS_FAILURES as error:
+        except RedisError as error:
             log.info("Redis did not take a handful at once: %s", error)
             return False
         if hits is None:
@@ -508,7 +507,7 @@ class _Session:
         try:
             self._write_progress()
             self._commit(asynchronous=False)
-        except (*REDIS_FAILURES, BrokerFailure) as error:
+        except (RedisError, BrokerFailure) as error:
             log.warning("progress could not be written before partitions went: %s", error)
         self._forget(partitions)
         self._consumer.incremental_unassign(partitions)
@@ -545,7 +544,7 @@ class _Session:
         for pause in _pauses():
             try:
                 return call()
-            except REDIS_FAILURES as error:
+            except RedisError as error:
                 if self._stopping.is_set():
                     raise
                 log.warning("Redis: %s; trying again", error)
@@ -654,7 +653,7 @@ class _Session:
                 if self._sink.follows:
                     self._keep(upto)
                 return
-            except REDIS_FAILURES as error:
+            except RedisError as error:
                 self._metrics.redis_retries.inc()
                 log.warning("Redis did not take a batch, it is tried again: %s", error)
                 self._pipe.stopping.wait(pause)
@@ -690,7 +689,7 @@ class _Session:
             if now >= self._due["heartbeat"]:
                 self._due["heartbeat"] = now + self._settings.stream.heartbeat_seconds
                 self._heartbeat()
-        except REDIS_FAILURES as error:
+        except RedisError as error:
             if not self._stopping.is_set():
                 log.warning("Redis does not take the worker's progress: %s", error)
 

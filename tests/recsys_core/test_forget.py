@@ -32,8 +32,9 @@ from recsys_core.bundle import (
     fit_als_factors,
     publish_release,
 )
-from recsys_core.events import EVENT_SCHEMA
+from recsys_core.events import EVENT_SCHEMA, now_ms
 from recsys_core.forget import FORGOTTEN, Places, Search, forget_user
+from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, write_heartbeat
 from recsys_core.lake import Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, CLOCK_SECONDS, QUARANTINE_SCHEMA, Landing, OffsetRange
 from recsys_core.online import UserRecord, recs_key, user_key, write_answers, write_records
@@ -43,7 +44,7 @@ from recsys_core.release import Releases
 from recsys_core.retention import is_kept, tables
 from recsys_core.settings import RetentionSettings, Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
-from recsys_core.tombstones import MERGE_AT, NEW, TOMBSTONES, TombstoneLog, Tombstones, hash_of
+from recsys_core.tombstones import MERGE_AT, NEW, REREAD_SECONDS, TOMBSTONES, TombstoneLog, Tombstones, hash_of
 
 HOUR, DAY = "2026-03-02T10", "2026-03-02"
 GONE, STAYS = "user-7", "user-77"
@@ -449,6 +450,30 @@ def test_without_redis_the_rest_goes_and_redis_is_named(small_places: Places, la
     report = forget_user(away, "eve")
     assert report.removed == {"landing": 1}
     assert set(report.unsearched) == {"Redis"}
+
+
+def test_a_worker_that_looks_now_and_then_does_not_take_the_user_in_again(small_places: Places, lake: Lake, redis: Any) -> None:
+    write_heartbeat(redis, Heartbeat("worker-1", now_ms()))
+    ended = threading.Event()
+
+    def take_in() -> None:
+        known, looked = Tombstones({}), time.monotonic()
+        while not ended.wait(0.01):
+            if time.monotonic() - looked > REREAD_SECONDS:
+                known, looked = TombstoneLog(lake).read(), time.monotonic()
+            if not known.covers_one(GONE, 1):
+                write_records(redis, [(GONE, UserRecord(last_ts=1, seen=("i1",)))], 60)
+
+    worker = threading.Thread(target=take_in)
+    worker.start()
+    try:
+        report = forget_user(small_places, GONE)
+    finally:
+        ended.set()
+        worker.join()
+        redis.delete(HEARTBEATS_KEY)
+    assert report.removed["redis"] == 1
+    assert (report.remaining, redis.exists(user_key(GONE))) == ({}, 0)
 
 
 def test_rows_that_were_taken_out_make_no_hour_late(filled: Lake, places: Places) -> None:
