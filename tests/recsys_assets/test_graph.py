@@ -110,7 +110,7 @@ def test_a_range_of_hours_is_one_run_and_each_hour_has_its_own_numbers(line: Lin
     assert len(of_range) == 72
     assert {m.partition[:10] for m in of_range} == {"2026-01-01", "2026-01-02", "2026-01-03"}
     rows = {m.partition: m.metadata["dagster/row_count"].value for m in of_range}
-    assert rows == {key: line.lake.dataset("clicks_hourly", [key]).count_rows() for key in rows}
+    assert rows == {key: line.lake.get("clicks_hourly", key).rows for key in rows}
     assert 7000 < sum(rows.values()) < 9000
 
 
