@@ -77,7 +77,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
             env={**os.environ, **own},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=840,
         )
         assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
         with redis.Redis.from_url(url) as client, dg.DagsterInstance.get() as instance:

@@ -64,7 +64,7 @@ def test_it_carries_a_file_of_clicks_to_answers_and_says_what_to_do_next(clicks:
         [*COMMAND, "--data", str(clicks), "--mapping", "recsys", "--home", str(home)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,
         env={**os.environ, "COLUMNS": "160"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -136,8 +136,11 @@ def test_every_command_names_what_is_wrong_with_the_settings_and_where(fault: st
     assert wanted in told(recsys(*COMMANDS[command], **variables))
 
 
-def test_forget_without_redis_says_where_redis_should_be() -> None:
-    assert "edis" in told(recsys("forget", "u1", **NO_REDIS))
+def test_forget_without_redis_says_that_redis_was_not_searched() -> None:
+    done = recsys("forget", "u1", **NO_REDIS)
+    assert done.exit_code == 1
+    assert "Redis was not searched" in done.output
+    assert "Traceback" not in done.output
 
 
 @pytest.fixture

@@ -360,9 +360,10 @@ def test_a_manifest_without_size_or_checksum_of_a_file_is_refused(releases: Rele
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "a/b"])
 def test_an_id_that_is_no_folder_of_the_releases_is_refused_everywhere(releases: Releases, name: str) -> None:
-    Path(releases.path(CHAMPION)).write_text(json.dumps(asdict(Pointer(name, "0", 1.0))))
-    with pytest.raises(ReleaseError, match="can't be the id of a release"):
-        releases.champion()
+    for pointer in (Pointer(name or "..", "0", 1.0), Pointer(NAME, "0", 1.0, previous=(name,))):
+        Path(releases.path(CHAMPION)).write_text(json.dumps(asdict(pointer)))
+        with pytest.raises(ReleaseError, match="can't be the id of a release"):
+            releases.champion()
     file_of(releases, CHAMPION).unlink(missing_ok=True)
     for call in (releases.load, releases.manifest, releases.promote, releases.remove, releases.item_ids):
         with pytest.raises(ReleaseError):

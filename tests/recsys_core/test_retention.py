@@ -16,7 +16,7 @@ from recsys_core.events import DAY_MS, EVENT_SCHEMA
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.landing import QUARANTINE_SCHEMA, Landing
 from recsys_core.registry import PARTITION_TAG, Registry
-from recsys_core.release import Manifest, ReleaseError, Releases
+from recsys_core.release import Manifest, ReleaseError, Releases, StoreAway
 from recsys_core.retention import (
     Removal,
     UnsafePolicy,
@@ -330,7 +330,7 @@ def test_a_removal_that_broke_off_is_ended_by_the_next(landing: Landing, release
     releases.promote("two")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(releases.fs, "rm", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(StoreAway, match="ZeroDivisionError"):
             releases.remove("one")
     assert releases.removing() == ("one",)
     with pytest.raises(ReleaseError, match=r"manifest\.json is missing"):

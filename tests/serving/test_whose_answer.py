@@ -122,18 +122,18 @@ def test_a_field_that_changes_an_answer_never_changes_another_callers(served: Wo
 
 
 def together(world: World, stub: RecommenderStub, requests: list[pb.RecommendRequest]) -> list[pb.RecommendResponse]:
-    """The answers of calls that wait for the ranking thread at the same time."""
-    ranker, hold = world.server.ladder.single, threading.Event()
-    ranker._thread.submit(hold.wait, 60)
-    busy = stub.Recommend.future(pb.RecommendRequest(user_id="zed", context={"current_item_id": "item-1"}), timeout=60)
-    eventually(lambda: ranker._running is not None and not ranker._waiting)
-    calls = []
+    """The answers of calls that wait for the ranking threads at the same time."""
+    rankers, hold = world.server.ladder.rankers, threading.Event()
+    for ranker in rankers:
+        ranker._thread.submit(hold.wait, 60)
+    zed = {"user_id": "zed", "context": {"current_item_id": "item-1"}}
+    calls = [stub.Recommend.future(pb.RecommendRequest(**zed, explain=explain), timeout=60) for explain in (False, True)]
+    eventually(lambda: sum(ranker._running is not None and not ranker._waiting for ranker in rankers) == len(calls))
     for number, request in enumerate(requests, 1):
         calls.append(stub.Recommend.future(request, timeout=60))
-        eventually(lambda number=number: len(ranker._waiting) == number)
+        eventually(lambda number=number: sum(len(ranker._waiting) for ranker in rankers) == number)
     hold.set()
-    busy.result()
-    return [call.result() for call in calls]
+    return [call.result() for call in calls][2:]
 
 
 @pytest.mark.parametrize("field", MATTERS)
