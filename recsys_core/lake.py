@@ -194,9 +194,19 @@ class Lake:
         """Call `work` with what a partition is now, again each time that another writer was faster than its own write."""
         while True:
             try:
-                return work(self.find(table, key))
+                return self._read_whole(table, key, work)
             except PartitionChanged:
                 continue
+
+    def _read_whole(self, table: str, key: str, work: Callable[[Partition | None], T]) -> T:
+        """Call `work` with what a partition is now, again where what it read was dropped, since newer versions came meanwhile."""
+        while True:
+            part = self.find(table, key)
+            try:
+                return work(part)
+            except FileNotFoundError:
+                if _version_of(self.find(table, key)) == _version_of(part):
+                    raise
 
     def remove(self, part: Partition) -> bool:
         """Remove a partition, its pointer first. One that is another by now stays. Returns whether it went."""
@@ -386,11 +396,15 @@ class Lake:
 
     def read(self, table: str, key: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A whole partition in memory; for tables that are small by their nature."""
-        self.get(table, key)
-        dataset = self.dataset(table, [key])
-        if dataset is None:
-            raise MissingPartition(f"table {table!r}, partition {key!r}: made, but without any row")
-        return dataset.to_table(columns=list(columns) if columns else None)
+
+        def whole(_: Partition | None) -> pa.Table:
+            self.get(table, key)
+            dataset = self.dataset(table, [key])
+            if dataset is None:
+                raise MissingPartition(f"table {table!r}, partition {key!r}: made, but without any row")
+            return dataset.to_table(columns=list(columns) if columns else None)
+
+        return self._read_whole(table, key, whole)
 
     def latest(self, table: str, until: str | None = None) -> str | None:
         """The last partition that exists, not later than `until`. It looks at as few pointers as it can."""
