@@ -199,7 +199,7 @@ class Lake:
                 continue
 
     def _read_whole(self, table: str, key: str, work: Callable[[Partition | None], T]) -> T:
-        """Call `work` with what a partition is now, again where what it read was dropped, since newer versions came meanwhile."""
+        """Call `work` with what a partition is now, again where what it read was dropped because newer versions came."""
         while True:
             part = self.find(table, key)
             try:
