@@ -6,7 +6,8 @@ replay or a worker that was thought dead, is ignored. Its name holds the identit
 topic that was deleted and made again start over.
 
 `last` are the distinct actions (item, event type, time) that are newest by time, equal times in the order of their
-text. This order does not depend on when an event arrived, so that late events, the nightly tables and a replay agree.
+text: at most LAST_ACTIONS, of which the nightly write leaves those that it does not know. This order does not depend on
+when an event arrived, so that late events, the nightly tables and a replay agree.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.events import EVENT_TYPE, ITEM_ID, MINUTE_MS, TS, USER_ID
-from recsys_core.online import MERGE_LUA, STREAM_STATE, action_text, action_texts, user_key
+from recsys_core.online import LAST_ACTIONS, MERGE_LUA, STREAM_STATE, action_text, action_texts, user_key
 from recsys_core.redis_client import Script, is_cluster
 from recsys_core.settings import Settings
 
@@ -317,9 +318,8 @@ class UserWriter:
         self, updates: UserUpdates, sources: Mapping[int, str], now_ms: int, guards: Mapping[int, Guard] | None = None
     ) -> list[tuple[object, ...]]:
         """The calls of `updates`, in their order; `sources` names the source of each partition, `guards` its guard."""
-        keep = self._settings.ranking.last_items
         gap = self._settings.events.session_gap_minutes * MINUTE_MS
-        rest = (keep, gap, self._settings.cache.feature_ttl_seconds, now_ms // 1000)
+        rest = (LAST_ACTIONS, gap, self._settings.cache.feature_ttl_seconds, now_ms // 1000)
         calls = []
         for start, end in self._spans(updates.partition):
             number = updates.partition[start]

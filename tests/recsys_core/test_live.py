@@ -32,7 +32,7 @@ from recsys_core.live import (
     user_updates,
 )
 from recsys_core.live_trends import COUNT, SOURCES_KEY, LiveTrendReader, TrendWriter, announce_sources, live_trend, with_hourly
-from recsys_core.online import STREAM, TrendingValue, UserRecord, read_records, user_key, write_records
+from recsys_core.online import LAST_ACTIONS, STREAM, TrendingValue, UserRecord, read_records, user_key, write_records
 from recsys_core.popularity import trending_items
 from recsys_core.recompute import Recomputation
 from recsys_core.redis_client import client, run_calls
@@ -73,7 +73,7 @@ def apply(redis: Any, settings: Settings, events: Batch) -> None:
     sources = {0: "0abcdef0.0"}
     writer = UserWriter(redis, settings)
     while events.rows:
-        updates = user_updates(events, settings.ranking.last_items, GAP_MS)
+        updates = user_updates(events, LAST_ACTIONS, GAP_MS)
         answers = run_calls(redis, writer.calls(updates, sources, NOW), [UPDATE])
         _, behind = writer.behind(updates, answers)
         events = not_yet_applied(events, behind)
@@ -155,7 +155,7 @@ def test_a_handful_of_events_comes_to_the_same_as_columns_of_them(
 def test_nothing_is_applied_to_a_redis_that_is_behind_of_what_it_had(store: Any, settings: Settings) -> None:
     events = batch([("u", "a", "view", NOW), ("v", "b", "view", NOW)])
     users, trends = UserWriter(store, settings), TrendWriter(settings)
-    updates, counts = user_updates(events, 5, GAP_MS), trends.counts(events, NOW)
+    updates, counts = user_updates(events, LAST_ACTIONS, GAP_MS), trends.counts(events, NOW)
     guards = {0: Guard("position", 7)}
     sources = {0: "0abcdef0.0"}
     calls = users.calls(updates, sources, NOW, guards) + trends.calls(counts, sources, guards)
@@ -191,7 +191,7 @@ def test_a_value_that_is_none_of_ours_gives_way(store: Any, settings: Settings) 
 def test_the_nightly_tables_never_take_live_actions_away(store: Any, settings: Settings) -> None:
     apply(store, settings, batch([("u", "new", "view", NOW), ("u", "newer", "cart", NOW + 5)]))
     old = tuple((f"old{n}", "view", NOW - 1000 * (n + 1)) for n in range(5))
-    write_records(store, [("u", UserRecord(last=old, last_ts=old[0][2], seen=("x",)))], 60, 5)
+    write_records(store, [("u", UserRecord(last=old, last_ts=old[0][2], seen=("x",)))], 60, 5, NOW)
     [record] = read_records(store, ["u"])
     assert [item for item, _, _ in record.last] == ["newer", "new", "old0", "old1", "old2"]
     assert record.last_ts == NOW + 5
