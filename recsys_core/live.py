@@ -52,10 +52,10 @@ UPDATE_LUA = (
     MERGE_LUA
     + GUARD_LUA
     + """
-local function newest_of(inside)
-  local ends = string.find(inside, ']', 1, true) or 0
-  if string.byte(inside, ends - 14) == 44 then return tonumber(string.sub(inside, ends - 13, ends - 1)) or 0 end
-  return tonumber(string.match(string.sub(inside, 1, ends - 1), '(%d+)$') or 0)
+local function newest_of(list)
+  local ends = string.find(list, ']', 1, true)
+  if string.byte(list, ends - 14) == 44 then return tonumber(string.sub(list, ends - 13, ends - 1)) or 0 end
+  return tonumber(string.match(string.sub(list, 1, ends - 1), '(%d+)$') or 0)
 end
 local fence, keep, gap, ttl, now = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local out = {0}
@@ -74,19 +74,18 @@ for i = 1, n do
     out[#out + 1] = i
     out[#out + 1] = applied
   else
-    local actions, last_ts = string.sub(update, 65), tonumber(old[2] or 0) or 0
-    local before = inside(old[1])
-    if before ~= '' and oldest <= newest_of(before) then
-      actions = merge(actions, before, keep)
-    elseif before ~= '' and kept < keep then
-      actions = actions .. ',' .. head(before, keep - kept)
-    end
+    local before, actions, last_ts = old[1], string.sub(update, 65), tonumber(old[2] or 0) or 0
+    if not is_list(before) then actions = '[' .. actions .. ']'
+    elseif oldest <= newest_of(before) then actions = '[' .. merge(actions, inside(before), keep) .. ']'
+    elseif #before < 10 * (keep - kept) then actions = '[' .. actions .. ',' .. string.sub(before, 2)
+    elseif kept < keep then actions = '[' .. actions .. ',' .. head(inside(before), keep - kept) .. ']'
+    else actions = '[' .. actions .. ']' end
     local total, start, within, refreshed = 0, 0, 0, 0
     if old[3] and #old[3] == 32 then total, start, within, refreshed = struct.unpack('<dddd', old[3]) end
     if within == 0 or session > last_ts + gap then start, within = session, since else within = within + count end
     local expires = now - refreshed > ttl / 100
     if expires then refreshed = now end
-    redis.call('HSET', key, 'last', '[' .. actions .. ']', 'last_ts', math.max(last_ts, latest),
+    redis.call('HSET', key, 'last', actions, 'last_ts', math.max(last_ts, latest),
       'stream', struct.pack('<dddd', total + count, start, within, refreshed), fence, last)
     if expires then redis.call('EXPIRE', key, ttl) end
   end

@@ -49,9 +49,11 @@ STREAM_STATE = "<dddd"
 """`stream`: events, start (ms) and events of the latest session, when the TTL was last set (s)."""
 
 MERGE_LUA = """
+local function is_list(text)
+  return text and string.sub(text, 1, 2) == '[[' and string.sub(text, -2) == ']]'
+end
 local function inside(list)
-  if list and string.sub(list, 1, 2) == '[[' and string.sub(list, -2) == ']]' then return string.sub(list, 2, -2) end
-  return ''
+  return is_list(list) and string.sub(list, 2, -2) or ''
 end
 local function entry(inside, from)
   local to = string.find(inside, '],[', from, true) or #inside
@@ -90,7 +92,7 @@ local function merge(one, other, keep)
   if #out < keep and rest ~= '' then out[#out + 1] = head(rest, keep - #out) end
   return table.concat(out, ',')
 end
-local function since(inside, keep, moment)
+local function cut(inside, keep, moment)
   local from, n = 1, 0
   while from <= #inside do
     local this, after = entry(inside, from)
@@ -103,7 +105,7 @@ end
 """Lua on the text of `last` without its outer brackets. Brackets inside of ids are escaped there (`online.action_text`).
 
 `head` are the first n actions; each has at least ten bytes with its comma. `merge` ends where one of the lists does and takes
-what is left of the other as it is. `since` are the first `keep` and all further ones that are not before a moment."""
+what is left of the other as it is. `cut` are the first `keep` and all further ones that are not before a moment."""
 
 WRITE_LUA = (
     MERGE_LUA
@@ -117,7 +119,7 @@ for i = 4, #ARGV, 2 do
     old = false
   end
   if old and name == 'last' then
-    value = '[' .. since(merge(inside(value), inside(old), LAST_ACTIONS), keep, covered) .. ']'
+    value = '[' .. cut(merge(inside(value), inside(old), LAST_ACTIONS), keep, covered) .. ']'
   elseif old and name == 'last_ts' then
     value = math.max(tonumber(old) or 0, tonumber(value))
   end
@@ -583,7 +585,8 @@ def _last_and_excluded(
     # Each of the two lists is distinct: of what comes first of both, no more than half is there twice.
     newest = _padded(rows, positions, known & (kind != 1), count, 2 * settings.last_items)
     reach = [_reach(record, most) for record in records]
-    limits = np.ravel([(most, len(asked), of_user) for asked, of_user in zip(others, reach, strict=True)])
+    limits = sizes.copy()
+    limits[::3], limits[2::3] = most, reach
     if (sizes > limits).any():
         within = np.arange(len(parts)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         known &= within < limits[parts]
