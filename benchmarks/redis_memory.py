@@ -19,7 +19,7 @@ import redis
 from recsys_cli.stack import redis_server
 from recsys_core.events import EVENT_SCHEMA, now_ms
 from recsys_core.live import UPDATE, Batch, UserWriter, user_updates
-from recsys_core.online import UserRecord, write_records
+from recsys_core.online import LAST_ACTIONS, UserRecord, write_records
 from recsys_core.redis_client import run_calls
 from recsys_core.settings import load_settings
 
@@ -62,7 +62,7 @@ def main() -> None:
 
         writer = UserWriter(store, settings)
         for batch in batches(options.users):
-            updates = user_updates(batch, settings.ranking.last_items, 1_800_000)
+            updates = user_updates(batch, LAST_ACTIONS, 1_800_000)
             run_calls(store, writer.calls(updates, {0: "0abcdef0.0"}, now_ms()), [UPDATE])
         tell(f"live record of {EVENTS_A_USER} actions")
         factor = np.ones(64, np.float32)

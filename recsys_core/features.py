@@ -343,8 +343,9 @@ def user_inputs(
 ) -> UserInputs:
     """From an online record, as of the moment `ts` (ms); `OnlineFeatures(0, window_days)` for a record without features.
 
-    Equal to the training example of that moment as long as `last` holds all the user's actions since `features.at`. The
-    category is that of `features.at`; device and country are the latest known, in place of which a request puts its own.
+    Equal to the training example of that moment as long as `last` holds all the user's actions since `features.at`, and the
+    record keeps `online.LAST_ACTIONS` of them. The category is that of `features.at`; device and country are the latest
+    known, in place of which a request puts its own.
     """
     before = [(item, at) for item, _, at in last if at < ts]
     counts = features.counts(ts, [at for _, at in before])

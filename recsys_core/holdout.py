@@ -25,7 +25,7 @@ from recsys_core.fold_in import gram
 from recsys_core.index import SIMILAR, ExactIndex, Part, longest_first, similar_items
 from recsys_core.item_ids import digests, packed
 from recsys_core.lake import Lake
-from recsys_core.online import UserRecord, users_of
+from recsys_core.online import LAST_ACTIONS, UserRecord, users_of
 from recsys_core.popularity import popular_items, trending_items
 from recsys_core.ranking import Snapshot, Trend, Users, availability
 from recsys_core.recency import fit_window
@@ -307,7 +307,7 @@ def records_then(lake: Lake, snapshot: Snapshot, past: Past, settings: Settings)
         factor = past.factors[row]
         records.append(
             UserRecord(
-                last=tuple(since[row]),
+                last=tuple(since[row][:LAST_ACTIONS]),
                 last_ts=since[row][0][2] if since[row] else 0,
                 seen=tuple(past.items[had[:history]].tolist()),
                 had=packed(marks[had[history:most]]),

@@ -6,7 +6,8 @@ replay or a worker that was thought dead, is ignored. Its name holds the identit
 topic that was deleted and made again start over.
 
 `last` are the distinct actions (item, event type, time) that are newest by time, equal times in the order of their
-text. This order does not depend on when an event arrived, so that late events, the nightly tables and a replay agree.
+text: at most LAST_ACTIONS, of which the nightly write leaves those that it does not know. This order does not depend on
+when an event arrived, so that late events, the nightly tables and a replay agree.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_core.events import EVENT_TYPE, ITEM_ID, MINUTE_MS, TS, USER_ID
-from recsys_core.online import MERGE_LUA, STREAM_STATE, action_text, action_texts, user_key
+from recsys_core.online import LAST_ACTIONS, MERGE_LUA, STREAM_STATE, action_text, action_texts, user_key
 from recsys_core.redis_client import Script, is_cluster
 from recsys_core.settings import Settings
 
@@ -51,10 +52,10 @@ UPDATE_LUA = (
     MERGE_LUA
     + GUARD_LUA
     + """
-local function newest_of(inside)
-  local ends = string.find(inside, ']', 1, true) or 0
-  if string.byte(inside, ends - 14) == 44 then return tonumber(string.sub(inside, ends - 13, ends - 1)) or 0 end
-  return tonumber(string.match(string.sub(inside, 1, ends - 1), '(%d+)$') or 0)
+local function newest_of(list)
+  local ends = string.find(list, ']', 1, true)
+  if string.byte(list, ends - 14) == 44 then return tonumber(string.sub(list, ends - 13, ends - 1)) or 0 end
+  return tonumber(string.match(string.sub(list, 1, ends - 1), '(%d+)$') or 0)
 end
 local fence, keep, gap, ttl, now = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local out = {0}
@@ -73,19 +74,18 @@ for i = 1, n do
     out[#out + 1] = i
     out[#out + 1] = applied
   else
-    local actions, last_ts = string.sub(update, 65), tonumber(old[2] or 0) or 0
-    local before = inside(old[1])
-    if before ~= '' and oldest <= newest_of(before) then
-      actions = merge(actions, before, keep)
-    elseif before ~= '' and kept < keep then
-      actions = actions .. ',' .. head(before, keep - kept)
-    end
+    local before, actions, last_ts = old[1], string.sub(update, 65), tonumber(old[2] or 0) or 0
+    if not is_list(before) then actions = '[' .. actions .. ']'
+    elseif oldest <= newest_of(before) then actions = '[' .. merge(actions, inside(before), keep) .. ']'
+    elseif #before < 10 * (keep - kept) then actions = '[' .. actions .. ',' .. string.sub(before, 2)
+    elseif kept < keep then actions = '[' .. actions .. ',' .. head(inside(before), keep - kept) .. ']'
+    else actions = '[' .. actions .. ']' end
     local total, start, within, refreshed = 0, 0, 0, 0
     if old[3] and #old[3] == 32 then total, start, within, refreshed = struct.unpack('<dddd', old[3]) end
     if within == 0 or session > last_ts + gap then start, within = session, since else within = within + count end
     local expires = now - refreshed > ttl / 100
     if expires then refreshed = now end
-    redis.call('HSET', key, 'last', '[' .. actions .. ']', 'last_ts', math.max(last_ts, latest),
+    redis.call('HSET', key, 'last', actions, 'last_ts', math.max(last_ts, latest),
       'stream', struct.pack('<dddd', total + count, start, within, refreshed), fence, last)
     if expires then redis.call('EXPIRE', key, ttl) end
   end
@@ -317,9 +317,8 @@ class UserWriter:
         self, updates: UserUpdates, sources: Mapping[int, str], now_ms: int, guards: Mapping[int, Guard] | None = None
     ) -> list[tuple[object, ...]]:
         """The calls of `updates`, in their order; `sources` names the source of each partition, `guards` its guard."""
-        keep = self._settings.ranking.last_items
         gap = self._settings.events.session_gap_minutes * MINUTE_MS
-        rest = (keep, gap, self._settings.cache.feature_ttl_seconds, now_ms // 1000)
+        rest = (LAST_ACTIONS, gap, self._settings.cache.feature_ttl_seconds, now_ms // 1000)
         calls = []
         for start, end in self._spans(updates.partition):
             number = updates.partition[start]

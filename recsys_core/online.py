@@ -1,6 +1,7 @@
 """The Redis contract: keys, the cached answer, the user's record, and their batch writers.
 
-    user:{<user_id>}   hash: `last` [[item_id, event_type, ts_ms], …] newest first, `last_ts`, `seen` [item_id, …] newest first,
+    user:{<user_id>}   hash: `last` [[item_id, event_type, ts_ms], …] newest first: all that `seen` does not know, at least
+                       `ranking.last_items` and at most LAST_ACTIONS, `last_ts`, `seen` [item_id, …] newest first,
                        after which NUL and six bytes of each older item may come (`item_ids.digests`),
                        `als` <factor version> NUL <float32 vector>, `features` see `OnlineFeatures`; of the speed layer
                        `stream` (counters and session) and `@<source>`, the last offset applied from a Kafka partition
@@ -41,26 +42,23 @@ WRONG_TYPE = "WRONGTYPE"
 
 LAST, LAST_TS, SEEN, ALS, FEATURES = b"last", b"last_ts", b"seen", b"als", b"features"
 RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS, FEATURES)
+LAST_ACTIONS = 256
+"""Most actions that `last` holds."""
 STREAM = b"stream"
 STREAM_STATE = "<dddd"
 """`stream`: events, start (ms) and events of the latest session, when the TTL was last set (s)."""
 
 MERGE_LUA = """
-local function inside(list)
-  if list and string.sub(list, 1, 2) == '[[' and string.sub(list, -2) == ']]' then return string.sub(list, 2, -2) end
-  return ''
+local function is_list(text)
+  return text and string.sub(text, 1, 2) == '[[' and string.sub(text, -2) == ']]'
 end
-local function entries(inside)
-  local found, from = {}, 1
-  while inside ~= '' do
-    local hit = string.find(inside, '],[', from, true)
-    local text = string.sub(inside, from, hit or -1)
-    local ts = tonumber(string.match(text, '(%d+)%]$') or '')
-    if ts then found[#found + 1] = {ts, text} end
-    if not hit then break end
-    from = hit + 2
-  end
-  return found
+local function inside(list)
+  return is_list(list) and string.sub(list, 2, -2) or ''
+end
+local function entry(inside, from)
+  local to = string.find(inside, '],[', from, true) or #inside
+  local text = string.sub(inside, from, to)
+  return {tonumber(string.match(text, '(%d+)%]$') or 0), text}, to + 2
 end
 local function comes_first(a, b)
   if a[1] ~= b[1] then return a[1] > b[1] end
@@ -71,18 +69,8 @@ local function comes_first(a, b)
   end
   return #x < #y
 end
-local function merge(one, other, keep)
-  local a, b, out, i, j = entries(one), entries(other), {}, 1, 1
-  while #out < keep and (a[i] or b[j]) do
-    local next
-    if a[i] and b[j] and a[i][2] == b[j][2] then next, i, j = a[i], i + 1, j + 1
-    elseif not b[j] or (a[i] and comes_first(a[i], b[j])) then next, i = a[i], i + 1
-    else next, j = b[j], j + 1 end
-    out[#out + 1] = next[2]
-  end
-  return table.concat(out, ',')
-end
 local function head(inside, n)
+  if #inside < 10 * n then return inside end
   local from = 1
   for _ = 1, n do
     local hit = string.find(inside, '],[', from, true)
@@ -91,14 +79,39 @@ local function head(inside, n)
   end
   return string.sub(inside, 1, from - 2)
 end
+local function merge(one, other, keep)
+  local out, i, j, a, b, after_a, after_b = {}, 1, 1
+  while #out < keep and i <= #one and j <= #other do
+    if not a then a, after_a = entry(one, i) end
+    if not b then b, after_b = entry(other, j) end
+    local same = a[2] == b[2]
+    if same or comes_first(a, b) then out[#out + 1], i, a = a[2], after_a end
+    if same then j, b = after_b elseif a then out[#out + 1], j, b = b[2], after_b end
+  end
+  local rest = string.sub(one, i) .. string.sub(other, j)
+  if #out < keep and rest ~= '' then out[#out + 1] = head(rest, keep - #out) end
+  return table.concat(out, ',')
+end
+local function cut(inside, keep, moment)
+  local from, n = 1, 0
+  while from <= #inside do
+    local this, after = entry(inside, from)
+    if n >= keep and this[1] < moment then return string.sub(inside, 1, from - 2) end
+    from, n = after, n + 1
+  end
+  return inside
+end
 """
-"""Lua on the text of `last` without its outer brackets. Brackets inside of ids are escaped there (`online.action_text`)."""
+"""Lua on the text of `last` without its outer brackets. Brackets inside of ids are escaped there (`online.action_text`).
+
+`head` are the first n actions; each has at least ten bytes with its comma. `merge` ends where one of the lists does and takes
+what is left of the other as it is. `cut` are the first `keep` and all further ones that are not before a moment."""
 
 WRITE_LUA = (
     MERGE_LUA
     + """
-local key, keep, ttl = KEYS[1], tonumber(ARGV[1]), ARGV[2]
-for i = 3, #ARGV, 2 do
+local key, keep, covered, ttl = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+for i = 4, #ARGV, 2 do
   local name, value = ARGV[i], ARGV[i + 1]
   local old = redis.pcall('HGET', key, name)
   if type(old) == 'table' then
@@ -106,17 +119,17 @@ for i = 3, #ARGV, 2 do
     old = false
   end
   if old and name == 'last' then
-    value = '[' .. merge(inside(value), inside(old), keep) .. ']'
+    value = '[' .. cut(merge(inside(value), inside(old), LAST_ACTIONS), keep, covered) .. ']'
   elseif old and name == 'last_ts' then
     value = math.max(tonumber(old) or 0, tonumber(value))
   end
   redis.call('HSET', key, name, value)
 end
 redis.call('EXPIRE', key, ttl)
-"""
+""".replace("LAST_ACTIONS", str(LAST_ACTIONS))
 )
-"""KEYS: one record. ARGV: actions kept, TTL (s), then fields and values of the batch layer. Live actions stay; a key that
-holds no record is replaced by one."""
+"""KEYS: one record. ARGV: actions kept in any case, the end of what the batch layer knows (ms), TTL (s), then its fields and
+values. Live actions since that end stay; a key that holds no record is replaced by one."""
 WRITE = Script(WRITE_LUA)
 
 CLOCK_MS = 60_000
@@ -361,7 +374,7 @@ class UserRecord:
     """A user's record. Empty values where a field is absent.
 
     Attributes:
-        last: the last actions, newest first: (item_id, event_type, ts in ms).
+        last: the last actions, newest first: (item_id, event_type, ts in ms); all since the other fields were made.
         last_ts: time of the last action in ms, 0 when unknown.
         seen: items the user had, most recent first, as many as a history has.
         had: the digests of the items that the user had before those, packed.
@@ -524,14 +537,32 @@ def users_of(
 
 
 def consumed(snapshot: Snapshot, record: UserRecord, most: int) -> np.ndarray:
-    """int64: positions of the items that a user had, those of `last` and the `most` newest others, that the release knows."""
-    had = snapshot.item_ids.positions_of_digests(_digests_of(record, most))
-    named = snapshot.positions_of([*(item for item, _, _ in record.last), *record.seen[:most]])
-    return np.concatenate([named, had[had >= 0]])
+    """int64: positions of the `most` newest items that a user had, of those that the release knows."""
+    acted, reach = items_acted_on(record)[:most], _reach(record, most)
+    had = snapshot.item_ids.positions_of_digests(_digests_of(record, reach))
+    return np.concatenate([snapshot.positions_of([*acted, *record.seen[:reach]]), had[had >= 0]])
 
 
-def _digests_of(record: UserRecord, most: int) -> np.ndarray:
-    return unpacked(record.had[: max(0, most - len(record.seen)) * DIGEST_BYTES])
+def items_acted_on(record: UserRecord) -> list[str]:
+    """The distinct items of `last`, newest first."""
+    return list(dict.fromkeys([item for item, _, _ in record.last]))
+
+
+def _reach(record: UserRecord, most: int) -> int:
+    """How many of the items before `last` are among the `most` newest ones; those that `last` has as well don't count."""
+    before = record.items_had
+    if len(record.last) + before <= most:
+        return before
+    acted = {item for item, _, _ in record.last}
+    left = most - len(acted)
+    if left <= 0:
+        return 0
+    others = [at for at, item in enumerate(record.seen) if item not in acted]
+    return others[left] if left < len(others) else min(before, len(record.seen) + left - len(others))
+
+
+def _digests_of(record: UserRecord, reach: int) -> np.ndarray:
+    return unpacked(record.had[: max(0, reach - len(record.seen)) * DIGEST_BYTES])
 
 
 def _last_and_excluded(
@@ -545,31 +576,32 @@ def _last_and_excluded(
     others = excluded or [()] * count
     lists: list[Sequence[str]] = []
     for record, asked in zip(records, others, strict=True):
-        lists += [action[0] for action in record.last], asked, record.seen
+        lists += items_acted_on(record), asked, record.seen
     sizes = np.fromiter(map(len, lists), np.int64, len(lists))
     positions = snapshot.item_ids.positions(list(chain.from_iterable(lists)))
     parts = np.repeat(np.arange(len(sizes)), sizes)
     rows, kind = np.divmod(parts, 3)
-    known, of_seen = positions >= 0, kind == 2
-    enough = int(sizes[::3].max(initial=0)) + settings.last_items
-    newest = _padded(rows, positions, known & (kind != 1), count, enough)
-    if not settings.exclude_consumed:
-        known &= kind == 1
-    elif sizes[2::3].max(initial=0) > most:
+    known = positions >= 0
+    # Each of the two lists is distinct: of what comes first of both, no more than half is there twice.
+    newest = _padded(rows, positions, known & (kind != 1), count, 2 * settings.last_items)
+    reach = [_reach(record, most) for record in records]
+    limits = sizes.copy()
+    limits[::3], limits[2::3] = most, reach
+    if (sizes > limits).any():
         within = np.arange(len(parts)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        known &= ~of_seen | (within < most)
-    rows, positions, had = _with_digests(snapshot, records, rows[known], positions[known], most)
+        known &= within < limits[parts]
+    rows, positions, had = _with_digests(snapshot, records, rows[known], positions[known], reach)
     everything = np.ones(len(rows), bool)
     return _first_distinct(newest, settings.last_items), _padded(rows, positions, everything, count), had
 
 
 def _with_digests(
-    snapshot: Snapshot, records: Sequence[UserRecord], rows: np.ndarray, positions: np.ndarray, most: int
+    snapshot: Snapshot, records: Sequence[UserRecord], rows: np.ndarray, positions: np.ndarray, reach: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
     """Rows and positions with those of the records' digests, and apart, by row, those of users that had very many items."""
-    if not most or not any(record.had for record in records):
+    if not any(of_user > len(record.seen) for record, of_user in zip(records, reach, strict=True)):
         return rows, positions, {}
-    found = [_digests_of(record, most) for record in records]
+    found = [_digests_of(record, of_user) for record, of_user in zip(records, reach, strict=True)]
     sizes = np.array([len(of_user) for of_user in found], np.int64)
     more, owners = snapshot.item_ids.positions_of_digests(np.concatenate(found)), np.repeat(np.arange(len(sizes)), sizes)
     ends = np.cumsum(sizes)
@@ -690,16 +722,18 @@ def write_answers(redis: Any, answers: Iterable[tuple[str, bytes]], ttl_seconds:
     return len(made)
 
 
-def write_records(redis: Any, records: Iterable[tuple[str, UserRecord]], ttl_seconds: int, keep: int = 5) -> int:
+def write_records(
+    redis: Any, records: Iterable[tuple[str, UserRecord]], ttl_seconds: int, keep: int = 5, covered: int = 0
+) -> int:
     """Write the fields of users' records in one pipeline; fields that a record does not hold stay as they are.
 
-    Each record is merged by one server-side step: of `last` the `keep` newest actions of both sides stay, of `last_ts`
-    the later, so that what the speed layer wrote meanwhile is never lost.
+    Each record is merged by one server-side step: of `last` the `keep` newest actions of both sides stay and those since
+    `covered` (ms), before which `seen` has all, of `last_ts` the later. So what the speed layer wrote is never lost.
     """
     calls = []
     for user_id, record in records:
         words = [word for pair in record.encode().items() for word in pair]
         if words:
-            calls.append(WRITE.call([user_key(user_id)], keep, ttl_seconds, *words))
+            calls.append(WRITE.call([user_key(user_id)], keep, covered, ttl_seconds, *words))
     run_calls(redis, calls, [WRITE])
     return len(calls)

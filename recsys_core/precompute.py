@@ -18,7 +18,7 @@ import pyarrow as pa
 from recsys_core import progress
 from recsys_core.bundle import TRENDING_ITEMS
 from recsys_core.errors import UserError
-from recsys_core.events import EVENT_TYPE, ITEM_ID, TS, USER_ID, now_ms
+from recsys_core.events import DAY_MS, EVENT_TYPE, ITEM_ID, TS, USER_ID, key_start_ms, now_ms
 from recsys_core.features import OnlineFeatures
 from recsys_core.lake import Lake, Partition
 from recsys_core.online import (
@@ -44,7 +44,7 @@ CACHE_SHARDS = "rec_cache_shards"
 """Lake table of the caches' newest plan and of what was done of each of its shards."""
 PLAN = "plan"
 SAMPLES, SHOWN = 10, 5
-"""Users that are shown, and items of each."""
+"""Users that are shown, and last and recommended items of each."""
 NAMED = 10
 """Users that are left out of a shard or a day and named in the log, and reasons that are counted apart."""
 REASON_LENGTH = 100
@@ -145,9 +145,10 @@ def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, se
     started = time.perf_counter()
     users = 0
     left_out = LeftOut(f"online features of {day}")
+    keep, end = settings.ranking.last_items, key_start_ms(day) + DAY_MS
     for batch in _batches(lake, ONLINE_FEATURES, day, settings.cache.batch_users, "user records"):
         records = _records(batch, als_version, settings, left_out)
-        users += write_records(redis, records, settings.cache.feature_ttl_seconds, settings.ranking.last_items)
+        users += write_records(redis, records, settings.cache.feature_ttl_seconds, keep, end)
     return WriteReport(users, 0, time.perf_counter() - started, dict(left_out.reasons))
 
 
@@ -365,7 +366,7 @@ def read_samples(redis: Any, lake: Lake, hour: str) -> list[Sample]:
     return [
         Sample(
             user_id,
-            tuple(item for item, _, _ in record.last) if isinstance(record, UserRecord) else (),
+            tuple(item for item, _, _ in record.last[:SHOWN]) if isinstance(record, UserRecord) else (),
             _items_of(answer) if answer else (),
         )
         for user_id, record, answer in zip(ids, read_each_record(redis, ids) if ids else [], answers, strict=True)

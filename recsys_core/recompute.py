@@ -18,7 +18,7 @@ import pyarrow as pa
 from recsys_core.events import EVENT_TYPE, ITEM_ID, MINUTE_MS, TS, USER_ID
 from recsys_core.live import StreamState, fence_field
 from recsys_core.live_trends import SCALE, bucket_key
-from recsys_core.online import LAST, LAST_TS, STREAM, action_text, user_key
+from recsys_core.online import LAST, LAST_ACTIONS, LAST_TS, STREAM, action_text, user_key
 from recsys_core.settings import Settings
 
 COMPARED_AT_ONCE = 1000
@@ -60,7 +60,6 @@ class Recomputation:
     """Takes events in the order of their offsets."""
 
     def __init__(self, settings: Settings) -> None:
-        self._keep = settings.ranking.last_items
         self._gap_ms = settings.events.session_gap_minutes * MINUTE_MS
         self._bucket_ms = settings.stream.bucket_minutes * MINUTE_MS
         self._weights = settings.events.weights
@@ -81,7 +80,7 @@ class Recomputation:
     def _add_to_user(self, state: UserState, item: str, kind: str, ts: int, moment: int) -> None:
         action = (-ts, action_text(item, kind, ts))
         if action not in state.actions:
-            state.actions = sorted([*state.actions, action])[: self._keep]
+            state.actions = sorted([*state.actions, action])[:LAST_ACTIONS]
         if state.events == 0 or moment > state.last_ts + self._gap_ms:
             state.session_start, state.session_events = moment, 0
         state.session_events += 1

@@ -270,7 +270,7 @@ class RankingSettings(Section):
     trending: int = Field(100, ge=0, description="trending items among the candidates")
     popular: int = Field(100, ge=0, description="popular items among the candidates")
     exclude_consumed: bool = Field(True, description="leave out what the user had already")
-    last_items: int = Field(5, ge=1, le=100, description="last actions kept for a user")
+    last_items: int = Field(5, ge=1, le=100, description="last items of a user that an answer takes into account")
     max_consumed: int = Field(10_000, ge=0, description="most recent items of a user that are left out; six bytes each")
 
 

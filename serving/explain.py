@@ -94,10 +94,12 @@ def moved_by(
 ) -> list[list[pb.Influence]]:
     """For each item the user's last actions that raise its score, strongest first; none where the session has no weight.
 
-    The session's vector is a sum over the actions, so that each has its share of the session's part.
+    The session's vector is a sum over the last items, so that the newest action of each has its share of the session's part.
     """
-    positions_acted = snapshot.item_ids.positions([item for item, _, _ in record.last])
-    acted = [(at, position) for at, position in enumerate(positions_acted.tolist()) if position >= 0][: settings.last_items]
+    newest: dict[int, int] = {}
+    for at, position in enumerate(snapshot.item_ids.positions([item for item, _, _ in record.last]).tolist()):
+        newest.setdefault(position, at)
+    acted = [(at, position) for position, at in newest.items() if position >= 0][: settings.last_items]
     if not acted or not len(positions) or settings.session_weight == 0:
         return [[] for _ in positions]
     of_actions = np.array([position for _, position in acted])

@@ -31,7 +31,7 @@ from serving.client import AsyncRecsysClient, ClientOptions, Recommendation, Rec
 from serving.store import Store
 
 PAGE = Path(__file__).with_name("inspection.html")
-SHOWN_SEEN = 50
+SHOWN = 50
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
 STATUSES = {"INVALID_ARGUMENT": 400, "NOT_FOUND": 404, "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}
 HEADERS = {
@@ -84,7 +84,7 @@ class Inspection:
             return JSONResponse({"error": str(error)}, 500)
         served = await self._client.recommend(user_id, count)
         answer = await self._client.recommend(user_id, count, explain=True)
-        shown = [item for item, _, _ in record.last] + list(record.seen[:SHOWN_SEEN])
+        shown = [item for item, _, _ in record.last[:SHOWN]] + list(record.seen[:SHOWN])
         titles = await asyncio.to_thread(self._titles.of, shown)
         return JSONResponse(
             {
@@ -92,10 +92,10 @@ class Inspection:
                 "known": bool(record.last or record.seen or record.als is not None),
                 "last": [
                     {"item_id": item, "title": titles.get(item, ""), "event_type": kind, "ts_ms": ts}
-                    for item, kind, ts in record.last
+                    for item, kind, ts in record.last[:SHOWN]
                 ],
                 "last_ts": record.last_ts,
-                "seen": [{"item_id": item, "title": titles.get(item, "")} for item in record.seen[:SHOWN_SEEN]],
+                "seen": [{"item_id": item, "title": titles.get(item, "")} for item in record.seen[:SHOWN]],
                 "seen_total": record.items_had,
                 "als_version": record.als_version,
                 "cached": None

@@ -19,6 +19,7 @@ from recsys_core.live import (
     user_updates,
 )
 from recsys_core.live_trends import COUNT, BucketCounts, TrendWriter
+from recsys_core.online import LAST_ACTIONS
 from recsys_core.redis_client import is_cluster, run_calls
 from recsys_core.settings import Settings
 from streaming.connections import PinnedConnection
@@ -47,7 +48,6 @@ class RedisSink:
 
     def __init__(self, redis: Any, settings: Settings, area: str = "") -> None:
         self.redis = redis
-        self._keep = settings.ranking.last_items
         self._gap_ms = settings.events.session_gap_minutes * MINUTE_MS
         self._ttl = settings.cache.feature_ttl_seconds
         self._users = UserWriter(redis, settings, f"{area}user")
@@ -63,7 +63,7 @@ class RedisSink:
         """Sum a batch up and make its calls; None for an empty one."""
         if not batch.rows:
             return None
-        users = user_updates(batch, self._keep, self._gap_ms)
+        users = user_updates(batch, LAST_ACTIONS, self._gap_ms)
         counts = self._trends.counts(batch, now_ms)
         guards = self._guards(sources, {})
         user_calls = self._users.calls(users, sources, now_ms, guards)
@@ -95,7 +95,7 @@ class RedisSink:
         ignored, behind = self._users.behind(prepared.users, answers[:split])
         while behind:
             batch = not_yet_applied(prepared.batch, behind)
-            users = user_updates(batch, self._keep, self._gap_ms)
+            users = user_updates(batch, LAST_ACTIONS, self._gap_ms)
             answers_again = self._run(self._users.calls(users, sources, now_ms, guards))
             more, behind = self._users.behind(users, answers_again)
             ignored += more + 1
@@ -125,7 +125,7 @@ class RedisSink:
         `known` and `upto` as for `apply`. Raises StateLost when Redis is behind, with nothing of that partition changed, and
         redis.RedisError: apply them again then.
         """
-        users = few_user_updates(events, self._keep, self._gap_ms)
+        users = few_user_updates(events, LAST_ACTIONS, self._gap_ms)
         counts = self._trends.few_counts(events, now_ms)
         guards = self._guards(sources, known)
         calls = self._users.calls(users, sources, now_ms, guards)

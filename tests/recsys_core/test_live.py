@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,17 @@ from recsys_core.live import (
     user_updates,
 )
 from recsys_core.live_trends import COUNT, SOURCES_KEY, LiveTrendReader, TrendWriter, announce_sources, live_trend, with_hourly
-from recsys_core.online import STREAM, TrendingValue, UserRecord, read_records, user_key, write_records
+from recsys_core.online import (
+    LAST,
+    LAST_ACTIONS,
+    STREAM,
+    TrendingValue,
+    UserRecord,
+    action_text,
+    read_records,
+    user_key,
+    write_records,
+)
 from recsys_core.popularity import trending_items
 from recsys_core.recompute import Recomputation
 from recsys_core.redis_client import client, run_calls
@@ -69,11 +79,11 @@ def batch(rows: list[tuple[str, str, str, int]], first: int = 0, ahead: int = 0)
     return Batch(pa.Table.from_pylist(table, schema=EVENT_SCHEMA), np.zeros(len(rows), np.int64), offset, arrived)
 
 
-def apply(redis: Any, settings: Settings, events: Batch) -> None:
-    sources = {0: "0abcdef0.0"}
+def apply(redis: Any, settings: Settings, events: Batch, source: str = "0abcdef0.0") -> None:
+    sources = {0: source}
     writer = UserWriter(redis, settings)
     while events.rows:
-        updates = user_updates(events, settings.ranking.last_items, GAP_MS)
+        updates = user_updates(events, LAST_ACTIONS, GAP_MS)
         answers = run_calls(redis, writer.calls(updates, sources, NOW), [UPDATE])
         _, behind = writer.behind(updates, answers)
         events = not_yet_applied(events, behind)
@@ -155,7 +165,7 @@ def test_a_handful_of_events_comes_to_the_same_as_columns_of_them(
 def test_nothing_is_applied_to_a_redis_that_is_behind_of_what_it_had(store: Any, settings: Settings) -> None:
     events = batch([("u", "a", "view", NOW), ("v", "b", "view", NOW)])
     users, trends = UserWriter(store, settings), TrendWriter(settings)
-    updates, counts = user_updates(events, 5, GAP_MS), trends.counts(events, NOW)
+    updates, counts = user_updates(events, LAST_ACTIONS, GAP_MS), trends.counts(events, NOW)
     guards = {0: Guard("position", 7)}
     sources = {0: "0abcdef0.0"}
     calls = users.calls(updates, sources, NOW, guards) + trends.calls(counts, sources, guards)
@@ -191,12 +201,61 @@ def test_a_value_that_is_none_of_ours_gives_way(store: Any, settings: Settings) 
 def test_the_nightly_tables_never_take_live_actions_away(store: Any, settings: Settings) -> None:
     apply(store, settings, batch([("u", "new", "view", NOW), ("u", "newer", "cart", NOW + 5)]))
     old = tuple((f"old{n}", "view", NOW - 1000 * (n + 1)) for n in range(5))
-    write_records(store, [("u", UserRecord(last=old, last_ts=old[0][2], seen=("x",)))], 60, 5)
+    write_records(store, [("u", UserRecord(last=old, last_ts=old[0][2], seen=("x",)))], 60, 5, NOW)
     [record] = read_records(store, ["u"])
     assert [item for item, _, _ in record.last] == ["newer", "new", "old0", "old1", "old2"]
     assert record.last_ts == NOW + 5
     assert record.seen == ("x",)
     assert StreamState.decode(store.hget(user_key("u"), STREAM)) == StreamState(2, NOW, 2)
+
+
+def in_order(actions: Iterable[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Distinct actions, the newest first."""
+    return sorted(set(actions), key=lambda action: (-action[2], action_text(*action)))[:LAST_ACTIONS]
+
+
+nights = st.tuples(
+    st.sampled_from([NOW - 2 * GAP_MS, NOW - 1000, NOW, NOW + 1]), st.integers(1, 5), st.lists(st.integers(0, 14))
+)
+batches = st.tuples(st.integers(0, 1), st.integers(0, 15), st.integers(1, 15))
+
+
+@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(events_of_users, min_size=2, max_size=2),
+    steps=st.lists(st.one_of(batches, nights), max_size=6),
+    before=st.sampled_from([0, 4, LAST_ACTIONS - 3, LAST_ACTIONS]),
+    age=st.sampled_from([0, 4 * GAP_MS]),
+)
+def test_the_last_actions_are_those_that_the_night_does_not_know_whatever_comes_when(
+    store: Any, settings: Settings, rows: list[list[tuple[str, str, str, int]]], steps: list, before: int, age: int
+) -> None:
+    """A user's events from two partitions, some of them again and again, between nights that know all until a moment."""
+    store.flushall()
+    parts = [[("u", *row[1:]) for row in part] for part in rows]
+    earlier = [("u", str(at % 40), "view", NOW - age - 7 * at) for at in range(before)]
+    apply(store, settings, batch(earlier), "0abcdef0.2")
+    known, applied = in_order(row[1:] for row in earlier), [0, 0]
+    nightly = [row[1:] for part in parts for row in part]
+    for step in [*steps, (0, 0, 30), (1, 0, 30)]:
+        one, other, more = step
+        if isinstance(more, list):
+            last = in_order(nightly[at % len(nightly)] for at in more)[:other]
+            write_records(store, [("u", UserRecord(last=tuple(last), seen=("x",)))], 60, other, one)
+            if last and known:
+                merged = in_order([*known, *last])
+                known = merged[: max(other, sum(ts >= one for *_, ts in merged))]
+            else:
+                known = known or last
+        else:
+            start = min(other, applied[one])
+            some = parts[one][start : start + more]
+            apply(store, settings, batch(some, start), f"0abcdef0.{one}")
+            new = parts[one][applied[one] : start + more]
+            known, applied[one] = in_order([*known, *(row[1:] for row in new)]), max(applied[one], start + len(some))
+        assert store.hget(user_key("u"), LAST) == (b"[" + b",".join(action_text(*a) for a in known) + b"]" if known else None)
+    [record] = read_records(store, ["u"])
+    assert list(record.last) == known
 
 
 def test_what_the_night_wrote_before_the_stream_applies_it_is_not_doubled(store: Any, settings: Settings) -> None:

@@ -36,6 +36,7 @@ from recsys_core.online import (
     write_answers,
     write_records,
 )
+from recsys_core.ranking import Snapshot
 from recsys_core.settings import RankingSettings, Settings
 from recsys_core.tower import TowerInputs
 from serving import recsys_pb2 as pb
@@ -285,7 +286,7 @@ def test_what_was_consumed_may_come_again_when_the_settings_say_so() -> None:
     snapshot = make_snapshot(items=60)
     record = UserRecord((("item-5", "view", 9),), 9, ("item-7", "item-8"))
     assert users_of(snapshot, [record], RankingSettings(exclude_consumed=False)).excluded.tolist() == [[]]
-    assert users_of(snapshot, [record], RankingSettings(max_consumed=1)).excluded.tolist() == [[5, 7]]
+    assert users_of(snapshot, [record], RankingSettings(max_consumed=1)).excluded.tolist() == [[5]]
 
 
 def test_everything_a_user_had_is_left_out_and_the_newest_of_it_stays_readable() -> None:
@@ -300,11 +301,45 @@ def test_everything_a_user_had_is_left_out_and_the_newest_of_it_stays_readable()
     )
     assert sorted([*excluded.tolist(), *had[0].tolist()]) == [*range(400), 800]
     few = users_of(snapshot, [record, UserRecord.with_items(items[:90], 50, 10_000)], RankingSettings(max_consumed=120))
-    assert sorted(few.excluded[0].tolist()) == [*range(120), 800], "no more than the settings say"
+    assert sorted(few.excluded[0].tolist()) == [*range(119), 800], "no more than the settings say"
     assert few.excluded[1][few.excluded[1] >= 0].tolist() == [*range(90)]
     assert not few.had
     again = users_of(snapshot, [record], RankingSettings(exclude_consumed=False))
     assert (again.excluded.tolist(), again.had) == ([[]], {})
+
+
+@pytest.fixture(scope="module")
+def snapshot_of_60() -> Snapshot:
+    return make_snapshot(items=60)
+
+
+@settings(deadline=None)
+@given(
+    acted=st.lists(st.integers(0, 30), max_size=30),
+    had=st.lists(st.integers(0, 30), unique=True, max_size=30),
+    named=st.integers(0, 30),
+    most=st.integers(0, 40),
+    last_items=st.integers(1, 8),
+)
+def test_of_all_that_a_user_had_the_newest_are_left_out_and_the_newest_of_those_are_the_last(
+    snapshot_of_60: Snapshot, acted: list[int], had: list[int], named: int, most: int, last_items: int
+) -> None:
+    """Every second item is known to the release. Of an item without a name nobody can say that `last` has it as well."""
+    names = {number: f"item-{number}" if number % 2 else f"gone-{number}" for number in range(31)}
+    last = tuple((names[number], "view", 100 - at) for at, number in enumerate(acted))
+    record = UserRecord.with_items([names[number] for number in had], named, 10_000, last=last)
+    newest = list(dict.fromkeys([*acted, *had[:named]]))
+    everything = list(dict.fromkeys([*acted, *had]))
+    wanted = {number for number in everything[:most] if number % 2}
+    snapshot, settings = snapshot_of_60, RankingSettings(max_consumed=most, last_items=last_items)
+    users = users_of(snapshot, [record, UserRecord()], settings)
+    found = {*users.excluded[0].tolist(), *consumed(snapshot, record, most).tolist()} - {-1}
+    assert found == set(users.excluded[0].tolist()) - {-1} == set(consumed(snapshot, record, most).tolist())
+    assert found <= wanted
+    twice = len(set(acted) & set(had[named:]))
+    assert {number for number in everything[: max(0, most - twice)] if number % 2} <= found
+    last_known = [number for number in newest if number % 2][:last_items]
+    assert users.last_items[0].tolist() == [*last_known, *[-1] * (last_items - len(last_known))]
 
 
 def test_a_record_of_very_many_items_is_bounded() -> None:

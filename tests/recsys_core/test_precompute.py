@@ -12,7 +12,7 @@ from snapshots import make_snapshot, with_two_tower
 
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import TRENDING_ITEMS
-from recsys_core.events import now_ms
+from recsys_core.events import DAY_MS, now_ms
 from recsys_core.features import OnlineFeatures
 from recsys_core.lake import Lake, MissingPartition
 from recsys_core.online import (
@@ -50,7 +50,7 @@ from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
 from recsys_core.tombstones import TombstoneLog, hash_of
 
-DAY, HOUR = "2026-03-02", "2026-03-02T10"
+DAY, HOUR, NEXT_DAY = "2026-03-02", "2026-03-02T10", "2026-03-03"
 SNAPSHOT = make_snapshot(items=60, rank=4, unavailable=(0, 7))
 VERSION = SNAPSHOT.als_version
 
@@ -99,8 +99,8 @@ USERS = [
 ]
 
 
-def write_features(lake: Lake, rows: list[dict] = USERS) -> None:
-    lake.write(ONLINE_FEATURES, DAY, pa.Table.from_pylist(rows, schema=FEATURES_SCHEMA))
+def write_features(lake: Lake, rows: list[dict] = USERS, day: str = DAY) -> None:
+    lake.write(ONLINE_FEATURES, day, pa.Table.from_pylist(rows, schema=FEATURES_SCHEMA))
 
 
 def write_active(lake: Lake, *users: str) -> None:
@@ -215,6 +215,31 @@ def test_a_heavy_user_gets_nothing_again_from_the_caches(redis, lake, settings):
     write_features(lake, [features("ann", had[:2], had[:3], None)])
     write_online_features(redis, lake, DAY, VERSION, settings)
     assert [record.items_had for record in read_records(redis, ["ann"])] == [3], "what left the window is forgotten"
+
+
+def test_what_a_user_did_since_the_night_is_not_in_the_caches_and_the_next_night_takes_it_over(redis, lake, settings):
+    release = make_snapshot(items=260, rank=4)
+    end = ms(DAY) + DAY_MS
+    today = [(f"item-{at}", "view", end + at) for at in range(3, 83, 2)]
+    yesterday = [("item-1", "view", end - 1), ("item-2", "view", end - 2)]
+    record = UserRecord(last=tuple(sorted([*today, *yesterday], key=lambda action: -action[2])), last_ts=today[-1][2])
+    write_records(redis, [("ann", record)], 60)
+    write_features(lake, [features("ann", ["item-1", "item-2"], ["item-1", "item-2"], release.als_items[3])])
+    write_active(lake, "ann")
+    write_online_features(redis, lake, DAY, VERSION, settings)
+    [read] = read_records(redis, ["ann"])
+    assert sorted(read.last) == sorted(today)
+    write_rec_cache(redis, lake, release, Trend.of(release, {}), settings)
+    answered = [item for item, _ in answer_of(redis, "ann").items()]
+    assert len(answered) == 10
+    assert not set(answered) & {item for item, _, _ in [*today, *yesterday]}
+    had = [item for item, _, _ in reversed(today)]
+    last = [dict(zip(("item_id", "event_type", "ts"), action, strict=True)) for action in reversed(today[-5:])]
+    write_features(lake, [{**features("ann", [], had, None), "last": last}], NEXT_DAY)
+    write_online_features(redis, lake, NEXT_DAY, VERSION, settings)
+    [read] = read_records(redis, ["ann"])
+    assert [item for item, _, _ in read.last] == had[:5]
+    assert read.seen == tuple(had)
 
 
 def test_a_release_with_a_user_tower_is_ranked_with_the_features_of_the_records(redis, lake, settings):

@@ -6,6 +6,7 @@ import io
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -21,15 +22,17 @@ from recsys_core.als import read_factors
 from recsys_core.bundle import ALS_FACTORS, POPULAR_ITEMS, TRENDING_ITEMS, assemble, build_item_index, fit_als_factors
 from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
 from recsys_core.evaluation import SERVED, compare, evaluate_snapshot
-from recsys_core.events import DAY_MS, HOUR_MS, hour_keys
+from recsys_core.events import DAY_MS, HOUR_MS, MINUTE_MS, hour_keys
 from recsys_core.features import USER_FEATURES, user_summaries
 from recsys_core.holdout import TWO_TOWER, Past, Split, aligned, fit_holdout, time_split, users_then
 from recsys_core.index import unit_rows
 from recsys_core.lake import Lake
-from recsys_core.online import CachedAnswer, recs_key
+from recsys_core.live import UPDATE, LiveEvent, UserWriter, few_user_updates
+from recsys_core.online import LAST_ACTIONS, CachedAnswer, recs_key
 from recsys_core.popularity import popular_items, trending_items
 from recsys_core.precompute import plan_caches, read_trend, write_online_features, write_shards, write_trend
 from recsys_core.ranking import Snapshot, Trend, rank
+from recsys_core.redis_client import run_calls
 from recsys_core.settings import RankingSettings, Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS, ONLINE_FEATURES
 from recsys_core.tower import npy_bytes
@@ -227,6 +230,73 @@ def test_the_server_and_the_caches_answer_what_the_evaluation_judged(
     for step in range(plan.steps):
         list(write_shards(redis, one.lake, plan, step, one.snapshot, trend, one.settings))
     for user, items in one.judged.items():
+        assert [name for name, _ in CachedAnswer.decode(redis.get(recs_key(user))).items()] == items
+
+
+def of_today(one: Night, user: int) -> list[tuple[str, int]]:
+    """Item and time (ms) of what a user does in the first two hours of the day: each item twice, of half of the users forty."""
+    random = np.random.default_rng(user)
+    items = random.choice(one.split.items, 40 if user % 2 else 3, replace=False).tolist()
+    times = np.sort(MIDNIGHT + random.choice(2 * HOUR_MS, 2 * len(items), replace=False)).tolist()
+    return list(zip([name for name in items for _ in range(2)], times, strict=True))
+
+
+def live(redis: Any, settings: Settings, events: list[LiveEvent]) -> None:
+    updates = few_user_updates(events, LAST_ACTIONS, settings.events.session_gap_minutes * MINUTE_MS)
+    calls = UserWriter(redis, settings).calls(updates, {0: "0abcdef0.0"}, MIDNIGHT)
+    assert all(answer == [0] for answer in run_calls(redis, calls, [UPDATE]))
+
+
+@pytest.mark.parametrize("towers", [False, True])
+def test_within_a_day_the_server_and_the_caches_answer_what_would_be_judged_at_that_moment(
+    made: Path, empty_world: World, tmp_path: Path, towers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of the day is done already when the night's tables are written, and many users do more than `last_items` actions."""
+    one, moment = night(made, tmp_path, empty_world.settings, towers), MIDNIGHT + 2 * HOUR_MS
+    today = {user: of_today(one, int(user[1:])) for user in one.judged}
+    rows = [(user, name, np.datetime64(ts, "ms").astype(str)) for user, done in today.items() for name, ts in done]
+    write_clicks(one.lake, rows)
+    names, split = one.split.items.tolist(), one.split
+    seen = split.seen.tolil()
+    for row, user in enumerate(split.users.tolist()):
+        done = list(dict.fromkeys(name for name, _ in reversed(today[user])))
+        before = split.seen[row]
+        items = [names[at] for at in before.indices[np.argsort(before.data)]]
+        for place, name in enumerate(dict.fromkeys([*done, *items])):
+            seen[row, names.index(name)] = place + 1
+    factors = aligned(read_factors(one.lake, ALS_FACTORS, BEFORE, "users", split.users), split.users)
+    trending = read_trend(one.lake, LAST_HOUR)
+    trend, past = Trend.of(one.snapshot, trending.scores), Past(split.users, factors, split.items, seen.tocsr(), moment)
+    users = users_then(one.lake, one.snapshot, past, one.snapshot.ranking, one.settings)
+    ranked = rank(one.snapshot, trend, users, KEPT, one.snapshot.ranking)
+    judged = {
+        user: [one.snapshot.item_ids[at] for at in row if at >= 0]
+        for user, row in zip(split.users.tolist(), ranked.positions, strict=True)
+    }
+    redis, world = empty_world.redis.client, empty_world
+    done = sorted((ts, user, name) for user, actions in today.items() for name, ts in actions)
+    events = [LiveEvent(0, at, user, name, "view", ts) for at, (ts, user, name) in enumerate(done)]
+    live(redis, one.settings, events[: len(events) // 3])
+    write_online_features(redis, one.lake, BEFORE, one.lake.get(ALS_FACTORS, BEFORE).data_version, one.settings)
+    live(redis, one.settings, events[len(events) // 3 :])
+    write_trend(redis, trending, 3600)
+    pointer = world.promote(one.snapshot)
+    world.start()
+    strongest = one.snapshot.item_ids[trend.order[0]]
+    eventually(lambda: [found.item_id for found in world.client.trending(1)] == [strongest])
+    with grpc.insecure_channel(world.address) as channel:
+        recommender = RecommenderStub(channel)
+        for user, items in judged.items():
+            assert len(items) == KEPT
+            assert not {name for name, _ in today[user]} & set(items)
+            request = pb.RecommendRequest(user_id=user, count=KEPT, context=pb.Context(ts_ms=moment))
+            assert [found.item_id for found in recommender.Recommend(request, timeout=60).items] == items
+    one.lake.write(ACTIVE_USERS, LAST_HOUR, pa.table({"user_id": list(judged)}))
+    monkeypatch.setattr("recsys_core.precompute.now_ms", lambda: moment)
+    plan = plan_caches(one.lake, LAST_HOUR, pointer, one.settings, "a run")
+    for step in range(plan.steps):
+        list(write_shards(redis, one.lake, plan, step, one.snapshot, trend, one.settings))
+    for user, items in judged.items():
         assert [name for name, _ in CachedAnswer.decode(redis.get(recs_key(user))).items()] == items
 
 

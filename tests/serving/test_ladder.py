@@ -208,6 +208,29 @@ class TestLeftOut:
         assert popular.tier == "POPULAR"
         assert not {"item-0", "item-1"} & set(ids(popular))
 
+    @pytest.mark.parametrize("computed_at", [None, now_ms() - 3 * HOUR_MS], ids=["nothing cached", "cached and stale"])
+    def test_nothing_that_a_user_did_since_the_night_is_returned(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, computed_at: int | None
+    ) -> None:
+        """Forty actions on what would be recommended and on what is popular, and the last ones all on one item."""
+        record = world.put_known_user("ann")
+        world.put_answers({"ann": record}, now_ms() - 3 * HOUR_MS)
+        done = [*cached_ids(world, "ann")[:20], *ids(world.client.recommend("nobody", 20))]
+        if computed_at is None:
+            world.redis.client.delete(recs_key("ann"))
+        world.act("ann", done[:25])
+        world.act("ann", [*done[25:], *done[:1] * 6], 25)
+        computed = world.client.recommend("ann", 100)
+        assert (computed.tier, len(computed)) == ("REALTIME_ALS_ONLY", 100)
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: 1 / 0)
+        fallen = world.client.recommend("ann", 20)
+        assert fallen.tier == ("POPULAR" if computed_at is None else "STALE_CACHE")
+        assert len(fallen) == 20
+        popular = world.client.recommend("ann", 30, categories=["sports"])
+        assert (popular.tier, len(popular)) == ("POPULAR", 30)
+        for answer in (computed, fallen, popular):
+            assert not set(done) & set(ids(answer))
+
     @pytest.mark.parametrize("user", ["ann", "nobody"])
     def test_a_category_holds_those_below_it_and_no_other(self, world: World, user: str) -> None:
         world.put_cached_user("ann")

