@@ -23,6 +23,7 @@ from recsys_core.live import Batch
 from recsys_core.settings import Settings
 from streaming import archiver as archiver_module
 from streaming.archiver import Archiver, Assigned
+from streaming.arrival import Arrivals
 from streaming.batches import Row, by_partition, taken_rows
 from streaming.connections import BrokerFailure, KafkaLog
 from streaming.decode import decode
@@ -88,7 +89,7 @@ class Reader:
 def archiver_of(home: Path, kilobytes: int, fails: Iterator[bool], monkeypatch: pytest.MonkeyPatch) -> Archiver:
     stream = {"archive_rows": 100, "archive_seconds": 60}
     lake = Lake(str(home / "lake"))
-    made = Archiver(Settings(home=home, stream=stream), TOPIC, False, lake, KafkaLog(Event()))
+    made = Archiver(Settings(home=home, stream=stream), TOPIC, False, lake, Arrivals(TOPIC.name), KafkaLog(Event()))
     made._intake._max_bytes = kilobytes << 10
     made._reader = Reader(fails)  # type: ignore[assignment]
     write = made._archive._landing.write_archive
@@ -144,7 +145,7 @@ def test_whatever_fails_and_whatever_fills_up_each_message_is_archived_once(
     fails = iter([*failures, *[False] * 10_000])
     monkeypatch.setattr(archiver_module, "GATHER_SECONDS", 0.0)
     archiver = archiver_of(home, kilobytes, fails, monkeypatch)
-    archiver.assign(0, Assigned(1, TOPIC.identity, 0, -1, start))
+    archiver.assign(0, Assigned(1, TOPIC.identity, 0, 0, END, start))
     at = next(n for n, (_, offset, _, _) in enumerate(ROWS) if offset >= start)
     for number, (count, parsed, turns) in enumerate(steps):
         if some := ROWS[at : at + count]:
@@ -154,7 +155,7 @@ def test_whatever_fails_and_whatever_fills_up_each_message_is_archived_once(
             turn(archiver)
         if number == again:  # the worker ends and another one has the partition, from where Redis is
             archiver = archiver_of(home, kilobytes, fails, monkeypatch)
-            archiver.assign(0, Assigned(1, TOPIC.identity, 0, -1, ROWS[at - 1][1] + 1 if at < len(ROWS) else END))
+            archiver.assign(0, Assigned(1, TOPIC.identity, 0, 0, END, ROWS[at - 1][1] + 1 if at < len(ROWS) else END))
     for rest in range(at, len(ROWS), 50):
         offer(archiver, ROWS[rest : rest + 50], True, settings)
     archiver.offer_ends({0: END})
