@@ -340,7 +340,7 @@ def test_a_worker_whose_neighbours_are_stopped_with_it_ends_with_one_line(tmp_pa
         settings = Settings(home=tmp_path, kafka=kafka, redis={"url": server.url})
         produce([events(50)], settings.kafka)
         with redis.Redis.from_url(server.url) as store:
-            wait_for("the events are there", lambda: len(read_records(store, ["u0"])[0].last) == 5)
+            wait_for("the events are there", lambda: len(read_records(store, ["u0"])[0].last) >= 5)
         before = len(said.read_text().splitlines())
         worker.send_signal(signal.SIGSTOP)
         worker.send_signal(signal.SIGTERM)

@@ -167,7 +167,7 @@ def test_the_embedded_broker_will_do_for_trying_out(tmp_path: Path, redis_url: s
         assert find_topic(admin, settings.kafka.topic) == find_topic(admin, settings.kafka.topic)
         produce([events(50)], settings.kafka)
         with in_this_process(settings):
-            wait_for("the events are there", lambda: len(read_records(store, ["u0"])[0].last) == 5)
+            wait_for("the events are there", lambda: len(read_records(store, ["u0"])[0].last) >= 5)
 
 
 def test_an_embedded_broker_that_was_started_again_loses_no_event(
@@ -195,7 +195,7 @@ def test_an_embedded_broker_that_was_started_again_loses_no_event(
             produce([pa.Table.from_pylist(made, schema=EVENT_SCHEMA)], settings.kafka)
             with in_this_process(settings):
                 for user in users:
-                    wait_for("the user is there", lambda user=user: len(read_records(store, [user])[0].last) == 5)
+                    wait_for("the user is there", lambda user=user: len(read_records(store, [user])[0].last) >= 5)
                 wait_for("the events have landed", all_landed)
     assert len(identities) == 2
     assert not [r for r in caplog.records if "producers' time" in r.getMessage()], "nobody could mend it there"
