@@ -506,6 +506,8 @@ class _CatalogRun:
 
 def _only(chunk: RawBatch, wanted: pa.Array | pa.ChunkedArray) -> RawBatch:
     """The rows of a chunk that are wanted, bool (n,)."""
+    if pc.all(wanted).as_py():
+        return RawBatch(chunk.table, chunk.rows, [])
     return RawBatch(chunk.table.filter(wanted), chunk.rows[wanted.to_numpy(zero_copy_only=False)], [])
 
 
@@ -555,7 +557,7 @@ class _EventFile:
         reason = invalid_reasons(mapped, self.run.events, self.run.now)
         rejected = _rejections(chunk, reason)
         good = pc.is_null(reason)
-        landed = mapped.filter(good)
+        landed = mapped if pc.all(good).as_py() else mapped.filter(good)
         _put(self.run.landing, LANDING, self.name, number, landed)
         _put(self.run.landing, QUARANTINE, self.name, number, _quarantine(self.source, rejected))
         self.account.add_rejected(self.source.path, rejected, chunk, self.mapping)
