@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pyspark.sql import SparkSession
-from recsys_home import default_settings
+from recsys_home import QUICK_SPARK, default_settings
 
 from recsys_core.lake import Lake
 from recsys_core.registry import Registry
@@ -45,7 +45,7 @@ def mlflow_settings(settings: Settings, migrated_mlflow: Path) -> Settings:
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """The local session of the whole test run; starting one takes some seconds."""
-    local = {"master": "local[2]", "shuffle_partitions": 2}
+    local = {"master": "local[2]", "shuffle_partitions": 2, "conf": QUICK_SPARK}
     started = session(default_settings(tmp_path_factory.mktemp("spark-home"), spark=local))
     yield started
     started.stop()

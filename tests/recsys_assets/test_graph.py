@@ -15,6 +15,7 @@ import dagster as dg
 import pytest
 import redis
 from line import FIRST_DAY, HOURS_AGAIN, LAST_DAY
+from recsys_home import QUICK_SPARK_VARIABLE
 from test_definitions import GRAPH
 
 from recsys_cli.stack import prepare_dagster_home, redis_server
@@ -71,6 +72,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
             "RECSYS_PARTITIONS__START": FIRST_DAY,
             "RECSYS_PARTITIONS__END": "2026-01-04",
             "RECSYS_SPARK__SHUFFLE_PARTITIONS": "2",
+            **QUICK_SPARK_VARIABLE,
         }
         ran = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("line.py")), str(home)],

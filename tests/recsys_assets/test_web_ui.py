@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 from browser import NO_BROWSER, find_browser, lineage_path, open_page
 from playwright.sync_api import Error, Page
+from recsys_home import QUICK_SPARK_VARIABLE
 from test_definitions import GRAPH
 
 from recsys_cli.demo import fix_partitions
@@ -101,6 +102,7 @@ def stack(lake: Lake) -> Iterator[Stack]:
         "RECSYS_DAGSTER__PORT": str(free_port()),
         "RECSYS_SERVING__PORT": str(free_port()),
         "RECSYS_SPARK__SHUFFLE_PARTITIONS": "1",
+        **QUICK_SPARK_VARIABLE,
         # The partitions are over, so that schedules and sensors run and find nothing to do.
         "RECSYS_DAGSTER__AUTOMATION": "true",
         "RECSYS_REDIS__URL": f"redis://127.0.0.1:{free_port()}/0",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from recsys_home import QUICK_SPARK_VARIABLE
 
 COMMAND = (sys.executable, "-m", "recsys_cli.main", "demo")
 
@@ -66,7 +67,7 @@ def test_it_carries_a_file_of_clicks_to_answers_and_says_what_to_do_next(clicks:
         capture_output=True,
         text=True,
         timeout=840,
-        env={**os.environ, "COLUMNS": "160"},
+        env={**os.environ, **QUICK_SPARK_VARIABLE, "COLUMNS": "160"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for what in ("rows read", "events landed"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from day import AFTER, BEFORE, BOT, CRASHED, DAY, LATE
+from recsys_home import QUICK_SPARK_VARIABLE
 
 from recsys_cli.stack import redis_server
 from recsys_core.events import HOUR_MS, hour_key, key_start_ms
@@ -37,14 +38,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "RECSYS_PARTITIONS__END": "2026-01-05",
             "RECSYS_SPARK__MASTER": "local[1]",
             "RECSYS_SPARK__SHUFFLE_PARTITIONS": "1",
-            # Compiling plans, and the JVM its own code, costs more than running them on so few rows.
-            "RECSYS_SPARK__CONF": json.dumps(
-                {
-                    "spark.sql.codegen.wholeStage": "false",
-                    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-                    "spark.driver.extraJavaOptions": "-XX:+UseSerialGC -XX:TieredStopAtLevel=1",
-                }
-            ),
+            **QUICK_SPARK_VARIABLE,
             "RECSYS_SPARK__DRIVER_MEMORY": "1g",
             "RECSYS_TWO_TOWER__DIMENSION": "8",
             "RECSYS_TWO_TOWER__HIDDEN": "[8]",
