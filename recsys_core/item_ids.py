@@ -11,7 +11,7 @@ have the same digest once in 2.8 · 10^14 pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,9 @@ BLOCK = 1 << 16
 """Ids hashed at a time: what is computed of them stays in the processor's cache."""
 FEW = 300
 """Up to so many ids are found faster one by one."""
+
+Same = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.bool_]]
+"""Given numbers of what is looked for and positions with the same hash, which of them are the same item."""
 
 
 class ItemIds:
@@ -94,35 +97,31 @@ class ItemIds:
         if len(item_ids) <= FEW:
             return np.array(self._one_by_one(item_ids), np.int64)
         wanted = pa.array(item_ids, pa.large_string())
-        hashes = _hashes(wanted).astype(np.int64)
+
+        def same(asked: npt.NDArray[np.int64], candidates: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+            return np.asarray(pc.equal(self.array.take(candidates), wanted.take(asked)))
+
+        return self._found(_hashes(wanted).astype(np.int64), same)
+
+    def positions_of_digests(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Position of the item of each digest (`digests`), int64 (k,), -1 for those that are not known."""
+        wanted = digests.astype(np.int64)
+        checks = wanted & CHECK_MASK
+        return self._found(wanted >> CHECK_BITS, lambda asked, candidates: self._checks[candidates] == checks[asked])
+
+    def _found(self, hashes: npt.NDArray[np.int64], same: Same) -> npt.NDArray[np.int64]:
+        """Position of the item of each hash (k,), -1 for those that are not known; `same` tells items of one hash apart."""
         slots = hashes >> self._shift
-        found = np.full(len(wanted), -1, np.int64)
-        open_ones = np.arange(len(wanted))
+        found = np.full(len(hashes), -1, np.int64)
+        open_ones = np.arange(len(hashes))
         while len(open_ones):
             entries = self._table[slots[open_ones]]
             open_ones, entries = open_ones[entries != EMPTY], entries[entries != EMPTY]
             alike = entries >> POSITION_BITS == hashes[open_ones]
             asked, candidates = open_ones[alike], entries[alike] & POSITION_MASK
-            same = np.asarray(pc.equal(self.array.take(candidates), wanted.take(asked)))
-            found[asked[same]] = candidates[same]
+            right = same(asked, candidates)
+            found[asked[right]] = candidates[right]
             open_ones = open_ones[found[open_ones] < 0]
-            slots[open_ones] += 1
-        return found
-
-    def positions_of_digests(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        """Position of the item of each digest (`digests`), int64 (k,), -1 for those that are not known."""
-        wanted = digests.astype(np.int64)
-        hashes, checks = wanted >> CHECK_BITS, wanted & CHECK_MASK
-        slots = hashes >> self._shift
-        found = np.full(len(wanted), -1, np.int64)
-        open_ones = np.arange(len(wanted))
-        while len(open_ones):
-            entries = self._table[slots[open_ones]]
-            open_ones, entries = open_ones[entries != EMPTY], entries[entries != EMPTY]
-            candidates = entries & POSITION_MASK
-            same = (entries >> POSITION_BITS == hashes[open_ones]) & (self._checks[candidates] == checks[open_ones])
-            found[open_ones[same]] = candidates[same]
-            open_ones = open_ones[~same]
             slots[open_ones] += 1
         return found
 
