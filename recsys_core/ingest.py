@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,12 +26,12 @@ from recsys_core.catalog import CATALOG_SCHEMA, last_of_each, merge_catalog
 from recsys_core.events import DAY_MS, EARLIEST_TS, HOUR_MS, ITEM_ID, TS, day_key, invalid_reasons, now_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import LANDING, QUARANTINE, QUARANTINE_SCHEMA, Landing
-from recsys_core.mapped import item_ids, map_events, map_items, text_column, unreadable_items, unreadable_values
+from recsys_core.mapped import is_header, item_ids, map_events, map_items, text_column, unreadable_items, unreadable_values
 from recsys_core.mappings import FIELDS, MappingError, check_columns, mapped_columns, mapped_fields, source_file
 from recsys_core.parsing import parse_ts
 from recsys_core.readers import read_rows
 from recsys_core.settings import EventSettings, SourceMapping
-from recsys_core.sources import IngestError, RawBatch, Rejected, SourceFile, find_files
+from recsys_core.sources import IngestError, NotRead, RawBatch, Rejected, SourceFile, find_files, stored
 from recsys_core.stores import open_filesystem
 
 CHUNK_ROWS = 250_000
@@ -41,7 +42,14 @@ MAX_CONTENT = 10_000
 BUSY_SHARE = 0.01
 """History ends with the last hour that has at least this share of a typical hour's events."""
 EMPTY = "it is empty"
-NO_DATA = "its ending is none of a data file"
+
+
+class NothingTaken(IngestError):
+    """Every file that fits the mapping is damaged. `left_out` are all files and why."""
+
+    def __init__(self, text: str, left_out: dict[str, str]) -> None:
+        super().__init__(text)
+        self.left_out = left_out
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,10 @@ class Account:
             first = next(r for r in rejected if r.reason == reason)
             column = _column_of(reason, mapping)
             at = np.flatnonzero(table.rows == first.row)
-            value = text_column(table.table, column)[int(at[0])].as_py() if column and len(at) else None
-            shown = first.content if column is None else value or ""
+            if column and len(at):
+                shown = text_column(table.table, column)[int(at[0])].as_py() or ""
+            else:
+                column, shown = None, first.content
             self.examples[reason] = Example(path, first.row, column, shown[:MAX_CONTENT])
 
     def add_unreadable(self, path: str, chunk: RawBatch, found: dict[str, pa.ChunkedArray], mapping: SourceMapping) -> None:
@@ -188,7 +198,7 @@ def ingest(
     clock = now_ms() if now is None else now
     shift = 0 if shift_to_ms is None else _shift(found.files, mapping, shift_to_ms)
     run = _EventRun(landing, mapping, events, clock, shift)
-    files = _take_in(found, landing, run.file, "ingesting files")
+    files = _take_in(found, landing, run.file, "ingesting files", mapping.kind)
     catalog = run.items.merge(landing.lake) if mapping.catalog_from_events else None
     return IngestReport(
         rows_read=sum(f.rows_read for f in files),
@@ -219,7 +229,7 @@ def ingest_catalog(path: str, lake: Lake, mapping: SourceMapping) -> CatalogRepo
     landing = Landing(lake)
     found = _sources(path, mapping, "catalog")
     run = _CatalogRun(landing, mapping)
-    files = _take_in(found, landing, run.file, "ingesting items")
+    files = _take_in(found, landing, run.file, "ingesting items", mapping.kind)
     return replace(
         run.items.merge(lake),
         rows_read=sum(f.rows_read for f in files),
@@ -289,7 +299,7 @@ def _sources(path: str, mapping: SourceMapping, kind: str) -> _Found:
     data, others = find_files(fs, root)
     files: list[SourceFile] = []
     columns: dict[str, None] = {}
-    left_out = dict.fromkeys(others, NO_DATA)
+    left_out = others
     problems: list[IngestError] = []
     for file in data:
         source = source_file(fs, file, mapping)
@@ -318,37 +328,53 @@ def _without_path(error: IngestError, path: str) -> str:
     return str(error).removeprefix(path).lstrip(": ")
 
 
-def _take_in(found: _Found, landing: Landing, take: Callable[[SourceFile, str], FileReport], what: str) -> list[FileReport]:
+def _take_in(
+    found: _Found, landing: Landing, take: Callable[[SourceFile, str], FileReport], what: str, kind: str
+) -> list[FileReport]:
     """Take each file in once. One that turns out to be damaged leaves nothing behind but its name among those left out."""
     known = _known_sources(landing)
     done: dict[str, FileReport] = {}
     files: list[FileReport] = []
+    problems: list[IngestError] = []
     for source in progress.track(found.files, what):
-        digest = _digest(source)
-        if digest in done:
-            rows = done[digest].rows_read
-            files.append(FileReport(source.path, done[digest].source, rows, 0, 0, duplicates=rows))
-            continue
-        name = known.get(digest) or f"{_slug(source)}-{digest}"
         try:
-            report = take(source, name)
+            digest = _digest(source, kind)
+            if digest in done:
+                rows = done[digest].rows_read
+                files.append(FileReport(source.path, done[digest].source, rows, 0, 0, duplicates=rows))
+                continue
+            with _whole(landing, name := known.get(digest) or f"{_slug(source)}-{digest}", again=digest in known):
+                report = take(source, name)
         except IngestError as error:
-            _discard(landing, name, from_number=0)
-            if len(found.files) == 1:
-                raise
             found.left_out[source.path] = _without_path(error, source.path)
+            problems.append(error)
             continue
         done[digest] = replace(report, again=digest in known)
         files.append(done[digest])
-    if found.files and not files:
-        raise IngestError("\n".join(f"{path}: {reason}" for path, reason in found.left_out.items()))
+    if problems and not files:
+        named = (f"{path}: {reason}" for path, reason in found.left_out.items())
+        raise NothingTaken(str(problems[0]) if len(found.files) == 1 else "\n".join(named), found.left_out) from problems[0]
     return files
 
 
-def _digest(source: SourceFile) -> str:
-    """Of the content of a file and what its folders say."""
-    digest = hashlib.sha256()
-    with source.fs.open(source.path, "rb") as raw:
+@contextmanager
+def _whole(landing: Landing, name: str, again: bool) -> Iterator[None]:
+    """Leave nothing of a source behind whose file turns out to be damaged.
+
+    One that the store doesn't give now and that was taken in before stays.
+    """
+    try:
+        yield
+    except IngestError as error:
+        if not (again and isinstance(error, NotRead)):
+            _discard(landing, name, from_number=0)
+        raise
+
+
+def _digest(source: SourceFile, kind: str) -> str:
+    """Of the content of a file, what its folders say, and what it is taken for: a file of events may be one of items too."""
+    digest = hashlib.sha256(b"" if kind == "events" else kind.encode())
+    with stored(source) as raw:
         while block := raw.read(1 << 20):
             digest.update(block)
     if source.folders:
@@ -493,6 +519,7 @@ class _CatalogRun:
         for number, chunk in enumerate(_chunks(source), 1):
             missing = pc.is_null(item_ids(chunk.table, mapping))
             reason = pc.if_else(missing, pa.scalar("missing item_id"), pa.scalar(None, pa.string()))
+            reason = pc.if_else(is_header(chunk.table, mapping), pa.scalar("the header again"), reason)
             rejected = _rejections(chunk, reason)
             _put(self.landing, QUARANTINE, name, f"{number - 1:05d}", _quarantine(source, rejected))
             account.add_rejected(source.path, rejected, chunk, mapping)

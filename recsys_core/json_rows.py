@@ -32,15 +32,18 @@ WINDOW_BYTES = 1 << 20
 def json_columns(source: SourceFile, raw: IO[bytes], rows: int, needed: frozenset[str] | None) -> list[str]:
     """The keys of the first `rows` objects, and of further ones until all of `needed` were seen; of all for None.
 
-    `a.b` is b in the object a.
+    `a.b` is b in the object a. Raises IngestError for a file that holds something and no object.
     """
     names: dict[str, None] = {}
-    for number, element in enumerate(_elements(source, raw)):
-        if number >= rows and needed is not None and needed <= names.keys():
+    number = 0
+    for number, element in enumerate(_elements(source, raw), 1):
+        if number > rows and names and needed is not None and needed <= names.keys():
             break
         if isinstance(element, dict):
             names |= dict.fromkeys(element)
             names |= dict.fromkeys(name for name in source.nested if _at(element, name) is not None)
+    if number and not names:
+        raise IngestError(f"{source.path}: no line is a JSON object with fields; an object a line or one array of them is read")
     return list(names)
 
 
