@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 
 from recsys_cli.console import table
-from recsys_core.ingest import CatalogReport, Example, IngestReport, ingest, ingest_catalog
+from recsys_core.ingest import CatalogReport, Example, IngestReport, NothingTaken, ingest, ingest_catalog
 from recsys_core.lake import Lake
 from recsys_core.landing import QUARANTINE, Landing
-from recsys_core.mappings import BUILTIN, MappingError, choose, fitting
+from recsys_core.mappings import BUILTIN, MISFIT, MappingError, choose, fitting
 from recsys_core.masking import masked_text
 from recsys_core.settings import PartitionSettings, Settings, SourceMapping
 
@@ -68,31 +68,44 @@ def chosen_mappings(
 
 def take_in(
     path: str, mappings: Mapping[str, SourceMapping], settings: Settings, shift_to_ms: int | None = None
-) -> dict[str, Report]:
-    """Ingest the files at `path` by each of the mappings."""
+) -> dict[str, Report | NothingTaken]:
+    """Ingest the files at `path` by each of the mappings. Raises NothingTaken when all of them come to that."""
     lake = Lake(settings.lake_uri, settings.lake.keep_versions)
-    return {
-        name: ingest_catalog(path, lake, mapping)
-        if mapping.kind == "catalog"
-        else ingest(path, Landing(lake), mapping, settings.events, shift_to_ms=shift_to_ms)
-        for name, mapping in mappings.items()
-    }
+    done: dict[str, Report | NothingTaken] = {}
+    for name, mapping in mappings.items():
+        try:
+            if mapping.kind == "catalog":
+                done[name] = ingest_catalog(path, lake, mapping)
+            else:
+                done[name] = ingest(path, Landing(lake), mapping, settings.events, shift_to_ms=shift_to_ms)
+        except NothingTaken as error:
+            done[name] = error
+    failed = [report for report in done.values() if isinstance(report, NothingTaken)]
+    if len(failed) == len(done):
+        raise failed[0]
+    return done
 
 
-def show(reports: Mapping[str, Report], settings: Settings, console: Console, partitions: PartitionSettings | None) -> bool:
+def show(
+    done: Mapping[str, Report | NothingTaken], settings: Settings, console: Console, partitions: PartitionSettings | None
+) -> bool:
     """Print what became of every row and every file, and which events lie outside `partitions`.
 
-    Returns whether anything was kept.
+    Returns whether anything was kept, and by no mapping all files were damaged.
     """
+    reports = {name: report for name, report in done.items() if not isinstance(report, NothingTaken)}
     for name, report in reports.items():
         title = f"Ingested as {name} in {report.seconds:.1f} s"
         console.print(table(title, [{"": what, "count": count} for what, count in _counts(report)]))
-    for line in _notes(list(reports.values()), settings, partitions):
+    for line in (*_notes(list(reports.values()), settings, partitions), *_left_out(done.values())):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     kept = any(report.landed for report in reports.values())
     if not kept:
         console.print("Nothing landed.", style="red")
-    return kept
+    failed = [name for name in done if name not in reports]
+    if failed:
+        console.print(f"Nothing was taken in as {_listed(failed)}.", style="red")
+    return kept and not failed
 
 
 def _counts(report: Report) -> Iterator[tuple[str, int]]:
@@ -136,8 +149,13 @@ def _notes(reports: list[Report], settings: Settings, partitions: PartitionSetti
     sources = sorted({file.source for report in reports for file in report.files if file.quarantined})
     if sources:
         yield f"Quarantined rows are in {_listed([lake.path(QUARANTINE, source) for source in sources])}."
-    for path in sorted(set.intersection(*(set(report.left_out) for report in reports))):
-        yield f"Left out: {path}: {reports[0].left_out[path]}"
+
+
+def _left_out(done: Iterable[Report | NothingTaken]) -> Iterator[str]:
+    """The files that no mapping took in, and why; that one of them names other columns says least."""
+    reasons = [report.left_out for report in done]
+    for path in sorted(set.intersection(*map(set, reasons))):
+        yield f"Left out: {path}: {min((by[path] for by in reasons), key=lambda reason: reason.startswith(MISFIT))}"
 
 
 def _span(report: IngestReport) -> Iterator[str]:

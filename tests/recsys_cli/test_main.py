@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import subprocess
 import sys
@@ -126,6 +127,19 @@ def test_ingest_takes_events_and_items_of_one_folder_and_names_what_it_leaves(tm
     assert "items in the catalogue 1" in text
     assert "README.txt: the mapping names" in text
     assert "movies.csv: the mapping" not in text
+
+
+def test_what_landed_is_told_when_all_files_of_another_kind_are_damaged(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "events.csv").write_text(EVENTS)
+    items = "item_id,title,category,price\n" + "".join(f"{n * 7919 % 99991},T{n},c,{n * 31 % 977}\n" for n in range(50_000))
+    (tmp_path / "in" / "items.csv.gz").write_bytes(gzip.compress(items.encode())[:-2000])
+    result = recsys("ingest", "in")
+    text = told(result)
+    assert result.exit_code == 1
+    assert "events landed 2" in text
+    assert "items.csv.gz: is damaged" in text
+    assert "Nothing was taken in as recsys-catalog." in text
 
 
 def test_flags_name_the_form_of_a_file_and_every_field(tmp_path: Path) -> None:
