@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import orjson
@@ -338,6 +339,7 @@ def _take_in(
     problems: list[IngestError] = []
     for source in progress.track(found.files, what):
         try:
+            state = _state(source)
             digest = _digest(source, kind)
             if digest in done:
                 rows = done[digest].rows_read
@@ -345,6 +347,8 @@ def _take_in(
                 continue
             with _whole(landing, name := known.get(digest) or f"{_slug(source)}-{digest}", again=digest in known):
                 report = take(source, name)
+                if _state(source) != state:
+                    raise IngestError(f"{source.path} was changed while it was read; take it in again, or a copy of it")
         except IngestError as error:
             found.left_out[source.path] = _without_path(error, source.path)
             problems.append(error)
@@ -369,6 +373,16 @@ def _whole(landing: Landing, name: str, again: bool) -> Iterator[None]:
         if not (again and isinstance(error, NotRead)):
             _discard(landing, name, from_number=0)
         raise
+
+
+def _state(source: SourceFile) -> list[Any]:
+    """What a store says of a file that changes when somebody writes to it."""
+    source.fs.invalidate_cache(source.path)
+    try:
+        entry = source.fs.info(source.path)
+    except OSError as error:
+        raise NotRead(f"{source.path} can't be read: {error.strerror or error}") from error
+    return [entry.get(name) for name in ("size", "mtime", "LastModified", "last_modified", "ETag")]
 
 
 def _digest(source: SourceFile, kind: str) -> str:

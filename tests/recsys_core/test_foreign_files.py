@@ -430,6 +430,23 @@ def test_a_file_that_can_not_be_read_now_keeps_what_it_landed_before(
     assert landed(landing) == before
 
 
+def test_a_file_that_is_written_to_while_it_is_read_is_not_taken_in(
+    tmp_path: Path, landing: Landing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("\n".join(["u,i,t", *clicks(3)])[:-5])
+    reading = readers.read_rows
+
+    def growing(source: SourceFile) -> Any:
+        file.write_text("\n".join(["u,i,t", *clicks(4)]))
+        yield from reading(source)
+
+    monkeypatch.setattr("recsys_core.ingest.read_rows", growing)
+    with pytest.raises(IngestError, match="changed while it was read"):
+        take(file, landing)
+    assert landed(landing) == quarantined(landing) == []
+
+
 def test_a_file_taken_for_items_keeps_what_it_gave_as_events(tmp_path: Path, landing: Landing) -> None:
     (tmp_path / "a.csv").write_text("\n".join(["u,i,t", *clicks(3), "u9,x,yesterday"]))
     take(tmp_path / "a.csv", landing)
