@@ -144,6 +144,8 @@ def _notes(reports: list[Report], settings: Settings, partitions: PartitionSetti
         again = [file for file in report.files if file.again]
         if again:
             yield f"Files that had been taken in before, so that their rows were replaced and not added: {len(again):,}."
+        if isinstance(report, IngestReport) and report.repeated:
+            yield f"Events whose event_id another one has: {report.repeated:,}. Tables have each event_id once."
         if report.unused:
             yield f"Columns that no field was read from: {_listed(report.unused)}."
     sources = sorted({file.source for report in reports for file in report.files if file.quarantined})

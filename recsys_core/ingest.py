@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from recsys_core import progress
 from recsys_core.catalog import CATALOG_SCHEMA, last_of_each, merge_catalog
-from recsys_core.events import DAY_MS, EARLIEST_TS, HOUR_MS, ITEM_ID, TS, day_key, invalid_reasons, now_ms
+from recsys_core.events import DAY_MS, EARLIEST_TS, EVENT_ID, HOUR_MS, ITEM_ID, TS, day_key, invalid_reasons, now_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import LANDING, QUARANTINE, QUARANTINE_SCHEMA, Landing
 from recsys_core.mapped import is_header, item_ids, map_events, map_items, text_column, unreadable_items, unreadable_values
@@ -160,6 +160,7 @@ class IngestReport:
         examples: the first row of each reason and of each of those fields.
         left_out: the files that were not taken in, and why.
         unused: the columns that the mapping names nowhere.
+        repeated: landed events whose own event id another one near them has. Tables have each id once.
     """
 
     rows_read: int
@@ -177,6 +178,7 @@ class IngestReport:
     examples: dict[str, Example] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    repeated: int = 0
 
 
 def ingest(
@@ -217,6 +219,7 @@ def ingest(
         examples=run.account.examples,
         left_out=found.left_out,
         unused=found.unused,
+        repeated=run.repeated,
     )
 
 
@@ -560,6 +563,7 @@ class _EventRun:
         self.account = Account()
         self.items = _Items()
         self.days: Counter[str] = Counter()
+        self.repeated = 0
         self.first_ts: int | None = None
         self.last_ts: int | None = None
 
@@ -577,6 +581,7 @@ class _EventRun:
         self.account.add(one.account)
         self.items.add_all(one.items)
         self.days.update(one.days)
+        self.repeated += one.repeated
         ends = [end for end in (self.first_ts, self.last_ts, *one.ends) if end is not None]
         self.first_ts, self.last_ts = min(ends, default=None), max(ends, default=None)
 
@@ -590,6 +595,7 @@ class _EventFile:
         self.account = Account()
         self.items = _Items()
         self.days: Counter[str] = Counter()
+        self.repeated = 0
         self.ends: list[int] = []
 
     def chunk(self, number: str, chunk: RawBatch) -> int:
@@ -606,6 +612,8 @@ class _EventFile:
         self.account.add_unreadable(self.source.path, kept, unreadable_values(kept.table, landed, self.mapping), self.mapping)
         if self.mapping.catalog_from_events:
             self.items.add(self.source.path, kept, self.mapping)
+        if self.mapping.event_id in chunk.table.column_names:
+            self.repeated += landed.num_rows - pc.count_distinct(landed[EVENT_ID]).as_py()
         if landed.num_rows:
             days, counts = np.unique(landed[TS].to_numpy() // DAY_MS, return_counts=True)
             self.days.update({day_key(int(day) * DAY_MS): int(n) for day, n in zip(days, counts, strict=True)})

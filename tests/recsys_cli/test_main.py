@@ -142,6 +142,14 @@ def test_what_landed_is_told_when_all_files_of_another_kind_are_damaged(tmp_path
     assert "Nothing was taken in as recsys-catalog." in text
 
 
+def test_events_that_share_an_event_id_are_told(tmp_path: Path) -> None:
+    rows = ["event_id,user_id,item_id,event_type,ts", *(f"order-{n // 3},u,i{n},purchase,176722560000{n}" for n in range(6))]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    assert "Events whose event_id another one has: 4. Tables have each event_id once" in told(recsys("ingest", "a.csv"))
+    (tmp_path / "b.csv").write_text(EVENTS)
+    assert "Events whose event_id" not in told(recsys("ingest", "b.csv"))
+
+
 def test_flags_name_the_form_of_a_file_and_every_field(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("anna\ttent\t1767225600\tbuy\t9,5\tNA\n")
     flags = (
