@@ -142,7 +142,10 @@ def category_paths(text: str, mapping: SourceMapping) -> list[str]:
     entries = _listed(text)
     if entries is None:
         entries = text.split(mapping.category_list_separator) if mapping.category_list_separator else [text]
-    paths = ("/".join(_levels(entry)).replace(mapping.category_separator, "/").strip() for entry in entries)
+    sign = mapping.category_separator
+    paths = ("/".join(_levels(entry)).strip() for entry in entries)
+    if sign != "/":
+        paths = ("/".join(level for part in path.split(sign) if (level := part.strip())) for path in paths)
     return [path for path in dict.fromkeys(paths) if path]
 
 

@@ -649,6 +649,12 @@ def test_a_list_in_a_list_are_the_levels_of_a_category(tmp_path: Path, lake: Lak
     assert json.loads(row["attributes"]) == {"categories": ["Home/Kitchen", "Gifts", "2"]}
 
 
+def test_blanks_around_the_separator_are_no_part_of_a_category(tmp_path: Path, lake: Lake) -> None:
+    (tmp_path / "a.csv").write_text("id,name,cat,price\n1,x, Clothing > Dresses>Long > ,1\n2,x,Rock / Pop,1\n3,x,>,1\n")
+    _, rows = catalogue(tmp_path / "a.csv", lake, ITEMS.model_copy(update={"category_separator": ">"}))
+    assert [row["category"] for row in rows] == ["Clothing/Dresses/Long", "Rock / Pop", None]
+
+
 def test_genres_of_movielens_are_several_categories(tmp_path: Path, lake: Lake) -> None:
     _, [row] = catalogue(movielens(tmp_path / "ml"), lake, BUILTIN["movielens-catalog"])
     assert row["category"] == "Adventure"
