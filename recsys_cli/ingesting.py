@@ -117,6 +117,8 @@ def _counts(report: Report) -> Iterator[tuple[str, int]]:
         yield "events landed", report.landed
     if report.duplicates:
         yield "duplicates, in files with another's content", report.duplicates
+    if isinstance(report, IngestReport) and report.forgotten:
+        yield "left out, of users who were forgotten", report.forgotten
     for reason, count in sorted(report.quarantined.items()):
         yield f"quarantined: {reason}", count
     yield from _unreadable(report)

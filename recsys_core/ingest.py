@@ -137,7 +137,10 @@ class CatalogReport:
 
 @dataclass(frozen=True)
 class FileReport:
-    """What became of the rows of one file. `again`: the same content was taken in before, and stands in its place."""
+    """What became of the rows of one file. `again`: the same content was taken in before, and stands in its place.
+
+    `forgotten` are events of users who were forgotten after them.
+    """
 
     path: str
     source: str
@@ -146,11 +149,12 @@ class FileReport:
     quarantined: int
     duplicates: int = 0
     again: bool = False
+    forgotten: int = 0
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of the rows of event files. `rows_read` = `landed` + the sum of `quarantined` + `duplicates`.
+    """What became of the rows of event files. `rows_read` = `landed` + the sum of `quarantined` + `duplicates` + `forgotten`.
 
     Attributes:
         quarantined: counts by reason.
@@ -160,6 +164,7 @@ class IngestReport:
         examples: the first row of each reason and of each of those fields.
         left_out: the files that were not taken in, and why.
         unused: the columns that the mapping names nowhere.
+        forgotten: events of users who were forgotten after them; they are left out.
         repeated: landed events whose own event id another one near them has. Tables have each id once.
     """
 
@@ -178,6 +183,7 @@ class IngestReport:
     examples: dict[str, Example] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    forgotten: int = 0
     repeated: int = 0
 
 
@@ -219,6 +225,7 @@ def ingest(
         examples=run.account.examples,
         left_out=found.left_out,
         unused=found.unused,
+        forgotten=sum(f.forgotten for f in files),
         repeated=run.repeated,
     )
 
@@ -487,10 +494,10 @@ def _mapping_of(source: SourceFile, mapping: SourceMapping) -> SourceMapping:
     return mapping.model_copy(update=named) if named else mapping
 
 
-def _settled(path: str, name: str, read: int, landed: int, quarantined: int) -> FileReport:
-    if read != landed + quarantined:
+def _settled(path: str, name: str, read: int, landed: int, quarantined: int, forgotten: int = 0) -> FileReport:
+    if read != landed + quarantined + forgotten:
         raise IngestError(f"{path}: {read} rows were read, {landed} kept and {quarantined} quarantined: a fault of the ingest")
-    return FileReport(path, name, read, landed, quarantined)
+    return FileReport(path, name, read, landed, quarantined, forgotten=forgotten)
 
 
 class _Items:
@@ -575,7 +582,7 @@ class _EventRun:
             landed += one.chunk(f"{number - 1:05d}", chunk)
         _discard(self.landing, name, from_number=number)
         self._add(one)
-        return _settled(source.path, name, read, landed, one.account.quarantined.total())
+        return _settled(source.path, name, read, landed, one.account.quarantined.total(), one.forgotten)
 
     def _add(self, one: _EventFile) -> None:
         self.account.add(one.account)
@@ -596,6 +603,7 @@ class _EventFile:
         self.items = _Items()
         self.days: Counter[str] = Counter()
         self.repeated = 0
+        self.forgotten = 0
         self.ends: list[int] = []
 
     def chunk(self, number: str, chunk: RawBatch) -> int:
@@ -604,12 +612,14 @@ class _EventFile:
         reason = invalid_reasons(mapped, self.run.events, self.run.now)
         rejected = _rejections(chunk, reason)
         good = pc.is_null(reason)
-        landed = mapped if pc.all(good).as_py() else mapped.filter(good)
+        valid = mapped if pc.all(good).as_py() else mapped.filter(good)
+        landed = self.run.landing.not_forgotten(valid)
+        self.forgotten += valid.num_rows - landed.num_rows
         _put(self.run.landing, LANDING, self.name, number, landed)
         _put(self.run.landing, QUARANTINE, self.name, number, _quarantine(self.source, rejected))
         self.account.add_rejected(self.source.path, rejected, chunk, self.mapping)
         kept = _only(chunk, good)
-        self.account.add_unreadable(self.source.path, kept, unreadable_values(kept.table, landed, self.mapping), self.mapping)
+        self.account.add_unreadable(self.source.path, kept, unreadable_values(kept.table, valid, self.mapping), self.mapping)
         if self.mapping.catalog_from_events:
             self.items.add(self.source.path, kept, self.mapping)
         if self.mapping.event_id in chunk.table.column_names:

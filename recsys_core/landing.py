@@ -204,6 +204,10 @@ class Landing:
         table = left.cast(ARCHIVE_SCHEMA).combine_chunks().replace_schema_metadata(metadata)
         return self._write(LANDING, held.topic, held.name, table)
 
+    def not_forgotten(self, events: pa.Table) -> pa.Table:
+        """The events that `write_events` would write now."""
+        return self._forgotten.read().filtered(events)
+
     def _without_forgotten(self, events: pa.Table, write: Callable[[pa.Table], str]) -> str:
         """Write the events of those who are not forgotten, and again without those whose removal began meanwhile.
 

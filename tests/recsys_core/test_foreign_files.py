@@ -30,6 +30,7 @@ from recsys_core.landing import Landing
 from recsys_core.mappings import BUILTIN, MappingError, choose, fitting
 from recsys_core.settings import EventSettings, SourceMapping
 from recsys_core.sources import IngestError, SourceFile
+from recsys_core.tombstones import TombstoneLog, hash_of
 
 T = 1_767_225_600_000
 UIT = SourceMapping(user_id="u", item_id="i", ts="t")
@@ -580,6 +581,15 @@ def test_objects_may_begin_late(tmp_path: Path, landing: Landing) -> None:
     assert fitting(str(tmp_path)) == ["recsys"]
     report = take(tmp_path, landing, BUILTIN["recsys"])
     assert (report.landed, report.rows_read) == (1, 1501)
+
+
+def test_events_of_forgotten_users_are_counted_and_not_as_landed(tmp_path: Path, landing: Landing) -> None:
+    TombstoneLog(landing.lake).add(hash_of("u2"), T + 2)
+    (tmp_path / "a.csv").write_text("\n".join(["u,i,t", *clicks(3), f"u2,x,{T + 3}", "ragged"]))
+    report = ingest(str(tmp_path), landing, UIT, EventSettings())
+    assert (report.rows_read, report.landed, report.forgotten, sum(report.quarantined.values())) == (5, 3, 1, 1)
+    assert pairs(landing) == [("u1", "i1"), ("u3", "i3"), ("u2", "x")]
+    assert report.days == {"2026-01-01": 3}
 
 
 # -- values and categories ------------------------------------------------------------------------------------------
