@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from recsys_cli.console import table
+from recsys_core.events import hour_key
 from recsys_core.ingest import CatalogReport, Example, IngestReport, NothingTaken, ingest, ingest_catalog
 from recsys_core.lake import Lake
 from recsys_core.landing import QUARANTINE, Landing
@@ -146,6 +147,12 @@ def _notes(reports: list[Report], settings: Settings, partitions: PartitionSetti
         again = [file for file in report.files if file.again]
         if again:
             yield f"Files that had been taken in before, so that their rows were replaced and not added: {len(again):,}."
+        former = [moment for file in again for moment in file.former or ()]
+        if former:
+            yield (
+                f"Their former events were of {_moment(min(former))} to {_moment(max(former))} UTC. Make the hours that hold "
+                f"them again: recsys backfill clicks_hourly {hour_key(min(former))} {hour_key(max(former))}"
+            )
         if isinstance(report, IngestReport) and report.repeated:
             yield f"Events whose event_id another one has: {report.repeated:,}. Tables have each event_id once."
         if report.unused:
@@ -163,9 +170,11 @@ def _left_out(done: Iterable[Report | NothingTaken]) -> Iterator[str]:
 
 
 def _span(report: IngestReport) -> Iterator[str]:
-    ends = (report.first_ts or 0, report.last_ts or 0)
-    first, last = (datetime.fromtimestamp(ts // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S") for ts in ends)
-    yield f"The events are of {first} to {last} UTC."
+    yield f"The events are of {_moment(report.first_ts or 0)} to {_moment(report.last_ts or 0)} UTC."
+
+
+def _moment(ts: int) -> str:
+    return datetime.fromtimestamp(ts // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _outside(report: IngestReport, partitions: PartitionSettings, settings: Settings) -> Iterator[str]:

@@ -139,7 +139,8 @@ class CatalogReport:
 class FileReport:
     """What became of the rows of one file. `again`: the same content was taken in before, and stands in its place.
 
-    `forgotten` are events of users who were forgotten after them.
+    `forgotten` are events of users who were forgotten after them. `former` are the first and last time (ms) of the events that
+    stood there before, where they reach further: hours that were made from them do not know that they are gone.
     """
 
     path: str
@@ -150,6 +151,7 @@ class FileReport:
     duplicates: int = 0
     again: bool = False
     forgotten: int = 0
+    former: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -355,6 +357,7 @@ def _take_in(
                 rows = done[digest].rows_read
                 files.append(FileReport(source.path, done[digest].source, rows, 0, 0, duplicates=rows))
                 continue
+            former = landing.extent(known[digest]) if digest in known and kind == "events" else None
             with _whole(landing, name := known.get(digest) or f"{_slug(source)}-{digest}", again=digest in known):
                 report = take(source, name)
                 if _state(source) != state:
@@ -363,7 +366,9 @@ def _take_in(
             found.left_out[source.path] = _without_path(error, source.path)
             problems.append(error)
             continue
-        done[digest] = replace(report, again=digest in known)
+        if former and (now := landing.extent(name)) and now[0] <= former[0] and former[1] <= now[1]:
+            former = None
+        done[digest] = replace(report, again=digest in known, former=former)
         files.append(done[digest])
     if problems and not files:
         named = (f"{path}: {reason}" for path, reason in found.left_out.items())

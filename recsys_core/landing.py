@@ -382,9 +382,10 @@ class Landing:
         """The files that may hold events of [start_ms, end_ms)."""
         return [f for f in self.files() if f.rows and f.first_ts < end_ms and f.last_ts >= start_ms]
 
-    def extent(self) -> tuple[int, int] | None:
-        """First and last event time in the landing zone (ms), None when it is empty."""
-        files = [f for f in self.files() if f.first_ts <= f.last_ts]
+    def extent(self, source: str | None = None) -> tuple[int, int] | None:
+        """First and last event time in the landing zone or of one source (ms), None when it is empty."""
+        root = self.lake.path(LANDING, source, "") if source else ""
+        files = [f for f in self.files() if f.first_ts <= f.last_ts and f.path.startswith(root)]
         return (min(f.first_ts for f in files), max(f.last_ts for f in files)) if files else None
 
     def last_busy_day(self, share: float = 0.2) -> str | None:

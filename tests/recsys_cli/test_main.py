@@ -94,6 +94,16 @@ def test_ingest_says_what_became_of_every_row_and_where_to_look(tmp_path: Path) 
     assert "so that their rows were replaced and not added: 1." in told(recsys("ingest", "a.csv", *flags))
 
 
+def test_the_hours_of_events_that_are_replaced_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("u,i,t\na,x,3/2/2026\nb,x,5/2/2026\n")
+    flags = ("ingest", "a.csv", "--user", "u", "--item", "i", "--time", "t", "--unit")
+    recsys(*flags, "mdy")
+    assert "Their former events" not in told(recsys(*flags, "mdy"))
+    text = told(recsys(*flags, "dmy"))
+    assert "Their former events were of 2026-03-02 00:00:00 to 2026-05-02 00:00:00 UTC." in text
+    assert "recsys backfill clicks_hourly 2026-03-02T00 2026-05-02T00" in text
+
+
 def test_events_after_the_last_partition_are_told(tmp_path: Path) -> None:
     (tmp_path / "events.csv").write_text(EVENTS)
     (tmp_path / "recsys.toml").write_text("[partitions]\nstart = 2020-01-01\nend = 2020-02-01\n")
