@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha1
 from pathlib import PurePosixPath
@@ -405,11 +406,13 @@ class Landing:
         return max(day for day in ordered if counts[day] >= share * typical)
 
     def quarantined(self) -> Iterator[pa.Table]:
-        """The rejected rows, a table a file. A file that can't be read is left out."""
+        """The rejected rows, a table a file. A file that can't be read, or that goes meanwhile, is left out."""
         for path in sorted(self._found(QUARANTINE)):
-            if path.lower().endswith(ENDING) and not self._trouble(path, pq.ParquetFile):
-                with self.lake.fs.open(path, "rb") as source:
-                    yield pq.read_table(source)
+            tables: list[pa.Table] = []
+            if path.lower().endswith(ENDING):
+                with suppress(FileNotFoundError):
+                    self._trouble(path, lambda source, tables=tables: tables.append(pq.read_table(source)))
+            yield from tables
 
     def _read_footer(self, entry: _Entry) -> LandingFile | str | None:
         """What a file's footer says, why it can't be read, None when it is gone."""
