@@ -408,11 +408,14 @@ class Landing:
     def quarantined(self) -> Iterator[pa.Table]:
         """The rejected rows, a table a file. A file that can't be read, or that goes meanwhile, is left out."""
         for path in sorted(self._found(QUARANTINE)):
-            tables: list[pa.Table] = []
             if path.lower().endswith(ENDING):
-                with suppress(FileNotFoundError):
-                    self._trouble(path, lambda source, tables=tables: tables.append(pq.read_table(source)))
-            yield from tables
+                yield from self._rejected(path)
+
+    def _rejected(self, path: str) -> list[pa.Table]:
+        tables: list[pa.Table] = []
+        with suppress(FileNotFoundError):
+            self._trouble(path, lambda source: tables.append(pq.read_table(source)))
+        return tables
 
     def _read_footer(self, entry: _Entry) -> LandingFile | str | None:
         """What a file's footer says, why it can't be read, None when it is gone."""
