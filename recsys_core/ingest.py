@@ -37,7 +37,8 @@ from recsys_core.stores import open_filesystem
 
 CHUNK_ROWS = 250_000
 CHUNK_BYTES = 128 << 20
-"""A landing file is written when its source rows reach either."""
+CHUNK_CELLS = 50_000_000
+"""A landing file is written when its source rows, their bytes, or rows times columns reach one of these."""
 MAX_CONTENT = 10_000
 """Characters of a rejected row that are kept."""
 BUSY_SHARE = 0.01
@@ -445,14 +446,20 @@ def _discard(landing: Landing, name: str, from_number: int) -> None:
 def _chunks(source: SourceFile) -> Iterator[RawBatch]:
     """The batches of a file joined to chunks; a file without rows has none."""
     held: list[RawBatch] = []
+    names: set[str] = set()
     rows = size = 0
     for batch in read_rows(source):
+        wider = names.union(batch.table.column_names)
+        if held and (rows + len(batch.rows)) * len(wider) > CHUNK_CELLS:
+            yield _join(held)
+            held, rows, size, wider = [], 0, 0, set(batch.table.column_names)
         held.append(batch)
+        names = wider
         rows += len(batch.rows) + len(batch.rejected)
         size += batch.table.nbytes
         if rows >= CHUNK_ROWS or size >= CHUNK_BYTES:
             yield _join(held)
-            held, rows, size = [], 0, 0
+            held, rows, size, names = [], 0, 0, set()
     if rows:
         yield _join(held)
 

@@ -25,6 +25,8 @@ NO_OBJECT = "not a JSON object with fields"
 EXACT_BELOW = 2.0**53
 """Larger numbers lose digits as floats."""
 LONGEST_NUMBER = 400
+MAX_CELLS = 10_000_000
+"""Rows times keys of a batch. Where keys are data, such as ids, every row has keys of its own."""
 PEEK_BYTES = 1 << 16
 WINDOW_BYTES = 1 << 20
 
@@ -56,14 +58,15 @@ def read_json(source: SourceFile, raw: IO[bytes], block_bytes: int) -> Iterator[
     number, accounted = 1, 0
     for block in lines.blocks(block_bytes):
         texts = [line for line in block.split(b"\n") if line.strip()]
-        batch = _batch(source, ((_object(text), text) for text in texts), number)
+        for batch in _batches(source, ((_object(text), text) for text in texts), number):
+            accounted += batch.lines
+            yield batch
         number += len(texts)
-        accounted += batch.lines
-        yield batch
     lines.settle(accounted)
 
 
-def _batch(source: SourceFile, found: Iterable[tuple[Any, bytes]], number: int) -> RawBatch:
+def _batches(source: SourceFile, found: Iterable[tuple[Any, bytes]], number: int) -> Iterator[RawBatch]:
+    """The rows of some values, in one batch unless their keys are very many."""
     objects: list[dict[str, Any]] = []
     texts: list[bytes] = []
     rows: list[int] = []
@@ -75,12 +78,21 @@ def _batch(source: SourceFile, found: Iterable[tuple[Any, bytes]], number: int) 
             rows.append(row)
         else:
             rejected.append(Rejected(row, NO_OBJECT, text.decode(errors="replace").rstrip("\r")))
+    size = max(MAX_CELLS // max(len(set().union(*objects)), 1), 1)
+    for at in range(0, max(len(objects), 1), size):
+        some, number_of = objects[at : at + size], np.array(rows[at : at + size], dtype=np.int64)
+        table = _table(source, some, texts[at : at + size])
+        yield RawBatch(table, number_of, rejected, len(number_of) + len(rejected))
+        rejected = []
+
+
+def _table(source: SourceFile, objects: list[dict[str, Any]], texts: list[bytes]) -> pa.Table:
     names = dict.fromkeys(itertools.chain.from_iterable(objects))
     arrays = {name: _column([row.get(name) for row in objects], name, texts) for name in names}
     for name in source.nested:
         if name not in arrays:
             arrays[name] = _column([_at(row, name) for row in objects], name, texts)
-    return RawBatch(pa.table(arrays), np.array(rows, dtype=np.int64), rejected, len(rows) + len(rejected))
+    return pa.table(arrays)
 
 
 def _column(values: list[Any], name: str, texts: list[bytes]) -> pa.Array:
@@ -193,9 +205,8 @@ def _array_batches(source: SourceFile, raw: IO[bytes], block_bytes: int) -> Iter
             (element, b"{}" if element == {} else b"" if isinstance(element, dict) else _dumped(element).encode())
             for element in held
         )
-        batch = _batch(source, found, number)
+        yield from (replace(batch, lines=0) for batch in _batches(source, found, number))
         number += len(held)
-        yield replace(batch, lines=0)
 
 
 def _array(source: SourceFile, raw: IO[bytes]) -> Iterator[Any]:

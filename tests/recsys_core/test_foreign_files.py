@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from recsys_core import delimited, readers, sources
+from recsys_core import delimited, json_rows, readers, sources
+from recsys_core import ingest as ingest_module
 from recsys_core.catalog import read_catalog
 from recsys_core.ingest import CatalogReport, IngestReport, ingest, ingest_catalog
 from recsys_core.lake import Lake
@@ -573,6 +574,29 @@ def test_json_without_an_object_a_line_is_not_called_empty(tmp_path: Path, landi
     (tmp_path / "b.csv").write_text("\n".join(["u,i,t", *clicks(2)]))
     left_out = take(tmp_path, landing).left_out
     assert "no line is a JSON object" in left_out[str(tmp_path / "a.json")]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_keys_that_are_data_cost_memory_for_the_rows_that_have_them(
+    tmp_path: Path, landing: Landing, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(json_rows, "MAX_CELLS", 5000)
+    monkeypatch.setattr("recsys_core.ingest.CHUNK_CELLS", 20_000)
+    joining, widths = ingest_module._join, []
+
+    def join(batches: list[Any]) -> Any:
+        joined = joining(batches)
+        widths.append(joined.table.num_rows * joined.table.num_columns)
+        return joined
+
+    monkeypatch.setattr(ingest_module, "_join", join)
+    rows = [json.dumps({"u": f"u{n}", "i": f"i{n % 7}", "t": T + n, f"key{n}": n}) for n in range(1, 1001)]
+    (tmp_path / f"a.{ending}").write_text("\n".join([*rows, "7"]) if ending == "jsonl" else f"[{','.join([*rows, '7'])}]")
+    report = take(tmp_path, landing)
+    assert (report.rows_read, report.landed) == (1001, 1000)
+    assert quarantined(landing) == [(1001, "not a JSON object with fields")]
+    assert sorted(pairs(landing)) == sorted((f"u{n}", f"i{n % 7}") for n in range(1, 1001))
+    assert max(widths) <= 20_000
 
 
 def test_objects_may_begin_late(tmp_path: Path, landing: Landing) -> None:
