@@ -231,7 +231,7 @@ class _Window:
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
-        self._bytes = codecs.getincrementaldecoder("utf-8-sig")()
+        self._bytes = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._json = json.JSONDecoder(parse_float=Decimal, parse_constant=_no_number)
         self._text, self._at, self._ended = "", 0, False
 
@@ -248,7 +248,7 @@ class _Window:
         return found
 
     def value(self) -> Any:
-        """The value that comes next; None for a text that is no Unicode."""
+        """The value that comes next; as a text with question marks what is no Unicode."""
         self._next()
         while True:
             try:
@@ -283,8 +283,9 @@ class _Window:
 
 
 def _unicode(value: Any) -> Any:
+    text = _dumped(value)
     try:
-        _dumped(value).encode()
+        text.encode()
     except UnicodeEncodeError:
-        return None
+        return text.encode(errors="replace").decode()
     return value

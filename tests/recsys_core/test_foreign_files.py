@@ -223,6 +223,16 @@ def test_a_json_array_is_read_element_by_element(
     assert pairs(landing) == [("anna", "1"), ("bert", "2")]
 
 
+def test_bytes_that_are_no_utf8_cost_one_element(tmp_path: Path, landing: Landing) -> None:
+    rows = [b'{"u": "%s", "i": "x", "t": %d}' % (user, T) for user in (b"ann", b"M\xfcller", b"M\xc3\xbcller", b"\\ud800")]
+    (tmp_path / "a.json").write_bytes(b"[" + b",\n".join(rows) + b"]")
+    take(tmp_path, landing)
+    assert pairs(landing) == [("ann", "x"), ("M\u00fcller", "x")]
+    assert quarantined(landing) == [(2, "not a JSON object with fields"), (4, "not a JSON object with fields")]
+    [content] = [row["content"] for table in landing.quarantined() for row in table.to_pylist() if row["row"] == 2]
+    assert "M?ller" in content
+
+
 @pytest.mark.parametrize("text", ['[{"u": 1}, {"u": ]', '[{"u": 1}', '[{"u": 1}] {"u": 2}', '[{"u": 1} {"u": 2}]'])
 def test_a_broken_array_is_an_error_that_names_the_element(tmp_path: Path, landing: Landing, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
