@@ -44,6 +44,7 @@ MAX_CONTENT = 10_000
 BUSY_SHARE = 0.01
 """History ends with the last hour that has at least this share of a typical hour's events."""
 EMPTY = "it is empty"
+OWN = "it is a file of the lake"
 
 
 class NothingTaken(IngestError):
@@ -206,7 +207,7 @@ def ingest(
     out of a folder. Raises MappingError or IngestError when that leaves none, FileNotFoundError.
     """
     started = time.perf_counter()
-    found = _sources(path, mapping, "events")
+    found = _sources(path, mapping, "events", landing.lake)
     clock = now_ms() if now is None else now
     shift = 0 if shift_to_ms is None else _shift(found.files, mapping, shift_to_ms)
     run = _EventRun(landing, mapping, events, clock, shift)
@@ -241,7 +242,7 @@ def ingest_catalog(path: str, lake: Lake, mapping: SourceMapping) -> CatalogRepo
     """
     started = time.perf_counter()
     landing = Landing(lake)
-    found = _sources(path, mapping, "catalog")
+    found = _sources(path, mapping, "catalog", lake)
     run = _CatalogRun(landing, mapping)
     files = _take_in(found, landing, run.file, "ingesting items", mapping.kind)
     return replace(
@@ -305,17 +306,22 @@ class _Found:
     unused: list[str]
 
 
-def _sources(path: str, mapping: SourceMapping, kind: str) -> _Found:
-    """The files to read, after their columns were checked. Raises what is wrong with the first when nothing is right."""
+def _sources(path: str, mapping: SourceMapping, kind: str, lake: Lake | None = None) -> _Found:
+    """The files to read, after their columns were checked. Raises what is wrong with the first when nothing is right.
+
+    The lake's own files, in a folder around it, are events that landed already.
+    """
     if mapping.kind != kind:
         raise MappingError(f"{path}: a mapping of kind {kind!r} is needed, this one is of kind {mapping.kind!r}")
     fs, root = open_filesystem(path)
     data, others = find_files(fs, root)
+    own = f"{lake.root}/" if lake and type(lake.fs) is type(fs) and not f"{root}/".startswith(f"{lake.root}/") else None
+    others |= {file: OWN for file in data if own and file.startswith(own)}
     files: list[SourceFile] = []
     columns: dict[str, None] = {}
     left_out = others
     problems: list[IngestError] = []
-    for file in data:
+    for file in (file for file in data if file not in others):
         source = source_file(fs, file, mapping)
         try:
             there = check_columns(source, mapping)

@@ -459,6 +459,15 @@ def test_a_file_that_is_written_to_while_it_is_read_is_not_taken_in(
     assert landed(landing) == quarantined(landing) == []
 
 
+def test_the_files_of_the_lake_are_not_taken_in_again(tmp_path: Path) -> None:
+    landing = Landing(Lake(str(tmp_path / "lake")))
+    (tmp_path / "a.csv").write_text(f"user_id,item_id,event_type,ts\nu,i,view,{T}\n")
+    for _ in range(2):
+        assert take(tmp_path, landing, BUILTIN["recsys"]).landed == 1
+    left_out = take(tmp_path, landing, BUILTIN["recsys"]).left_out
+    assert left_out == {file.path: "it is a file of the lake" for file in landing.files()}
+
+
 def test_a_file_taken_for_items_keeps_what_it_gave_as_events(tmp_path: Path, landing: Landing) -> None:
     (tmp_path / "a.csv").write_text("\n".join(["u,i,t", *clicks(3), "u9,x,yesterday"]))
     take(tmp_path / "a.csv", landing)
