@@ -202,9 +202,10 @@ def ingest(
 ) -> IngestReport:
     """Land the events of a file or of all data files of a folder.
 
-    `shift_to_ms` moves history by whole hours so that its last hour is the one completed before that moment (see
-    `shift_ms`); `now` is the clock for events of the future. A file that is empty, damaged or lacks a mapped column is left
-    out of a folder. Raises MappingError or IngestError when that leaves none, FileNotFoundError.
+    `shift_to_ms` moves history by whole hours so that its last busy hour is the one completed before that moment; `now`
+    is the clock for events of the future. A file that is empty, damaged or lacks a mapped column is left out of a folder.
+
+    Raises MappingError or IngestError when that leaves none, FileNotFoundError.
     """
     started = time.perf_counter()
     found = _sources(path, mapping, "events", landing.lake)
@@ -259,17 +260,13 @@ def ingest_catalog(path: str, lake: Lake, mapping: SourceMapping) -> CatalogRepo
     )
 
 
-def shift_ms(path: str, mapping: SourceMapping, to_ms: int) -> int:
+def _shift(sources: list[SourceFile], mapping: SourceMapping, to_ms: int) -> int:
     """Milliseconds, a whole number of hours, that move the end of a history into the hour completed before `to_ms`.
 
     Real exports have stray times long after their end. The end is the last hour that holds at least 1/100 of the events
     of a typical hour, and the typical hour is the one in which the median event lies, so that many nearly empty hours
     don't count. Times before 1990 or after the present are no part of the history. 0 when there is none.
     """
-    return _shift(_sources(path, mapping, "events").files, mapping, to_ms)
-
-
-def _shift(sources: list[SourceFile], mapping: SourceMapping, to_ms: int) -> int:
     hours: Counter[int] = Counter()
     for source in progress.track(sources, "finding the end of history"):
         hours.update(_hours(source, mapping))
@@ -306,7 +303,7 @@ class _Found:
     unused: list[str]
 
 
-def _sources(path: str, mapping: SourceMapping, kind: str, lake: Lake | None = None) -> _Found:
+def _sources(path: str, mapping: SourceMapping, kind: str, lake: Lake) -> _Found:
     """The files to read, after their columns were checked. Raises what is wrong with the first when nothing is right.
 
     The lake's own files, in a folder around it, are events that landed already.
@@ -315,7 +312,7 @@ def _sources(path: str, mapping: SourceMapping, kind: str, lake: Lake | None = N
         raise MappingError(f"{path}: a mapping of kind {kind!r} is needed, this one is of kind {mapping.kind!r}")
     fs, root = open_filesystem(path)
     data, others = find_files(fs, root)
-    own = f"{lake.root}/" if lake and type(lake.fs) is type(fs) and not f"{root}/".startswith(f"{lake.root}/") else None
+    own = f"{lake.root}/" if type(lake.fs) is type(fs) and not f"{root}/".startswith(f"{lake.root}/") else None
     others |= {file: OWN for file in data if own and file.startswith(own)}
     files: list[SourceFile] = []
     columns: dict[str, None] = {}

@@ -19,7 +19,7 @@ from recsys_core import ingest as ingest_module
 from recsys_core import readers
 from recsys_core.catalog import CATALOG_SCHEMA, read_catalog
 from recsys_core.events import HOUR_MS, key_start_ms
-from recsys_core.ingest import IngestReport, ingest, ingest_catalog, shift_ms
+from recsys_core.ingest import IngestReport, ingest, ingest_catalog
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
 from recsys_core.mappings import BUILTIN, MappingError, detect
@@ -497,9 +497,9 @@ def test_the_shift_leaves_ids_as_they_are(tmp_path: Path, landing: Landing) -> N
     assert [r["event_id"] for r in landed(landing)] == before
 
 
-def test_there_is_nothing_to_shift_without_a_time(tmp_path: Path) -> None:
+def test_there_is_nothing_to_shift_without_a_time(tmp_path: Path, landing: Landing) -> None:
     (tmp_path / "a.csv").write_text("who,what,how,when,paid\nu,i,look,x,\n")
-    assert shift_ms(str(tmp_path / "a.csv"), SHOP, NOW) == 0
+    assert take(tmp_path / "a.csv", landing, shift_to_ms=NOW).shift_ms == 0
 
 
 # -- the catalogue --------------------------------------------------------------------------------------------------
