@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 
 from recsys_cli.console import table
-from recsys_core.ingest import CatalogReport, Example, IngestReport, ingest, ingest_catalog
+from recsys_core.events import hour_key
+from recsys_core.ingest import CatalogReport, Example, IngestReport, NothingTaken, ingest, ingest_catalog
 from recsys_core.lake import Lake
 from recsys_core.landing import QUARANTINE, Landing
-from recsys_core.mappings import BUILTIN, MappingError, choose, fitting
+from recsys_core.mappings import BUILTIN, MISFIT, MappingError, choose, fitting
 from recsys_core.masking import masked_text
 from recsys_core.settings import PartitionSettings, Settings, SourceMapping
 
@@ -68,31 +69,44 @@ def chosen_mappings(
 
 def take_in(
     path: str, mappings: Mapping[str, SourceMapping], settings: Settings, shift_to_ms: int | None = None
-) -> dict[str, Report]:
-    """Ingest the files at `path` by each of the mappings."""
+) -> dict[str, Report | NothingTaken]:
+    """Ingest the files at `path` by each of the mappings. Raises NothingTaken when all of them come to that."""
     lake = Lake(settings.lake_uri, settings.lake.keep_versions)
-    return {
-        name: ingest_catalog(path, lake, mapping)
-        if mapping.kind == "catalog"
-        else ingest(path, Landing(lake), mapping, settings.events, shift_to_ms=shift_to_ms)
-        for name, mapping in mappings.items()
-    }
+    done: dict[str, Report | NothingTaken] = {}
+    for name, mapping in mappings.items():
+        try:
+            if mapping.kind == "catalog":
+                done[name] = ingest_catalog(path, lake, mapping)
+            else:
+                done[name] = ingest(path, Landing(lake), mapping, settings.events, shift_to_ms=shift_to_ms)
+        except NothingTaken as error:
+            done[name] = error
+    failed = [report for report in done.values() if isinstance(report, NothingTaken)]
+    if len(failed) == len(done):
+        raise failed[0]
+    return done
 
 
-def show(reports: Mapping[str, Report], settings: Settings, console: Console, partitions: PartitionSettings | None) -> bool:
+def show(
+    done: Mapping[str, Report | NothingTaken], settings: Settings, console: Console, partitions: PartitionSettings | None
+) -> bool:
     """Print what became of every row and every file, and which events lie outside `partitions`.
 
-    Returns whether anything was kept.
+    Returns whether anything was kept, and by no mapping all files were damaged.
     """
+    reports = {name: report for name, report in done.items() if not isinstance(report, NothingTaken)}
     for name, report in reports.items():
         title = f"Ingested as {name} in {report.seconds:.1f} s"
         console.print(table(title, [{"": what, "count": count} for what, count in _counts(report)]))
-    for line in _notes(list(reports.values()), settings, partitions):
+    for line in (*_notes(list(reports.values()), settings, partitions), *_left_out(done.values())):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     kept = any(report.landed for report in reports.values())
     if not kept:
         console.print("Nothing landed.", style="red")
-    return kept
+    failed = [name for name in done if name not in reports]
+    if failed:
+        console.print(f"Nothing was taken in as {_listed(failed)}.", style="red")
+    return kept and not failed
 
 
 def _counts(report: Report) -> Iterator[tuple[str, int]]:
@@ -104,6 +118,8 @@ def _counts(report: Report) -> Iterator[tuple[str, int]]:
         yield "events landed", report.landed
     if report.duplicates:
         yield "duplicates, in files with another's content", report.duplicates
+    if isinstance(report, IngestReport) and report.forgotten:
+        yield "left out, of users who were forgotten", report.forgotten
     for reason, count in sorted(report.quarantined.items()):
         yield f"quarantined: {reason}", count
     yield from _unreadable(report)
@@ -131,19 +147,34 @@ def _notes(reports: list[Report], settings: Settings, partitions: PartitionSetti
         again = [file for file in report.files if file.again]
         if again:
             yield f"Files that had been taken in before, so that their rows were replaced and not added: {len(again):,}."
+        former = [moment for file in again for moment in file.former or ()]
+        if former:
+            yield (
+                f"Their former events were of {_moment(min(former))} to {_moment(max(former))} UTC. Make the hours that hold "
+                f"them again: recsys backfill clicks_hourly {hour_key(min(former))} {hour_key(max(former))}"
+            )
+        if isinstance(report, IngestReport) and report.repeated:
+            yield f"Events whose event_id another one has: {report.repeated:,}. Tables have each event_id once."
         if report.unused:
             yield f"Columns that no field was read from: {_listed(report.unused)}."
     sources = sorted({file.source for report in reports for file in report.files if file.quarantined})
     if sources:
         yield f"Quarantined rows are in {_listed([lake.path(QUARANTINE, source) for source in sources])}."
-    for path in sorted(set.intersection(*(set(report.left_out) for report in reports))):
-        yield f"Left out: {path}: {reports[0].left_out[path]}"
+
+
+def _left_out(done: Iterable[Report | NothingTaken]) -> Iterator[str]:
+    """The files that no mapping took in, and why; that one of them names other columns says least."""
+    reasons = [report.left_out for report in done]
+    for path in sorted(set.intersection(*map(set, reasons))):
+        yield f"Left out: {path}: {min((by[path] for by in reasons), key=lambda reason: reason.startswith(MISFIT))}"
 
 
 def _span(report: IngestReport) -> Iterator[str]:
-    ends = (report.first_ts or 0, report.last_ts or 0)
-    first, last = (datetime.fromtimestamp(ts // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S") for ts in ends)
-    yield f"The events are of {first} to {last} UTC."
+    yield f"The events are of {_moment(report.first_ts or 0)} to {_moment(report.last_ts or 0)} UTC."
+
+
+def _moment(ts: int) -> str:
+    return datetime.fromtimestamp(ts // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _outside(report: IngestReport, partitions: PartitionSettings, settings: Settings) -> Iterator[str]:

@@ -278,7 +278,7 @@ def ingest(
 ) -> None:
     """Bring your own events or items. What can't be one goes to quarantine, with file, row and reason.
 
-    Exit code 1: nothing landed.
+    Exit code 1: nothing landed, or no file of one of several kinds.
     """
     from recsys_cli import ingesting
     from recsys_cli.console import showing_progress

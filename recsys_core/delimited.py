@@ -81,7 +81,7 @@ def layout_of(source: SourceFile, sample: list[str]) -> Layout:
     if source.ending == ".tsv":
         delimiter = "\t"
     delimiter = delimiter or _sniffed(lines)
-    names = source.header or _unique(fields_of(lines[0], delimiter) if lines else [])
+    names = _unique(list(source.header) or (fields_of(lines[0], delimiter) if lines else []))
     return Layout(delimiter, tuple(names), len(sample) - len(lines) + (not source.header and bool(lines)), source.one_line)
 
 
@@ -107,11 +107,16 @@ def _sniffed(lines: list[str]) -> str:
 
 
 def _unique(fields: list[str]) -> list[str]:
+    taken = set(fields)
     seen: dict[str, int] = {}
     names = []
     for name in fields:
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
+        number = seen[name] = seen.get(name, 0) + 1
+        unique = name
+        while number > 1 and (unique := f"{name}.{seen[name]}") in taken:
+            seen[name] += 1
+        taken.add(unique)
+        names.append(unique)
     return names
 
 

@@ -52,6 +52,12 @@ EARLIEST_TS = 631_152_000_000
 CONTENT_ID_BYTES = 16
 """Of the digest that an event without an id gets; written out they are twice as many characters."""
 
+NEEDED = (USER_ID, ITEM_ID, EVENT_ID)
+NAMES = (*NEEDED, SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID)
+"""The ids and names of an event, in the order in which they are judged."""
+
+HOLDS_NUL = "{} holds a NUL character"
+
 NOT_FINITE = f"{VALUE} is not a finite number"
 """A NaN passes every comparison that it should fail, wherever the value is used."""
 
@@ -139,14 +145,13 @@ def invalid_reasons(
     """
     latest = (now_ms() if now is None else now) + settings.max_future_minutes * MINUTE_MS
     rules: list[tuple[str, np.ndarray]] = []
-    for name in (USER_ID, ITEM_ID, EVENT_ID):
+    for name in NAMES:
         length = _byte_lengths(events[name])
-        rules.append((f"missing {name}", length == 0))
+        if name in NEEDED:
+            rules.append((f"missing {name}", length == 0))
         rules.append((f"{name} longer than {settings.max_id_bytes} bytes", length > settings.max_id_bytes))
-    rules += [
-        (f"{name} longer than {settings.max_id_bytes} bytes", _byte_lengths(events[name]) > settings.max_id_bytes)
-        for name in (SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID)
-    ]
+        if _may_hold_nul(events[name]):
+            rules.append((HOLDS_NUL.format(name), _numpy(pc.fill_null(pc.match_substring(events[name], "\0"), False))))
     known = pc.is_in(events[EVENT_TYPE], value_set=pa.array(sorted(settings.weights), pa.string()))
     rules.append(("unknown event_type", ~_numpy(known)))
     # A missing time stands as the smallest integer.
@@ -166,14 +171,15 @@ def invalid_reasons(
 def invalid_reason(event: Mapping[str, Any], settings: EventSettings, now: int) -> str | None:
     """What `invalid_reasons` says of one event, by its rules and in their order; `event` has every name of EVENT_SCHEMA."""
     longest = settings.max_id_bytes
-    for name in (USER_ID, ITEM_ID, EVENT_ID):
+    for name in NAMES:
         if not event[name]:
-            return f"missing {name}"
+            if name in NEEDED:
+                return f"missing {name}"
+            continue
         if _is_longer(event[name], longest):
             return f"{name} longer than {longest} bytes"
-    for name in (SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID):
-        if event[name] and _is_longer(event[name], longest):
-            return f"{name} longer than {longest} bytes"
+        if "\0" in event[name]:
+            return HOLDS_NUL.format(name)
     if event[EVENT_TYPE] not in settings.weights:
         return "unknown event_type"
     ts = event[TS]
@@ -189,6 +195,12 @@ def invalid_reason(event: Mapping[str, Any], settings: EventSettings, now: int) 
 def _is_longer(text: str, size: int) -> bool:
     """Whether a text has more bytes; a character has four at most."""
     return 4 * len(text) > size and len(text.encode()) > size
+
+
+def _may_hold_nul(column: pa.Array | pa.ChunkedArray) -> bool:
+    """Whether there is one among the bytes of all strings, and maybe of their neighbours."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return any(b"\0" in content.to_pybytes() for chunk in chunks if (content := chunk.buffers()[2]))
 
 
 def _byte_lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -13,7 +13,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import orjson
@@ -22,26 +24,35 @@ import pyarrow.compute as pc
 
 from recsys_core import progress
 from recsys_core.catalog import CATALOG_SCHEMA, last_of_each, merge_catalog
-from recsys_core.events import DAY_MS, EARLIEST_TS, HOUR_MS, ITEM_ID, TS, day_key, invalid_reasons, now_ms
+from recsys_core.events import DAY_MS, EARLIEST_TS, EVENT_ID, HOUR_MS, ITEM_ID, TS, day_key, invalid_reasons, now_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import LANDING, QUARANTINE, QUARANTINE_SCHEMA, Landing
-from recsys_core.mapped import item_ids, map_events, map_items, text_column, unreadable_items, unreadable_values
+from recsys_core.mapped import is_header, item_ids, map_events, map_items, text_column, unreadable_items, unreadable_values
 from recsys_core.mappings import FIELDS, MappingError, check_columns, mapped_columns, mapped_fields, source_file
 from recsys_core.parsing import parse_ts
 from recsys_core.readers import read_rows
 from recsys_core.settings import EventSettings, SourceMapping
-from recsys_core.sources import IngestError, RawBatch, Rejected, SourceFile, find_files
+from recsys_core.sources import IngestError, NotRead, RawBatch, Rejected, SourceFile, find_files, stored
 from recsys_core.stores import open_filesystem
 
 CHUNK_ROWS = 250_000
 CHUNK_BYTES = 128 << 20
-"""A landing file is written when its source rows reach either."""
+CHUNK_CELLS = 50_000_000
+"""A landing file is written when its source rows, their bytes, or rows times columns reach one of these."""
 MAX_CONTENT = 10_000
 """Characters of a rejected row that are kept."""
 BUSY_SHARE = 0.01
 """History ends with the last hour that has at least this share of a typical hour's events."""
 EMPTY = "it is empty"
-NO_DATA = "its ending is none of a data file"
+OWN = "it is a file of the lake"
+
+
+class NothingTaken(IngestError):
+    """Every file that fits the mapping is damaged. `left_out` are all files and why."""
+
+    def __init__(self, text: str, left_out: dict[str, str]) -> None:
+        super().__init__(text)
+        self.left_out = left_out
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,10 @@ class Account:
             first = next(r for r in rejected if r.reason == reason)
             column = _column_of(reason, mapping)
             at = np.flatnonzero(table.rows == first.row)
-            value = text_column(table.table, column)[int(at[0])].as_py() if column and len(at) else None
-            shown = first.content if column is None else value or ""
+            if column and len(at):
+                shown = text_column(table.table, column)[int(at[0])].as_py() or ""
+            else:
+                column, shown = None, first.content
             self.examples[reason] = Example(path, first.row, column, shown[:MAX_CONTENT])
 
     def add_unreadable(self, path: str, chunk: RawBatch, found: dict[str, pa.ChunkedArray], mapping: SourceMapping) -> None:
@@ -126,7 +139,11 @@ class CatalogReport:
 
 @dataclass(frozen=True)
 class FileReport:
-    """What became of the rows of one file. `again`: the same content was taken in before, and stands in its place."""
+    """What became of the rows of one file. `again`: the same content was taken in before, and stands in its place.
+
+    `forgotten` are events of users who were forgotten after them. `former` are the first and last time (ms) of the events that
+    stood there before, where they reach further: hours that were made from them do not know that they are gone.
+    """
 
     path: str
     source: str
@@ -135,11 +152,13 @@ class FileReport:
     quarantined: int
     duplicates: int = 0
     again: bool = False
+    forgotten: int = 0
+    former: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of the rows of event files. `rows_read` = `landed` + the sum of `quarantined` + `duplicates`.
+    """What became of the rows of event files. `rows_read` = `landed` + the sum of `quarantined` + `duplicates` + `forgotten`.
 
     Attributes:
         quarantined: counts by reason.
@@ -149,6 +168,8 @@ class IngestReport:
         examples: the first row of each reason and of each of those fields.
         left_out: the files that were not taken in, and why.
         unused: the columns that the mapping names nowhere.
+        forgotten: events of users who were forgotten after them; they are left out.
+        repeated: landed events whose own event id another one near them has. Tables have each id once.
     """
 
     rows_read: int
@@ -166,6 +187,8 @@ class IngestReport:
     examples: dict[str, Example] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    forgotten: int = 0
+    repeated: int = 0
 
 
 def ingest(
@@ -179,16 +202,17 @@ def ingest(
 ) -> IngestReport:
     """Land the events of a file or of all data files of a folder.
 
-    `shift_to_ms` moves history by whole hours so that its last hour is the one completed before that moment (see
-    `shift_ms`); `now` is the clock for events of the future. A file that is empty, damaged or lacks a mapped column is left
-    out of a folder. Raises MappingError or IngestError when that leaves none, FileNotFoundError.
+    `shift_to_ms` moves history by whole hours so that its last busy hour is the one completed before that moment; `now`
+    is the clock for events of the future. A file that is empty, damaged or lacks a mapped column is left out of a folder.
+
+    Raises MappingError or IngestError when that leaves none, FileNotFoundError.
     """
     started = time.perf_counter()
-    found = _sources(path, mapping, "events")
+    found = _sources(path, mapping, "events", landing.lake)
     clock = now_ms() if now is None else now
     shift = 0 if shift_to_ms is None else _shift(found.files, mapping, shift_to_ms)
     run = _EventRun(landing, mapping, events, clock, shift)
-    files = _take_in(found, landing, run.file, "ingesting files")
+    files = _take_in(found, landing, run.file, "ingesting files", mapping.kind)
     catalog = run.items.merge(landing.lake) if mapping.catalog_from_events else None
     return IngestReport(
         rows_read=sum(f.rows_read for f in files),
@@ -206,6 +230,8 @@ def ingest(
         examples=run.account.examples,
         left_out=found.left_out,
         unused=found.unused,
+        forgotten=sum(f.forgotten for f in files),
+        repeated=run.repeated,
     )
 
 
@@ -217,9 +243,9 @@ def ingest_catalog(path: str, lake: Lake, mapping: SourceMapping) -> CatalogRepo
     """
     started = time.perf_counter()
     landing = Landing(lake)
-    found = _sources(path, mapping, "catalog")
+    found = _sources(path, mapping, "catalog", lake)
     run = _CatalogRun(landing, mapping)
-    files = _take_in(found, landing, run.file, "ingesting items")
+    files = _take_in(found, landing, run.file, "ingesting items", mapping.kind)
     return replace(
         run.items.merge(lake),
         rows_read=sum(f.rows_read for f in files),
@@ -234,17 +260,13 @@ def ingest_catalog(path: str, lake: Lake, mapping: SourceMapping) -> CatalogRepo
     )
 
 
-def shift_ms(path: str, mapping: SourceMapping, to_ms: int) -> int:
+def _shift(sources: list[SourceFile], mapping: SourceMapping, to_ms: int) -> int:
     """Milliseconds, a whole number of hours, that move the end of a history into the hour completed before `to_ms`.
 
     Real exports have stray times long after their end. The end is the last hour that holds at least 1/100 of the events
     of a typical hour, and the typical hour is the one in which the median event lies, so that many nearly empty hours
     don't count. Times before 1990 or after the present are no part of the history. 0 when there is none.
     """
-    return _shift(_sources(path, mapping, "events").files, mapping, to_ms)
-
-
-def _shift(sources: list[SourceFile], mapping: SourceMapping, to_ms: int) -> int:
     hours: Counter[int] = Counter()
     for source in progress.track(sources, "finding the end of history"):
         hours.update(_hours(source, mapping))
@@ -281,17 +303,22 @@ class _Found:
     unused: list[str]
 
 
-def _sources(path: str, mapping: SourceMapping, kind: str) -> _Found:
-    """The files to read, after their columns were checked. Raises what is wrong with the first when nothing is right."""
+def _sources(path: str, mapping: SourceMapping, kind: str, lake: Lake) -> _Found:
+    """The files to read, after their columns were checked. Raises what is wrong with the first when nothing is right.
+
+    The lake's own files, in a folder around it, are events that landed already.
+    """
     if mapping.kind != kind:
         raise MappingError(f"{path}: a mapping of kind {kind!r} is needed, this one is of kind {mapping.kind!r}")
     fs, root = open_filesystem(path)
     data, others = find_files(fs, root)
+    own = f"{lake.root}/" if type(lake.fs) is type(fs) and not f"{root}/".startswith(f"{lake.root}/") else None
+    others |= {file: OWN for file in data if own and file.startswith(own)}
     files: list[SourceFile] = []
     columns: dict[str, None] = {}
-    left_out = dict.fromkeys(others, NO_DATA)
+    left_out = others
     problems: list[IngestError] = []
-    for file in data:
+    for file in (file for file in data if file not in others):
         source = source_file(fs, file, mapping)
         try:
             there = check_columns(source, mapping)
@@ -318,37 +345,69 @@ def _without_path(error: IngestError, path: str) -> str:
     return str(error).removeprefix(path).lstrip(": ")
 
 
-def _take_in(found: _Found, landing: Landing, take: Callable[[SourceFile, str], FileReport], what: str) -> list[FileReport]:
+def _take_in(
+    found: _Found, landing: Landing, take: Callable[[SourceFile, str], FileReport], what: str, kind: str
+) -> list[FileReport]:
     """Take each file in once. One that turns out to be damaged leaves nothing behind but its name among those left out."""
     known = _known_sources(landing)
     done: dict[str, FileReport] = {}
     files: list[FileReport] = []
+    problems: list[IngestError] = []
     for source in progress.track(found.files, what):
-        digest = _digest(source)
-        if digest in done:
-            rows = done[digest].rows_read
-            files.append(FileReport(source.path, done[digest].source, rows, 0, 0, duplicates=rows))
-            continue
-        name = known.get(digest) or f"{_slug(source)}-{digest}"
         try:
-            report = take(source, name)
+            state = _state(source)
+            digest = _digest(source, kind)
+            if digest in done:
+                rows = done[digest].rows_read
+                files.append(FileReport(source.path, done[digest].source, rows, 0, 0, duplicates=rows))
+                continue
+            former = landing.extent(known[digest]) if digest in known and kind == "events" else None
+            with _whole(landing, name := known.get(digest) or f"{_slug(source)}-{digest}", again=digest in known):
+                report = take(source, name)
+                if _state(source) != state:
+                    raise IngestError(f"{source.path} was changed while it was read; take it in again, or a copy of it")
         except IngestError as error:
-            _discard(landing, name, from_number=0)
-            if len(found.files) == 1:
-                raise
             found.left_out[source.path] = _without_path(error, source.path)
+            problems.append(error)
             continue
-        done[digest] = replace(report, again=digest in known)
+        if former and (now := landing.extent(name)) and now[0] <= former[0] and former[1] <= now[1]:
+            former = None
+        done[digest] = replace(report, again=digest in known, former=former)
         files.append(done[digest])
-    if found.files and not files:
-        raise IngestError("\n".join(f"{path}: {reason}" for path, reason in found.left_out.items()))
+    if problems and not files:
+        named = (f"{path}: {reason}" for path, reason in found.left_out.items())
+        raise NothingTaken(str(problems[0]) if len(found.files) == 1 else "\n".join(named), found.left_out) from problems[0]
     return files
 
 
-def _digest(source: SourceFile) -> str:
-    """Of the content of a file and what its folders say."""
-    digest = hashlib.sha256()
-    with source.fs.open(source.path, "rb") as raw:
+@contextmanager
+def _whole(landing: Landing, name: str, again: bool) -> Iterator[None]:
+    """Leave nothing of a source behind whose file turns out to be damaged.
+
+    One that the store doesn't give now and that was taken in before stays.
+    """
+    try:
+        yield
+    except IngestError as error:
+        if not (again and isinstance(error, NotRead)):
+            _discard(landing, name, from_number=0)
+        raise
+
+
+def _state(source: SourceFile) -> list[Any]:
+    """What a store says of a file that changes when somebody writes to it."""
+    source.fs.invalidate_cache(source.path)
+    try:
+        entry = source.fs.info(source.path)
+    except OSError as error:
+        raise NotRead(f"{source.path} can't be read: {error.strerror or error}") from error
+    return [entry.get(name) for name in ("size", "mtime", "LastModified", "last_modified", "ETag")]
+
+
+def _digest(source: SourceFile, kind: str) -> str:
+    """Of the content of a file, what its folders say, and what it is taken for: a file of events may be one of items too."""
+    digest = hashlib.sha256(b"" if kind == "events" else kind.encode())
+    with stored(source) as raw:
         while block := raw.read(1 << 20):
             digest.update(block)
     if source.folders:
@@ -390,14 +449,20 @@ def _discard(landing: Landing, name: str, from_number: int) -> None:
 def _chunks(source: SourceFile) -> Iterator[RawBatch]:
     """The batches of a file joined to chunks; a file without rows has none."""
     held: list[RawBatch] = []
+    names: set[str] = set()
     rows = size = 0
     for batch in read_rows(source):
+        wider = names.union(batch.table.column_names)
+        if held and (rows + len(batch.rows)) * len(wider) > CHUNK_CELLS:
+            yield _join(held)
+            held, rows, size, wider = [], 0, 0, set(batch.table.column_names)
         held.append(batch)
+        names = wider
         rows += len(batch.rows) + len(batch.rejected)
         size += batch.table.nbytes
         if rows >= CHUNK_ROWS or size >= CHUNK_BYTES:
             yield _join(held)
-            held, rows, size = [], 0, 0
+            held, rows, size, names = [], 0, 0, set()
     if rows:
         yield _join(held)
 
@@ -444,10 +509,10 @@ def _mapping_of(source: SourceFile, mapping: SourceMapping) -> SourceMapping:
     return mapping.model_copy(update=named) if named else mapping
 
 
-def _settled(path: str, name: str, read: int, landed: int, quarantined: int) -> FileReport:
-    if read != landed + quarantined:
+def _settled(path: str, name: str, read: int, landed: int, quarantined: int, forgotten: int = 0) -> FileReport:
+    if read != landed + quarantined + forgotten:
         raise IngestError(f"{path}: {read} rows were read, {landed} kept and {quarantined} quarantined: a fault of the ingest")
-    return FileReport(path, name, read, landed, quarantined)
+    return FileReport(path, name, read, landed, quarantined, forgotten=forgotten)
 
 
 class _Items:
@@ -493,6 +558,7 @@ class _CatalogRun:
         for number, chunk in enumerate(_chunks(source), 1):
             missing = pc.is_null(item_ids(chunk.table, mapping))
             reason = pc.if_else(missing, pa.scalar("missing item_id"), pa.scalar(None, pa.string()))
+            reason = pc.if_else(is_header(chunk.table, mapping), pa.scalar("the header again"), reason)
             rejected = _rejections(chunk, reason)
             _put(self.landing, QUARANTINE, name, f"{number - 1:05d}", _quarantine(source, rejected))
             account.add_rejected(source.path, rejected, chunk, mapping)
@@ -519,6 +585,7 @@ class _EventRun:
         self.account = Account()
         self.items = _Items()
         self.days: Counter[str] = Counter()
+        self.repeated = 0
         self.first_ts: int | None = None
         self.last_ts: int | None = None
 
@@ -530,12 +597,13 @@ class _EventRun:
             landed += one.chunk(f"{number - 1:05d}", chunk)
         _discard(self.landing, name, from_number=number)
         self._add(one)
-        return _settled(source.path, name, read, landed, one.account.quarantined.total())
+        return _settled(source.path, name, read, landed, one.account.quarantined.total(), one.forgotten)
 
     def _add(self, one: _EventFile) -> None:
         self.account.add(one.account)
         self.items.add_all(one.items)
         self.days.update(one.days)
+        self.repeated += one.repeated
         ends = [end for end in (self.first_ts, self.last_ts, *one.ends) if end is not None]
         self.first_ts, self.last_ts = min(ends, default=None), max(ends, default=None)
 
@@ -549,6 +617,8 @@ class _EventFile:
         self.account = Account()
         self.items = _Items()
         self.days: Counter[str] = Counter()
+        self.repeated = 0
+        self.forgotten = 0
         self.ends: list[int] = []
 
     def chunk(self, number: str, chunk: RawBatch) -> int:
@@ -557,14 +627,18 @@ class _EventFile:
         reason = invalid_reasons(mapped, self.run.events, self.run.now)
         rejected = _rejections(chunk, reason)
         good = pc.is_null(reason)
-        landed = mapped if pc.all(good).as_py() else mapped.filter(good)
+        valid = mapped if pc.all(good).as_py() else mapped.filter(good)
+        landed = self.run.landing.not_forgotten(valid)
+        self.forgotten += valid.num_rows - landed.num_rows
         _put(self.run.landing, LANDING, self.name, number, landed)
         _put(self.run.landing, QUARANTINE, self.name, number, _quarantine(self.source, rejected))
         self.account.add_rejected(self.source.path, rejected, chunk, self.mapping)
         kept = _only(chunk, good)
-        self.account.add_unreadable(self.source.path, kept, unreadable_values(kept.table, landed, self.mapping), self.mapping)
+        self.account.add_unreadable(self.source.path, kept, unreadable_values(kept.table, valid, self.mapping), self.mapping)
         if self.mapping.catalog_from_events:
             self.items.add(self.source.path, kept, self.mapping)
+        if self.mapping.event_id in chunk.table.column_names:
+            self.repeated += landed.num_rows - pc.count_distinct(landed[EVENT_ID]).as_py()
         if landed.num_rows:
             days, counts = np.unique(landed[TS].to_numpy() // DAY_MS, return_counts=True)
             self.days.update({day_key(int(day) * DAY_MS): int(n) for day, n in zip(days, counts, strict=True)})

@@ -25,6 +25,8 @@ NO_OBJECT = "not a JSON object with fields"
 EXACT_BELOW = 2.0**53
 """Larger numbers lose digits as floats."""
 LONGEST_NUMBER = 400
+MAX_CELLS = 10_000_000
+"""Rows times keys of a batch. Where keys are data, such as ids, every row has keys of its own."""
 PEEK_BYTES = 1 << 16
 WINDOW_BYTES = 1 << 20
 
@@ -32,15 +34,18 @@ WINDOW_BYTES = 1 << 20
 def json_columns(source: SourceFile, raw: IO[bytes], rows: int, needed: frozenset[str] | None) -> list[str]:
     """The keys of the first `rows` objects, and of further ones until all of `needed` were seen; of all for None.
 
-    `a.b` is b in the object a.
+    `a.b` is b in the object a. Raises IngestError for a file that holds something and no object.
     """
     names: dict[str, None] = {}
-    for number, element in enumerate(_elements(source, raw)):
-        if number >= rows and needed is not None and needed <= names.keys():
+    number = 0
+    for number, element in enumerate(_elements(source, raw), 1):
+        if number > rows and names and needed is not None and needed <= names.keys():
             break
         if isinstance(element, dict):
             names |= dict.fromkeys(element)
             names |= dict.fromkeys(name for name in source.nested if _at(element, name) is not None)
+    if number and not names:
+        raise IngestError(f"{source.path}: no line is a JSON object with fields; an object a line or one array of them is read")
     return list(names)
 
 
@@ -53,14 +58,15 @@ def read_json(source: SourceFile, raw: IO[bytes], block_bytes: int) -> Iterator[
     number, accounted = 1, 0
     for block in lines.blocks(block_bytes):
         texts = [line for line in block.split(b"\n") if line.strip()]
-        batch = _batch(source, ((_object(text), text) for text in texts), number)
+        for batch in _batches(source, ((_object(text), text) for text in texts), number):
+            accounted += batch.lines
+            yield batch
         number += len(texts)
-        accounted += batch.lines
-        yield batch
     lines.settle(accounted)
 
 
-def _batch(source: SourceFile, found: Iterable[tuple[Any, bytes]], number: int) -> RawBatch:
+def _batches(source: SourceFile, found: Iterable[tuple[Any, bytes]], number: int) -> Iterator[RawBatch]:
+    """The rows of some values, in one batch unless their keys are very many."""
     objects: list[dict[str, Any]] = []
     texts: list[bytes] = []
     rows: list[int] = []
@@ -72,12 +78,21 @@ def _batch(source: SourceFile, found: Iterable[tuple[Any, bytes]], number: int) 
             rows.append(row)
         else:
             rejected.append(Rejected(row, NO_OBJECT, text.decode(errors="replace").rstrip("\r")))
+    size = max(MAX_CELLS // max(len(set().union(*objects)), 1), 1)
+    for at in range(0, max(len(objects), 1), size):
+        some, number_of = objects[at : at + size], np.array(rows[at : at + size], dtype=np.int64)
+        table = _table(source, some, texts[at : at + size])
+        yield RawBatch(table, number_of, rejected, len(number_of) + len(rejected))
+        rejected = []
+
+
+def _table(source: SourceFile, objects: list[dict[str, Any]], texts: list[bytes]) -> pa.Table:
     names = dict.fromkeys(itertools.chain.from_iterable(objects))
     arrays = {name: _column([row.get(name) for row in objects], name, texts) for name in names}
     for name in source.nested:
         if name not in arrays:
             arrays[name] = _column([_at(row, name) for row in objects], name, texts)
-    return RawBatch(pa.table(arrays), np.array(rows, dtype=np.int64), rejected, len(rows) + len(rejected))
+    return pa.table(arrays)
 
 
 def _column(values: list[Any], name: str, texts: list[bytes]) -> pa.Array:
@@ -190,9 +205,8 @@ def _array_batches(source: SourceFile, raw: IO[bytes], block_bytes: int) -> Iter
             (element, b"{}" if element == {} else b"" if isinstance(element, dict) else _dumped(element).encode())
             for element in held
         )
-        batch = _batch(source, found, number)
+        yield from (replace(batch, lines=0) for batch in _batches(source, found, number))
         number += len(held)
-        yield replace(batch, lines=0)
 
 
 def _array(source: SourceFile, raw: IO[bytes]) -> Iterator[Any]:
@@ -217,7 +231,7 @@ class _Window:
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
-        self._bytes = codecs.getincrementaldecoder("utf-8-sig")()
+        self._bytes = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._json = json.JSONDecoder(parse_float=Decimal, parse_constant=_no_number)
         self._text, self._at, self._ended = "", 0, False
 
@@ -234,7 +248,7 @@ class _Window:
         return found
 
     def value(self) -> Any:
-        """The value that comes next; None for a text that is no Unicode."""
+        """The value that comes next; as a text with question marks what is no Unicode."""
         self._next()
         while True:
             try:
@@ -269,8 +283,9 @@ class _Window:
 
 
 def _unicode(value: Any) -> Any:
+    text = _dumped(value)
     try:
-        _dumped(value).encode()
+        text.encode()
     except UnicodeEncodeError:
-        return None
+        return text.encode(errors="replace").decode()
     return value

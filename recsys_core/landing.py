@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha1
 from pathlib import PurePosixPath
@@ -204,6 +205,10 @@ class Landing:
         table = left.cast(ARCHIVE_SCHEMA).combine_chunks().replace_schema_metadata(metadata)
         return self._write(LANDING, held.topic, held.name, table)
 
+    def not_forgotten(self, events: pa.Table) -> pa.Table:
+        """The events that `write_events` would write now."""
+        return self._forgotten.read().filtered(events)
+
     def _without_forgotten(self, events: pa.Table, write: Callable[[pa.Table], str]) -> str:
         """Write the events of those who are not forgotten, and again without those whose removal began meanwhile.
 
@@ -378,9 +383,10 @@ class Landing:
         """The files that may hold events of [start_ms, end_ms)."""
         return [f for f in self.files() if f.rows and f.first_ts < end_ms and f.last_ts >= start_ms]
 
-    def extent(self) -> tuple[int, int] | None:
-        """First and last event time in the landing zone (ms), None when it is empty."""
-        files = [f for f in self.files() if f.first_ts <= f.last_ts]
+    def extent(self, source: str | None = None) -> tuple[int, int] | None:
+        """First and last event time in the landing zone or of one source (ms), None when it is empty."""
+        root = self.lake.path(LANDING, source, "") if source else ""
+        files = [f for f in self.files() if f.first_ts <= f.last_ts and f.path.startswith(root)]
         return (min(f.first_ts for f in files), max(f.last_ts for f in files)) if files else None
 
     def last_busy_day(self, share: float = 0.2) -> str | None:
@@ -400,11 +406,16 @@ class Landing:
         return max(day for day in ordered if counts[day] >= share * typical)
 
     def quarantined(self) -> Iterator[pa.Table]:
-        """The rejected rows, a table a file. A file that can't be read is left out."""
+        """The rejected rows, a table a file. A file that can't be read, or that goes meanwhile, is left out."""
         for path in sorted(self._found(QUARANTINE)):
-            if path.lower().endswith(ENDING) and not self._trouble(path, pq.ParquetFile):
-                with self.lake.fs.open(path, "rb") as source:
-                    yield pq.read_table(source)
+            if path.lower().endswith(ENDING):
+                yield from self._rejected(path)
+
+    def _rejected(self, path: str) -> list[pa.Table]:
+        tables: list[pa.Table] = []
+        with suppress(FileNotFoundError):
+            self._trouble(path, lambda source: tables.append(pq.read_table(source)))
+        return tables
 
     def _read_footer(self, entry: _Entry) -> LandingFile | str | None:
         """What a file's footer says, why it can't be read, None when it is gone."""

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from recsys_core.catalog import CATALOG_SCHEMA
 from recsys_core.events import EARLIEST_TS, EVENT_SCHEMA, content_ids
 from recsys_core.json_rows import number_text
-from recsys_core.mappings import mapped_columns
+from recsys_core.mappings import mapped_columns, mapped_fields
 from recsys_core.parsing import NO_ID, by_value, is_nothing, parse_amount, parse_bool, parse_names, parse_ts
 from recsys_core.settings import SourceMapping
 
@@ -30,7 +30,26 @@ def text_column(table: pa.Table, name: str | None) -> pa.ChunkedArray:
 
 def item_ids(table: pa.Table, mapping: SourceMapping) -> pa.ChunkedArray:
     """The item of each row, null where there is none."""
-    return parse_names(text_column(table, mapping.item_id), NO_ID)
+    return _ids(table, mapping.item_id)
+
+
+def _ids(table: pa.Table, column: str | None) -> pa.ChunkedArray:
+    """Users or items. A list or an object is none: nobody would ask for it by that text."""
+    ids = parse_names(text_column(table, column), NO_ID)
+    maybe = pc.or_(pc.starts_with(ids, "["), pc.starts_with(ids, "{"))
+    if not pc.any(maybe).as_py():
+        return ids
+    return by_value(ids, lambda text: text if _listed(text) is None else None, pa.string())
+
+
+def is_header(table: pa.Table, mapping: SourceMapping) -> pa.ChunkedArray:
+    """Which rows repeat the names of all mapped columns, as where files were joined with their headers, bool (n,)."""
+    names = [name for name in mapped_fields(mapping).values() if name in table.column_names]
+    same = pc.equal(text_column(table, mapping.item_id), mapping.item_id)
+    if pc.any(same).as_py():
+        for name in names:
+            same = pc.and_(same, pc.equal(pc.utf8_trim_whitespace(text_column(table, name)), name))
+    return pc.fill_null(same, False)
 
 
 # -- events ---------------------------------------------------------------------------------------------------------
@@ -43,7 +62,7 @@ def map_events(table: pa.Table, mapping: SourceMapping, shift: int = 0) -> pa.Ta
     """
     source_ts = parse_ts(text_column(table, mapping.ts), mapping.ts_unit)
     columns = {
-        "user_id": parse_names(text_column(table, mapping.user_id), NO_ID),
+        "user_id": _ids(table, mapping.user_id),
         "item_id": item_ids(table, mapping),
         "event_type": _event_types(table, mapping),
         "ts": source_ts,
@@ -123,7 +142,10 @@ def category_paths(text: str, mapping: SourceMapping) -> list[str]:
     entries = _listed(text)
     if entries is None:
         entries = text.split(mapping.category_list_separator) if mapping.category_list_separator else [text]
-    paths = ("/".join(_levels(entry)).replace(mapping.category_separator, "/").strip() for entry in entries)
+    sign = mapping.category_separator
+    paths = ("/".join(_levels(entry)).strip() for entry in entries)
+    if sign != "/":
+        paths = ("/".join(level for part in path.split(sign) if (level := part.strip())) for path in paths)
     return [path for path in dict.fromkeys(paths) if path]
 
 

@@ -159,6 +159,9 @@ class MappingError(IngestError):
     """A mapping does not fit a file, or no mapping can be chosen for it."""
 
 
+MISFIT = "the mapping names"
+"""How the reason begins for which a file is none of a mapping."""
+
 EVENT_FIELDS = (
     *("user_id", "item_id", "event_type", "ts", "event_id", "session_id", "device", "country", "value"),
     "recommendation_id",
@@ -200,13 +203,11 @@ def check_columns(source: SourceFile, mapping: SourceMapping) -> list[str]:
     there = columns_of(source, needed)
     missing = [column for column in needed if column not in there]
     if there and missing:
-        raise MappingError(f"{source.path}: the mapping names {', '.join(missing)}; the file's columns are {', '.join(there)}")
+        raise MappingError(f"{source.path}: {MISFIT} {', '.join(missing)}; the file's columns are {', '.join(there)}")
     lines = first_lines(source) if mapping.header else []
     widths = [len(fields_of(line, layout_of(source, lines).delimiter)) for line in lines]
     if widths and len(mapping.header) not in widths:
-        raise MappingError(
-            f"{source.path}: the mapping names {len(mapping.header)} columns; the file's first line has {widths[0]}"
-        )
+        raise MappingError(f"{source.path}: {MISFIT} {len(mapping.header)} columns; the file's first line has {widths[0]}")
     return there
 
 

@@ -31,8 +31,8 @@ NOTHING = tuple(
 )
 NO_ID = (*NOTHING, "NA", "#NA", "-", "--", "?")
 """What is no id besides; in a country NA is Namibia."""
-WRITTEN_FLOAT = r"^[+-]?([0-9]+\.0*|[0-9]\.?[0-9]*e\+[0-9]{2}|[0-9]\.[0-9]+E[0-9]{1,2})$"
-"""A number as programs write those that they hold as floats: 42.0, 1e+15, 1.0E15. `1e5` may be a name."""
+WRITTEN_FLOAT = r"^[+-]?([0-9]+\.0*|[0-9]\.?[0-9]*[eE]\+[0-9]{2}|[0-9]\.[0-9]+E[0-9]{1,2})$"
+"""A number as programs write those that they hold as floats: 42.0, 1e+15, 1E+15, 1.0E15. `1e5` may be a name."""
 
 SPACES = " \u00a0\u2009\u202f'\u2019"
 """What stands between thousands, beside the comma and the point."""
@@ -59,7 +59,8 @@ def parse_ts(text: pa.Array | pa.ChunkedArray, unit: str) -> pa.ChunkedArray:
     if unit in ("iso", DAY_FIRST, MONTH_FIRST):
         return _dates(text, unit)
     parts = UNITS_IN_A_SECOND[unit]
-    whole = _where(pc.match_substring_regex(text, INTEGER), text).cast(pa.int64())
+    integers = _where(pc.match_substring_regex(text, INTEGER), text)
+    whole = pc.utf8_ltrim(integers, characters="+").cast(pa.int64())
     if parts > 1000:
         exact = pc.divide(whole, parts // 1000)
     else:

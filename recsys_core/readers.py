@@ -108,10 +108,12 @@ def _path(schema: pa.Schema, name: str) -> list[str]:
 def _arrow_text(column: pa.Array) -> pa.Array:
     """Any column as text: whole numbers without a fraction, lists and structs as JSON.
 
-    NaN and bytes that are not UTF-8 become null.
+    NaN, the infinities and bytes that are not UTF-8 become null.
     """
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if isinstance(column.type, pa.UuidType):
+        return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
     if pa.types.is_floating(column.type):
         return _float_text(column.cast(pa.float32()) if pa.types.is_float16(column.type) else column)
     if pa.types.is_decimal(column.type):
@@ -124,8 +126,8 @@ def _arrow_text(column: pa.Array) -> pa.Array:
 
 def _float_text(column: pa.Array) -> pa.Array:
     missing = pa.scalar(None, column.type)
-    column = pc.if_else(pc.is_nan(column), missing, column)
-    whole = pc.and_(pc.equal(column, pc.floor(column)), pc.is_finite(column))
+    column = pc.if_else(pc.is_finite(column), column, missing)
+    whole = pc.equal(column, pc.floor(column))
     small = pc.and_(whole, pc.less(pc.abs(column), 2.0**63))
     text = pc.coalesce(pc.if_else(small, column, missing).cast(pa.int64()).cast(pa.string()), column.cast(pa.string()))
     large = pc.and_not(whole, small)
@@ -136,9 +138,11 @@ def _float_text(column: pa.Array) -> pa.Array:
 
 
 def _python_text(value: Any) -> str | None:
+    if value is None:
+        return None
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError:
             return None
-    return None if value is None else orjson.dumps(value, default=str).decode()
+    return orjson.dumps(value, default=str).decode() if isinstance(value, list | tuple | dict) else str(value)

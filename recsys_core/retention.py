@@ -18,12 +18,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from recsys_core.errors import UserError
 from recsys_core.events import DAY_MS, day_key, hour_key
 from recsys_core.lake import STAGING, Lake, Partition
-from recsys_core.landing import LANDING, QUARANTINE, Landing
+from recsys_core.landing import LANDING, QUARANTINE, Landing, LandingFile
 from recsys_core.registry import PARTITION_TAG, Registry, Version
 from recsys_core.release import ChampionServes, Manifest, Releases
 from recsys_core.settings import RetentionSettings, Settings
@@ -99,10 +100,24 @@ def plan(landing: Landing, releases: Releases, settings: Settings, now_ms: int) 
 
 
 def _landing(landing: Landing, policy: RetentionSettings, end_ms: int) -> Iterator[Removal]:
-    if policy.landing_days:
-        for file in landing.files():
-            if file.last_ts < end_ms - policy.landing_days * DAY_MS:
-                yield Removal("landing", file.path, file.bytes)
+    """Old files; of the archive of a partition those before its first newer one, so that no gap comes to be.
+
+    The last of an archive, which says where it ends, stays.
+    """
+    if not policy.landing_days:
+        return
+    oldest = end_ms - policy.landing_days * DAY_MS
+    files = {file.path: file for file in landing.files()}
+    archives: dict[tuple[str, str, int], list[LandingFile | None]] = defaultdict(list)
+    for held in landing.archived():
+        file = files.pop(landing.lake.path(LANDING, held.topic, f"{held.name}.parquet"), None)
+        archives[held.topic, held.identity, held.partition].append(file)
+    gone = [file for file in files.values() if file.last_ts < oldest]
+    for archive in archives.values():
+        first = list(takewhile(lambda file: file is not None and file.last_ts < oldest, archive[:-1]))
+        dated = [number for number, file in enumerate(first, 1) if file and file.rows]
+        gone += [file for file in first[: max(dated, default=0)] if file]
+    yield from (Removal("landing", file.path, file.bytes) for file in sorted(gone, key=lambda file: file.path))
 
 
 def _quarantine(lake: Lake, policy: RetentionSettings, now_ms: int) -> Iterator[Removal]:

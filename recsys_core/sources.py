@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,15 +29,22 @@ ENDINGS = (*TEXT, *(f"{ending}.gz" for ending in TEXT), *PARQUET)
 
 MAX_LINE_BYTES = 16 << 20
 BOM = b"\xef\xbb\xbf"
+_MARKS = re.compile(rb"^(?:%b)+" % BOM, re.MULTILINE)
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 GZIP = b"\x1f\x8b"
 NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+NO_DATA = "its ending is none of a data file"
+NO_FILE = "it is no file but a pipe, a link that leads nowhere, or a link to a folder, which is not followed"
 DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException)
 """What reading the bytes of a damaged file raises; `gzip.BadGzipFile` is an OSError."""
 
 
 class IngestError(UserError, ValueError):
     """A file can't be taken in as a whole; nothing of one row."""
+
+
+class NotRead(IngestError):
+    """The store gave an error instead of a file's bytes, which says nothing of what is in it."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +103,23 @@ class RawBatch:
     lines: int = 0
 
 
-def find_files(fs: fsspec.AbstractFileSystem, path: str) -> tuple[list[str], list[str]]:
-    """The data files at `path`, a file or a folder, and the other files there, sorted.
+def find_files(fs: fsspec.AbstractFileSystem, path: str) -> tuple[list[str], dict[str, str]]:
+    """The data files at `path`, a file or a folder, and the others there with what they are, sorted.
 
     Names that begin with `.` or `_` are neither. Raises FileNotFoundError when there is nothing, IngestError when nothing
     there is a data file.
     """
     if not fs.exists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
-    found = [path] if fs.isfile(path) else sorted(fs.find(path))
-    visible = [p for p in found if p == path or not any(part.startswith((".", "_")) for part in _below(path, p))]
-    usable = [p for p in visible if p.lower().endswith(ENDINGS)]
+    found = {path: fs.info(path)} if fs.isfile(path) else fs.find(path, detail=True)
+    visible = [p for p in sorted(found) if p == path or not any(part.startswith((".", "_")) for part in _below(path, p))]
+    # A pipe would be waited for, and a link may lead anywhere.
+    foreign = {p: NO_FILE for p in visible if found[p]["type"] != "file" and not fs.isfile(p)}
+    foreign |= {p: NO_DATA for p in visible if p not in foreign and not p.lower().endswith(ENDINGS)}
+    usable = [p for p in visible if p not in foreign]
     if not usable:
         raise IngestError(f"{path}: no data file; the endings read are {', '.join(ENDINGS)}")
-    return usable, sorted(set(visible) - set(usable))
+    return usable, dict(sorted(foreign.items()))
 
 
 def _below(folder: str, path: str) -> list[str]:
@@ -116,22 +127,35 @@ def _below(folder: str, path: str) -> list[str]:
 
 
 @contextmanager
+def stored(source: SourceFile) -> Iterator[IO[bytes]]:
+    """The bytes of a file as they are stored; what goes wrong inside the block is reported as damage of that file, or as
+    NotRead where the store tells it."""
+    try:
+        with source.fs.open(source.path, "rb") as raw:
+            yield raw
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:  # what a parser raises has no number
+            raise NotRead(f"{source.path} can't be read: {error.strerror or error}") from error
+        raise IngestError(f"{source.path} is damaged or not what its ending says: {error}") from error
+
+
+@contextmanager
 def opened(source: SourceFile) -> Iterator[IO[bytes]]:
-    """The decompressed bytes of a file; what goes wrong inside the block is reported as damage of that file.
+    """The decompressed bytes of a file, with errors as of `stored`.
 
     Compressed is what begins as gzip does, whatever the name says.
     """
-    with source.fs.open(source.path, "rb") as raw:
-        try:
-            compressed = raw.read(len(GZIP)) == GZIP
-            raw.seek(0)
-            yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
-        except DAMAGE as error:
-            raise IngestError(f"{source.path} is damaged or not what its ending says: {error}") from error
+    with stored(source) as raw:
+        compressed = raw.read(len(GZIP)) == GZIP
+        raw.seek(0)
+        yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
 
 
 class Lines:
-    """The bytes of a text file in blocks of whole lines. `count` is the number of lines that are not blank, so far."""
+    """The bytes of a text file in blocks of whole lines. `count` is the number of lines that are not blank, so far.
+
+    Byte order marks stand where lines begin, also inside of a file that was joined from several.
+    """
 
     def __init__(self, raw: IO[bytes], path: str) -> None:
         self._raw, self._path = raw, path
@@ -159,9 +183,11 @@ class Lines:
         start = self._raw.read(len(BOM))
         if start.startswith(UTF_16):
             raise IngestError(f"{self._path} is UTF-16; save it as UTF-8")
-        return start.removeprefix(BOM)
+        return start
 
     def _counted(self, block: bytes) -> bytes:
+        if BOM in block:
+            block = _MARKS.sub(b"", block)
         self.count += filled_lines(block)
         return block
 

@@ -16,9 +16,12 @@ from recsys_core.events import (
     EARLIEST_TS,
     EVENT_ID,
     EVENT_TYPE,
+    HOLDS_NUL,
     HOUR_MS,
     ITEM_ID,
     MINUTE_MS,
+    NAMES,
+    NEEDED,
     NOT_FINITE,
     RECOMMENDATION_ID,
     SESSION_ID,
@@ -182,10 +185,11 @@ def _reason(settings: EventSettings) -> Column:
 
     rules = []
     limit = settings.max_id_bytes
-    for name in (USER_ID, ITEM_ID, EVENT_ID, SESSION_ID, DEVICE, COUNTRY, RECOMMENDATION_ID):
-        if name in (USER_ID, ITEM_ID, EVENT_ID):
+    for name in NAMES:
+        if name in NEEDED:
             rules.append((F.coalesce(F.octet_length(name), F.lit(0)) == 0, f"missing {name}"))
         rules.append((F.octet_length(name) > limit, f"{name} longer than {limit} bytes"))
+        rules.append((F.col(name).contains("\0"), HOLDS_NUL.format(name)))
     known = F.col(EVENT_TYPE).isin(sorted(settings.weights))
     rules.append((~F.coalesce(known, F.lit(False)), "unknown event_type"))
     rules.append((F.col(TS) < EARLIEST_TS, "ts before 1990: wrong unit or broken clock"))

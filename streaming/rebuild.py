@@ -263,14 +263,16 @@ class TopicSource:
 
 
 class LandingSource:
-    """The archive from the files on that were written since a time, then the topic from where the archive ends.
+    """The archive from the files on that arrived since a time, then the topic from where the archive ends.
+
+    A file that was written again without a forgotten user arrived when it first came.
 
     Where the log of a partition was cut, what the archive has beyond the cut is no longer part of it.
     """
 
     def __init__(self, settings: Settings, topic: Topic, since_ms: int, cuts: Mapping[int, Sequence[int]]) -> None:
         self._landing = Landing(Lake(settings.lake_uri, settings.lake.keep_versions))
-        fs = self._landing.lake.fs
+        arrived = {file.path: file.arrived for file in self._landing.files()}
         valid = [
             (number, one.identity, before)
             for number in cuts
@@ -283,7 +285,8 @@ class LandingSource:
             for held in archived
             if (held.partition, held.identity) == (number, identity)
             and (before is None or held.first < before)
-            and fs.modified(path := self._landing.lake.path(LANDING, topic.name, f"{held.name}.parquet")).timestamp() * 1000
+            # One that can't be read is an error when its turn comes.
+            and arrived.get(path := self._landing.lake.path(LANDING, topic.name, f"{held.name}.parquet"), since_ms) * 1000
             >= since_ms
         ]
         if faults := offset_faults(held for held, _, _ in self._files):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import subprocess
 import sys
@@ -93,6 +94,16 @@ def test_ingest_says_what_became_of_every_row_and_where_to_look(tmp_path: Path) 
     assert "so that their rows were replaced and not added: 1." in told(recsys("ingest", "a.csv", *flags))
 
 
+def test_the_hours_of_events_that_are_replaced_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("u,i,t\na,x,3/2/2026\nb,x,5/2/2026\n")
+    flags = ("ingest", "a.csv", "--user", "u", "--item", "i", "--time", "t", "--unit")
+    recsys(*flags, "mdy")
+    assert "Their former events" not in told(recsys(*flags, "mdy"))
+    text = told(recsys(*flags, "dmy"))
+    assert "Their former events were of 2026-03-02 00:00:00 to 2026-05-02 00:00:00 UTC." in text
+    assert "recsys backfill clicks_hourly 2026-03-02T00 2026-05-02T00" in text
+
+
 def test_events_after_the_last_partition_are_told(tmp_path: Path) -> None:
     (tmp_path / "events.csv").write_text(EVENTS)
     (tmp_path / "recsys.toml").write_text("[partitions]\nstart = 2020-01-01\nend = 2020-02-01\n")
@@ -126,6 +137,27 @@ def test_ingest_takes_events_and_items_of_one_folder_and_names_what_it_leaves(tm
     assert "items in the catalogue 1" in text
     assert "README.txt: the mapping names" in text
     assert "movies.csv: the mapping" not in text
+
+
+def test_what_landed_is_told_when_all_files_of_another_kind_are_damaged(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "events.csv").write_text(EVENTS)
+    items = "item_id,title,category,price\n" + "".join(f"{n * 7919 % 99991},T{n},c,{n * 31 % 977}\n" for n in range(50_000))
+    (tmp_path / "in" / "items.csv.gz").write_bytes(gzip.compress(items.encode())[:-2000])
+    result = recsys("ingest", "in")
+    text = told(result)
+    assert result.exit_code == 1
+    assert "events landed 2" in text
+    assert "items.csv.gz: is damaged" in text
+    assert "Nothing was taken in as recsys-catalog." in text
+
+
+def test_events_that_share_an_event_id_are_told(tmp_path: Path) -> None:
+    rows = ["event_id,user_id,item_id,event_type,ts", *(f"order-{n // 3},u,i{n},purchase,176722560000{n}" for n in range(6))]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    assert "Events whose event_id another one has: 4. Tables have each event_id once" in told(recsys("ingest", "a.csv"))
+    (tmp_path / "b.csv").write_text(EVENTS)
+    assert "Events whose event_id" not in told(recsys("ingest", "b.csv"))
 
 
 def test_flags_name_the_form_of_a_file_and_every_field(tmp_path: Path) -> None:

@@ -106,6 +106,9 @@ RULES = [
     ({"user_id": "", "item_id": "", "event_type": "?", "ts": 0}, "missing user_id"),
     ({"item_id": LONG, "event_id": "", "device": LONG}, "item_id longer than 256 bytes"),
     ({"event_type": "?", "ts": None}, "unknown event_type"),
+    ({"item_id": "a\0b"}, "item_id holds a NUL character"),
+    ({"country": "\0", "event_type": "?"}, "country holds a NUL character"),
+    ({"event_type": "view\0"}, "unknown event_type"),
     ({"value": math.nan}, "value is not a finite number"),
     ({"value": -math.inf}, "value is not a finite number"),
     ({"value": 1.7e308}, None),
@@ -123,7 +126,9 @@ def test_every_rule_names_what_is_wrong_with_a_row_and_a_good_row_has_no_reason(
     assert [invalid_reason(row, EventSettings(), NOW) for row in table.to_pylist()] == expected
 
 
-TEXTS = st.one_of(st.none(), st.sampled_from(["", "a", LONG, "é" * 128, "view", "x" * 256, "x" * 257]), st.text(max_size=3))
+TEXTS = st.one_of(
+    st.none(), st.sampled_from(["", "a", LONG, "é" * 128, "view", "x" * 256, "x" * 257, "\0"]), st.text(max_size=3)
+)
 ROWS = st.fixed_dictionaries(
     dict.fromkeys(("event_id", "user_id", "item_id", "session_id", "device", "country", "recommendation_id"), TEXTS)
     | {

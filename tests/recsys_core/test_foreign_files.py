@@ -6,7 +6,10 @@ import csv
 import gzip
 import io
 import json
+import math
+import os
 import random
+import uuid
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from recsys_core import delimited, readers
+from recsys_core import delimited, json_rows, readers, sources
+from recsys_core import ingest as ingest_module
 from recsys_core.catalog import read_catalog
 from recsys_core.ingest import CatalogReport, IngestReport, ingest, ingest_catalog
 from recsys_core.lake import Lake
@@ -27,6 +31,7 @@ from recsys_core.landing import Landing
 from recsys_core.mappings import BUILTIN, MappingError, choose, fitting
 from recsys_core.settings import EventSettings, SourceMapping
 from recsys_core.sources import IngestError, SourceFile
+from recsys_core.tombstones import TombstoneLog, hash_of
 
 T = 1_767_225_600_000
 UIT = SourceMapping(user_id="u", item_id="i", ts="t")
@@ -218,6 +223,16 @@ def test_a_json_array_is_read_element_by_element(
     assert pairs(landing) == [("anna", "1"), ("bert", "2")]
 
 
+def test_bytes_that_are_no_utf8_cost_one_element(tmp_path: Path, landing: Landing) -> None:
+    rows = [b'{"u": "%s", "i": "x", "t": %d}' % (user, T) for user in (b"ann", b"M\xfcller", b"M\xc3\xbcller", b"\\ud800")]
+    (tmp_path / "a.json").write_bytes(b"[" + b",\n".join(rows) + b"]")
+    take(tmp_path, landing)
+    assert pairs(landing) == [("ann", "x"), ("M\u00fcller", "x")]
+    assert quarantined(landing) == [(2, "not a JSON object with fields"), (4, "not a JSON object with fields")]
+    [content] = [row["content"] for table in landing.quarantined() for row in table.to_pylist() if row["row"] == 2]
+    assert "M?ller" in content
+
+
 @pytest.mark.parametrize("text", ['[{"u": 1}, {"u": ]', '[{"u": 1}', '[{"u": 1}] {"u": 2}', '[{"u": 1} {"u": 2}]'])
 def test_a_broken_array_is_an_error_that_names_the_element(tmp_path: Path, landing: Landing, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -300,6 +315,42 @@ def test_na_is_a_country(tmp_path: Path, landing: Landing) -> None:
     assert [r["country"] for r in landed(landing)] == ["NA", None]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_lists_and_objects_are_no_ids(tmp_path: Path, landing: Landing, ending: str) -> None:
+    row = {"u": ["a"], "i": {"$oid": "x"}, "t": T}
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    report = take(tmp_path, landing)
+    assert report.quarantined == {"missing user_id": 1}
+    assert (report.examples["missing user_id"].column, report.examples["missing user_id"].content) == ("u", '["a"]')
+    take(tmp_path, landing, SourceMapping(user_id="t", item_id="i.$oid", ts="t"))
+    assert pairs(landing) == [(str(T), "x")]
+
+
+def test_ids_in_braces_are_ids(tmp_path: Path, landing: Landing) -> None:
+    (tmp_path / "a.csv").write_text(f"u,i,t\n{{3F2504E0-4F89}},[x],{T}\n")
+    take(tmp_path, landing)
+    assert pairs(landing) == [("{3F2504E0-4F89}", "[x]")]
+
+
+def test_parquet_has_ids_of_its_own_kinds(tmp_path: Path, landing: Landing) -> None:
+    uuids = [uuid.UUID(int=n) for n in range(3)]
+    users = pa.array([one.bytes for one in uuids], pa.uuid())
+    items = pa.array([math.inf, -math.inf, 7.0])
+    pq.write_table(pa.table({"u": users, "i": items, "t": [T] * 3}), tmp_path / "a.parquet")
+    assert take(tmp_path, landing).quarantined == {"missing item_id": 2}
+    assert pairs(landing) == [(str(uuids[2]), "7")]
+
+
+@pytest.mark.parametrize("line", ["a\0b,x,{T}", '{{"u": "a\\u0000b", "i": "x", "t": {T}}}'])
+def test_an_id_with_a_nul_is_refused_as_it_is_on_the_topic(tmp_path: Path, landing: Landing, line: str) -> None:
+    text = line.format(T=T)
+    (tmp_path / ("a.jsonl" if text.startswith("{") else "a.csv")).write_text(text if text.startswith("{") else f"u,i,t\n{text}")
+    assert take(tmp_path, landing).quarantined == {"user_id holds a NUL character": 1}
+
+
 # -- folders --------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +392,88 @@ def test_a_damaged_file_leaves_nothing_of_itself_behind(
     with pytest.raises(IngestError, match="damaged"):
         take(tmp_path / "a.csv.gz", landing)
     assert landed(landing) == quarantined(landing) == []
+
+
+def test_what_can_not_be_opened_is_named_and_the_rest_is_read(
+    tmp_path: Path, landing: Landing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "in", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    for name in ("a.csv", "locked.csv", "locked.parquet"):
+        (folder / name).write_text("\n".join(["user_id,item_id,event_type,ts", f"{name},x,view,{T}"]))
+    os.mkfifo(folder / "pipe.csv")
+    (folder / "nowhere.csv").symlink_to(tmp_path / "absent.csv")
+    (folder / "more").symlink_to(other)
+    (folder / "link.csv").symlink_to(folder / "a.csv")
+    opening = landing.lake.fs.open
+
+    def locked(path: str, mode: str) -> Any:
+        if "locked" in path:
+            raise PermissionError(13, "Permission denied", path)
+        return opening(path, mode)
+
+    monkeypatch.setattr(landing.lake.fs, "open", locked)
+    assert fitting(str(folder)) == ["recsys"]
+    report = take(folder, landing, BUILTIN["recsys"])
+    left_out = {Path(path).name: reason for path, reason in report.left_out.items()}
+    assert (report.landed, report.duplicates) == (1, 1)
+    assert left_out.keys() == {"locked.csv", "locked.parquet", "pipe.csv", "nowhere.csv", "more"}
+    assert left_out["locked.csv"] == "can't be read: Permission denied"
+    assert left_out["pipe.csv"] == left_out["nowhere.csv"] == left_out["more"] == sources.NO_FILE
+
+
+def test_a_file_that_can_not_be_read_now_keeps_what_it_landed_before(
+    tmp_path: Path, landing: Landing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys_core.ingest.CHUNK_ROWS", 1)
+    (tmp_path / "a.csv").write_text("\n".join(["u,i,t", *clicks(3)]))
+    take(tmp_path / "a.csv", landing)
+    before = landed(landing)
+
+    def failing(source: SourceFile) -> Any:
+        with sources.opened(source):
+            raise OSError(5, "Input/output error")
+        yield
+
+    monkeypatch.setattr("recsys_core.ingest.read_rows", failing)
+    with pytest.raises(IngestError, match="Input/output error"):
+        take(tmp_path / "a.csv", landing)
+    assert landed(landing) == before
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_not_taken_in(
+    tmp_path: Path, landing: Landing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("\n".join(["u,i,t", *clicks(3)])[:-5])
+    reading = readers.read_rows
+
+    def growing(source: SourceFile) -> Any:
+        file.write_text("\n".join(["u,i,t", *clicks(4)]))
+        yield from reading(source)
+
+    monkeypatch.setattr("recsys_core.ingest.read_rows", growing)
+    with pytest.raises(IngestError, match="changed while it was read"):
+        take(file, landing)
+    assert landed(landing) == quarantined(landing) == []
+
+
+def test_the_files_of_the_lake_are_not_taken_in_again(tmp_path: Path) -> None:
+    landing = Landing(Lake(str(tmp_path / "lake")))
+    (tmp_path / "a.csv").write_text(f"user_id,item_id,event_type,ts\nu,i,view,{T}\n")
+    for _ in range(2):
+        assert take(tmp_path, landing, BUILTIN["recsys"]).landed == 1
+    left_out = take(tmp_path, landing, BUILTIN["recsys"]).left_out
+    assert left_out == {file.path: "it is a file of the lake" for file in landing.files()}
+
+
+def test_a_file_taken_for_items_keeps_what_it_gave_as_events(tmp_path: Path, landing: Landing) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(["u,i,t", *clicks(3), "u9,x,yesterday"]))
+    take(tmp_path / "a.csv", landing)
+    report = ingest_catalog(str(tmp_path / "a.csv"), landing.lake, SourceMapping(kind="catalog", item_id="i"))
+    assert (report.landed, [file.again for file in report.files]) == (4, [False])
+    assert (len(landed(landing)), quarantined(landing)) == (3, [(4, "missing or unreadable ts")])
 
 
 def movielens(folder: Path) -> Path:
@@ -411,6 +544,97 @@ def test_a_file_that_was_there_before_is_said_to_be_whatever_its_name(tmp_path: 
     assert [f.again for f in take(tmp_path / "b.csv", landing).files] == [True]
 
 
+MARK = "\ufeff"
+
+
+@pytest.mark.parametrize("lines", [[f"{MARK}{MARK}u,i,t"], ["", f"{MARK}u,i,t"], ["  ", "", f'{MARK}"u",i,t']])
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path, landing: Landing, lines: list[str]) -> None:
+    (tmp_path / "a.csv").write_text("\n".join([*lines, *clicks(2)]))
+    assert take(tmp_path, landing).landed == 2
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_joined_files_have_byte_order_marks_and_headers_inside(
+    tmp_path: Path, landing: Landing, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", size)
+    part = f"{MARK}u,i,t\r\n" + "".join(f"{row}\r\n" for row in clicks(2))
+    (tmp_path / "a.csv").write_bytes((part + part).encode())
+    assert take(tmp_path, landing).landed == 4
+    assert quarantined(landing) == [(3, "missing or unreadable ts")]
+    headless = "".join(f"{MARK}{row}\n" for row in clicks(2))
+    (tmp_path / "a.csv").write_bytes(headless.encode())
+    other = Landing(Lake(str(tmp_path / "other")))
+    assert take(tmp_path / "a.csv", other, UIT.model_copy(update={"header": ["u", "i", "t"]})).landed == 2
+    assert pairs(other) == [("u1", "i1"), ("u2", "i2")]
+
+
+def test_a_header_among_items_is_no_item(tmp_path: Path, landing: Landing) -> None:
+    (tmp_path / "a.csv").write_text("id,name,cat,price\n1,A,x,3\nid,name,cat,price\nid,A,x,3\n")
+    report = ingest_catalog(str(tmp_path), landing.lake, ITEMS)
+    assert (report.rows_read, report.landed, report.quarantined) == (3, 2, {"the header again": 1})
+    assert read_catalog(landing.lake)["item_id"].to_pylist() == ["1", "id"]
+
+
+def test_columns_of_one_name_are_told_apart(tmp_path: Path, landing: Landing) -> None:
+    (tmp_path / "a.csv").write_text("id,tag,tag,tag.2,,,name,cat,price\n1,a,b,c,d,e,A,x,3\n")
+    ingest_catalog(str(tmp_path), landing.lake, ITEMS)
+    attributes = {"tag": "a", "tag.3": "b", "tag.2": "c", "": "d", ".2": "e"}
+    assert json.loads(read_catalog(landing.lake)["attributes"][0].as_py()) == attributes
+
+
+@pytest.mark.parametrize(
+    "text", ['{{\n "u": 1,\n "t": {T}\n}}\n', '{{"u":1,"i":1,"t":{T}}}{{"u":1,"i":2,"t":{T}}}', "[1]\n[2]\n"]
+)
+def test_json_without_an_object_a_line_is_not_called_empty(tmp_path: Path, landing: Landing, text: str) -> None:
+    (tmp_path / "a.json").write_text(text.format(T=T))
+    with pytest.raises(IngestError, match="no line is a JSON object"):
+        fitting(str(tmp_path))
+    (tmp_path / "b.csv").write_text("\n".join(["u,i,t", *clicks(2)]))
+    left_out = take(tmp_path, landing).left_out
+    assert "no line is a JSON object" in left_out[str(tmp_path / "a.json")]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_keys_that_are_data_cost_memory_for_the_rows_that_have_them(
+    tmp_path: Path, landing: Landing, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(json_rows, "MAX_CELLS", 5000)
+    monkeypatch.setattr("recsys_core.ingest.CHUNK_CELLS", 20_000)
+    joining, widths = ingest_module._join, []
+
+    def join(batches: list[Any]) -> Any:
+        joined = joining(batches)
+        widths.append(joined.table.num_rows * joined.table.num_columns)
+        return joined
+
+    monkeypatch.setattr(ingest_module, "_join", join)
+    rows = [json.dumps({"u": f"u{n}", "i": f"i{n % 7}", "t": T + n, f"key{n}": n}) for n in range(1, 1001)]
+    (tmp_path / f"a.{ending}").write_text("\n".join([*rows, "7"]) if ending == "jsonl" else f"[{','.join([*rows, '7'])}]")
+    report = take(tmp_path, landing)
+    assert (report.rows_read, report.landed) == (1001, 1000)
+    assert quarantined(landing) == [(1001, "not a JSON object with fields")]
+    assert sorted(pairs(landing)) == sorted((f"u{n}", f"i{n % 7}") for n in range(1, 1001))
+    assert max(widths) <= 20_000
+
+
+def test_objects_may_begin_late(tmp_path: Path, landing: Landing) -> None:
+    lines = ["garbage"] * 1500 + [json.dumps({"user_id": "u", "item_id": "x", "event_type": "view", "ts": T})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert fitting(str(tmp_path)) == ["recsys"]
+    report = take(tmp_path, landing, BUILTIN["recsys"])
+    assert (report.landed, report.rows_read) == (1, 1501)
+
+
+def test_events_of_forgotten_users_are_counted_and_not_as_landed(tmp_path: Path, landing: Landing) -> None:
+    TombstoneLog(landing.lake).add(hash_of("u2"), T + 2)
+    (tmp_path / "a.csv").write_text("\n".join(["u,i,t", *clicks(3), f"u2,x,{T + 3}", "ragged"]))
+    report = ingest(str(tmp_path), landing, UIT, EventSettings())
+    assert (report.rows_read, report.landed, report.forgotten, sum(report.quarantined.values())) == (5, 3, 1, 1)
+    assert pairs(landing) == [("u1", "i1"), ("u3", "i3"), ("u2", "x")]
+    assert report.days == {"2026-01-01": 3}
+
+
 # -- values and categories ------------------------------------------------------------------------------------------
 
 
@@ -430,6 +654,13 @@ def test_each_reason_has_an_example_with_its_column(tmp_path: Path, landing: Lan
         "missing or unreadable ts": (1, "t", "yesterday"),
         "1 columns where 3 are expected": (3, None, "1"),
     }
+
+
+def test_a_row_without_columns_is_shown_whole_whatever_its_reason_says(tmp_path: Path, landing: Landing) -> None:
+    (tmp_path / "a.csv").write_text(f'u,i,t,v\na,1,{T},"x"y\n')
+    examples = take(tmp_path / "a.csv", landing, UIT.model_copy(update={"value": "v"})).examples
+    shown = examples["a quote inside a value"]
+    assert (shown.column, shown.content) == (None, f'a,1,{T},"x"y')
 
 
 def test_the_days_of_the_events_are_counted(tmp_path: Path, landing: Landing) -> None:
@@ -469,6 +700,12 @@ def test_a_list_in_a_list_are_the_levels_of_a_category(tmp_path: Path, lake: Lak
     _, [row] = catalogue(tmp_path / "a.jsonl", lake)
     assert row["category"] == "Home/Kitchen"
     assert json.loads(row["attributes"]) == {"categories": ["Home/Kitchen", "Gifts", "2"]}
+
+
+def test_blanks_around_the_separator_are_no_part_of_a_category(tmp_path: Path, lake: Lake) -> None:
+    (tmp_path / "a.csv").write_text("id,name,cat,price\n1,x, Clothing > Dresses>Long > ,1\n2,x,Rock / Pop,1\n3,x,>,1\n")
+    _, rows = catalogue(tmp_path / "a.csv", lake, ITEMS.model_copy(update={"category_separator": ">"}))
+    assert [row["category"] for row in rows] == ["Clothing/Dresses/Long", "Rock / Pop", None]
 
 
 def test_genres_of_movielens_are_several_categories(tmp_path: Path, lake: Lake) -> None:

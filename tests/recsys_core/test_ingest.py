@@ -19,7 +19,7 @@ from recsys_core import ingest as ingest_module
 from recsys_core import readers
 from recsys_core.catalog import CATALOG_SCHEMA, read_catalog
 from recsys_core.events import HOUR_MS, key_start_ms
-from recsys_core.ingest import IngestReport, ingest, ingest_catalog, shift_ms
+from recsys_core.ingest import IngestReport, ingest, ingest_catalog
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
 from recsys_core.mappings import BUILTIN, MappingError, detect
@@ -362,6 +362,8 @@ def test_a_large_file_is_read_in_chunks_within_bounded_memory(
         ("31.13.2019", "iso", None),
         ("2019-10-01 00:00:00", "ms", 1569888000000),
         ("2019-13-01 00:00:00", "iso", None),
+        ("+1569888000", "s", 1_569_888_000_000),
+        (" +5 ", "ms", 5),
         ("1569888000", "iso", None),
         ("", "s", None),
         ("yesterday", "ms", None),
@@ -437,6 +439,7 @@ def test_amounts_are_read_as_people_write_them(text: str | None, decimal: Any, e
         ("-42.00", "-42"),
         ("1e+15", "1000000000000000"),
         ("1.0E15", "1000000000000000"),
+        ("1.5E+15", "1500000000000000"),
         ("9007199254740993.0", "9007199254740993"),
         ("1e5", "1e5"),
         ("007", "007"),
@@ -494,9 +497,9 @@ def test_the_shift_leaves_ids_as_they_are(tmp_path: Path, landing: Landing) -> N
     assert [r["event_id"] for r in landed(landing)] == before
 
 
-def test_there_is_nothing_to_shift_without_a_time(tmp_path: Path) -> None:
+def test_there_is_nothing_to_shift_without_a_time(tmp_path: Path, landing: Landing) -> None:
     (tmp_path / "a.csv").write_text("who,what,how,when,paid\nu,i,look,x,\n")
-    assert shift_ms(str(tmp_path / "a.csv"), SHOP, NOW) == 0
+    assert take(tmp_path / "a.csv", landing, shift_to_ms=NOW).shift_ms == 0
 
 
 # -- the catalogue --------------------------------------------------------------------------------------------------

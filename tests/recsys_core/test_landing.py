@@ -2,6 +2,7 @@ import math
 import os
 import time
 import uuid
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -333,6 +334,18 @@ def test_only_marks_of_files_that_hold_events_of_the_hour_are_kept_with_it(landi
         landing.write_events("app", f"f{n}", at(f"2026-03-02T1{n}:00"))
     said = what_was_read(landing.files(), time.time(), [f"2026-03-02T1{n}" for n in range(4)])
     assert [len(of_hour["recent"]) for of_hour in said.values()] == [1, 1, 1, 0]
+
+
+def test_quarantine_that_is_damaged_or_goes_is_left_out(landing, monkeypatch):
+    rows = pa.table({"origin": ["f"], "row": [1], "reason": ["no id"], "content": ["x" * 300]}, schema=QUARANTINE_SCHEMA)
+    paths = [landing.write_quarantine("test", name, rows) for name in ("a", "damaged", "gone")]
+    content = bytearray(Path(paths[1]).read_bytes())
+    content[4:200] = bytes(196)
+    Path(paths[1]).write_bytes(content)
+    found = landing._found
+    monkeypatch.setattr(landing, "_found", lambda area: found(area) | {paths[2]: {}})
+    Path(paths[2]).unlink()
+    assert [table.num_rows for table in landing.quarantined()] == [1]
 
 
 def test_a_file_with_damaged_pages_is_named_once_it_is_read(landing):

@@ -14,7 +14,7 @@ from snapshots import make_manifest, make_snapshot
 
 from recsys_core.events import DAY_MS, EVENT_SCHEMA
 from recsys_core.lake import Lake, MissingPartition
-from recsys_core.landing import QUARANTINE_SCHEMA, Landing
+from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, Landing, OffsetRange, offset_faults
 from recsys_core.registry import PARTITION_TAG, Registry
 from recsys_core.release import Manifest, ReleaseError, Releases, StoreAway
 from recsys_core.retention import (
@@ -196,6 +196,24 @@ def test_landing_files_stay_for_ever_unless_the_policy_says_days(
     assert [Path(name).stem for name in names(planned, "landing")] == ["old"]
     remove(landing, releases, planned)
     assert [Path(file.path).stem for file in landing.files()] == ["new", "recent"]
+
+
+def test_the_archive_of_a_topic_goes_from_its_beginning_and_keeps_its_last_file(
+    landing: Landing, releases: Releases, settings: Settings
+) -> None:
+    old, new, nothing = "2025-01-01", NOW, None
+    moments = {0: [old, nothing, old, nothing, new, nothing, old, new, nothing], 1: [old, old], 2: [nothing]}
+    for partition, files in moments.items():
+        for offset, moment in enumerate(files):
+            events = [event("e", "ann", "tea", moment) | {"offset": offset}] if moment else []
+            table = pa.Table.from_pylist(events, schema=ARCHIVE_SCHEMA)
+            landing.write_archive(
+                OffsetRange("clicks", "0" * 8, partition, offset, offset), 1, table, QUARANTINE_SCHEMA.empty_table()
+            )
+    remove(landing, releases, plan(landing, releases, with_policy(settings, landing_days=120), ms(NOW)))
+    held = landing.archived("clicks")
+    assert [(one.partition, one.first) for one in held] == [(0, 3), (0, 4), (0, 5), (0, 6), (0, 7), (0, 8), (1, 1), (2, 0)]
+    assert offset_faults(held) == []
 
 
 def test_the_quarantine_goes_by_the_time_of_its_writing(landing: Landing, releases: Releases, settings: Settings) -> None:

@@ -6,7 +6,7 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ import streaming.rebuild
 import streaming.rebuild_lock
 from recsys_core.events import now_ms
 from recsys_core.lake import Lake
+from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, Landing, OffsetRange
+from recsys_core.live import Batch
 from recsys_core.online import user_key
 from recsys_core.redis_client import client
+from recsys_core.settings import Settings
 from recsys_core.tombstones import TombstoneLog, hash_of
-from streaming.rebuild import rebuild
+from streaming.rebuild import LandingSource, rebuild
 from streaming.rebuild_lock import LOCK_KEY, RebuildRefused
-from streaming.topics import TopicError
+from streaming.topics import Topic, TopicError
 
 
 @pytest.mark.parametrize("from_landing", [False, True])
@@ -79,6 +82,32 @@ def test_a_user_who_was_forgotten_does_not_come_back(world: Callable[..., World]
         assert (sum(f["events"] for f in facts), sum(f.get("forgotten", 0) for f in facts)) == (20, 20)
     assert not one.redis.exists(user_key(gone))
     assert one.redis.exists(user_key(stays))
+
+
+def test_a_removal_from_an_old_file_of_the_archive_makes_it_no_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoTopic:
+        def __init__(self, *_: Any) -> None:
+            self.places: dict[int, int] = {}
+
+        def skip_to(self, number: int, offset: int) -> None:
+            self.places[number] = offset
+
+        def read(self) -> Iterator[Batch]:
+            yield from ()
+
+    monkeypatch.setattr(streaming.rebuild, "TopicSource", NoTopic)
+    settings = Settings(home=tmp_path)
+    landing = Landing(Lake(settings.lake_uri))
+    events = ARCHIVE_SCHEMA.empty_table()
+    paths = [
+        landing.write_archive(OffsetRange("clicks", "0" * 8, 0, n, n), 1, events, QUARANTINE_SCHEMA.empty_table())
+        for n in range(3)
+    ]
+    for path in paths[:2]:
+        os.utime(path, (0, 0))
+    landing.remove_rows(paths[0], events)
+    source = LandingSource(settings, Topic("clicks", "0" * 8, 1), now_ms() - 600_000, {0: ()})
+    assert len(list(source.read())) == 1
 
 
 def test_a_difference_is_told(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
