@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -27,7 +27,7 @@ from recsys_core.online import (
     user_key,
     users_of,
 )
-from recsys_core.ranking import Ranked, Snapshot, Users, rank
+from recsys_core.ranking import Ranked, Snapshot, Users, proposals, rank
 from recsys_core.settings import RankingSettings, Settings
 from serving import recsys_pb2 as pb
 from serving.champion import Champion, Loaded
@@ -222,7 +222,7 @@ class Ladder:
         """What is popular for some users. Plain answers lie ready; the event loop is no place to make others."""
         if call.options.cost > 1:
             with suppress(TooSlow):
-                return await ranker.run(lambda: [self._popular(call, record) for record in records], call.remaining)
+                return await ranker.run(lambda: [self._popular(call, record, True) for record in records], call.remaining)
         return [self._popular(call, record) for record in records]
 
     async def _compute(
@@ -274,7 +274,10 @@ class Ladder:
                 tier = pb.REALTIME
             answer = CachedAnswer.decode(value)
             if options.explain:
-                response = self._explained(loaded, options, ranked, row, tier, answer.computed_at, record, users, ranking)
+                user = users.rows(slice(row, row + 1))
+                proposed = proposals(servable, loaded.trend, user, wanted, ranking, allowed)
+                last, at = user.last_items[0], answer.computed_at
+                response = self._explained(loaded, options, ranked, row, tier, at, record, last, proposed, ranking)
             else:
                 response = answer.first(options.count) + tail(tier, answer.release_id, answer.computed_at)
             computed.append(Computed(response, value if cacheable else None, tier))
@@ -288,28 +291,32 @@ class Ladder:
         return (loaded.with_unavailable if wanted.include_unavailable else loaded.snapshot), mask
 
     def _stale(self, call: Call, user_id: str, state: UserState, record: UserRecord) -> bytes | None:
-        """What is left of the cached answer when nothing better can be made; it can't serve a filter."""
-        answer = state.answer
-        if answer is None or call.options.filter != EVERY_ITEM or answer.release_id in call.loaded.withdrawn:
+        """What is left of the cached answer when nothing better can be made; it can't serve a filter or a limit."""
+        answer, options = state.answer, call.options
+        if answer is None or options.filter != EVERY_ITEM or options.diversity.max_per_category:
             return None
-        wire, items = self._kept(call, user_id, answer, unwanted(call.loaded.snapshot, record, call.options))
+        if answer.release_id in call.loaded.withdrawn:
+            return None
+        wire, items = self._kept(call, user_id, answer, unwanted(call.loaded.snapshot, record, options))
         if not items:
             return None
         tier = pb.CACHE if self._is_fresh(call, answer, state) else pb.STALE_CACHE
         return self._response(wire, tier, answer.release_id, answer.computed_at)
 
-    def _popular(self, call: Call, record: UserRecord) -> bytes:
-        """What is trending and popular, from the list that lies ready."""
+    def _popular(self, call: Call, record: UserRecord, with_time: bool = False) -> bytes:
+        """What is trending and popular, from the list that lies ready. `with_time`: it may take some; no event loop waits."""
         loaded, options = call.loaded, call.options
         answer, ranked = loaded.popular_answer, loaded.popular
         without = unwanted(loaded.snapshot, record, options)
-        if len(without) or options.filter != EVERY_ITEM or options.diversity.max_per_category:
-            ranked = _filtered(loaded, ranked, without, options)
+        if len(without) or options.filter != EVERY_ITEM or options.diversity != NO_DIVERSITY:
+            ranked = _filtered(loaded, ranked, without, options, with_time)
             answer = CachedAnswer.decode(loaded.encoder.encode(ranked.positions, ranked.scores, answer.computed_at)[0])
         self.counts["POPULAR"] += 1
         if options.explain:
-            ranking, computed_at = loaded.snapshot.ranking, answer.computed_at
-            return self._explained(loaded, options, ranked, 0, pb.POPULAR, computed_at, UserRecord(), loaded.nobody, ranking)
+            ranking, wanted, nobody = loaded.snapshot.ranking, loaded.popular.positions.shape[1], loaded.nobody
+            proposed = proposals(loaded.snapshot, loaded.trend, nobody, wanted, ranking)
+            last, at = nobody.last_items[0], answer.computed_at
+            return self._explained(loaded, options, ranked, 0, pb.POPULAR, at, UserRecord(), last, proposed, ranking)
         return answer.first(options.count) + tail(pb.POPULAR, answer.release_id, answer.computed_at)
 
     # -- parts of them ------------------------------------------------------------------------------------------
@@ -367,13 +374,13 @@ class Ladder:
         tier: int,
         computed_at: int,
         record: UserRecord,
-        users: Users,
+        last_items: np.ndarray,
+        proposed: Mapping[str, np.ndarray],
         ranking: RankingSettings,
     ) -> bytes:
         snapshot = loaded.snapshot
         response = pb.RecommendResponse(tier=pb.Tier.Name(tier), release_id=snapshot.release_id, computed_at_ms=computed_at)
-        of_user = users.rows(slice(row, row + 1))
-        add_items(response, snapshot, loaded.trend, ranked, row, record, of_user, ranking, options.count)
+        add_items(response, snapshot, ranked, row, record, last_items, proposed, ranking, options.count)
         response.explanation.weights.MergeFrom(parts_message(weights(ranking)))
         response.explanation.sources.extend(asset_versions(loaded.manifest.sources))
         response.explanation.last_actions.extend(last_actions(snapshot, record, ranking))
@@ -407,10 +414,11 @@ def has_two_tower(users: Users) -> np.ndarray:
 
 
 def is_known(snapshot: Snapshot, record: UserRecord) -> bool:
-    """Whether there is anything personal to rank by: a factor of the snapshot's model, or last items that it knows."""
+    """Whether there is anything personal to rank by: a factor of the snapshot's model, or items had last that it knows."""
     if record.als is not None and record.als_version == snapshot.als_version:
         return True
-    return any(item in snapshot.item_ids for item, _, _ in record.last)
+    known = snapshot.item_ids
+    return any(item in known for item, _, _ in record.last) or any(item in known for item in record.seen)
 
 
 def unwanted(snapshot: Snapshot, record: UserRecord, options: Options) -> np.ndarray:
@@ -467,18 +475,19 @@ def _mask(filters: ItemFilters, wanted: ItemFilter, snapshot: Snapshot) -> np.nd
     return snapshot.available if mask is None else mask
 
 
-def _filtered(loaded: Loaded, ranked: Ranked, without: np.ndarray, options: Options) -> Ranked:
+def _filtered(loaded: Loaded, ranked: Ranked, without: np.ndarray, options: Options, with_time: bool) -> Ranked:
     """One ranked row without some positions and those that a filter leaves out, as long as the answer is chosen from.
 
-    It runs on the event loop: of a filter whose mask is not there yet nothing passes.
+    Without time a filter whose mask is not there yet lets nothing pass, and of the diversity only the limit is kept.
     """
-    positions = ranked.positions[0]
+    positions, diversity = ranked.positions[0], options.diversity
     keep = (positions >= 0) & ~np.isin(positions, without)
     if options.filter != EVERY_ITEM:
         mask = loaded.filters.known(options.filter)
         keep &= np.zeros(len(positions), bool) if mask is None else mask[positions]
-    first = np.flatnonzero(keep)[: DIVERSE_FROM if options.diversity.max_per_category else options.count]
+    if not with_time:
+        diversity = replace(diversity, relevance=1.0)
+    pool = options.count if diversity == NO_DIVERSITY else POOL * options.count
+    first = np.flatnonzero(keep)[: DIVERSE_FROM if diversity.max_per_category else pool]
     kept = Ranked(ranked.positions[:, first], ranked.scores[:, first], ranked.parts[:, first])
-    if options.diversity.max_per_category:
-        return diversified(loaded.snapshot, loaded.filters, kept, replace(options.diversity, relevance=1.0), options.count)
-    return kept
+    return kept if diversity == NO_DIVERSITY else diversified(loaded.snapshot, loaded.filters, kept, diversity, options.count)

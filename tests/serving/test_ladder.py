@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from snapshots import make_snapshot
+from snapshots import make_snapshot, with_two_tower
 from worlds import World, eventually, now_ms
 
 from recsys_core.online import CachedAnswer, UserRecord, recs_key, user_key
 from serving import recsys_pb2 as pb
 from serving import validation
-from serving.client import Recommendation, RecsysError
+from serving.client import Diversity, Filter, Recommendation, RecsysError
 
 HOUR_MS = 3_600_000
 
@@ -54,6 +55,23 @@ class TestTiers:
         alike = [item for item in ids(answer) if int(item.removeprefix("item-")) % 10 == 0]
         assert len(alike) >= 8, "items of the cluster that both actions are of"
 
+    def test_a_user_of_whose_items_only_older_ones_are_known_is_answered_as_the_caches_are(self, world: World) -> None:
+        """A release that is a day behind: the factor is of another one, and what the user did last is newer than its items."""
+        record = UserRecord(
+            last=(("of today", "view", 5),),
+            last_ts=5,
+            seen=("item-20", "item-30"),
+            als_version="another",
+            als=world.snapshot.als_items[1],
+        )
+        world.put_record("ann", record)
+        computed = world.client.recommend("ann", 50)
+        eventually(lambda: world.redis.client.exists(recs_key("ann")))
+        world.put_answers({"ann": record})
+        cached = world.client.recommend("ann", 50)
+        assert (computed.tier, cached.tier) == ("REALTIME_ALS_ONLY", "CACHE")
+        assert ids(computed) == ids(cached)
+
     def test_a_stale_answer_is_recomputed_when_the_record_allows_it(self, world: World) -> None:
         world.put_cached_user("ann", computed_at=now_ms() - 2 * HOUR_MS)
         assert world.client.recommend("ann").tier == "REALTIME_ALS_ONLY"
@@ -74,14 +92,16 @@ class TestTiers:
         time.sleep(0.1)
         assert not world.redis.client.exists(recs_key("nobody")), "made-up users don't fill Redis"
 
-    def test_no_tier_gives_a_heavy_user_what_they_had(self, world: World) -> None:
+    def test_no_tier_gives_a_heavy_user_what_they_had(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         had = [f"item-{at}" for at in range(300)]
         world.put_answers({"ann": UserRecord()}, computed_at=now_ms() - 2 * HOUR_MS)
         for user in ("ann", "bob"):
             world.put_record(user, UserRecord.with_items([*had, "item-310"], 50, 10_000))
-        stale = world.client.recommend("ann", 5)
-        assert set(cached_ids(world, "ann")) < {*had}
-        popular = world.client.recommend("bob", 5, exclude=["item-301"])
+        with monkeypatch.context() as patched:
+            patched.setattr("serving.ladder.rank", lambda *_: 1 / 0)
+            stale = world.client.recommend("ann", 5)
+            assert set(cached_ids(world, "ann")) < {*had}
+            popular = world.client.recommend("bob", 5, exclude=["item-301"])
         assert (stale.tier, popular.tier) == ("POPULAR", "POPULAR"), "nothing of the old answer is left"
         assert ids(popular) == ["item-300", "item-302", "item-303", "item-304", "item-305"]
         world.put_record("eve", UserRecord.with_items(had, 50, 10_000, last=(("item-7", "view", 1),), last_ts=1))
@@ -199,14 +219,18 @@ class TestLeftOut:
         assert (answer.tier, answer.release_id) == ("CACHE", "2026-01-01.a")
         assert ids(answer) == lying[1:11]
 
-    def test_consumed_items_are_never_returned(self, world: World) -> None:
+    def test_consumed_items_are_never_returned(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = [f"item-{i}" for i in range(0, 200, 10)]
         world.put_known_user("ann", taste=0, seen=seen)
-        world.put_record("bob", UserRecord(seen=("item-0", "item-1")))
+        for user in ("bob", "eve"):
+            world.put_record(user, UserRecord(seen=("item-0", "item-1")))
         assert not set(seen) & set(ids(world.client.recommend("ann", 100)))
-        popular = world.client.recommend("bob", 5)
-        assert popular.tier == "POPULAR"
-        assert not {"item-0", "item-1"} & set(ids(popular))
+        computed = world.client.recommend("bob", 5)
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: 1 / 0)
+        popular = world.client.recommend("eve", 5)
+        assert (computed.tier, popular.tier) == ("REALTIME_ALS_ONLY", "POPULAR")
+        for answer in (computed, popular):
+            assert not {"item-0", "item-1"} & set(ids(answer))
 
     @pytest.mark.parametrize("computed_at", [None, now_ms() - 3 * HOUR_MS], ids=["nothing cached", "cached and stale"])
     def test_nothing_that_a_user_did_since_the_night_is_returned(
@@ -253,6 +277,30 @@ class TestLeftOut:
         monkeypatch.setattr("serving.ladder.rank", lambda *_: 1 / 0)
         answer = world.client.recommend("nobody", 5, categories=["books/comics"])
         assert [int(i.removeprefix("item-")) % 5 for i in ids(answer)] == [3] * 5
+
+
+class TestDiversity:
+    def test_a_limit_for_categories_holds_in_every_tier(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        world.put_cached_user("ann", computed_at=now_ms() - 2 * HOUR_MS)
+        shape = Diversity(max_per_category=1)
+        tiers = [world.client.recommend("ann", 5, diversity=shape, explain=True)]
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: 1 / 0)
+        tiers += [world.client.recommend(user, 5, diversity=shape, explain=True) for user in ("ann", "nobody")]
+        assert [answer.tier for answer in tiers] == ["REALTIME_ALS_ONLY", "POPULAR", "POPULAR"]
+        for answer in tiers:
+            assert max(Counter(item.category for item in answer if item.category).values()) == 1
+
+    def test_what_is_popular_differs_as_much_as_is_asked_for(self, world: World) -> None:
+        plain = ids(world.client.recommend("nobody", 10))
+        chosen = ids(world.client.recommend("nobody", 10, diversity=Diversity(relevance=0.1)))
+        assert chosen[0] == plain[0]
+        units = world.snapshot.als_items / np.linalg.norm(world.snapshot.als_items, axis=1, keepdims=True)
+
+        def likeness(items: list[str]) -> float:
+            vectors = units[[world.snapshot.item_ids.position(item) for item in items]]
+            return float((vectors @ vectors.T).sum())
+
+        assert likeness(chosen) < likeness(plain) / 2
 
 
 class TestCounts:
@@ -303,6 +351,45 @@ class TestExplain:
             assert answer.tier == alone.tier == "REALTIME_ALS_ONLY"
             assert [(item.item_id, item.sources) for item in answer] == [(item.item_id, item.sources) for item in alone]
             assert any("als" in item.sources for item in answer)
+
+    def test_items_had_before_the_last_actions_have_their_share_and_are_not_named(self, world: World) -> None:
+        last, seen = ("item-25", "item-17"), ("item-2", "item-400", "item-33", "item-34")
+        actions = tuple((item, "view", 9 - at) for at, item in enumerate([last[0], last[0], last[0], last[1]]))
+        world.put_record("ann", UserRecord(last=actions, last_ts=9, seen=seen))
+        snapshot, ranking = world.snapshot, world.snapshot.ranking
+        units = snapshot.als_items / np.linalg.norm(snapshot.als_items, axis=1, keepdims=True)
+        of_last = [snapshot.item_ids.position(item) for item in (*last, *seen)][: ranking.last_items]
+        vectors = units[of_last] * ranking.session_decay ** np.arange(len(of_last))[:, None]
+        vectors *= ranking.session_weight / np.linalg.norm(vectors.sum(axis=0))
+        answer = world.client.recommend("ann", 20, explain=True)
+        assert answer.weights is not None
+        for item in answer:
+            assert item.parts is not None
+            added = dict(zip(of_last, vectors @ units[snapshot.item_ids.position(item.item_id)], strict=True))
+            assert sum(added.values()) == pytest.approx(answer.weights["session"] * item.parts["session"], abs=1e-5)
+            assert item.moved_by
+            for action in item.moved_by:
+                assert action.item_id in last
+                assert action.strength == pytest.approx(added[snapshot.item_ids.position(action.item_id)], abs=1e-5)
+
+    @pytest.mark.parametrize("had", [0, 120], ids=["few items had", "many of the nearest had"])
+    def test_every_item_has_the_generators_that_proposed_it_under_any_filter(self, empty_world: World, had: int) -> None:
+        snapshot = with_two_tower(make_snapshot(unavailable=(3, 4)), ["ann"])
+        ranking = snapshot.ranking.model_copy(update={"popular": 5, "candidates": 100})
+        empty_world.promote(replace(snapshot, ranking=ranking))
+        empty_world.start()
+        nearest = np.argsort(-snapshot.als_items @ snapshot.als_items[0])[:had]
+        empty_world.put_known_user("ann", seen=[f"item-{at}" for at in nearest])
+        empty_world.put_record("ann", UserRecord(last=(("item-25", "view", 1),), last_ts=1))
+        found: set[str] = set()
+        for wanted in (None, Filter(min_price=80), Filter(include_unavailable=True)):
+            for shape in (None, Diversity(relevance=0.5)):
+                for user in ("ann", "nobody"):
+                    answer = empty_world.client.recommend(user, 15, filter=wanted, diversity=shape, explain=True)
+                    assert len(answer) == 15
+                    assert all(item.sources for item in answer)
+                    found.update(*(item.sources for item in answer))
+        assert found == {"als", "two_tower", "session", "popular"}
 
     def test_an_explained_answer_is_the_computed_one(self, world: World) -> None:
         world.put_known_user("ann")
