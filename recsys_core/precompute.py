@@ -292,7 +292,8 @@ def _write_shard(
             else:
                 left_out.add(user_id, record)
         for some, ranked in _ranked(snapshot, trend, sound, settings.cache.items, computed_at, left_out):
-            answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
+            acted = [record.last_ts for _, record in some]
+            answers = encoder.encode(ranked.positions, ranked.scores, computed_at, acted)
             users += _write_answers(redis, lake, some, answers, settings.cache.ttl_seconds)
             empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
     return Shard(plan.attempt, users, empty, started, time.time(), dict(left_out.reasons))

@@ -264,7 +264,8 @@ class Ladder:
         ranked = rank(servable, loaded.trend, users, wanted, ranking, allowed)
         if options.diversity != NO_DIVERSITY:
             ranked = diversified(snapshot, loaded.filters, ranked, options.diversity, options.count)
-        values = loaded.encoder.encode(ranked.positions, ranked.scores, batch.now)
+        acted = [record.last_ts for record in batch.records]
+        values = loaded.encoder.encode(ranked.positions, ranked.scores, batch.now, acted)
         cacheable = options.plain and options.count <= keep
         personal = has_two_tower(users)
         computed = []

@@ -194,6 +194,7 @@ def test_the_cached_answers_are_what_the_scoring_path_gives_for_the_records(redi
         assert len(items) == 10
         assert answer.release_id == SNAPSHOT.release_id
         assert before <= answer.computed_at <= now_ms()
+        assert answer.acted == read_records(redis, [user])[0].last_ts > 0
     assert not {item for item, _ in answer_of(redis, "ann").items()} & {"item-3", "item-13", "item-23", "item-0", "item-7"}
     assert len({tuple(item for item, _ in answer_of(redis, user).items()) for user in names}) == 4
 

@@ -164,10 +164,24 @@ class TestFreshActions:
         eventually(lambda: clicked not in cached_ids(world, "ann"))
         assert world.client.recommend("ann").tier == "CACHE"
 
-    def test_a_click_before_the_answer_was_made_leaves_it_fresh(self, world: World) -> None:
-        world.put_cached_user("ann")
-        world.put_record("ann", UserRecord(last_ts=now_ms() - 60_000))
+    def test_a_click_that_the_answer_knows_leaves_it_fresh(self, world: World) -> None:
+        clicked = UserRecord(last=(("item-5", "click", now_ms() - 60_000),), last_ts=now_ms() - 60_000)
+        world.put_record("ann", clicked)
+        world.put_answers({"ann": clicked})
         assert world.client.recommend("ann").tier == "CACHE"
+
+    def test_a_click_that_arrives_after_the_answer_that_follows_it_is_not_overlooked(self, world: World) -> None:
+        """A page asks for recommendations at once, while its own view is still on its way."""
+        world.put_known_user("ann")
+        clicked, moment = ids(world.client.recommend("ann"))[0], now_ms()
+        time.sleep(0.005)
+        world.put_record("ann", UserRecord(last=(("item-5", "view", moment - 10),), last_ts=moment - 10))
+        before = world.client.recommend("ann")
+        assert (before.tier, clicked in ids(before)) == ("REALTIME_ALS_ONLY", True)
+        eventually(lambda: CachedAnswer.decode(world.redis.client.get(recs_key("ann"))).computed_at > moment)
+        world.put_record("ann", UserRecord(last=((clicked, "click", moment),), last_ts=moment))
+        after = world.client.recommend("ann")
+        assert (after.tier, clicked in ids(after)) == ("REALTIME_ALS_ONLY", False)
 
     def test_the_item_that_is_looked_at_moves_the_answer_and_is_not_in_it(self, world: World) -> None:
         world.put_cached_user("ann", taste=1)

