@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -50,6 +51,8 @@ COSTLY_USERS, COSTLY_ITEMS = 16, 1000
 """The same for answers whose items cost more than plain ones: some 30 ms of work, after which other calls get their turn."""
 ANSWER_SHARE = 0.8
 """Of the time that the caller still waits, what an answer may be computed in; the rest is for a lower tier and the way back."""
+TURN = 16
+"""Users answered on the event loop in one go: up to a millisecond each, of those who had thousands of items."""
 DIVERSE_FROM = 2000
 """Popular items from which an answer with a limit for each category is chosen."""
 MAX_WRITES = 1000
@@ -78,6 +81,11 @@ class Call:
     options: Options
     now: int
     remaining: float | None = None
+
+    @cached_property
+    def excluded(self) -> np.ndarray:
+        """int64: positions of the items that the call leaves out."""
+        return self.loaded.snapshot.positions_of(self.options.excluded)
 
 
 class Ladder:
@@ -193,7 +201,7 @@ class Ladder:
         answer = state.answer
         if answer is None or call.options.needs_computing or not self._is_fresh(call, answer, state):
             return None
-        wire, items = self._kept(call, user_id, answer, call.loaded.snapshot.positions_of(call.options.excluded))
+        wire, items = self._kept(call, user_id, answer, call.excluded)
         if items < call.options.count:
             return None
         return self._response(wire, pb.CACHE, answer.release_id, answer.computed_at)
@@ -210,10 +218,13 @@ class Ladder:
         for answer in computed.values():
             self.counts[TIER_NAMES[answer.tier]] += 1
         self._write_back([(user_ids[at], answer.value) for at, answer in computed.items() if answer.value is not None])
-        answers = [
-            computed[at].response if at in computed else self._stale(call, user_id, states[at], records[at])
-            for at, user_id in enumerate(user_ids)
-        ]
+        answers: list[bytes | None] = []
+        for at, user_id in enumerate(user_ids):
+            if at in computed:
+                answers.append(computed[at].response)
+            else:
+                answers.append(self._stale(call, user_id, states[at], records[at]))
+                await _let_others(at)
         missing = [record for record, answer in zip(records, answers, strict=True) if answer is None]
         popular = iter(await self._popular_for(call, missing, ranker) if missing else ())
         return [next(popular) if answer is None else answer for answer in answers]
@@ -223,7 +234,11 @@ class Ladder:
         if call.options.cost > 1:
             with suppress(TooSlow):
                 return await ranker.run(lambda: [self._popular(call, record, True) for record in records], call.remaining)
-        return [self._popular(call, record) for record in records]
+        answers = []
+        for at, record in enumerate(records):
+            answers.append(self._popular(call, record))
+            await _let_others(at)
+        return answers
 
     async def _compute(
         self, call: Call, user_ids: Sequence[str], records: Sequence[UserRecord], ranker: Ranker
@@ -298,7 +313,7 @@ class Ladder:
             return None
         if answer.release_id in call.loaded.withdrawn:
             return None
-        wire, items = self._kept(call, user_id, answer, unwanted(call.loaded.snapshot, record, options))
+        wire, items = self._kept(call, user_id, answer, unwanted(call, record))
         if not items:
             return None
         tier = pb.CACHE if self._is_fresh(call, answer, state) else pb.STALE_CACHE
@@ -308,7 +323,7 @@ class Ladder:
         """What is trending and popular, from the list that lies ready. `with_time`: it may take some; no event loop waits."""
         loaded, options = call.loaded, call.options
         answer, ranked = loaded.popular_answer, loaded.popular
-        without = unwanted(loaded.snapshot, record, options)
+        without = unwanted(call, record)
         if len(without) or options.filter != EVERY_ITEM or options.diversity != NO_DIVERSITY:
             ranked = _filtered(loaded, ranked, without, options, with_time)
             answer = CachedAnswer.decode(loaded.encoder.encode(ranked.positions, ranked.scores, answer.computed_at)[0])
@@ -404,6 +419,12 @@ class Ladder:
             ranker.close()
 
 
+async def _let_others(at: int) -> None:
+    """Give other calls their turn after every TURN users whose answers are made on the event loop."""
+    if at % TURN == TURN - 1:
+        await asyncio.sleep(0)
+
+
 def _options_for(loaded: Loaded, options: Options) -> Options:
     """What is asked for, without what this release takes no notice of."""
     return options if loaded.snapshot.tower is not None else options.without_place_and_time
@@ -422,12 +443,12 @@ def is_known(snapshot: Snapshot, record: UserRecord) -> bool:
     return any(item in known for item, _, _ in record.last) or any(item in known for item in record.seen)
 
 
-def unwanted(snapshot: Snapshot, record: UserRecord, options: Options) -> np.ndarray:
+def unwanted(call: Call, record: UserRecord) -> np.ndarray:
     """int64: positions that a call leaves out, and those of what the user had already."""
-    excluded = snapshot.positions_of(options.excluded)
-    if not snapshot.ranking.exclude_consumed or options.include_consumed:
-        return excluded
-    return np.concatenate([excluded, consumed(snapshot, record, snapshot.ranking.max_consumed)])
+    snapshot = call.loaded.snapshot
+    if not snapshot.ranking.exclude_consumed or call.options.include_consumed:
+        return call.excluded
+    return np.concatenate([call.excluded, consumed(snapshot, record, snapshot.ranking.max_consumed)])
 
 
 def similar_items(loaded: Loaded, item_id: str, options: Options, same_category: bool) -> bytes:

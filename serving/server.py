@@ -109,9 +109,9 @@ class Recommender:
     async def recommend_batch(self, data: bytes, remaining: Remaining) -> bytes:
         request = parse(pb.RecommendBatchRequest, data)
         options = options_of(request, self._settings)
-        user_ids = list(request.user_ids)
-        check_batch(user_ids, len(user_ids), options, self._settings)
-        return joined_responses(await self._ladder.recommend_batch([u.encode() for u in user_ids], options, remaining))
+        check_batch(request.user_ids, len(request.user_ids), options, self._settings)
+        user_ids = [user_id.encode() for user_id in request.user_ids]
+        return joined_responses(await self._ladder.recommend_batch(user_ids, options, remaining))
 
     async def similar_items(self, data: bytes, remaining: Remaining) -> bytes:
         request = parse(pb.SimilarItemsRequest, data)

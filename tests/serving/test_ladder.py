@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from snapshots import make_snapshot, with_two_tower
 from worlds import World, eventually, now_ms
 
 from recsys_core.online import CachedAnswer, UserRecord, recs_key, user_key
+from recsys_core.ranking import Snapshot
+from serving import ladder, validation
 from serving import recsys_pb2 as pb
-from serving import validation
 from serving.client import Diversity, Filter, Recommendation, RecsysError
+from serving.ladder import BATCH_USERS
 
 HOUR_MS = 3_600_000
 
@@ -441,6 +445,54 @@ class TestBatch:
         hit = world.client.recommend_batch(list(records), 50)
         assert {a.tier for a in hit} == {"CACHE"}
         assert [ids(a) for a in hit] == [ids(a) for a in missed]
+
+    def test_what_is_left_out_for_all_is_looked_up_once(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        records = {f"user-{at}": world.put_known_user(f"user-{at}", taste=at) for at in range(100)}
+        world.put_answers(records)
+        asked = 0
+        positions_of = Snapshot.positions_of
+
+        def counted(snapshot: Snapshot, item_ids: Iterable[str]) -> np.ndarray:
+            nonlocal asked
+            asked += len(list(item_ids)) == 400
+            return positions_of(snapshot, item_ids)
+
+        monkeypatch.setattr(Snapshot, "positions_of", counted)
+        excluded = [f"item-{at}" for at in range(50, 250)] + [f"other-{at}" for at in range(200)]
+        answers = world.client.recommend_batch(list(records), 5, exclude=excluded)
+        assert {answer.tier for answer in answers} == {"CACHE"}
+        assert asked == 1
+
+    @pytest.mark.parametrize("stale", [True, False], ids=["stale answers", "popular items"])
+    def test_other_calls_get_their_turn_while_many_users_are_answered_without_ranking(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, stale: bool
+    ) -> None:
+        users = [f"user-{at}" for at in range(BATCH_USERS)]
+        records = {user: world.put_known_user(user, seen=("item-7",)) for user in users}
+        if stale:
+            world.put_answers(records, computed_at=now_ms() - 2 * HOUR_MS)
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: 1 / 0)
+        turns, begun = 0, False
+        of_user = ladder.unwanted
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            world.call_soon(turn) if turns < 10_000 else None
+
+        def unwanted(*of: Any) -> np.ndarray:
+            nonlocal begun, turns
+            if not begun:
+                begun, turns = True, 0
+                world.call_soon(turn)
+            last.append(turns)
+            return of_user(*of)
+
+        last: list[int] = []
+        monkeypatch.setattr(ladder, "unwanted", unwanted)
+        answers = world.client.recommend_batch(users, 5)
+        assert {answer.tier for answer in answers} == {"STALE_CACHE" if stale else "POPULAR"}
+        assert last[-1] >= BATCH_USERS / ladder.TURN - 1
 
 
 class TestSimilarItems:
