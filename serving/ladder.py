@@ -272,7 +272,7 @@ class Ladder:
             device=context.device or None,
             country=context.country or None,
         )
-        wanted = max(options.count, keep) if options.plain else options.count
+        wanted = max(options.count, keep)  # among as many candidates, whatever is asked for
         if options.diversity != NO_DIVERSITY:
             wanted = max(wanted, POOL * options.count)
         servable, allowed = self._allowed(loaded, options.filter)

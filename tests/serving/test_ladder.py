@@ -409,9 +409,17 @@ class TestExplain:
                     found.update(*(item.sources for item in answer))
         assert found == {"als", "two_tower", "session", "popular"}
 
-    def test_an_explained_answer_is_the_computed_one(self, world: World) -> None:
-        world.put_known_user("ann")
-        assert ids(world.client.recommend("ann", explain=True)) == ids(world.client.recommend("ann"))
+    def test_an_explained_answer_is_the_computed_one_however_few_candidates_there_are(self, empty_world: World) -> None:
+        snapshot = make_snapshot()
+        ranking = snapshot.ranking.model_copy(update={"popular": 1, "candidates": 10, "trending": 0, "session_neighbours": 1})
+        empty_world.promote(replace(snapshot, ranking=ranking))
+        empty_world.start()
+        for taste in range(20):
+            user = f"user-{taste}"
+            empty_world.put_known_user(user, taste)
+            explained = empty_world.client.recommend(user, 5, explain=True)
+            under_a_filter = empty_world.client.recommend(user, 5, filter=Filter(min_price=0))
+            assert ids(explained) == ids(under_a_filter) == ids(empty_world.client.recommend(user, 5))
 
 
 class TestBatch:
