@@ -143,18 +143,20 @@ class Manifest:
         if version != SCHEMA_VERSION:
             raise ReleaseError(f"{where}: {MANIFEST} has schema version {version!r}, this process reads {SCHEMA_VERSION}")
         try:
-            _check_types(raw)
+            _check_types(raw, _MANIFEST_KINDS, dict)
             return cls(**raw)
         except TypeError as error:
             raise ReleaseError(f"{where}: {MANIFEST} does not fit its schema: {error}") from error
 
 
-def _check_types(raw: Mapping[str, Any]) -> None:
-    """Raises TypeError when a member of a manifest is not of its kind."""
-    numbers = (int, float)
-    kinds: dict[str, Any] = {"release_id": str, "day": str, "created_at": numbers, "schema_version": int}
+_MANIFEST_KINDS = {"release_id": str, "day": str, "created_at": (int, float), "schema_version": int}
+
+
+def _check_types(raw: Mapping[str, Any], kinds: Mapping[str, Any], others: type, lists: Collection[str] = ()) -> None:
+    """Raises TypeError when a member is not of its kind, or a number that is none."""
     for name, value in raw.items():
-        if not isinstance(value, kinds.get(name, dict)):
+        kind = list if name in lists else kinds.get(name, others)
+        if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
             raise TypeError(f"{name} is {value!r:.100}")
 
 
@@ -194,8 +196,11 @@ class Pointer:
         try:
             raw = json.loads(data)
             known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+            _check_types(known, {"promoted_at": (int, float), "sequence": int}, str, ("previous", "withdrawn", "removing"))
             lists = {name: tuple(raw.get(name, ())) for name in ("previous", "withdrawn", "removing")}
             pointer = cls(**{**known, **lists})
+            if pointer.release_id and not pointer.manifest_sha256:
+                raise ValueError(f"it does not say which {MANIFEST} of {pointer.release_id} it means")
             for name in (*filter(None, [pointer.release_id]), *pointer.previous, *pointer.withdrawn, *pointer.removing):
                 check_release_id(name)
         except (ValueError, TypeError, AttributeError, ReleaseError) as error:

@@ -171,6 +171,28 @@ def test_a_pointer_without_a_history_is_read(releases: Releases) -> None:
         releases.champion()
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"manifest_sha256": ""},
+        {"manifest_sha256": None},
+        {"promoted_at": "yesterday"},
+        {"promoted_at": float("nan")},
+        {"sequence": "7"},
+        {"previous": "2026-01-01.a"},
+        {"withdrawn": {"2026-01-01.a": 1}},
+        {"release_id": 5},
+    ],
+    ids=repr,
+)
+def test_a_pointer_that_says_odd_things_is_none(releases: Releases, odd: dict[str, object]) -> None:
+    said = {"release_id": "a", "manifest_sha256": "b", "promoted_at": 1.0, "sequence": 3, "previous": ["c"], **odd}
+    Path(releases.path(CHAMPION)).parent.mkdir(parents=True, exist_ok=True)
+    Path(releases.path(CHAMPION)).write_text(json.dumps(said))
+    with pytest.raises(ReleaseError, match="not a pointer"):
+        releases.champion()
+
+
 def test_the_release_of_a_day_that_was_made_last_is_found(releases: Releases, snapshot: Snapshot) -> None:
     with_releases(releases, snapshot, "2026-01-01.c", "2026-01-01.b", "2026-01-02.a")
     assert releases.newest_of("2026-01-01") == "2026-01-01.b"
