@@ -37,6 +37,7 @@ from serving.explain import add_items, asset_versions, described, last_actions, 
 from serving.filters import ItemFilters
 from serving.metrics import Metrics
 from serving.ranker import Batch, Computed, Ranker, TooSlow
+from serving.seldom import Seldom
 from serving.store import LAST_TS_AT, Raw, Store, UserState
 from serving.validation import EVERY_ITEM, NO_DIVERSITY, ItemFilter, Options
 from serving.wire import tail
@@ -108,6 +109,7 @@ class Ladder:
         self.costly = Ranker("rank-costly", self._ranked, timeouts.batch_timeout_ms / 1000, COSTLY_USERS, self.metrics)
         self.rankers = (self.single, self.bulk, self.costly)
         self._writes: set[asyncio.Task[None]] = set()
+        self._faults = Seldom(log)
 
     async def recommend(self, user_id: bytes, options: Options, remaining: Remaining = no_deadline) -> bytes:
         """A RecommendResponse. `user_id` is checked UTF-8. Raises NotReady."""
@@ -189,9 +191,9 @@ class Ladder:
             made = await self._without_cache(call, [user_ids[at] for at in missing], [states[at] for at in missing], ranker)
             rest = iter(made)
             return [next(rest) if response is None else response for response in cached]
-        except Exception:
+        except Exception as error:  # noqa: BLE001
             self.counts["unexpected_failures"] += 1
-            log.exception("an answer failed; what is popular is served instead")
+            self._faults.fail(error, "an answer failed; what is popular is served instead")
             return [self._popular(call, UserRecord()) for _ in user_ids]
 
     # -- the tiers ----------------------------------------------------------------------------------------------
@@ -249,9 +251,9 @@ class Ladder:
             return await ranker.compute(call.loaded, call.options, user_ids, records, call.now, remaining)
         except TooSlow as error:
             log.debug("%s", error)
-        except Exception:
+        except Exception as error:  # noqa: BLE001
             self.counts["failed_rankings"] += 1
-            log.exception("ranking failed")
+            self._faults.fail(error, "ranking failed")
         return []
 
     def _ranked(self, batch: Batch) -> list[Computed]:

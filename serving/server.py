@@ -32,6 +32,7 @@ from serving.ladder import Ladder, UnknownItem
 from serving.metrics import Metrics, serve_metrics
 from serving.ranker import TooSlow
 from serving.security import MissingSecret, Tokens, server_credentials
+from serving.seldom import Seldom
 from serving.store import LiveTrends, Store
 from serving.tracing import Tracing, passed_on, set_up_logging
 from serving.validation import (
@@ -152,6 +153,7 @@ class Gate:
         self._streams = 0
         self._of_streams = 0
         self._readers: set[asyncio.Task[None]] = set()
+        self._faults = Seldom(log)
         metrics.gauges["calls_under_way"] = lambda: self.under_way
 
     @property
@@ -313,7 +315,7 @@ class Gate:
             status = next(s for kind, s in STATUSES.items() if isinstance(error, kind))
             return status, str(error)
         self._metrics.events["unexpected_failures"] += 1
-        log.error("%s failed", name, exc_info=error)
+        self._faults.fail(error, "%s failed", name)
         return grpc.StatusCode.UNAVAILABLE, "this answer failed; the server's log says why"
 
     def _ended(self, name: str, status: str, started: float, metadata: Any) -> None:
