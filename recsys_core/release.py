@@ -399,10 +399,12 @@ class Releases:
             names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=True))
             return [name for name in names if RELEASE_NAME.fullmatch(name) and self.fs.exists(self.path(name, MANIFEST))]
 
-    def manifest(self, release_id: str) -> Manifest:
-        """The manifest of a release. Raises ReleaseError."""
+    def manifest(self, release_id: str, sha256: str | None = None) -> Manifest:
+        """The manifest of a release, the one with a sha256 where that is known. Raises ReleaseError."""
         check_release_id(release_id)
         data = self._bytes(release_id, MANIFEST)
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise ReleaseError(f"release {release_id}: {MANIFEST} is not the one that was promoted")
         manifest = Manifest.from_bytes(data, f"release {release_id}")
         if manifest.release_id != release_id:
             raise ReleaseError(f"release {release_id}: {MANIFEST} is that of release {manifest.release_id}")
@@ -424,9 +426,7 @@ class Releases:
         the processes that load the release share its pages, and what becomes of its files at the source, deletion and writing
         in place included, does no harm. What was verified there is not hashed again as long as its size, time and inode stay.
         """
-        manifest = self.manifest(release_id)
-        if manifest_sha256 and hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest() != manifest_sha256:
-            raise ReleaseError(f"release {release_id}: {MANIFEST} is not the one that was promoted")
+        manifest = self.manifest(release_id, manifest_sha256)
         where = f"release {release_id}"
         if local is None:
             read = {name: self._verified(release_id, name, expected) for name, expected in manifest.files.items()}
