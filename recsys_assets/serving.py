@@ -24,7 +24,9 @@ from recsys_core.popularity import trending_items as trends_of
 from recsys_core.precompute import (
     CachePlan,
     NewerCaches,
+    NewerRecords,
     WriteReport,
+    check_day_of_records,
     finish_caches,
     plan_caches,
     read_plan,
@@ -191,8 +193,12 @@ def champion(context: dg.AssetExecutionContext, platform: PlatformResource) -> d
 def online_features(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:
     """Users' factors, features, last items and what they had, in Redis."""
     day, settings = context.partition_key, platform.settings
+    version, pointer = platform.lake.get("als_factors", day).data_version, platform.releases.champion()
+    try:
+        check_day_of_records(day, version, platform.releases.manifest(pointer.release_id) if pointer else None)
+    except NewerRecords as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
     part = build_online_features(platform.spark(), platform.lake, day, ALS_USERS)
-    version = platform.lake.get("als_factors", day).data_version
     with platform.redis() as redis:
         report = write_online_features(redis, platform.lake, day, version, settings)
     return dg.MaterializeResult(

@@ -229,15 +229,18 @@ def _snapshot(split: Split, models: Models, settings: Settings) -> Snapshot:
 def _ranked(
     lake: Lake, day: str, snapshot: Snapshot, split: Split, factors: np.ndarray, settings: Settings, depth: int
 ) -> np.ndarray:
-    """Answers of a snapshot, by its own weights, for the users of a split as they were before the day."""
+    """Answers of a snapshot, by its own weights, for the users of a split as they were before the day.
+
+    They are chosen among as many candidates as the caches' are.
+    """
     start = key_start_ms(day)
     trend = trend_then(lake, snapshot, start, settings)
     past = Past(split.users, factors, split.items, split.seen, start)
-    ranked = np.empty((len(split.users), depth), np.int64)
+    ranked, count = np.empty((len(split.users), depth), np.int64), max(depth, settings.cache.items)
     for at in range(0, len(split.users), RANK_USERS):
         rows = slice(at, at + RANK_USERS)
         users = users_then(lake, snapshot, past.rows(rows), snapshot.ranking, settings)
-        ranked[rows] = rank(snapshot, trend, users, depth, snapshot.ranking).positions
+        ranked[rows] = rank(snapshot, trend, users, count, snapshot.ranking).positions[:, :depth]
     return ranked
 
 

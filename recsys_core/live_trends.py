@@ -228,7 +228,12 @@ def _seen(name: bytes, told: bytes) -> int:
 
 
 def _sources(values: Mapping[bytes, bytes]) -> dict[str, tuple[int, int, int]]:
-    return {name.decode(): tuple(orjson.loads(value)) for name, value in values.items()}
+    """Raises ValueError, also for buckets so short that reading them all would not end."""
+    sources = {name.decode(): tuple(orjson.loads(value)) for name, value in values.items()}
+    for name, (_, length, _) in sources.items():
+        if length < MINUTE_MS:
+            raise ValueError(f"source {name!r} says that its buckets have {length} ms")
+    return sources
 
 
 @dataclass(frozen=True)
@@ -267,15 +272,6 @@ class LiveTrendReader:
         for key in stale:
             pipeline.hgetall(key)
         return self._score(wanted, stale, pipeline.execute() if stale else [], now_ms)
-
-    async def read_async(self, redis: Any, now_ms: int) -> LiveTrend | None:
-        """`read` by a `redis.asyncio` client."""
-        sources = _sources(await redis.hgetall(SOURCES_KEY))
-        wanted, stale = self._wanted(sources, now_ms)
-        pipeline = redis.pipeline(transaction=False)
-        for key in stale:
-            pipeline.hgetall(key)
-        return self._score(wanted, stale, await pipeline.execute() if stale else [], now_ms)
 
     def _wanted(self, sources: Mapping[str, tuple[int, int, int]], now_ms: int) -> tuple[dict[str, float], list[str]]:
         """The buckets that count with the time (ms) of their middle, and those of them that have to be read."""

@@ -159,10 +159,10 @@ PUT_ANSWERS = Script(PUT_ANSWERS_LUA)
 ANSWERS_A_CALL = 64
 """Answers that are written by one call where they need not share a slot: half the time of a SET for each."""
 
-_HEADER = struct.Struct("<BHqB")
+_HEADER = struct.Struct("<BHqqB")
 _END = struct.Struct("<i")
 _CHECKSUM = struct.Struct("<I")
-_FORMAT = 2
+_FORMAT = 3
 _WHOLE = 0x2144DF1C
 """CRC-32 of anything with its own CRC-32 behind it (the residue of the polynomial)."""
 _ITEM_TAG = 0x0A
@@ -204,12 +204,14 @@ class CachedAnswer:
     Attributes:
         release_id: the release that made it.
         computed_at: ms since 1970 (UTC).
+        acted: time of the user's last action that it knows, ms.
         ends: int32 (items,), end of each item in `wire`.
         wire: `repeated ScoredItem items = 1` of `recsys.v1.RecommendResponse` in protobuf's wire format.
     """
 
     release_id: str
     computed_at: int
+    acted: int
     ends: np.ndarray
     wire: bytes
 
@@ -220,8 +222,11 @@ class CachedAnswer:
         return self.wire[: self.ends[min(n, len(self.ends)) - 1]]
 
     def is_fresh(self, now: int, oldest: int, last_ts: int) -> bool:
-        """Whether it was computed since `oldest`, after the user's last action and not in the future; all in ms."""
-        return max(oldest, last_ts) <= self.computed_at <= now + CLOCK_MS
+        """Whether it was computed since `oldest`, not in the future, and knows the user's last action; all in ms.
+
+        An action may reach the record after an answer that was computed later than it happened.
+        """
+        return oldest <= self.computed_at <= now + CLOCK_MS and last_ts <= self.acted
 
     def items(self) -> list[tuple[str, float]]:
         """Item ids and scores. Raises CorruptValue when `wire` does not hold what `ends` says."""
@@ -243,7 +248,7 @@ class CachedAnswer:
     def decode(cls, data: bytes) -> CachedAnswer:
         """Raises CorruptValue."""
         try:
-            version, count, computed_at, name_length = _HEADER.unpack_from(data)
+            version, count, computed_at, acted, name_length = _HEADER.unpack_from(data)
             if version != _FORMAT:
                 raise CorruptValue(f"cached answer of format {version}, this process reads {_FORMAT}")
             if crc32(data) != _WHOLE:
@@ -257,7 +262,7 @@ class CachedAnswer:
         wire = data[at + 4 * count : -_CHECKSUM.size]
         if count and len(wire) != ends[-1]:
             raise CorruptValue(f"cached answer has {len(wire)} bytes of items, its header says {ends[-1]}")
-        return cls(release_id, computed_at, ends, wire)
+        return cls(release_id, computed_at, acted, ends, wire)
 
 
 def first_items(value: bytes, release: bytes, count: int, now: int, oldest: int, last_ts: int) -> tuple[bytes, int] | None:
@@ -268,8 +273,8 @@ def first_items(value: bytes, release: bytes, count: int, now: int, oldest: int,
     """
     if len(value) < _HEADER.size:
         return None
-    version, held, computed_at, name_length = _HEADER.unpack_from(value)
-    if version != _FORMAT or held < count or not oldest <= computed_at <= now + CLOCK_MS or last_ts > computed_at:
+    version, held, computed_at, acted, name_length = _HEADER.unpack_from(value)
+    if version != _FORMAT or held < count or not oldest <= computed_at <= now + CLOCK_MS or last_ts > acted:
         return None
     ends = _HEADER.size + name_length
     if name_length != len(release) or value[_HEADER.size : ends] != release:
@@ -283,27 +288,34 @@ def first_items(value: bytes, release: bytes, count: int, now: int, oldest: int,
 class AnswerEncoder:
     """Encodes the answers of one release, many at a time, without a Python loop over items.
 
-    Layout: format u8, count u16, computed_at i64 (ms), length of the release id u8, the release id, `count` end
-    offsets i32, the items in protobuf's wire format, and the CRC-32 of all that as u32 (little-endian throughout).
+    Layout: format u8, count u16, computed_at i64 (ms), the last action known i64 (ms), length of the release id u8, the
+    release id, `count` end offsets i32, the items in protobuf's wire format, and the CRC-32 of all that as u32
+    (little-endian throughout).
     """
 
     def __init__(self, release_id: str, item_ids: ItemIds) -> None:
         self._ids = item_ids
         self._release = release_id.encode()
 
-    def encode(self, positions: np.ndarray, scores: np.ndarray, computed_at: int) -> list[bytes]:
-        """The values of `b` users from positions int64 (b, n), padded by -1, and scores float32 (b, n)."""
+    def encode(
+        self, positions: np.ndarray, scores: np.ndarray, computed_at: int, acted: Sequence[int] | None = None
+    ) -> list[bytes]:
+        """The values of `b` users from positions int64 (b, n), padded by -1, and scores float32 (b, n).
+
+        `acted` are the times of the users' last actions that the answers know (ms), None: all until `computed_at`.
+        """
         held = positions >= 0
         counts = held.sum(axis=1)
         data, ends = _wire(self._ids, positions[held], np.ascontiguousarray(scores[held], "<f4"))
         values = []
         item = 0
         offset = 0
-        for count in counts:
+        for row, count in enumerate(counts):
             last = item + int(count)
             local = (ends[item:last] - offset).astype("<i4")
             end = offset + (int(local[-1]) if count else 0)
-            head = _HEADER.pack(_FORMAT, int(count), computed_at, len(self._release)) + self._release
+            known = computed_at if acted is None else acted[row]
+            head = _HEADER.pack(_FORMAT, int(count), computed_at, known, len(self._release)) + self._release
             whole = head + local.tobytes() + data[offset:end]
             values.append(whole + _CHECKSUM.pack(crc32(whole)))
             item, offset = last, end

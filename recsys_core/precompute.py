@@ -35,7 +35,7 @@ from recsys_core.online import (
     write_records,
 )
 from recsys_core.ranking import Ranked, Snapshot, Trend, rank
-from recsys_core.release import Pointer
+from recsys_core.release import Manifest, Pointer
 from recsys_core.settings import Settings
 from recsys_core.tables import ACTIVE_USERS, ONLINE_FEATURES
 from recsys_core.tombstones import Tombstones
@@ -59,6 +59,10 @@ class UnfinishedCaches(UserError, RuntimeError):
 
 class NewerCaches(RuntimeError):
     """The caches are those of a later hour already."""
+
+
+class NewerRecords(UserError, RuntimeError):
+    """The users' records are those of a later day already."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,18 @@ class LeftOut:
         if self.reasons.total() < NAMED:
             log.warning("%s: user %r is left out: %s", self.where, user_id, reason)
         self.reasons[reason if len(self.reasons) < NAMED or reason in self.reasons else OTHER_REASONS] += 1
+
+
+def check_day_of_records(day: str, als_version: str, served: Manifest | None) -> None:
+    """Raises NewerRecords when the release that is served is of a later day and of other factors.
+
+    Records of `day` would take the place of newer ones: of what users had since nothing would be left out any more. The day of
+    the release that is served may be written again, after a rollback too.
+    """
+    if served and served.day > day and (served.models.get("als") or {}).get("version") != als_version:
+        raise NewerRecords(
+            f"users' records stay: {day} is over, release {served.release_id} is served; materialize {served.day} instead"
+        )
 
 
 def write_online_features(redis: Any, lake: Lake, day: str, als_version: str, settings: Settings) -> WriteReport:
@@ -292,7 +308,8 @@ def _write_shard(
             else:
                 left_out.add(user_id, record)
         for some, ranked in _ranked(snapshot, trend, sound, settings.cache.items, computed_at, left_out):
-            answers = encoder.encode(ranked.positions, ranked.scores, computed_at)
+            acted = [record.last_ts for _, record in some]
+            answers = encoder.encode(ranked.positions, ranked.scores, computed_at, acted)
             users += _write_answers(redis, lake, some, answers, settings.cache.ttl_seconds)
             empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
     return Shard(plan.attempt, users, empty, started, time.time(), dict(left_out.reasons))

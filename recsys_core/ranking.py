@@ -362,6 +362,54 @@ def candidates(
     What nobody may have is left out inside the searches. What one user may not have is left out of what was found, as long as
     enough of it is left; a user of whom too little is left gets searches and lists of their own.
     """
+    proposed = _proposed(snapshot, trend, users, queries, n, settings, allowed)
+
+    def of_one(row: int) -> np.ndarray:
+        positions = np.unique(np.concatenate(proposed.of_one(row)))
+        return positions[positions >= 0]
+
+    return _replaced(proposed.found, {row: of_one(row) for row in proposed.crowded})
+
+
+def proposals(
+    snapshot: Snapshot, trend: Trend, user: Users, n: int, settings: RankingSettings, allowed: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Positions that each generator proposes for one user, by the name of the part that it goes by.
+
+    Together they are the `candidates` that `rank` scores with the same arguments, and what is left out of these.
+    """
+    proposed = _proposed(snapshot, trend, user, queries_of(snapshot, user, settings), n, settings, allowed)
+    lists = proposed.of_one(0) if proposed.crowded else proposed.of_all(0)
+    return {name: positions[positions >= 0] for name, positions in zip(proposed.names, lists, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Proposed:
+    """What the generators propose.
+
+    Attributes:
+        names: of the generators.
+        found: `candidates` of the users that no search of their own is made for.
+        crowded: rows of the others.
+        of_all: positions by generator of a row, as all users are searched for; `of_one` by a search of its own.
+    """
+
+    names: tuple[str, ...]
+    found: np.ndarray
+    crowded: list[int]
+    of_all: Callable[[int], list[np.ndarray]]
+    of_one: Callable[[int], list[np.ndarray]]
+
+
+def _proposed(
+    snapshot: Snapshot,
+    trend: Trend,
+    users: Users,
+    queries: Queries,
+    n: int,
+    settings: RankingSettings,
+    allowed: np.ndarray | None,
+) -> _Proposed:
     servable, part, trending, popular = snapshot.available, snapshot.servable, trend.order, snapshot.by_popularity
     if allowed is not None:
         servable = servable & allowed
@@ -377,10 +425,11 @@ def candidates(
 
     bound = wanted - _least(wanted, all(index.scans(part) for index, _ in searches))
     crowded = _crowded(users, found, n, bound)
-    if not crowded:
-        return found
 
-    def of_one(row: int) -> np.ndarray:
+    def of_all(row: int) -> list[np.ndarray]:
+        return [*(of_index[row] for of_index in near), like[row], trending[: settings.trending], popular[:fill]]
+
+    def of_one(row: int) -> list[np.ndarray]:
         own = users.without_excluded(row, servable)
         left_out = np.count_nonzero(users.excluded[row] >= 0) + len(users.had.get(row, ()))
         searched = zip(searches, near, strict=True)
@@ -389,10 +438,10 @@ def candidates(
         for order, size in ((trending, settings.trending), (popular, fill)):
             first = order[: size + left_out]
             lists.append(first[own[first]][:size])
-        positions = np.unique(np.concatenate(lists))
-        return positions[positions >= 0]
+        return lists
 
-    return _replaced(found, {row: of_one(row) for row in crowded})
+    names = (*("als", "two_tower")[: len(searches)], "session", "trending", "popular")
+    return _Proposed(names, found, crowded, of_all, of_one)
 
 
 def _crowded(users: Users, found: np.ndarray, n: int, bound: int) -> list[int]:

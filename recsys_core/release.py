@@ -143,18 +143,20 @@ class Manifest:
         if version != SCHEMA_VERSION:
             raise ReleaseError(f"{where}: {MANIFEST} has schema version {version!r}, this process reads {SCHEMA_VERSION}")
         try:
-            _check_types(raw)
+            _check_types(raw, _MANIFEST_KINDS, dict)
             return cls(**raw)
         except TypeError as error:
             raise ReleaseError(f"{where}: {MANIFEST} does not fit its schema: {error}") from error
 
 
-def _check_types(raw: Mapping[str, Any]) -> None:
-    """Raises TypeError when a member of a manifest is not of its kind."""
-    numbers = (int, float)
-    kinds: dict[str, Any] = {"release_id": str, "day": str, "created_at": numbers, "schema_version": int}
+_MANIFEST_KINDS = {"release_id": str, "day": str, "created_at": (int, float), "schema_version": int}
+
+
+def _check_types(raw: Mapping[str, Any], kinds: Mapping[str, Any], others: type, lists: Collection[str] = ()) -> None:
+    """Raises TypeError when a member is not of its kind, or a number that is none."""
     for name, value in raw.items():
-        if not isinstance(value, kinds.get(name, dict)):
+        kind = list if name in lists else kinds.get(name, others)
+        if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
             raise TypeError(f"{name} is {value!r:.100}")
 
 
@@ -194,8 +196,11 @@ class Pointer:
         try:
             raw = json.loads(data)
             known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+            _check_types(known, {"promoted_at": (int, float), "sequence": int}, str, ("previous", "withdrawn", "removing"))
             lists = {name: tuple(raw.get(name, ())) for name in ("previous", "withdrawn", "removing")}
             pointer = cls(**{**known, **lists})
+            if pointer.release_id and not pointer.manifest_sha256:
+                raise ValueError(f"it does not say which {MANIFEST} of {pointer.release_id} it means")
             for name in (*filter(None, [pointer.release_id]), *pointer.previous, *pointer.withdrawn, *pointer.removing):
                 check_release_id(name)
         except (ValueError, TypeError, AttributeError, ReleaseError) as error:
@@ -394,10 +399,12 @@ class Releases:
             names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=True))
             return [name for name in names if RELEASE_NAME.fullmatch(name) and self.fs.exists(self.path(name, MANIFEST))]
 
-    def manifest(self, release_id: str) -> Manifest:
-        """The manifest of a release. Raises ReleaseError."""
+    def manifest(self, release_id: str, sha256: str | None = None) -> Manifest:
+        """The manifest of a release, the one with a sha256 where that is known. Raises ReleaseError."""
         check_release_id(release_id)
         data = self._bytes(release_id, MANIFEST)
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise ReleaseError(f"release {release_id}: {MANIFEST} is not the one that was promoted")
         manifest = Manifest.from_bytes(data, f"release {release_id}")
         if manifest.release_id != release_id:
             raise ReleaseError(f"release {release_id}: {MANIFEST} is that of release {manifest.release_id}")
@@ -419,9 +426,7 @@ class Releases:
         the processes that load the release share its pages, and what becomes of its files at the source, deletion and writing
         in place included, does no harm. What was verified there is not hashed again as long as its size, time and inode stay.
         """
-        manifest = self.manifest(release_id)
-        if manifest_sha256 and hashlib.sha256(self._bytes(release_id, MANIFEST)).hexdigest() != manifest_sha256:
-            raise ReleaseError(f"release {release_id}: {MANIFEST} is not the one that was promoted")
+        manifest = self.manifest(release_id, manifest_sha256)
         where = f"release {release_id}"
         if local is None:
             read = {name: self._verified(release_id, name, expected) for name, expected in manifest.files.items()}

@@ -30,6 +30,11 @@ class Breaker:
         self._timed_out_at = 0.0
         self._probe_at = 0.0
 
+    @property
+    def passes(self) -> bool:
+        """Whether `allows` would say so."""
+        return not self.open or time.monotonic() >= self._probe_at
+
     def allows(self) -> bool:
         """Whether to call now."""
         if not self.open:

@@ -24,7 +24,7 @@ from recsys_core.settings import Settings
 from serving.filters import ItemFilters
 from serving.metrics import Metrics
 from serving.tensorflow_serving import ModelServer, RemoteTower
-from serving.validation import MAX_EXCLUDED, ItemFilter
+from serving.validation import MAX_EXCLUDED
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ def _warm(loaded: Loaded, settings: Settings) -> None:
     everything = np.ones(snapshot.items.num_rows, bool)
     for allowed in (None, everything):
         rank(snapshot, loaded.trend, users, settings.cache.items, snapshot.ranking, allowed)
-    loaded.filters.mask(ItemFilter(("warm-up",)))
+    loaded.filters.prepare()
 
 
 def _as_background() -> None:

@@ -323,7 +323,8 @@ class _Methods(ABC, Generic[One, Many, Items, Held]):
     ) -> Many:
         """Answers in the order of the users; the options are those of `recommend`, shared by all."""
         wanted = _wanted(count, categories, exclude, current_item, explain, filter, diversity, include_consumed)
-        return self._ask(self._stub.RecommendBatch, pb.RecommendBatchRequest(user_ids=user_ids, **wanted), _recommendations)
+        request = pb.RecommendBatchRequest(user_ids=_several("user_ids", user_ids), **wanted)
+        return self._ask(self._stub.RecommendBatch, request, _recommendations)
 
     def similar_items(
         self,
@@ -339,8 +340,8 @@ class _Methods(ABC, Generic[One, Many, Items, Held]):
         request = pb.SimilarItemsRequest(
             item_id=item_id,
             count=count,
-            categories=categories,
-            exclude_item_ids=exclude,
+            categories=_several("categories", categories),
+            exclude_item_ids=_several("exclude", exclude),
             same_category=same_category,
             filter=_filter(filter),
         )
@@ -350,7 +351,12 @@ class _Methods(ABC, Generic[One, Many, Items, Held]):
         self, count: int = 10, *, categories: Sequence[str] = (), exclude: Sequence[str] = (), filter: Filter | None = None
     ) -> Items:
         """What trends now, then what is popular; scores are the trend in [0, 1]."""
-        request = pb.TrendingRequest(count=count, categories=categories, exclude_item_ids=exclude, filter=_filter(filter))
+        request = pb.TrendingRequest(
+            count=count,
+            categories=_several("categories", categories),
+            exclude_item_ids=_several("exclude", exclude),
+            filter=_filter(filter),
+        )
         return self._ask(self._stub.Trending, request, _trending, hedged=True)
 
     def get_release(self) -> Held:
@@ -521,8 +527,8 @@ def _wanted(
         shape = pb.Diversity(relevance=diversity.relevance, max_per_category=diversity.max_per_category)
     return {
         "count": count,
-        "categories": categories,
-        "exclude_item_ids": exclude,
+        "categories": _several("categories", categories),
+        "exclude_item_ids": _several("exclude", exclude),
         "context": pb.Context(current_item_id=current_item) if current_item else None,
         "explain": explain,
         "filter": _filter(filter),
@@ -531,13 +537,23 @@ def _wanted(
     }
 
 
+def _several(name: str, values: Sequence[str]) -> Sequence[str]:
+    """The values. Raises TypeError for a text in the place of a list: its letters would be taken one by one."""
+    if isinstance(values, str):
+        raise TypeError(f"{name} is the text {values!r}; it must be a list of texts, such as [{values!r}]")
+    return values
+
+
 def _filter(wanted: Filter | None) -> pb.Filter | None:
     if wanted is None:
         return None
     return pb.Filter(
         min_price=wanted.min_price,
         max_price=wanted.max_price,
-        attributes=[pb.AttributeFilter(name=name, values=values) for name, values in wanted.attributes.items()],
+        attributes=[
+            pb.AttributeFilter(name=name, values=_several(f"attributes[{name!r}]", values))
+            for name, values in wanted.attributes.items()
+        ],
         include_unavailable=wanted.include_unavailable,
     )
 

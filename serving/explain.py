@@ -9,7 +9,7 @@ import numpy as np
 
 from recsys_core.index import unit_rows
 from recsys_core.online import UserRecord
-from recsys_core.ranking import PARTS, Ranked, Snapshot, Trend, Users, with_fold_in
+from recsys_core.ranking import PARTS, Ranked, Snapshot
 from recsys_core.settings import RankingSettings
 from serving import recsys_pb2 as pb
 
@@ -50,67 +50,53 @@ def asset_versions(sources: Mapping[str, Mapping[str, str]]) -> list[pb.AssetVer
 def add_items(
     response: pb.RecommendResponse,
     snapshot: Snapshot,
-    trend: Trend,
     ranked: Ranked,
     row: int,
     record: UserRecord,
-    user: Users,
+    last_items: np.ndarray,
+    proposed: Mapping[str, np.ndarray],
     settings: RankingSettings,
     count: int,
 ) -> None:
     """Put the first `count` items of a ranked row into the response, each with everything that is known of it.
 
-    `user` is the row's user alone.
+    `last_items` are those of the row's user, `proposed` what the generators proposed, by name.
     """
     positions = ranked.positions[row][ranked.positions[row] >= 0][:count]
     scores, parts = ranked.scores[row].tolist(), ranked.parts[row].tolist()
-    sources = candidate_sources(snapshot, trend, user, settings, count)
-    influences = moved_by(snapshot, positions, record, settings)
+    sources = {name: set(found.tolist()) for name, found in proposed.items()}
+    influences = moved_by(snapshot, positions, record, last_items, settings)
     for at, item in enumerate(described(snapshot, positions)):
         added = response.items.add(**item, score=scores[at], parts=parts_message(dict(zip(PARTS, parts[at], strict=True))))
         position = int(positions[at])
-        added.sources.extend(name for name, proposed in sources.items() if position in proposed)
+        added.sources.extend(name for name, found in sources.items() if position in found)
         added.moved_by.extend(influences[at])
 
 
-def candidate_sources(
-    snapshot: Snapshot, trend: Trend, user: Users, settings: RankingSettings, count: int
-) -> dict[str, set[int]]:
-    """The positions that each generator proposes for one user, by its name; those of `recsys_core.ranking.rank`."""
-    found: dict[str, set[int]] = {}
-    factor = unit_rows(with_fold_in(snapshot, user))
-    if factor.any():
-        nearest = snapshot.indexes["inner_product"].search(factor, max(settings.candidates, count), snapshot.servable)
-        found["als"] = set(nearest[0].tolist())
-    last = user.last_items[0]
-    found["session"] = set(snapshot.similar[last[last >= 0], : settings.session_neighbours].ravel().tolist())
-    found["trending"] = set(trend.order[: settings.trending].tolist())
-    found["popular"] = set(snapshot.by_popularity[: max(settings.popular, count)].tolist())
-    return found
-
-
 def moved_by(
-    snapshot: Snapshot, positions: np.ndarray, record: UserRecord, settings: RankingSettings
+    snapshot: Snapshot, positions: np.ndarray, record: UserRecord, last_items: np.ndarray, settings: RankingSettings
 ) -> list[list[pb.Influence]]:
     """For each item the user's last actions that raise its score, strongest first; none where the session has no weight.
 
     The session's vector is a sum over the last items, so that the newest action of each has its share of the session's part.
+    Items that the user had before those actions have theirs too, and are not named.
     """
     newest: dict[int, int] = {}
     for at, position in enumerate(snapshot.item_ids.positions([item for item, _, _ in record.last]).tolist()):
         newest.setdefault(position, at)
-    acted = [(at, position) for position, at in newest.items() if position >= 0][: settings.last_items]
+    last = last_items[last_items >= 0]
+    acted = [(at, newest[position]) for at, position in enumerate(last.tolist()) if position in newest]
     if not acted or not len(positions) or settings.session_weight == 0:
         return [[] for _ in positions]
-    of_actions = np.array([position for _, position in acted])
-    vectors = unit_rows(snapshot.als_items[of_actions]) * settings.session_decay ** np.arange(len(acted))[:, None]
+    vectors = unit_rows(snapshot.als_items[last]) * settings.session_decay ** np.arange(len(last))[:, None]
     length = float(np.linalg.norm(vectors.sum(axis=0))) or 1.0
     strengths = settings.session_weight / length * (unit_rows(snapshot.als_items[positions]) @ vectors.T)
-    titles = titles_of(snapshot, of_actions)
+    places, actions = zip(*acted, strict=True)
+    titles = titles_of(snapshot, last[list(places)])
     influences = []
-    for of_item in strengths:
+    for of_item in strengths[:, list(places)]:
         strongest = [k for k in np.argsort(-of_item)[:INFLUENCES] if of_item[k] > 0]
-        influences.append([action_message(record.last[acted[k][0]], titles[k], float(of_item[k])) for k in strongest])
+        influences.append([action_message(record.last[actions[k]], titles[k], float(of_item[k])) for k in strongest])
     return influences
 
 

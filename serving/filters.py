@@ -46,6 +46,10 @@ class ItemFilters:
                 self._masks.popitem(last=False)
             return self._masks[wanted]
 
+    def prepare(self) -> None:
+        """Read all that filters ask of the items. It takes seconds for a million, so that no call should have to do it."""
+        _ = self._categories, self._prices, self._members
+
     def known(self, wanted: ItemFilter) -> np.ndarray | None:
         """The mask if it is there already, else None: for callers that can't wait for it to be made."""
         return self._masks.get(wanted)

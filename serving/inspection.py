@@ -6,6 +6,7 @@ A small companion of the server: it calls it over gRPC, reads the user's record 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +30,8 @@ from recsys_core.online import CorruptValue
 from recsys_core.settings import Settings
 from serving.client import AsyncRecsysClient, ClientOptions, Recommendation, RecsysError
 from serving.store import Store
+
+log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("inspection.html")
 SHOWN = 50
@@ -73,7 +76,7 @@ class Inspection:
         user_id = request.path_params["user_id"]
         given = request.query_params.get("count", "10")
         try:
-            count = min(int(given), 100)
+            count = min(max(int(given), 0), 100)
         except ValueError:
             return JSONResponse({"error": f"count is {given!r}; it must be a whole number"}, 400)
         [raw] = await self._store.read((user_id.encode(),))
@@ -89,7 +92,7 @@ class Inspection:
         return JSONResponse(
             {
                 "user_id": user_id,
-                "known": bool(record.last or record.seen or record.als is not None),
+                "known": record.known,
                 "last": [
                     {"item_id": item, "title": titles.get(item, ""), "event_type": kind, "ts_ms": ts}
                     for item, kind, ts in record.last[:SHOWN]
@@ -180,13 +183,17 @@ async def _page(request: Request) -> Response:  # noqa: ARG001
 
 
 def _answered(question: Callable[[Request], Any]) -> Callable[[Request], Any]:
-    """What the server refuses becomes an error that the page shows."""
+    """What the server refuses, and what fails here, becomes an error that the page shows."""
 
     async def answered(request: Request) -> Response:
         try:
             response: Response = await question(request)
         except RecsysError as error:
             return JSONResponse({"error": str(error)}, STATUSES.get(error.status, 503), headers=HEADERS)
+        except Exception as error:
+            log.exception("a question of the page failed")
+            said = f"{type(error).__name__}: the log of `recsys inspect` says more"
+            return JSONResponse({"error": said}, 500, headers=HEADERS)
         response.headers.update(HEADERS)
         return response
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from recsys_core.online import (
     user_key,
     users_of,
 )
-from recsys_core.ranking import Ranked, Snapshot, Users, rank
+from recsys_core.ranking import Ranked, Snapshot, Users, proposals, rank
 from recsys_core.settings import RankingSettings, Settings
 from serving import recsys_pb2 as pb
 from serving.champion import Champion, Loaded
@@ -36,6 +37,7 @@ from serving.explain import add_items, asset_versions, described, last_actions, 
 from serving.filters import ItemFilters
 from serving.metrics import Metrics
 from serving.ranker import Batch, Computed, Ranker, TooSlow
+from serving.seldom import Seldom
 from serving.store import LAST_TS_AT, Raw, Store, UserState
 from serving.validation import EVERY_ITEM, NO_DIVERSITY, ItemFilter, Options
 from serving.wire import tail
@@ -50,6 +52,8 @@ COSTLY_USERS, COSTLY_ITEMS = 16, 1000
 """The same for answers whose items cost more than plain ones: some 30 ms of work, after which other calls get their turn."""
 ANSWER_SHARE = 0.8
 """Of the time that the caller still waits, what an answer may be computed in; the rest is for a lower tier and the way back."""
+TURN = 16
+"""Users answered on the event loop in one go: up to a millisecond each, of those who had thousands of items."""
 DIVERSE_FROM = 2000
 """Popular items from which an answer with a limit for each category is chosen."""
 MAX_WRITES = 1000
@@ -79,6 +83,11 @@ class Call:
     now: int
     remaining: float | None = None
 
+    @cached_property
+    def excluded(self) -> np.ndarray:
+        """int64: positions of the items that the call leaves out."""
+        return self.loaded.snapshot.positions_of(self.options.excluded)
+
 
 class Ladder:
     """Answers for users, one or many by the same path.
@@ -100,6 +109,7 @@ class Ladder:
         self.costly = Ranker("rank-costly", self._ranked, timeouts.batch_timeout_ms / 1000, COSTLY_USERS, self.metrics)
         self.rankers = (self.single, self.bulk, self.costly)
         self._writes: set[asyncio.Task[None]] = set()
+        self._faults = Seldom(log)
 
     async def recommend(self, user_id: bytes, options: Options, remaining: Remaining = no_deadline) -> bytes:
         """A RecommendResponse. `user_id` is checked UTF-8. Raises NotReady."""
@@ -181,9 +191,9 @@ class Ladder:
             made = await self._without_cache(call, [user_ids[at] for at in missing], [states[at] for at in missing], ranker)
             rest = iter(made)
             return [next(rest) if response is None else response for response in cached]
-        except Exception:
+        except Exception as error:  # noqa: BLE001
             self.counts["unexpected_failures"] += 1
-            log.exception("an answer failed; what is popular is served instead")
+            self._faults.fail(error, "an answer failed; what is popular is served instead")
             return [self._popular(call, UserRecord()) for _ in user_ids]
 
     # -- the tiers ----------------------------------------------------------------------------------------------
@@ -193,7 +203,7 @@ class Ladder:
         answer = state.answer
         if answer is None or call.options.needs_computing or not self._is_fresh(call, answer, state):
             return None
-        wire, items = self._kept(call, user_id, answer, call.loaded.snapshot.positions_of(call.options.excluded))
+        wire, items = self._kept(call, user_id, answer, call.excluded)
         if items < call.options.count:
             return None
         return self._response(wire, pb.CACHE, answer.release_id, answer.computed_at)
@@ -210,10 +220,13 @@ class Ladder:
         for answer in computed.values():
             self.counts[TIER_NAMES[answer.tier]] += 1
         self._write_back([(user_ids[at], answer.value) for at, answer in computed.items() if answer.value is not None])
-        answers = [
-            computed[at].response if at in computed else self._stale(call, user_id, states[at], records[at])
-            for at, user_id in enumerate(user_ids)
-        ]
+        answers: list[bytes | None] = []
+        for at, user_id in enumerate(user_ids):
+            if at in computed:
+                answers.append(computed[at].response)
+            else:
+                answers.append(self._stale(call, user_id, states[at], records[at]))
+                await _let_others(at)
         missing = [record for record, answer in zip(records, answers, strict=True) if answer is None]
         popular = iter(await self._popular_for(call, missing, ranker) if missing else ())
         return [next(popular) if answer is None else answer for answer in answers]
@@ -222,8 +235,12 @@ class Ladder:
         """What is popular for some users. Plain answers lie ready; the event loop is no place to make others."""
         if call.options.cost > 1:
             with suppress(TooSlow):
-                return await ranker.run(lambda: [self._popular(call, record) for record in records], call.remaining)
-        return [self._popular(call, record) for record in records]
+                return await ranker.run(lambda: [self._popular(call, record, True) for record in records], call.remaining)
+        answers = []
+        for at, record in enumerate(records):
+            answers.append(self._popular(call, record))
+            await _let_others(at)
+        return answers
 
     async def _compute(
         self, call: Call, user_ids: Sequence[str], records: Sequence[UserRecord], ranker: Ranker
@@ -234,9 +251,9 @@ class Ladder:
             return await ranker.compute(call.loaded, call.options, user_ids, records, call.now, remaining)
         except TooSlow as error:
             log.debug("%s", error)
-        except Exception:
+        except Exception as error:  # noqa: BLE001
             self.counts["failed_rankings"] += 1
-            log.exception("ranking failed")
+            self._faults.fail(error, "ranking failed")
         return []
 
     def _ranked(self, batch: Batch) -> list[Computed]:
@@ -257,14 +274,15 @@ class Ladder:
             device=context.device or None,
             country=context.country or None,
         )
-        wanted = max(options.count, keep) if options.plain else options.count
+        wanted = max(options.count, keep)  # among as many candidates, whatever is asked for
         if options.diversity != NO_DIVERSITY:
             wanted = max(wanted, POOL * options.count)
         servable, allowed = self._allowed(loaded, options.filter)
         ranked = rank(servable, loaded.trend, users, wanted, ranking, allowed)
         if options.diversity != NO_DIVERSITY:
             ranked = diversified(snapshot, loaded.filters, ranked, options.diversity, options.count)
-        values = loaded.encoder.encode(ranked.positions, ranked.scores, batch.now)
+        acted = [record.last_ts for record in batch.records]
+        values = loaded.encoder.encode(ranked.positions, ranked.scores, batch.now, acted)
         cacheable = options.plain and options.count <= keep
         personal = has_two_tower(users)
         computed = []
@@ -274,7 +292,10 @@ class Ladder:
                 tier = pb.REALTIME
             answer = CachedAnswer.decode(value)
             if options.explain:
-                response = self._explained(loaded, options, ranked, row, tier, answer.computed_at, record, users, ranking)
+                user = users.rows(slice(row, row + 1))
+                proposed = proposals(servable, loaded.trend, user, wanted, ranking, allowed)
+                last, at = user.last_items[0], answer.computed_at
+                response = self._explained(loaded, options, ranked, row, tier, at, record, last, proposed, ranking)
             else:
                 response = answer.first(options.count) + tail(tier, answer.release_id, answer.computed_at)
             computed.append(Computed(response, value if cacheable else None, tier))
@@ -288,28 +309,32 @@ class Ladder:
         return (loaded.with_unavailable if wanted.include_unavailable else loaded.snapshot), mask
 
     def _stale(self, call: Call, user_id: str, state: UserState, record: UserRecord) -> bytes | None:
-        """What is left of the cached answer when nothing better can be made; it can't serve a filter."""
-        answer = state.answer
-        if answer is None or call.options.filter != EVERY_ITEM or answer.release_id in call.loaded.withdrawn:
+        """What is left of the cached answer when nothing better can be made; it can't serve a filter or a limit."""
+        answer, options = state.answer, call.options
+        if answer is None or options.filter != EVERY_ITEM or options.diversity.max_per_category:
             return None
-        wire, items = self._kept(call, user_id, answer, unwanted(call.loaded.snapshot, record, call.options))
+        if answer.release_id in call.loaded.withdrawn:
+            return None
+        wire, items = self._kept(call, user_id, answer, unwanted(call, record))
         if not items:
             return None
         tier = pb.CACHE if self._is_fresh(call, answer, state) else pb.STALE_CACHE
         return self._response(wire, tier, answer.release_id, answer.computed_at)
 
-    def _popular(self, call: Call, record: UserRecord) -> bytes:
-        """What is trending and popular, from the list that lies ready."""
+    def _popular(self, call: Call, record: UserRecord, with_time: bool = False) -> bytes:
+        """What is trending and popular, from the list that lies ready. `with_time`: it may take some; no event loop waits."""
         loaded, options = call.loaded, call.options
         answer, ranked = loaded.popular_answer, loaded.popular
-        without = unwanted(loaded.snapshot, record, options)
-        if len(without) or options.filter != EVERY_ITEM or options.diversity.max_per_category:
-            ranked = _filtered(loaded, ranked, without, options)
+        without = unwanted(call, record)
+        if len(without) or options.filter != EVERY_ITEM or options.diversity != NO_DIVERSITY:
+            ranked = _filtered(loaded, ranked, without, options, with_time)
             answer = CachedAnswer.decode(loaded.encoder.encode(ranked.positions, ranked.scores, answer.computed_at)[0])
         self.counts["POPULAR"] += 1
         if options.explain:
-            ranking, computed_at = loaded.snapshot.ranking, answer.computed_at
-            return self._explained(loaded, options, ranked, 0, pb.POPULAR, computed_at, UserRecord(), loaded.nobody, ranking)
+            ranking, wanted, nobody = loaded.snapshot.ranking, loaded.popular.positions.shape[1], loaded.nobody
+            proposed = proposals(loaded.snapshot, loaded.trend, nobody, wanted, ranking)
+            last, at = nobody.last_items[0], answer.computed_at
+            return self._explained(loaded, options, ranked, 0, pb.POPULAR, at, UserRecord(), last, proposed, ranking)
         return answer.first(options.count) + tail(pb.POPULAR, answer.release_id, answer.computed_at)
 
     # -- parts of them ------------------------------------------------------------------------------------------
@@ -367,13 +392,13 @@ class Ladder:
         tier: int,
         computed_at: int,
         record: UserRecord,
-        users: Users,
+        last_items: np.ndarray,
+        proposed: Mapping[str, np.ndarray],
         ranking: RankingSettings,
     ) -> bytes:
         snapshot = loaded.snapshot
         response = pb.RecommendResponse(tier=pb.Tier.Name(tier), release_id=snapshot.release_id, computed_at_ms=computed_at)
-        of_user = users.rows(slice(row, row + 1))
-        add_items(response, snapshot, loaded.trend, ranked, row, record, of_user, ranking, options.count)
+        add_items(response, snapshot, ranked, row, record, last_items, proposed, ranking, options.count)
         response.explanation.weights.MergeFrom(parts_message(weights(ranking)))
         response.explanation.sources.extend(asset_versions(loaded.manifest.sources))
         response.explanation.last_actions.extend(last_actions(snapshot, record, ranking))
@@ -396,6 +421,12 @@ class Ladder:
             ranker.close()
 
 
+async def _let_others(at: int) -> None:
+    """Give other calls their turn after every TURN users whose answers are made on the event loop."""
+    if at % TURN == TURN - 1:
+        await asyncio.sleep(0)
+
+
 def _options_for(loaded: Loaded, options: Options) -> Options:
     """What is asked for, without what this release takes no notice of."""
     return options if loaded.snapshot.tower is not None else options.without_place_and_time
@@ -407,18 +438,19 @@ def has_two_tower(users: Users) -> np.ndarray:
 
 
 def is_known(snapshot: Snapshot, record: UserRecord) -> bool:
-    """Whether there is anything personal to rank by: a factor of the snapshot's model, or last items that it knows."""
+    """Whether there is anything personal to rank by: a factor of the snapshot's model, or items had last that it knows."""
     if record.als is not None and record.als_version == snapshot.als_version:
         return True
-    return any(item in snapshot.item_ids for item, _, _ in record.last)
+    known = snapshot.item_ids
+    return any(item in known for item, _, _ in record.last) or any(item in known for item in record.seen)
 
 
-def unwanted(snapshot: Snapshot, record: UserRecord, options: Options) -> np.ndarray:
+def unwanted(call: Call, record: UserRecord) -> np.ndarray:
     """int64: positions that a call leaves out, and those of what the user had already."""
-    excluded = snapshot.positions_of(options.excluded)
-    if not snapshot.ranking.exclude_consumed or options.include_consumed:
-        return excluded
-    return np.concatenate([excluded, consumed(snapshot, record, snapshot.ranking.max_consumed)])
+    snapshot = call.loaded.snapshot
+    if not snapshot.ranking.exclude_consumed or call.options.include_consumed:
+        return call.excluded
+    return np.concatenate([call.excluded, consumed(snapshot, record, snapshot.ranking.max_consumed)])
 
 
 def similar_items(loaded: Loaded, item_id: str, options: Options, same_category: bool) -> bytes:
@@ -467,18 +499,19 @@ def _mask(filters: ItemFilters, wanted: ItemFilter, snapshot: Snapshot) -> np.nd
     return snapshot.available if mask is None else mask
 
 
-def _filtered(loaded: Loaded, ranked: Ranked, without: np.ndarray, options: Options) -> Ranked:
+def _filtered(loaded: Loaded, ranked: Ranked, without: np.ndarray, options: Options, with_time: bool) -> Ranked:
     """One ranked row without some positions and those that a filter leaves out, as long as the answer is chosen from.
 
-    It runs on the event loop: of a filter whose mask is not there yet nothing passes.
+    Without time a filter whose mask is not there yet lets nothing pass, and of the diversity only the limit is kept.
     """
-    positions = ranked.positions[0]
+    positions, diversity = ranked.positions[0], options.diversity
     keep = (positions >= 0) & ~np.isin(positions, without)
     if options.filter != EVERY_ITEM:
         mask = loaded.filters.known(options.filter)
         keep &= np.zeros(len(positions), bool) if mask is None else mask[positions]
-    first = np.flatnonzero(keep)[: DIVERSE_FROM if options.diversity.max_per_category else options.count]
+    if not with_time:
+        diversity = replace(diversity, relevance=1.0)
+    pool = options.count if diversity == NO_DIVERSITY else POOL * options.count
+    first = np.flatnonzero(keep)[: DIVERSE_FROM if diversity.max_per_category else pool]
     kept = Ranked(ranked.positions[:, first], ranked.scores[:, first], ranked.parts[:, first])
-    if options.diversity.max_per_category:
-        return diversified(loaded.snapshot, loaded.filters, kept, replace(options.diversity, relevance=1.0), options.count)
-    return kept
+    return kept if diversity == NO_DIVERSITY else diversified(loaded.snapshot, loaded.filters, kept, diversity, options.count)

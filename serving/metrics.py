@@ -84,11 +84,11 @@ class Metrics:
         return self.latencies.setdefault(method, Histogram())
 
     def snapshot(self) -> dict[str, Any]:
-        """The numbers as JSON can hold them."""
+        """The numbers as JSON can hold them. Prometheus asks in a thread, while calls add names that were not there."""
         return {
             "events": dict(self.events),
-            "calls": [[method, status, count] for (method, status), count in self.calls.items()],
-            "latencies": {name: [h.counts, h.total] for name, h in self.latencies.items()},
+            "calls": [[method, status, count] for (method, status), count in self.calls.copy().items()],
+            "latencies": {name: [h.counts, h.total] for name, h in self.latencies.copy().items()},
             "steps": {name: [h.counts, h.total] for name, h in self.steps.items()},
             "gauges": {name: tell() for name, tell in self.gauges.items()},
             "info": {name: tell() for name, tell in self.info.items()},

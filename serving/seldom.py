@@ -9,19 +9,27 @@ SECONDS = 10.0
 
 
 class Seldom:
-    """Warns of one kind of thing at most once in SECONDS."""
+    """Tells of one kind of thing at most once in SECONDS, of errors one of each type."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
-        self._silent_until = 0.0
-        self._unsaid = 0
+        self._silent: dict[tuple[str, type], tuple[float, int]] = {}
 
     def warn(self, message: str, *arguments: object) -> None:
         """Log a message, or count it among those that are not logged."""
+        self._tell(logging.WARNING, message, arguments, None)
+
+    def fail(self, error: BaseException, message: str, *arguments: object) -> None:
+        """The same of an error, which is logged with its traceback."""
+        self._tell(logging.ERROR, message, arguments, error)
+
+    def _tell(self, level: int, message: str, arguments: tuple[object, ...], error: BaseException | None) -> None:
+        kind = message, type(error)
+        until, unsaid = self._silent.get(kind, (0.0, 0))
         now = time.monotonic()
-        if now < self._silent_until:
-            self._unsaid += 1
+        if now < until:
+            self._silent[kind] = until, unsaid + 1
             return
-        more = f" (and {self._unsaid} more like it)" if self._unsaid else ""
-        self._silent_until, self._unsaid = now + SECONDS, 0
-        self._log.warning(message + "%s", *arguments, more)
+        self._silent[kind] = now + SECONDS, 0
+        more = f" (and {unsaid} more like it)" if unsaid else ""
+        self._log.log(level, message + "%s", *arguments, more, exc_info=error)

@@ -32,6 +32,7 @@ from serving.ladder import Ladder, UnknownItem
 from serving.metrics import Metrics, serve_metrics
 from serving.ranker import TooSlow
 from serving.security import MissingSecret, Tokens, server_credentials
+from serving.seldom import Seldom
 from serving.store import LiveTrends, Store
 from serving.tracing import Tracing, passed_on, set_up_logging
 from serving.validation import (
@@ -109,9 +110,9 @@ class Recommender:
     async def recommend_batch(self, data: bytes, remaining: Remaining) -> bytes:
         request = parse(pb.RecommendBatchRequest, data)
         options = options_of(request, self._settings)
-        user_ids = list(request.user_ids)
-        check_batch(user_ids, len(user_ids), options, self._settings)
-        return joined_responses(await self._ladder.recommend_batch([u.encode() for u in user_ids], options, remaining))
+        check_batch(request.user_ids, len(request.user_ids), options, self._settings)
+        user_ids = [user_id.encode() for user_id in request.user_ids]
+        return joined_responses(await self._ladder.recommend_batch(user_ids, options, remaining))
 
     async def similar_items(self, data: bytes, remaining: Remaining) -> bytes:
         request = parse(pb.SimilarItemsRequest, data)
@@ -152,6 +153,7 @@ class Gate:
         self._streams = 0
         self._of_streams = 0
         self._readers: set[asyncio.Task[None]] = set()
+        self._faults = Seldom(log)
         metrics.gauges["calls_under_way"] = lambda: self.under_way
 
     @property
@@ -313,7 +315,7 @@ class Gate:
             status = next(s for kind, s in STATUSES.items() if isinstance(error, kind))
             return status, str(error)
         self._metrics.events["unexpected_failures"] += 1
-        log.error("%s failed", name, exc_info=error)
+        self._faults.fail(error, "%s failed", name)
         return grpc.StatusCode.UNAVAILABLE, "this answer failed; the server's log says why"
 
     def _ended(self, name: str, status: str, started: float, metadata: Any) -> None:

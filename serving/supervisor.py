@@ -105,7 +105,7 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> None
         of_workers = settings.model_copy(update={"serving": serving})
         workers = [Worker(k, of_workers) for k in range(count)]
         if metrics_port := settings.serving.metrics_port:
-            snapshots = lambda: [worker.snapshot for worker in workers if worker.snapshot]  # noqa: E731
+            snapshots = lambda: [found for worker in workers if (found := worker.snapshot)]  # noqa: E731
             serve_metrics(settings.serving.host, metrics_port, snapshots)
         keeping = [asyncio.create_task(_keep(worker, stopping)) for worker in workers]
         stopped = asyncio.create_task(stopping.wait())

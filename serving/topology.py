@@ -50,13 +50,13 @@ class Shard:
     _turn: int = field(default=0, repr=False)
 
     def reader(self) -> Node:
-        """The next node in turn that answers."""
+        """The next node in turn that answers, or that is to be asked whether it answers again."""
         count = len(self.readers)
         if count == 1:
             return self.readers[0]
         self._turn = (self._turn + 1) % count
         turns = [self.readers[(self._turn + i) % count] for i in range(count)]
-        return next((node for node in turns if not node.breaker.open), turns[0])
+        return next((node for node in turns if node.breaker.passes), turns[0])
 
 
 @dataclass

@@ -114,6 +114,15 @@ def test_materializing_the_champion_alone_does_not_get_around_the_gate(night: Ni
     assert night.served == first
 
 
+def test_records_of_an_older_day_do_not_take_the_place_of_those_that_are_served(night: Night) -> None:
+    prepare_night(night.lake, "2026-01-01", night.settings, GOOD)
+    served = made(night.run(), "release")["release_id"]
+    result = night.run(dg.AssetKey("online_features"), day="2026-01-01")
+    assert not result.success
+    [failure] = [e for e in result.all_events if e.is_step_failure]
+    assert f"2026-01-01 is over, release {served} is served" in str(failure.step_failure_data.user_failure_data)
+
+
 def test_without_a_judged_release_there_is_no_champion(night: Night) -> None:
     assert not night.run(dg.AssetKey("champion")).success
     assert night.served is None

@@ -42,6 +42,7 @@ from recsys_core.tower import TowerInputs
 from serving import recsys_pb2 as pb
 
 IDS = ["a", "ü-item", "x" * 200, "item-4"]
+MOMENTS = st.integers(0, 400_000)
 
 
 def values_of(record: UserRecord) -> list[bytes | None]:
@@ -127,7 +128,7 @@ def test_every_truncation_is_corrupt() -> None:
 
 def test_an_answer_of_another_format_is_corrupt() -> None:
     value = encode_one([0], [1.0])
-    with pytest.raises(CorruptValue, match="format 1, this process reads 2"):
+    with pytest.raises(CorruptValue, match="format 1, this process reads 3"):
         CachedAnswer.decode(b"\x01" + value[1:])
 
 
@@ -143,12 +144,13 @@ def test_any_byte_that_is_changed_is_noticed(at: int, to: int, count: int, long:
 
 
 @settings(deadline=None)
-@given(at=st.integers(0, 400_000), oldest=st.integers(0, 400_000), last_ts=st.integers(0, 400_000), now=st.integers(0, 400_000))
-def test_the_fast_path_takes_exactly_what_is_fresh(at: int, oldest: int, last_ts: int, now: int) -> None:
-    value = encode_one([0, 1, 3], [3.0, 2.0, 1.0], at=at)
+@given(at=MOMENTS, acted=MOMENTS, oldest=MOMENTS, last_ts=MOMENTS, now=MOMENTS)
+def test_the_fast_path_takes_exactly_what_is_fresh(at: int, acted: int, oldest: int, last_ts: int, now: int) -> None:
+    positions, scores = np.array([[0, 1, 3]]), np.array([[3.0, 2.0, 1.0]], np.float32)
+    [value] = AnswerEncoder("r1", ItemIds(IDS)).encode(positions, scores, at, [acted])
     answer = CachedAnswer.decode(value)
     fast = first_items(value, b"r1", 2, now, oldest, last_ts)
-    assert (fast is not None) == answer.is_fresh(now, oldest, last_ts)
+    assert (fast is not None) == answer.is_fresh(now, oldest, last_ts) == (oldest <= at <= now + CLOCK_MS and last_ts <= acted)
     assert fast is None or fast == (answer.first(2), at)
     assert first_items(value, b"r1", 4, now, oldest, last_ts) is first_items(value, b"r2", 2, now, oldest, last_ts) is None
 

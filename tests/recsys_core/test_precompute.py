@@ -8,7 +8,7 @@ from builders import ms
 from hypothesis import HealthCheck, given
 from hypothesis import settings as property_settings
 from hypothesis import strategies as st
-from snapshots import make_snapshot, with_two_tower
+from snapshots import make_manifest, make_snapshot, with_two_tower
 
 from recsys_cli.stack import redis_server
 from recsys_core.bundle import TRENDING_ITEMS
@@ -31,9 +31,11 @@ from recsys_core.online import (
 from recsys_core.popularity import TRENDS_SCHEMA
 from recsys_core.precompute import (
     CachePlan,
+    NewerRecords,
     UnfinishedCaches,
     WriteReport,
     _covered,
+    check_day_of_records,
     finish_caches,
     plan_caches,
     read_plan,
@@ -178,6 +180,16 @@ def test_what_is_written_expires(redis, lake, settings):
     assert 0 < redis.ttl(TRENDING_KEY) <= 60
 
 
+def test_records_of_a_day_are_refused_when_a_later_one_is_served_and_not_after_a_rollback():
+    served = make_manifest(SNAPSHOT)
+    check_day_of_records("2025-12-31", "older", None)
+    check_day_of_records(served.day, "made again", served)
+    check_day_of_records("2026-01-02", "newer", served)
+    check_day_of_records("2025-12-31", SNAPSHOT.als_version, served)
+    with pytest.raises(NewerRecords, match=f"release {served.release_id} is served; materialize {served.day} instead"):
+        check_day_of_records("2025-12-31", "older", served)
+
+
 def test_the_cached_answers_are_what_the_scoring_path_gives_for_the_records(redis, lake, settings):
     write_features(lake)
     names = [row["user_id"] for row in USERS]
@@ -194,6 +206,7 @@ def test_the_cached_answers_are_what_the_scoring_path_gives_for_the_records(redi
         assert len(items) == 10
         assert answer.release_id == SNAPSHOT.release_id
         assert before <= answer.computed_at <= now_ms()
+        assert answer.acted == read_records(redis, [user])[0].last_ts > 0
     assert not {item for item, _ in answer_of(redis, "ann").items()} & {"item-3", "item-13", "item-23", "item-0", "item-7"}
     assert len({tuple(item for item, _ in answer_of(redis, user).items()) for user in names}) == 4
 

@@ -103,6 +103,20 @@ def test_a_flipped_byte_anywhere_is_refused_and_never_promoted(releases: Release
     assert releases.champion() is None
 
 
+def test_the_manifest_that_is_verified_is_the_one_that_is_used(releases: Releases, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may write over it between two looks."""
+    pointer, read, looks = releases.promote(NAME), releases._bytes, []
+    other = json.dumps(json.loads(file_of(releases, MANIFEST).read_text()) | {"day": "2020-01-01"}).encode()
+
+    def bytes_of(release_id: str, name: str) -> bytes:
+        looks.append(name)
+        return other if name == MANIFEST and looks.count(MANIFEST) == 1 else read(release_id, name)
+
+    monkeypatch.setattr(releases, "_bytes", bytes_of)
+    with pytest.raises(ReleaseError, match="not the one that was promoted"):
+        releases.load(NAME, pointer.manifest_sha256)
+
+
 def test_a_shorter_file_is_refused_with_both_sizes(releases: Releases) -> None:
     path = file_of(releases, "popular.npy")
     size = path.stat().st_size
@@ -167,6 +181,28 @@ def test_a_pointer_without_a_history_is_read(releases: Releases) -> None:
     Path(releases.path(CHAMPION)).write_text('{"release_id": "a", "manifest_sha256": "b", "promoted_at": 1.0}')
     assert releases.champion() == Pointer("a", "b", 1.0)
     Path(releases.path(CHAMPION)).write_text("[]")
+    with pytest.raises(ReleaseError, match="not a pointer"):
+        releases.champion()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"manifest_sha256": ""},
+        {"manifest_sha256": None},
+        {"promoted_at": "yesterday"},
+        {"promoted_at": float("nan")},
+        {"sequence": "7"},
+        {"previous": "2026-01-01.a"},
+        {"withdrawn": {"2026-01-01.a": 1}},
+        {"release_id": 5},
+    ],
+    ids=repr,
+)
+def test_a_pointer_that_says_odd_things_is_none(releases: Releases, odd: dict[str, object]) -> None:
+    said = {"release_id": "a", "manifest_sha256": "b", "promoted_at": 1.0, "sequence": 3, "previous": ["c"], **odd}
+    Path(releases.path(CHAMPION)).parent.mkdir(parents=True, exist_ok=True)
+    Path(releases.path(CHAMPION)).write_text(json.dumps(said))
     with pytest.raises(ReleaseError, match="not a pointer"):
         releases.champion()
 

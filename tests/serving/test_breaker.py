@@ -1,14 +1,17 @@
-"""When a dependency is left out, and how often that is said."""
+"""When a dependency is left out, how often that is said, and the numbers of it."""
 
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 import time
 
 import pytest
 
 from serving import seldom
 from serving.breaker import TIMEOUTS_TO_OPEN, Breaker
+from serving.metrics import Metrics
 from serving.seldom import Seldom
 
 
@@ -48,3 +51,25 @@ def test_what_happens_all_the_time_is_told_now_and_then_with_how_often_it_happen
     time.sleep(0.11)
     told.warn("number %d", 100)
     assert [record.getMessage() for record in caplog.records] == ["number 0", "number 100 (and 99 more like it)"]
+
+
+def test_the_numbers_may_be_asked_for_while_calls_add_names() -> None:
+    metrics = Metrics()
+
+    def add() -> None:
+        for number in range(2000):
+            metrics.calls["Recommend", str(number)] += 1
+            metrics.events[str(number)] += 1
+            metrics.latency(str(number)).observe(0.1)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        adding = threading.Thread(target=add)
+        adding.start()
+        while adding.is_alive():
+            metrics.snapshot()
+        adding.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(metrics.snapshot()["calls"]) == 2000

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -14,7 +14,7 @@ import pytest
 from worlds import World
 
 from serving import recsys_pb2 as pb
-from serving.client import AsyncRecsysClient, ClientOptions, RecsysClient, RecsysError
+from serving.client import AsyncRecsysClient, ClientOptions, Filter, RecsysClient, RecsysError
 from serving.recsys_pb2_grpc import RecommenderServicer, add_RecommenderServicer_to_server
 
 
@@ -174,3 +174,20 @@ async def test_the_asyncio_client_gives_what_the_other_gives(world: World) -> No
         assert (await client.get_release()).release_id == world.snapshot.release_id
         with pytest.raises(RecsysError, match="NOT_FOUND"):
             await client.similar_items("never")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client: client.recommend("ann", categories="sports"),
+        lambda client: client.recommend("ann", exclude="item-1"),
+        lambda client: client.recommend("ann", filter=Filter(attributes={"colour": "red"})),
+        lambda client: client.recommend_batch("ann"),
+        lambda client: client.recommend_batch(["ann"], exclude="item-1"),
+        lambda client: client.similar_items("item-1", categories="sports"),
+        lambda client: client.trending(exclude="item-1"),
+    ],
+)
+def test_a_text_in_the_place_of_a_list_is_not_taken_letter_by_letter(ask: Callable[[RecsysClient], object]) -> None:
+    with RecsysClient("127.0.0.1:1") as client, pytest.raises(TypeError, match=r"'.+'; it must be a list"):
+        ask(client)

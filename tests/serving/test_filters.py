@@ -81,6 +81,13 @@ class TestFilters:
         assert len(found) == 50
         assert all(map(holds, found))
 
+    def test_no_call_waits_until_the_attributes_of_all_items_are_read(
+        self, shop: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("serving.filters.Members", lambda _: 1 / 0)
+        answer = shop.client.recommend("ann", 30, filter=Filter(attributes={"colour": ["red"]}))
+        assert {number % 3 for number in numbers(answer)} == {0}
+
     def test_all_conditions_hold_together(self, shop: World) -> None:
         wanted = Filter(min_price=50, max_price=450, attributes={"colour": ["blue"]})
         found = numbers(shop.client.recommend("ann", 20, categories=["books"], filter=wanted))

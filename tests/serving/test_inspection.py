@@ -77,6 +77,15 @@ def test_what_the_server_refuses_is_said(page: str) -> None:
     assert ask(page, "/api/item/never") == (404, {"error": "NOT_FOUND: item_id 'never' is not in release 2026-01-01.a"})
     assert ask(page, "/api/user/" + "x" * 300)[0] == 400
     assert ask(page, "/api/user/ann?count=many") == (400, {"error": "count is 'many'; it must be a whole number"})
+    assert ask(page, "/api/user/ann?count=-99999999999")[0] == 400
+
+
+def test_a_catalogue_that_cannot_be_read_is_said(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: Lake) -> None:
+        raise OSError("the store is away")
+
+    monkeypatch.setattr("serving.inspection.read_catalog", away)
+    assert ask(page, "/api/user/ann") == (500, {"error": "OSError: the log of `recsys inspect` says more"})
 
 
 def test_the_release_links_to_its_assets(page: str) -> None:

@@ -24,7 +24,7 @@ from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
 from recsys_core.evaluation import SERVED, compare, evaluate_snapshot
 from recsys_core.events import DAY_MS, HOUR_MS, MINUTE_MS, hour_keys
 from recsys_core.features import USER_FEATURES, user_summaries
-from recsys_core.holdout import TWO_TOWER, Past, Split, aligned, fit_holdout, time_split, users_then
+from recsys_core.holdout import TWO_TOWER, Past, Split, aligned, fit_holdout, time_split, trend_then, users_then
 from recsys_core.index import unit_rows
 from recsys_core.lake import Lake
 from recsys_core.live import UPDATE, LiveEvent, UserWriter, few_user_updates
@@ -179,12 +179,16 @@ def had(one: Night, user: str) -> set[str]:
 
 def under_a_filter(one: Night, trend: Trend, category: str) -> dict[str, list[str]]:
     """What the evaluation would judge if every user asked for one category."""
+    return ranked_then(one, trend, KEPT, one.snapshot.in_categories([category]))
+
+
+def ranked_then(one: Night, trend: Trend, count: int, allowed: np.ndarray | None = None) -> dict[str, list[str]]:
+    """What the release gives to the users as they were at midnight."""
     split, snapshot = one.split, one.snapshot
     factors = aligned(read_factors(one.lake, ALS_FACTORS, BEFORE, "users", split.users), split.users)
     past = Past(split.users, factors, split.items, split.seen, MIDNIGHT)
     users = users_then(one.lake, snapshot, past, snapshot.ranking, one.settings)
-    allowed = snapshot.in_categories([category])
-    ranked = rank(snapshot, trend, users, KEPT, snapshot.ranking, allowed)
+    ranked = rank(snapshot, trend, users, count, snapshot.ranking, allowed)
     return {
         user: [snapshot.item_ids[at] for at in row if at >= 0]
         for user, row in zip(split.users.tolist(), ranked.positions, strict=True)
@@ -231,6 +235,13 @@ def test_the_server_and_the_caches_answer_what_the_evaluation_judged(
         list(write_shards(redis, one.lake, plan, step, one.snapshot, trend, one.settings))
     for user, items in one.judged.items():
         assert [name for name, _ in CachedAnswer.decode(redis.get(recs_key(user))).items()] == items
+
+
+def test_the_first_items_are_judged_among_as_many_candidates_as_the_caches_have(made: Path, tmp_path: Path) -> None:
+    settings = Settings(evaluation={"ks": (5,), "bootstrap": 10})
+    one = night(made, tmp_path, settings, False, candidates=10, popular=5, trending=5)
+    cached = ranked_then(one, trend_then(one.lake, one.snapshot, MIDNIGHT, settings), settings.cache.items)
+    assert one.judged == {user: items[:5] for user, items in cached.items()}
 
 
 def of_today(one: Night, user: int) -> list[tuple[str, int]]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from snapshots import make_snapshot
+from snapshots import make_snapshot, with_two_tower
 from worlds import World, eventually, now_ms
 
 from recsys_core.online import CachedAnswer, UserRecord, recs_key, user_key
+from recsys_core.ranking import Snapshot
+from serving import ladder, validation
 from serving import recsys_pb2 as pb
-from serving import validation
-from serving.client import Recommendation, RecsysError
+from serving.client import Diversity, Filter, Recommendation, RecsysError
+from serving.ladder import BATCH_USERS
 
 HOUR_MS = 3_600_000
 
@@ -54,6 +59,23 @@ class TestTiers:
         alike = [item for item in ids(answer) if int(item.removeprefix("item-")) % 10 == 0]
         assert len(alike) >= 8, "items of the cluster that both actions are of"
 
+    def test_a_user_of_whose_items_only_older_ones_are_known_is_answered_as_the_caches_are(self, world: World) -> None:
+        """A release that is a day behind: the factor is of another one, and what the user did last is newer than its items."""
+        record = UserRecord(
+            last=(("of today", "view", 5),),
+            last_ts=5,
+            seen=("item-20", "item-30"),
+            als_version="another",
+            als=world.snapshot.als_items[1],
+        )
+        world.put_record("ann", record)
+        computed = world.client.recommend("ann", 50)
+        eventually(lambda: world.redis.client.exists(recs_key("ann")))
+        world.put_answers({"ann": record})
+        cached = world.client.recommend("ann", 50)
+        assert (computed.tier, cached.tier) == ("REALTIME_ALS_ONLY", "CACHE")
+        assert ids(computed) == ids(cached)
+
     def test_a_stale_answer_is_recomputed_when_the_record_allows_it(self, world: World) -> None:
         world.put_cached_user("ann", computed_at=now_ms() - 2 * HOUR_MS)
         assert world.client.recommend("ann").tier == "REALTIME_ALS_ONLY"
@@ -74,14 +96,16 @@ class TestTiers:
         time.sleep(0.1)
         assert not world.redis.client.exists(recs_key("nobody")), "made-up users don't fill Redis"
 
-    def test_no_tier_gives_a_heavy_user_what_they_had(self, world: World) -> None:
+    def test_no_tier_gives_a_heavy_user_what_they_had(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         had = [f"item-{at}" for at in range(300)]
         world.put_answers({"ann": UserRecord()}, computed_at=now_ms() - 2 * HOUR_MS)
         for user in ("ann", "bob"):
             world.put_record(user, UserRecord.with_items([*had, "item-310"], 50, 10_000))
-        stale = world.client.recommend("ann", 5)
-        assert set(cached_ids(world, "ann")) < {*had}
-        popular = world.client.recommend("bob", 5, exclude=["item-301"])
+        with monkeypatch.context() as patched:
+            patched.setattr("serving.ladder.rank", lambda *_: 1 / 0)
+            stale = world.client.recommend("ann", 5)
+            assert set(cached_ids(world, "ann")) < {*had}
+            popular = world.client.recommend("bob", 5, exclude=["item-301"])
         assert (stale.tier, popular.tier) == ("POPULAR", "POPULAR"), "nothing of the old answer is left"
         assert ids(popular) == ["item-300", "item-302", "item-303", "item-304", "item-305"]
         world.put_record("eve", UserRecord.with_items(had, 50, 10_000, last=(("item-7", "view", 1),), last_ts=1))
@@ -144,10 +168,24 @@ class TestFreshActions:
         eventually(lambda: clicked not in cached_ids(world, "ann"))
         assert world.client.recommend("ann").tier == "CACHE"
 
-    def test_a_click_before_the_answer_was_made_leaves_it_fresh(self, world: World) -> None:
-        world.put_cached_user("ann")
-        world.put_record("ann", UserRecord(last_ts=now_ms() - 60_000))
+    def test_a_click_that_the_answer_knows_leaves_it_fresh(self, world: World) -> None:
+        clicked = UserRecord(last=(("item-5", "click", now_ms() - 60_000),), last_ts=now_ms() - 60_000)
+        world.put_record("ann", clicked)
+        world.put_answers({"ann": clicked})
         assert world.client.recommend("ann").tier == "CACHE"
+
+    def test_a_click_that_arrives_after_the_answer_that_follows_it_is_not_overlooked(self, world: World) -> None:
+        """A page asks for recommendations at once, while its own view is still on its way."""
+        world.put_known_user("ann")
+        clicked, moment = ids(world.client.recommend("ann"))[0], now_ms()
+        time.sleep(0.005)
+        world.put_record("ann", UserRecord(last=(("item-5", "view", moment - 10),), last_ts=moment - 10))
+        before = world.client.recommend("ann")
+        assert (before.tier, clicked in ids(before)) == ("REALTIME_ALS_ONLY", True)
+        eventually(lambda: CachedAnswer.decode(world.redis.client.get(recs_key("ann"))).computed_at > moment)
+        world.put_record("ann", UserRecord(last=((clicked, "click", moment),), last_ts=moment))
+        after = world.client.recommend("ann")
+        assert (after.tier, clicked in ids(after)) == ("REALTIME_ALS_ONLY", False)
 
     def test_the_item_that_is_looked_at_moves_the_answer_and_is_not_in_it(self, world: World) -> None:
         world.put_cached_user("ann", taste=1)
@@ -199,14 +237,18 @@ class TestLeftOut:
         assert (answer.tier, answer.release_id) == ("CACHE", "2026-01-01.a")
         assert ids(answer) == lying[1:11]
 
-    def test_consumed_items_are_never_returned(self, world: World) -> None:
+    def test_consumed_items_are_never_returned(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = [f"item-{i}" for i in range(0, 200, 10)]
         world.put_known_user("ann", taste=0, seen=seen)
-        world.put_record("bob", UserRecord(seen=("item-0", "item-1")))
+        for user in ("bob", "eve"):
+            world.put_record(user, UserRecord(seen=("item-0", "item-1")))
         assert not set(seen) & set(ids(world.client.recommend("ann", 100)))
-        popular = world.client.recommend("bob", 5)
-        assert popular.tier == "POPULAR"
-        assert not {"item-0", "item-1"} & set(ids(popular))
+        computed = world.client.recommend("bob", 5)
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: 1 / 0)
+        popular = world.client.recommend("eve", 5)
+        assert (computed.tier, popular.tier) == ("REALTIME_ALS_ONLY", "POPULAR")
+        for answer in (computed, popular):
+            assert not {"item-0", "item-1"} & set(ids(answer))
 
     @pytest.mark.parametrize("computed_at", [None, now_ms() - 3 * HOUR_MS], ids=["nothing cached", "cached and stale"])
     def test_nothing_that_a_user_did_since_the_night_is_returned(
@@ -253,6 +295,30 @@ class TestLeftOut:
         monkeypatch.setattr("serving.ladder.rank", lambda *_: 1 / 0)
         answer = world.client.recommend("nobody", 5, categories=["books/comics"])
         assert [int(i.removeprefix("item-")) % 5 for i in ids(answer)] == [3] * 5
+
+
+class TestDiversity:
+    def test_a_limit_for_categories_holds_in_every_tier(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        world.put_cached_user("ann", computed_at=now_ms() - 2 * HOUR_MS)
+        shape = Diversity(max_per_category=1)
+        tiers = [world.client.recommend("ann", 5, diversity=shape, explain=True)]
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: 1 / 0)
+        tiers += [world.client.recommend(user, 5, diversity=shape, explain=True) for user in ("ann", "nobody")]
+        assert [answer.tier for answer in tiers] == ["REALTIME_ALS_ONLY", "POPULAR", "POPULAR"]
+        for answer in tiers:
+            assert max(Counter(item.category for item in answer if item.category).values()) == 1
+
+    def test_what_is_popular_differs_as_much_as_is_asked_for(self, world: World) -> None:
+        plain = ids(world.client.recommend("nobody", 10))
+        chosen = ids(world.client.recommend("nobody", 10, diversity=Diversity(relevance=0.1)))
+        assert chosen[0] == plain[0]
+        units = world.snapshot.als_items / np.linalg.norm(world.snapshot.als_items, axis=1, keepdims=True)
+
+        def likeness(items: list[str]) -> float:
+            vectors = units[[world.snapshot.item_ids.position(item) for item in items]]
+            return float((vectors @ vectors.T).sum())
+
+        assert likeness(chosen) < likeness(plain) / 2
 
 
 class TestCounts:
@@ -304,9 +370,56 @@ class TestExplain:
             assert [(item.item_id, item.sources) for item in answer] == [(item.item_id, item.sources) for item in alone]
             assert any("als" in item.sources for item in answer)
 
-    def test_an_explained_answer_is_the_computed_one(self, world: World) -> None:
-        world.put_known_user("ann")
-        assert ids(world.client.recommend("ann", explain=True)) == ids(world.client.recommend("ann"))
+    def test_items_had_before_the_last_actions_have_their_share_and_are_not_named(self, world: World) -> None:
+        last, seen = ("item-25", "item-17"), ("item-2", "item-400", "item-33", "item-34")
+        actions = tuple((item, "view", 9 - at) for at, item in enumerate([last[0], last[0], last[0], last[1]]))
+        world.put_record("ann", UserRecord(last=actions, last_ts=9, seen=seen))
+        snapshot, ranking = world.snapshot, world.snapshot.ranking
+        units = snapshot.als_items / np.linalg.norm(snapshot.als_items, axis=1, keepdims=True)
+        of_last = [snapshot.item_ids.position(item) for item in (*last, *seen)][: ranking.last_items]
+        vectors = units[of_last] * ranking.session_decay ** np.arange(len(of_last))[:, None]
+        vectors *= ranking.session_weight / np.linalg.norm(vectors.sum(axis=0))
+        answer = world.client.recommend("ann", 20, explain=True)
+        assert answer.weights is not None
+        for item in answer:
+            assert item.parts is not None
+            added = dict(zip(of_last, vectors @ units[snapshot.item_ids.position(item.item_id)], strict=True))
+            assert sum(added.values()) == pytest.approx(answer.weights["session"] * item.parts["session"], abs=1e-5)
+            assert item.moved_by
+            for action in item.moved_by:
+                assert action.item_id in last
+                assert action.strength == pytest.approx(added[snapshot.item_ids.position(action.item_id)], abs=1e-5)
+
+    @pytest.mark.parametrize("had", [0, 120], ids=["few items had", "many of the nearest had"])
+    def test_every_item_has_the_generators_that_proposed_it_under_any_filter(self, empty_world: World, had: int) -> None:
+        snapshot = with_two_tower(make_snapshot(unavailable=(3, 4)), ["ann"])
+        ranking = snapshot.ranking.model_copy(update={"popular": 5, "candidates": 100})
+        empty_world.promote(replace(snapshot, ranking=ranking))
+        empty_world.start()
+        nearest = np.argsort(-snapshot.als_items @ snapshot.als_items[0])[:had]
+        empty_world.put_known_user("ann", seen=[f"item-{at}" for at in nearest])
+        empty_world.put_record("ann", UserRecord(last=(("item-25", "view", 1),), last_ts=1))
+        found: set[str] = set()
+        for wanted in (None, Filter(min_price=80), Filter(include_unavailable=True)):
+            for shape in (None, Diversity(relevance=0.5)):
+                for user in ("ann", "nobody"):
+                    answer = empty_world.client.recommend(user, 15, filter=wanted, diversity=shape, explain=True)
+                    assert len(answer) == 15
+                    assert all(item.sources for item in answer)
+                    found.update(*(item.sources for item in answer))
+        assert found == {"als", "two_tower", "session", "popular"}
+
+    def test_an_explained_answer_is_the_computed_one_however_few_candidates_there_are(self, empty_world: World) -> None:
+        snapshot = make_snapshot()
+        ranking = snapshot.ranking.model_copy(update={"popular": 1, "candidates": 10, "trending": 0, "session_neighbours": 1})
+        empty_world.promote(replace(snapshot, ranking=ranking))
+        empty_world.start()
+        for taste in range(20):
+            user = f"user-{taste}"
+            empty_world.put_known_user(user, taste)
+            explained = empty_world.client.recommend(user, 5, explain=True)
+            under_a_filter = empty_world.client.recommend(user, 5, filter=Filter(min_price=0))
+            assert ids(explained) == ids(under_a_filter) == ids(empty_world.client.recommend(user, 5))
 
 
 class TestBatch:
@@ -340,6 +453,54 @@ class TestBatch:
         hit = world.client.recommend_batch(list(records), 50)
         assert {a.tier for a in hit} == {"CACHE"}
         assert [ids(a) for a in hit] == [ids(a) for a in missed]
+
+    def test_what_is_left_out_for_all_is_looked_up_once(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        records = {f"user-{at}": world.put_known_user(f"user-{at}", taste=at) for at in range(100)}
+        world.put_answers(records)
+        asked = 0
+        positions_of = Snapshot.positions_of
+
+        def counted(snapshot: Snapshot, item_ids: Iterable[str]) -> np.ndarray:
+            nonlocal asked
+            asked += len(list(item_ids)) == 400
+            return positions_of(snapshot, item_ids)
+
+        monkeypatch.setattr(Snapshot, "positions_of", counted)
+        excluded = [f"item-{at}" for at in range(50, 250)] + [f"other-{at}" for at in range(200)]
+        answers = world.client.recommend_batch(list(records), 5, exclude=excluded)
+        assert {answer.tier for answer in answers} == {"CACHE"}
+        assert asked == 1
+
+    @pytest.mark.parametrize("stale", [True, False], ids=["stale answers", "popular items"])
+    def test_other_calls_get_their_turn_while_many_users_are_answered_without_ranking(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, stale: bool
+    ) -> None:
+        users = [f"user-{at}" for at in range(BATCH_USERS)]
+        records = {user: world.put_known_user(user, seen=("item-7",)) for user in users}
+        if stale:
+            world.put_answers(records, computed_at=now_ms() - 2 * HOUR_MS)
+        monkeypatch.setattr("serving.ladder.rank", lambda *_: 1 / 0)
+        turns, begun = 0, False
+        of_user = ladder.unwanted
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            world.call_soon(turn) if turns < 10_000 else None
+
+        def unwanted(*of: Any) -> np.ndarray:
+            nonlocal begun, turns
+            if not begun:
+                begun, turns = True, 0
+                world.call_soon(turn)
+            last.append(turns)
+            return of_user(*of)
+
+        last: list[int] = []
+        monkeypatch.setattr(ladder, "unwanted", unwanted)
+        answers = world.client.recommend_batch(users, 5)
+        assert {answer.tier for answer in answers} == {"STALE_CACHE" if stale else "POPULAR"}
+        assert last[-1] >= BATCH_USERS / ladder.TURN - 1
 
 
 class TestSimilarItems:

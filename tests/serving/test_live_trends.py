@@ -45,6 +45,7 @@ def test_a_few_live_events_do_not_take_the_place_of_what_an_hour_has_counted(wor
 JUNK: dict[str, Callable[[World], object]] = {
     "a source that is no JSON": lambda world: world.redis.client.hset(SOURCES_KEY, SOURCE, b"{"),
     "a source that says too little": lambda world: world.redis.client.hset(SOURCES_KEY, SOURCE, b"5"),
+    "a source of very short buckets": lambda world: world.redis.client.hset(SOURCES_KEY, SOURCE, b"[0, 1, 86400000]"),
     "sources of another type": lambda world: world.redis.client.set(SOURCES_KEY, b"text"),
     "a count that is no number": lambda world: world.redis.client.hset(live_bucket(world), "item-1", "many"),
     "a bucket of another type": lambda world: world.redis.client.set(live_bucket(world), b"text"),

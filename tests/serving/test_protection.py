@@ -298,9 +298,9 @@ class TestLimits:
             made.append((threading.current_thread().name, len(batch.records) * batch.options.count))
             return ranked(batch)
 
-        def noted_popular(ladder: Ladder, call: Call, record: UserRecord) -> bytes:
+        def noted_popular(ladder: Ladder, call: Call, record: UserRecord, with_time: bool) -> bytes:
             made.append((threading.current_thread().name, 1000))
-            return popular(ladder, call, record)
+            return popular(ladder, call, record, with_time)
 
         world.server.ladder.costly._work = noted
         monkeypatch.setattr(Ladder, "_popular", noted_popular)

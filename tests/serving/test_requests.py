@@ -169,6 +169,21 @@ def test_a_fault_in_an_answer_is_logged_and_popular_is_served(
     assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.parametrize("where", ["is_known", "rank"])
+def test_what_fails_with_every_call_is_told_now_and_then(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    world.put_known_user("ann")
+    monkeypatch.setattr(f"serving.ladder.{where}", lambda *_: 1 / 0)
+    monkeypatch.setattr("serving.ladder.similar_items", lambda *_: {}["x"])
+    for _ in range(20):
+        assert world.client.recommend("ann").tier == "POPULAR"
+        with pytest.raises(RecsysError):
+            world.client.similar_items("item-1")
+    told = [record.exc_info[0] for record in caplog.records if record.exc_info]
+    assert sorted(kind.__name__ for kind in told) == ["KeyError", "ZeroDivisionError"]
+
+
 def test_an_unknown_method_is_unimplemented(world: World) -> None:
     assert call_raw(world, "Guess", b"")[0] is grpc.StatusCode.UNIMPLEMENTED
 

@@ -21,7 +21,7 @@ from serving.metrics import Metrics
 from serving.node import GATHER_SECONDS, GATHERED_USERS, NOTHING, Link, Node
 from serving.resp import Endpoint, Login, Pipelined, RespError, Sink
 from serving.store import Store
-from serving.topology import OneServer
+from serving.topology import Layout, OneServer, Shard
 
 
 def put(client: redis.Redis, user: str) -> None:
@@ -78,6 +78,41 @@ async def test_a_redis_that_comes_back_is_found(redis_server: RedisServer) -> No
         await asyncio.sleep(0.05)
     assert not reading.breaker.open
     await reading.close()
+
+
+async def test_a_replica_that_comes_back_is_read_again(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Others answer meanwhile, and no caller but a probe finds out that it does."""
+    away = RedisServer(tmp_path / "replica")
+    (tmp_path / "replica").mkdir()
+    away.start()
+    settings, metrics = RedisSettings(timeout_ms=10_000), Metrics()
+    master, replica = (
+        Node(server.url, Pipelined(Endpoint.of_url(server.url)), 10.0, metrics) for server in (redis_server, away)
+    )
+    one = OneServer(settings, metrics, master)
+    one.layout = Layout([Shard(master, [master, replica])])
+    reading = Store(settings, 3600, metrics, one)
+    put(redis_server.client, "ann")
+
+    async def read_until(is_open: bool) -> None:
+        async with asyncio.timeout(20):
+            while replica.breaker.open is not is_open:
+                await reading.read([b"ann"])
+                await asyncio.sleep(0.005)
+
+    try:
+        away.kill()
+        await read_until(True)
+        assert b"ann" in [(await reading.read([b"ann"]))[0][1] for _ in range(10)], "the other one answers"
+        away.start()
+        put(away.client, "ann")
+        await read_until(False)
+        assert [(await reading.read([b"ann"]))[0][1] for _ in range(10)] == [b"ann"] * 10
+        assert int(away.client.info("commandstats")["cmdstat_hmget"]["calls"]) >= 5
+    finally:
+        await reading.close()
+        await replica.close()
+        away.stop()
 
 
 async def test_login_database_and_socket_of_the_url_are_used(tmp_path: Path) -> None:

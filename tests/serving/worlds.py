@@ -166,7 +166,8 @@ class World:
         users = users_of(self.snapshot, list(records.values()), ranking)
         ranked = rank(self.snapshot, Trend.of(self.snapshot, {}), users, items, ranking)
         encoder = AnswerEncoder(self.snapshot.release_id, self.snapshot.item_ids)
-        values = encoder.encode(ranked.positions, ranked.scores, computed_at or now_ms())
+        acted = [record.last_ts for record in records.values()]
+        values = encoder.encode(ranked.positions, ranked.scores, computed_at or now_ms(), acted)
         write_answers(self.redis.client, zip(records, values, strict=True), 3600)
 
     def put_cached_user(self, user_id: str, computed_at: int | None = None, taste: int = 0) -> None:
