@@ -238,7 +238,8 @@ class Profiles:
 
     def _add(self, day: str, verdicts: dict[str, Any]) -> None:
         def add(part: Partition | None) -> None:
-            hours = (part.extra["hours"] if part else {}) | verdicts
+            there = part.extra["hours"] if part else {}
+            hours = there | {hour: _still_accepted(there.get(hour), verdict) for hour, verdict in verdicts.items()}
             self.lake.write_blobs(CLICKS_PROFILE, day, {}, len(hours), {"hours": dict(sorted(hours.items()))}, part)
 
         self.lake.revise(CLICKS_PROFILE, day, add)
@@ -311,6 +312,12 @@ class Profiles:
     def _sound_profile(self, hour: str) -> Profile | None:
         verdict = self.verdict(hour)
         return verdict.profile if verdict and verdict.sound and verdict.profile.events else None
+
+
+def _still_accepted(there: Mapping[str, Any] | None, verdict: dict[str, Any]) -> dict[str, Any]:
+    """A verdict as it replaces the one that is there: what a person accepted while the hour was judged stays accepted."""
+    same = there is not None and there["profile"]["data_version"] == verdict["profile"]["data_version"]
+    return {**verdict, "accepted": verdict["accepted"] or there["accepted"]} if same and there else verdict
 
 
 def _verdict_of(kept: Mapping[str, Any]) -> Verdict:
@@ -907,13 +914,18 @@ def judge_catalogue(lake: Lake, rows: Report, accepted: bool = False) -> dict[st
     `rows` is the report on its rows, which has to be good as well.
     """
     part = lake.find(CATALOG_TABLE, CATALOG_KEY)
+    before = lake.find(CATALOG_PROFILE, CATALOG_KEY)
     measures, now = catalogue_measures(lake)
     reports = {claim: validate(usual_suite(claim), frame_of(of_claim)) for claim, of_claim in measures.items()}
-    if part and (accepted or (rows.passed and all(report.passed for report in reports.values()))):
-        stored = lake.find(CATALOG_PROFILE, CATALOG_KEY)
+    def keep(stored: Partition | None) -> None:
         if stored is None or stored.extra["profile"] != now:
-            with suppress(PartitionChanged):  # another judgement was kept meanwhile
-                lake.write_blobs(CATALOG_PROFILE, CATALOG_KEY, {}, now["items"], {"profile": now}, stored)
+            lake.write_blobs(CATALOG_PROFILE, CATALOG_KEY, {}, now["items"], {"profile": now}, stored)
+
+    if part and accepted:
+        lake.revise(CATALOG_PROFILE, CATALOG_KEY, keep)
+    elif part and rows.passed and all(report.passed for report in reports.values()):
+        with suppress(PartitionChanged):  # another judgement, or a person's word, was kept meanwhile
+            keep(before)
     return reports
 
 
