@@ -219,6 +219,28 @@ def test_a_bug_is_one_line_that_says_where_its_traceback_is(tmp_path: Path, monk
     assert "ZeroDivisionError" in kept.read_text()
 
 
+@pytest.mark.parametrize("home", [True, False])
+@pytest.mark.parametrize("before", [0, 150])
+def test_a_bug_tells_no_secret_neither_here_nor_in_the_file(
+    home: bool, before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = "hunter2" * 10
+    error = RuntimeError(f"{'x' * before} redis://user:{secret}@host/0 says no")
+    monkeypatch.setattr("recsys_cli.stack.status", raising(error))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("RECSYS_DEBUG", "1")
+    other = tmp_path / "not ours"
+    (tmp_path / "error.log").symlink_to(other)
+    if home:
+        (tmp_path / ".recsys").mkdir()
+    result = recsys("status")
+    logs = [path.read_text() for path in tmp_path.glob("**/*error.log") if not path.is_symlink()]
+    assert len(logs) == 1
+    assert "RuntimeError" in logs[0]
+    assert not other.exists(), "a link that somebody put among what is temporary was followed"
+    assert "hunter2" not in "".join((result.output, result.stderr, *capfd.readouterr(), *logs))
+
+
 def test_a_bug_shows_its_traceback_where_it_is_wanted(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
