@@ -917,6 +917,7 @@ def judge_catalogue(lake: Lake, rows: Report, accepted: bool = False) -> dict[st
     before = lake.find(CATALOG_PROFILE, CATALOG_KEY)
     measures, now = catalogue_measures(lake)
     reports = {claim: validate(usual_suite(claim), frame_of(of_claim)) for claim, of_claim in measures.items()}
+
     def keep(stored: Partition | None) -> None:
         if stored is None or stored.extra["profile"] != now:
             lake.write_blobs(CATALOG_PROFILE, CATALOG_KEY, {}, now["items"], {"profile": now}, stored)

@@ -68,6 +68,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "promotion of an unknown release": (("release", "promote", "nothing"), "no release 'nothing'"),
     "rollback of nothing": (("release", "rollback"), "no earlier champion"),
     "rebuild since words": (("stream", "rebuild", "--since", "tuesday"), "tuesday"),
+    "rebuild since no digit": (("stream", "rebuild", "--since", "²h"), "neither all, an age"),
+    "a broker on no port": (("kafka", "up", "--port", "99999"), "--port"),
     "rebuild from nowhere": (("stream", "rebuild", "--from", "heaven"), "heaven"),
     "ingest of an absent file": (("ingest", "absent.csv", "--mapping", "globo"), "absent.csv"),
     "ingest by an unknown mapping": (("ingest", "recsys.toml", "--mapping", "globe"), "globe"),
@@ -134,6 +136,43 @@ def test_every_command_names_what_is_wrong_with_the_settings_and_where(fault: st
     text, variables, wanted = BROKEN[fault]
     (tmp_path / "recsys.toml").write_text(text)
     assert wanted in told(recsys(*COMMANDS[command], **variables))
+
+
+WRONG: dict[str, tuple[str, dict[str, str], str]] = {
+    "a number that is infinite": ("[ranking]\nals_weight = inf\n", {}, "recsys.toml: ranking.als_weight"),
+    "a number in a list that is none": ("[ranking]\ntrend_mix = [1.0, nan, 0.0]\n", {}, "recsys.toml: ranking.trend_mix"),
+    "a weight that is infinite": ("[events]\nweights = { view = inf }\n", {}, "recsys.toml: events.weights"),
+    "shares without their half-lives": ("[ranking]\ntrend_mix = [1.0, 0.5]\n", {}, "trends.half_lives_hours 3"),
+    "cut-offs below one": ("[evaluation]\nks = [0]\n", {}, "recsys.toml: evaluation.ks"),
+    "layers without a neuron": ("[two_tower]\nhidden = [64, 0]\n", {}, "recsys.toml: two_tower.hidden"),
+    "partitions that end before they start": (
+        "[partitions]\nstart = 2026-05-01\nend = 2026-01-01\n",
+        {},
+        "2026-01-01 is not after start, 2026-05-01",
+    ),
+    "a Redis that is a page": ("[redis]\nurl = 'http://127.0.0.1'\n", {}, "recsys.toml: redis.url"),
+    "a Redis on no port": ("", {"RECSYS_REDIS__URL": "redis://127.0.0.1:99999/0"}, "RECSYS_REDIS__URL: redis.url"),
+    "a home that is a pattern": ("", {"RECSYS_HOME": "[demo]"}, "name a folder without"),
+    "a lake that is a pattern": ("[lake]\nuri = '/data/v?/lake'\n", {}, "recsys.toml: lake.uri"),
+    "releases in a list": ("[release]\nuri = 's3://bucket/{a,b}'\n", {}, "recsys.toml: release.uri"),
+    "a home that is two URLs": ("", {"RECSYS_HOME": "a::b"}, "name a folder without"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_setting_that_no_part_could_work_with_is_refused_at_the_start(fault: str, tmp_path: Path) -> None:
+    text, variables, wanted = WRONG[fault]
+    (tmp_path / "recsys.toml").write_text(text)
+    assert wanted in told(recsys("config", **variables))
+
+
+@pytest.mark.parametrize("command", ["check", "release list", "prune", "ingest"])
+@pytest.mark.parametrize("uri", ["nosuch://bucket/x", "gs://bucket/x"])
+def test_a_store_without_a_client_is_told(command: str, uri: str, tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("user,item,ts\nu,i,1767225600000\n")
+    arguments = {"ingest": ["e.csv", "--user", "user", "--item", "item", "--time", "ts"]}.get(command, [])
+    (tmp_path / "recsys.toml").write_text(f"[lake]\nuri = '{uri}'\n[release]\nuri = '{uri}'\n")
+    assert f"{uri} can't be used as a store" in told(recsys(*command.split(), *arguments, **NO_REDIS))
 
 
 def test_forget_without_redis_says_that_redis_was_not_searched() -> None:
