@@ -73,10 +73,11 @@ def _without_patterns(path: str) -> str:
     return path
 
 
+PlainPath = Annotated[str, AfterValidator(_without_patterns)]
+
+
 class LakeSettings(Section):
-    uri: Annotated[str, AfterValidator(_without_patterns)] = Field(
-        "", description="root of all tables, a path or an fsspec URI; empty: <home>/lake"
-    )
+    uri: PlainPath = Field("", description="root of all tables, a path or an fsspec URI; empty: <home>/lake")
     keep_versions: int = Field(2, ge=1, description="versions of a partition that stay readable after a replacement")
 
 
@@ -305,9 +306,7 @@ class EvaluationSettings(Section):
 
 
 class ReleaseSettings(Section):
-    uri: Annotated[str, AfterValidator(_without_patterns)] = Field(
-        "", description="root of the releases; empty: <home>/releases"
-    )
+    uri: PlainPath = Field("", description="root of the releases; empty: <home>/releases")
 
 
 class GateSettings(Section):
@@ -653,7 +652,7 @@ class Settings(BaseSettings):
         mix, lives = self.ranking.trend_mix, self.trends.half_lives_hours
         if len(mix) != len(lives) and mix != RankingSettings().trend_mix:
             raise ValueError(
-                f"ranking.trend_mix has {len(mix)} shares and trends.half_lives_hours {len(lives)}: they go together, one by one"
+                f"ranking.trend_mix has {len(mix)} shares, trends.half_lives_hours {len(lives)}: each half-life needs its share"
             )
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -287,3 +288,12 @@ def test_a_bug_shows_its_traceback_where_it_is_wanted(
     monkeypatch.setenv("RECSYS_DEBUG", "1")
     result = recsys("status")
     assert "Traceback" in result.stderr + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["status", "check", "release list"])
+def test_a_folder_whose_name_looks_like_markup_is_told_as_it_is_called(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys_core.settings.PATTERNS", re.compile("never so"))
+    home = tmp_path / "[bold]a[/b]"
+    assert str(home) in recsys(*command.split(), RECSYS_HOME=str(home)).output
