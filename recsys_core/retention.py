@@ -25,7 +25,7 @@ from recsys_core.events import DAY_MS, day_key, hour_key
 from recsys_core.lake import STAGING, Lake, Partition
 from recsys_core.landing import LANDING, QUARANTINE, Landing
 from recsys_core.registry import PARTITION_TAG, Registry, Version
-from recsys_core.release import ChampionServes, Manifest, Releases
+from recsys_core.release import ChampionServes, Manifest, Pointer, ReleaseError, Releases, StoreAway
 from recsys_core.settings import RetentionSettings, Settings
 from recsys_core.stores import TEMPORARY, is_local, written_at
 from recsys_core.tombstones import TOMBSTONES
@@ -192,10 +192,11 @@ def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manif
     """The manifests that stay, and the releases that may go: all but the newest, the champion and those before it.
 
     Earlier champions count among those that are still there, so that as many stay for a rollback as the policy says. A removal
-    that broke off is ended in any case.
+    that broke off is ended in any case. A release whose manifest can't be read stays, and keeps nothing; the check
+    `releases_are_whole` names it. Raises ReleaseError when it is the champion.
     """
-    made = releases.list()
     champion = releases.champion()
+    made = _manifests(releases, champion)
     whole = {manifest.release_id for manifest in made}
     earlier = [name for name in champion.previous if name in whole] if champion else []
     names = {champion.release_id, *earlier[: policy.champions]} if champion else set()
@@ -205,6 +206,20 @@ def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manif
     broken_off = [Removal("release", name, 0) for name in sorted(begun - whole)]
     removals = broken_off + [Removal("release", m.release_id, sum(int(f["bytes"]) for f in m.files.values())) for m in gone]
     return [m for m in made if m not in gone], removals
+
+
+def _manifests(releases: Releases, champion: Pointer | None) -> list[Manifest]:
+    """The manifests that can be read, oldest first. Raises StoreAway, and ReleaseError for that of the champion."""
+    found = []
+    for name in releases.names():
+        try:
+            found.append(releases.manifest(name))
+        except StoreAway:
+            raise
+        except ReleaseError:
+            if champion is not None and champion.release_id == name:
+                raise
+    return sorted(found, key=lambda manifest: manifest.created_at)
 
 
 def spent_runs_of_mlflow(registry: Registry, releases: Releases, settings: Settings, end_ms: int) -> list[Run]:

@@ -129,6 +129,20 @@ def test_earlier_champions_stay_so_that_a_rollback_finds_one(landing: Landing, r
     assert (pointer.release_id, list(passed_over)) == ("r2", ["r3"])
 
 
+def test_a_release_that_cannot_be_read_stays_and_the_rest_goes(
+    landing: Landing, releases: Releases, settings: Settings
+) -> None:
+    for at in range(3):
+        publish(releases, f"r{at}", "2026-05-31", float(at))
+    releases.promote("r2")
+    releases.fs.pipe_file(releases.path("r1", "manifest.json"), b"{half")
+    policy = with_policy(settings, releases=1)
+    assert names(plan(landing, releases, policy, ms(NOW)), "release") == ["r0"]
+    releases.fs.pipe_file(releases.path("r2", "manifest.json"), b"{half")
+    with pytest.raises(ReleaseError, match="r2"):
+        plan(landing, releases, policy, ms(NOW))
+
+
 @pytest.fixture
 def registry(mlflow_settings: Settings) -> Registry:
     return Registry(mlflow_settings)
