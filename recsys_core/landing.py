@@ -406,6 +406,15 @@ class Landing:
                 with self.lake.fs.open(path, "rb") as source:
                     yield pq.read_table(source)
 
+    def rejections(self) -> list[tuple[float, int]]:
+        """Of each quarantine file when it was written (seconds since 1970), and its rows by its footer."""
+        found: list[tuple[float, int]] = []
+        for path, entry in sorted(self._found(QUARANTINE).items()):
+            if path.lower().endswith(ENDING):
+                written = written_at(entry)
+                self._trouble(path, lambda source, at=written: found.append((at, pq.ParquetFile(source).metadata.num_rows)))
+        return found
+
     def _read_footer(self, entry: _Entry) -> LandingFile | str | None:
         """What a file's footer says, why it can't be read, None when it is gone."""
         found: list[LandingFile] = []
