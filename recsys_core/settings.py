@@ -52,6 +52,8 @@ SERVICE_LINKS = r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)
 """Variables that Kubernetes gives every pod for each service of its namespace."""
 
 
+METRICS = ("ndcg", "recall", "hit", "map", "mrr", "coverage", "novelty")
+"""What an evaluation measures, at each cut-off."""
 PATTERNS = re.compile(r"[*?\[\]{}\\,\n]|%[0-9A-Fa-f]{2}|::")
 """Spark, fsspec and glob take these for patterns or lists of paths, SQLite's URLs for escapes."""
 
@@ -296,13 +298,20 @@ class RankingSettings(Section):
 
 
 class EvaluationSettings(Section):
-    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((10, 20, 50), min_length=1, description="cut-offs of the metrics")
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((10, 20, 50), description="cut-offs of the metrics, 10 among them")
     max_users: int = Field(5000, ge=1, description="users that are ranked for, sampled by a hash of their id")
     horizon_hours: int = Field(6, ge=1, le=24, description="weights are tuned to what users do in so many hours from a moment")
     tuning_users: int = Field(3000, ge=1, description="users of all moments together that the weights are tuned on")
     cold_user_items: int = Field(3, ge=1, description="a user with at most so many items in the window is cold")
     cold_item_users: int = Field(5, ge=1, description="an item with at most so many users in the window is cold")
     bootstrap: int = Field(1000, ge=10, description="resamples of the users for the 95 % intervals")
+
+    @field_validator("ks")
+    @classmethod
+    def _has_ten(cls, ks: tuple[int, ...]) -> tuple[int, ...]:
+        if 10 not in ks:
+            raise ValueError("10 has to be among them: the gate and the web UI look at it")
+        return ks
 
 
 class ReleaseSettings(Section):
@@ -654,6 +663,14 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"ranking.trend_mix has {len(mix)} shares, trends.half_lives_hours {len(lives)}: each half-life needs its share"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_metric_of_the_gate(self) -> Settings:
+        name, _, k = self.gate.metric.partition("@")
+        if name not in METRICS or k not in map(str, self.evaluation.ks):
+            measured = f"{', '.join(METRICS)} at {', '.join(map(str, self.evaluation.ks))} (evaluation.ks)"
+            raise ValueError(f"gate.metric is {self.gate.metric!r}, which no evaluation measures: it measures {measured}")
         return self
 
     @property

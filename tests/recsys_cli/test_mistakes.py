@@ -145,6 +145,9 @@ WRONG: dict[str, tuple[str, dict[str, str], str]] = {
     "a weight that is infinite": ("[events]\nweights = { view = inf }\n", {}, "recsys.toml: events.weights"),
     "shares without their half-lives": ("[ranking]\ntrend_mix = [1.0, 0.5]\n", {}, "trends.half_lives_hours 3"),
     "cut-offs below one": ("[evaluation]\nks = [0]\n", {}, "recsys.toml: evaluation.ks"),
+    "cut-offs without ten": ("[evaluation]\nks = [5, 20]\n", {}, "10 has to be among them"),
+    "a metric that is misspelt": ("[gate]\nmetric = 'ndgc@10'\n", {}, "'ndgc@10', which no evaluation measures"),
+    "a metric at another cut-off": ("", {"RECSYS_GATE__METRIC": "ndcg@5"}, "'ndcg@5', which no evaluation measures"),
     "layers without a neuron": ("[two_tower]\nhidden = [64, 0]\n", {}, "recsys.toml: two_tower.hidden"),
     "partitions that end before they start": (
         "[partitions]\nstart = 2026-05-01\nend = 2026-01-01\n",
