@@ -6,8 +6,8 @@ Never the champion and those to which a rollback returns, nor what they were mad
 against its newest event, so that a history that ended long ago and a platform that stood still lose nothing. Files of the
 quarantine, which have no time but that of their writing, are held against the clock, and so is what runs left that broke off.
 
-What is decided is done only while it still holds: a partition that was made again since stays, and so does a release that
-became the champion.
+What is decided is done only while it still holds: a partition or a file that was written again since stays, and so does a
+release that became the champion.
 """
 
 from __future__ import annotations
@@ -44,12 +44,16 @@ HOUR_KEY, DAY_KEY = len("2026-01-31T09"), len("2026-01-31")
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that may go: a path, a table's partition (`table/key`) or a release, and its size. A leftover is a file."""
+    """Something that may go: a path, a table's partition (`table/key`) or a release, and its size. A leftover is a file.
+
+    `written` is when a file had been written (seconds since 1970) at the time of the decision.
+    """
 
     kind: Kind
     name: str
     bytes: int
     part: Partition | None = None
+    written: float = 0.0
 
 
 class UnsafePolicy(UserError, ValueError):
@@ -102,14 +106,14 @@ def _landing(landing: Landing, policy: RetentionSettings, end_ms: int) -> Iterat
     if policy.landing_days:
         for file in landing.files():
             if file.last_ts < end_ms - policy.landing_days * DAY_MS:
-                yield Removal("landing", file.path, file.bytes)
+                yield Removal("landing", file.path, file.bytes, written=written_at(landing.lake.fs.info(file.path)))
 
 
 def _quarantine(lake: Lake, policy: RetentionSettings, now_ms: int) -> Iterator[Removal]:
     if policy.quarantine_days:
         for path, entry in sorted(lake.fs.find(lake.path(QUARANTINE), detail=True).items()):
             if written_at(entry) * 1000 < now_ms - policy.quarantine_days * DAY_MS:
-                yield Removal("quarantine", path, int(entry["size"]))
+                yield Removal("quarantine", path, int(entry["size"]), written=written_at(entry))
 
 
 def _partitions(lake: Lake, policy: RetentionSettings, needed: set[str], end_ms: int) -> Iterator[Removal]:
@@ -143,7 +147,8 @@ def _left_by(groups: Iterable[Files], now_ms: int) -> Iterator[Removal]:
     """The files of those groups of which none was written within a day."""
     for files in groups:
         if all(written_at(entry) * 1000 < now_ms - LEFTOVER_MS for entry in files.values()):
-            yield from (Removal("leftover", path, int(entry["size"])) for path, entry in sorted(files.items()))
+            for path, entry in sorted(files.items()):
+                yield Removal("leftover", path, int(entry["size"]), written=written_at(entry))
 
 
 def _unnamed(lake: Lake) -> Iterator[Files]:
@@ -262,6 +267,7 @@ def remove(landing: Landing, releases: Releases, removals: Iterable[Removal]) ->
 
     The pointer of a partition, the manifest of a release go first: no reader finds a half.
     """
+    landing.lake.fs.invalidate_cache()
     gone = [removal for removal in removals if _remove(landing.lake, releases, removal)]
     _drop_empty_folders(landing.lake.fs, gone)
     landing.lake.fs.invalidate_cache()
@@ -279,6 +285,8 @@ def _remove(lake: Lake, releases: Releases, removal: Removal) -> bool:
         return True
     fs = releases.fs if removal.name.startswith(f"{releases.root}/") else lake.fs
     with suppress(FileNotFoundError):  # its writer took it back
+        if removal.written and written_at(fs.info(removal.name)) != removal.written:
+            return False
         fs.rm_file(removal.name)
     return True
 

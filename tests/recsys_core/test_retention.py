@@ -258,6 +258,28 @@ def test_a_partition_that_was_made_again_since_the_plan_stays(landing: Landing, 
     assert landing.lake.read("clicks_hourly", "2026-01-01T05").equals(ROWS)
 
 
+@pytest.mark.parametrize("kind", ["landing", "quarantine"])
+def test_a_file_that_was_written_again_since_the_plan_stays(
+    kind: str, landing: Landing, releases: Releases, settings: Settings
+) -> None:
+    row = {"origin": "a.csv", "row": 1, "reason": "missing item", "content": "x"}
+    rejected = pa.Table.from_pylist([row], schema=QUARANTINE_SCHEMA)
+    for name in ("a", "b"):
+        if kind == "landing":
+            arrive(landing, name, "2026-01-01")
+        else:
+            os.utime(landing.write_quarantine("test", name, rejected), (ms("2026-01-01") / 1000,) * 2)
+    planned = plan(landing, releases, with_policy(settings, landing_days=100), ms(NOW))
+    assert len(names(planned, kind)) == 2
+    if kind == "landing":
+        arrive(landing, "b", NOW)
+    else:
+        landing.write_quarantine("test", "b", rejected)
+    gone = names(remove(landing, releases, planned), kind)
+    assert [os.path.basename(path) for path in gone] == ["a.parquet"]
+    assert os.path.exists(gone[0].replace("a.parquet", "b.parquet"))
+
+
 def test_a_release_to_which_somebody_rolled_back_since_the_plan_stays(landing: Landing, releases: Releases) -> None:
     for at, name in enumerate(("first", "second", "third")):
         publish(releases, name, "2026-05-31", float(at))
