@@ -368,7 +368,8 @@ class Lake:
                 except (ValueError, KeyError, TypeError) as error:
                     raise DamagedPartition(
                         f"{masked_text(self.url(path))} is damaged ({type(error).__name__}: {error}): make partition "
-                        f"{pointers[path]} of {table} again, or delete this file if nothing makes it"
+                        f"{pointers[path]} of {table} again; where nothing makes it, put the file back from a backup, or "
+                        "delete it to begin anew"
                     ) from error
             elif not isinstance(data, FileNotFoundError):
                 raise data

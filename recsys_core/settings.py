@@ -670,7 +670,8 @@ class Settings(BaseSettings):
         name, _, k = self.gate.metric.partition("@")
         if name not in METRICS or k not in map(str, self.evaluation.ks):
             measured = f"{', '.join(METRICS)} at {', '.join(map(str, self.evaluation.ks))} (evaluation.ks)"
-            raise ValueError(f"gate.metric is {self.gate.metric!r}, which no evaluation measures: it measures {measured}")
+            given = masked_text(self.gate.metric)
+            raise ValueError(f"gate.metric is {given!r}, which no evaluation measures: it measures {measured}")
         return self
 
     @property

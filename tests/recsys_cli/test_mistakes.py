@@ -59,6 +59,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "backfill from late to early": (("backfill", "clicks_hourly", "2026-01-07T00", "2026-01-01T00"), "later than the last"),
     "backfill of a day that is not": (("backfill", "clicks_hourly", "2026-02-30T00", "2026-03-01T00"), "2026-02-30T00"),
     "backfill of days for hours": (("backfill", "clicks_hourly", "2026-01-01", "2026-01-02"), "no partition '2026-01-01'"),
+    "a user without an id": (("forget", " "), "an id is not empty"),
+    "a file without a name": (("ingest", "", "--user", "u", "--item", "i", "--time", "t"), "name the file or folder"),
     "replay of words": (("replay", "--day", "yesterday"), "'yesterday'"),
     "replay of an hour": (("replay", "--day", "2026-01-01T00"), "no day"),
     "replay of a day that is not": (("replay", "--day", "2026-02-30"), "2026-02-30"),
@@ -291,6 +293,27 @@ def test_a_bug_shows_its_traceback_where_it_is_wanted(
     monkeypatch.setenv("RECSYS_DEBUG", "1")
     result = recsys("status")
     assert "Traceback" in result.stderr + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("said", ['{"pi', "{}", '{"pid": 1, "services": [{"name": "redis", "added": 1}]}'])
+@pytest.mark.parametrize("command", ["status", "recommend u1"])
+def test_a_stack_of_another_version_is_told(command: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / ".recsys" / "run").mkdir(parents=True)
+    (tmp_path / ".recsys" / "run" / "stack.json").write_text(said)
+    assert "does not say what runs here" in told(recsys(*command.split()))
+
+
+def test_one_damaged_table_does_not_keep_the_others_from_being_checked(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("user,item,ts\nu,i,1767225600000\n")
+    assert recsys("ingest", "e.csv", "--user", "user", "--item", "item", "--time", "ts").exit_code == 0
+    pointer = tmp_path / ".recsys" / "lake" / "item_catalog" / "current" / "_current.json"
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text("{half")
+    found = recsys("check")
+    assert found.exit_code == 1
+    assert "landed_rows_are_events" in found.output
+    assert "FAILED all of them of item_catalog: could not be judged" in found.output
+    assert "_current.json is damaged" in found.output
 
 
 @pytest.mark.parametrize("command", ["status", "check", "release list"])

@@ -8,6 +8,7 @@ import logging
 import string
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_origin
@@ -100,6 +101,18 @@ def test_a_secret_in_any_setting_is_in_no_output(section: str, name: str, value:
     told = outputs({section: {name: value}} if section else {name: value})
     assert len(told) > 1
     assert not [text for text in told if SECRET in text]
+
+
+def test_a_documented_file_sets_nothing_to_what_is_shown_in_place_of_a_secret() -> None:
+    settings = Settings(
+        redis=RedisSettings(url=f"redis://app:{SECRET}@host/0"),
+        kafka=KafkaSettings(conf={"ssl.key.password": SECRET, "linger.ms": "5"}),
+        kubernetes={"resources": {"als_factors": {"cpu": "8"}}},
+    )
+    read = tomllib.loads(documented_toml(settings))
+    assert "url" not in read["redis"]
+    assert "conf" not in read["kafka"]
+    assert read["kubernetes"]["resources"]["als_factors"]["cpu"] == "8"
 
 
 @pytest.mark.parametrize(
