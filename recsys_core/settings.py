@@ -396,7 +396,10 @@ class RedisSettings(Section):
         except ValueError:  # its port
             named = False
         if not named:
-            raise ValueError("it is redis://host:port/number, rediss://… for TLS or unix:///path, with a port up to 65535")
+            raise ValueError(
+                "it is redis://host:port/number, rediss://… for TLS or unix:///path; the port is at most 65535, and / ? # @ of a "
+                "password are written %2F %3F %23 %40"
+            )
         return url
 
     @model_validator(mode="after")
