@@ -397,7 +397,7 @@ class RedisSettings(Section):
             named = False
         if not named:
             raise ValueError(
-                "it is redis://host:port/number, rediss://… for TLS or unix:///path; the port is at most 65535, and / ? # @ of a "
+                "it is redis://host:port/number, rediss://… for TLS or unix:///path; ports end at 65535, and / ? # @ of a "
                 "password are written %2F %3F %23 %40"
             )
         return url
