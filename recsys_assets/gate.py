@@ -21,7 +21,7 @@ def challenger_beats_champion(context: dg.AssetCheckExecutionContext, platform: 
         return dg.AssetCheckResult(passed=False, metadata={"reason": str(error)})
     if not verdicts:
         return dg.AssetCheckResult(passed=False, metadata={"reason": "there is no release to judge"})
-    verdict = verdicts[-1]
+    verdict = next((v for v in verdicts if not v.passed), verdicts[-1])
     return dg.AssetCheckResult(
         passed=all(v.passed for v in verdicts),
         description=verdict.reason,

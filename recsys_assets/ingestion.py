@@ -65,7 +65,7 @@ def arrivals(platform: PlatformResource) -> Iterator[dg.ObserveResult]:
             "bytes": sum(f.bytes for f in files),
             "first hour": hour_key(extent[0]) if extent else "none",
             "last hour": hour_key(extent[1]) if extent else "none",
-            "quarantined rows": sum(t.num_rows for t in platform.landing.quarantined()),
+            "quarantined rows": sum(rows for _, rows in platform.landing.rejections()),
             "unreadable files": len(unreadable),
             "files that are no Parquet": len(strangers),
             **({"left out": table(["file", "why"], left_out[:FILES_SHOWN])} if left_out else {}),

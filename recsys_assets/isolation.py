@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
-from recsys_core.settings import KubernetesSettings, PodResources, Settings
+from recsys_core.settings import KubernetesSettings, PodResources, Settings, SettingsError
 from recsys_core.spark import is_local
 
 SPARK, TRAINING = "spark", "training"
@@ -51,13 +51,13 @@ def executor(settings: Settings) -> dg.ExecutorDefinition:
 def isolated(assets: Sequence[A], settings: Settings) -> list[A | dg.AssetsDefinition]:
     """The assets, each step of them in its pool and with the pod that it gets under the Kubernetes executor.
 
-    Raises ValueError when [kubernetes] resources names an asset or a step that there is not.
+    Raises SettingsError when [kubernetes] resources names an asset or a step that there is not.
     """
     made = [a for a in assets if isinstance(a, dg.AssetsDefinition)]
     names = {key.to_user_string() for asset in made for key in asset.keys}
     names |= {step.name for asset in made if asset.is_executable for step in asset.node_def.iterate_op_defs()}
     if unknown := sorted(set(settings.kubernetes.resources) - names):
-        raise ValueError(f"kubernetes.resources: there is no asset and no step {', '.join(unknown)}")
+        raise SettingsError(f"kubernetes.resources: there is no asset and no step {', '.join(unknown)}")
     return [_placed(a, settings) if isinstance(a, dg.AssetsDefinition) and a.is_executable else a for a in assets]
 
 

@@ -18,6 +18,7 @@ from recsys_core.index import IndexReport
 from recsys_core.lake import Lake, Partition
 from recsys_core.precompute import Sample
 from recsys_core.ranking import PARTS
+from recsys_core.settings import METRICS
 
 TOLD_BY_PARTITION = 2000
 
@@ -57,7 +58,7 @@ def schema(arrow: pa.Schema | dict[str, str]) -> dg.TableSchema:
 
 def evaluation_table(evaluation: Evaluation) -> dg.MarkdownMetadataValue:
     """The models side by side, with the 95 % interval of the first metric and what the served ranking gains over each."""
-    names = [f"{name}@10" for name in ("ndcg", "recall", "hit", "map", "mrr", "coverage", "novelty")]
+    names = [f"{name}@10" for name in METRICS]
     shown = [name for name in names if name in next(iter(evaluation.metrics.values()))]
 
     def row(model: str) -> list[object]:

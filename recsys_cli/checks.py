@@ -38,7 +38,7 @@ def run(settings: Settings, asset: str | None, partitions: Sequence[str], accept
         _raise_unless_made(platform, chosen[0], [checked_key(key) for key in partitions])
     if accept:
         return _accept(platform, asset, partitions, console)
-    made = [group for group in chosen if group.made(platform, None)]
+    made = [group for group in chosen if _is_made(platform, group)]
     if not made:
         console.print(
             f"Nothing is made in {settings.home.absolute()} yet, so there is nothing to check. "
@@ -51,8 +51,9 @@ def run(settings: Settings, asset: str | None, partitions: Sequence[str], accept
     rows: list[dict[str, object]] = []
     reasons: list[str] = []
     for group in made:
-        of = f"{group.asset} {_shown_partitions(group.chosen(platform, partitions))}".strip()
+        of = group.asset
         try:
+            of = f"{group.asset} {_shown_partitions(group.chosen(platform, partitions))}".strip()
             found = [
                 (claim.name, _outcome(claim, report), report.reason) for claim, report in group.reports(platform, partitions)
             ]
@@ -71,6 +72,16 @@ def run(settings: Settings, asset: str | None, partitions: Sequence[str], accept
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     _tell_what_is_not_made(console, [group.asset for group in chosen if group not in made], asset, ELSEWHERE)
     return 1 if errors else 0
+
+
+def _is_made(platform: Platform, group: Group) -> bool:
+    """Whether there is something of an asset. What can't be read is there, and fails when it is judged."""
+    try:
+        return group.made(platform, None)
+    except Exception as error:
+        if explain(error) is None:
+            raise
+        return True
 
 
 def _outcome(claim: Claim, report: Report) -> str:

@@ -92,8 +92,11 @@ def _fields(model: BaseModel) -> Iterator[tuple[str, FieldInfo, Any]]:
 
 def _setting(name: str, field: FieldInfo, value: Any) -> list[str]:
     comment = [f"# {field.description}"] if field.description else []
-    shown = value if isinstance(value, SecretStr) else masked(value)
-    return [*comment, f"# {name} =" if value is None else f"{name} = {_toml(shown)}"]
+    if value is None:
+        return [*comment, f"# {name} ="]
+    shown = _toml(value if isinstance(value, SecretStr) else masked(value))
+    # With a secret left out it would be another setting.
+    return [*comment, f"# {name} = {shown}" if MASK in shown else f"{name} = {shown}"]
 
 
 def _show(value: Any) -> str:

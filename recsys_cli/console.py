@@ -25,13 +25,18 @@ from rich.text import Text
 from recsys_core.progress import Task, reporting_to
 
 
+def plain_console() -> Console:
+    """Where commands print. Brackets in what they print, such as those of a path, are no markup."""
+    return Console(markup=False)
+
+
 @contextmanager
 def showing_progress(console: Console | None = None) -> Iterator[None]:
     """Show all progress of this process while the block runs: bars on a terminal, plain lines elsewhere.
 
     Tasks may be nested and may run in several threads.
     """
-    console = console or Console()
+    console = console or plain_console()
     if not console.is_terminal:
         with reporting_to(_Lines(console)):
             yield

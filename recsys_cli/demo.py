@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
-from recsys_cli.console import showing_progress, table
+from recsys_cli.console import plain_console, showing_progress, table
 from recsys_cli.java import ensure_java
 from recsys_cli.live_demo import click_live
 from recsys_cli.processes import StackError, home_lock, quiet, run_folder
@@ -47,7 +48,7 @@ class Steps:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        self.console.rule(f"[bold]{name}", align="left", style="dim")
+        self.console.rule(Text(name, style="bold"), align="left", style="dim")
         started = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
@@ -63,7 +64,7 @@ def run(data: Path | None, mapping: str | None, home: Path, catalog: Path | None
             raise FileNotFoundError(2, "No such file or folder", str(path))
     if catalog is not None and data is None:
         raise StackError("--catalog names the items of --data; name both")
-    console = Console()
+    console = plain_console()
     steps = Steps(console)
     with _own_home(home.absolute()) as home:
         _empty(home)
@@ -93,7 +94,7 @@ def run_live(home: Path) -> None:
     home = home.absolute()
     if not (home / MARKER).exists():
         raise StackError(f"{home} holds no demo; run `recsys demo` first")
-    console = Console()
+    console = plain_console()
     os.environ[HOME_VARIABLE] = str(home)
     with home_lock(home), redis_server(home) as redis_url:
         os.environ["RECSYS_REDIS__URL"] = redis_url

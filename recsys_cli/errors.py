@@ -8,9 +8,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from recsys_core.errors import UserError
+from recsys_core.masking import masked_text
 from recsys_core.settings import DEBUG_VARIABLE, DEFAULT_HOME, HOME_VARIABLE
 
 MENDABLE, BUG = 2, 1
@@ -19,7 +21,12 @@ LOG = "error.log"
 
 
 def explain(error: Exception) -> str | None:
-    """What to tell the user about an error that is theirs to mend, None for any other."""
+    """What to tell the user about an error that is theirs to mend, None for any other. It tells no secret."""
+    message = _explained(error)
+    return message and masked_text(message)
+
+
+def _explained(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and not _is_of_a_client(error):
@@ -33,25 +40,29 @@ def explain(error: Exception) -> str | None:
 
 def explain_bug(error: Exception) -> str:
     """One line on an error that nobody expected; the traceback goes to a file, or to standard error when that is wanted."""
+    trace = masked_text("".join(traceback.format_exception(error)))
     if os.environ.get(DEBUG_VARIABLE):
-        traceback.print_exception(error)
-    summary = " ".join(str(error).split())[:200]
+        print(trace, file=sys.stderr)
+    summary = masked_text(" ".join(str(error).split()))[:200]
     what = f"unexpected {type(error).__name__}: {summary}"
-    return f"{what}\nThe traceback is in {_kept(error)}; {DEBUG_VARIABLE}=1 shows it here."
+    return f"{what}\nThe traceback is in {_kept(trace)}; {DEBUG_VARIABLE}=1 shows it here."
 
 
-def _kept(error: Exception) -> Path:
-    """The file that the traceback was written to: in the home if there is one, else among what is temporary."""
-    text = "".join(traceback.format_exception(error))
+def _kept(trace: str) -> Path:
+    """The file that the traceback was written to: in the home if there is one, else a new one among what is temporary."""
+    text = f"{masked_text(' '.join(sys.argv))}\n{trace}"
     home = Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
-    for folder in ([home / "run"] if home.is_dir() else []) + [Path(tempfile.gettempdir())]:
-        try:
-            folder.mkdir(exist_ok=True)
-            (folder / LOG).write_text(f"{' '.join(sys.argv)}\n{text}")
-        except OSError:
-            continue
-        return folder / LOG
-    traceback.print_exception(error)
+    if home.is_dir():
+        with suppress(OSError):
+            (home / "run").mkdir(exist_ok=True)
+            (home / "run" / LOG).write_text(text)
+            return home / "run" / LOG
+    with suppress(OSError):
+        opened, name = tempfile.mkstemp(prefix="recsys-", suffix=f"-{LOG}")
+        with open(opened, "w") as file:
+            file.write(text)
+        return Path(name)
+    print(trace, file=sys.stderr)
     return Path("the lines above")
 
 

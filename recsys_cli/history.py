@@ -79,11 +79,16 @@ def _raise_without_clicks(platform: Platform, day: str) -> None:
 
 
 def forget(settings: Settings, user: str, console: Console) -> int:
-    """Remove a user and print the proof. Returns 1 when something is left or a place could not be searched, else 0."""
+    """Remove a user and print the proof. Returns 1 when something is left or a place could not be searched, else 0.
+
+    Raises StackError for an id that is empty.
+    """
     from recsys_assets.resources import Platform
     from recsys_core.forget import Places, forget_user
     from recsys_core.mappings import BUILTIN
 
+    if not user.strip():
+        raise StackError("name the user to forget: an id is not empty")
     platform = Platform(settings)
     mappings = {**BUILTIN, **settings.mappings}.values()
     with showing_progress(console), platform.redis() as redis:

@@ -41,6 +41,8 @@ def chosen_mappings(
 
     `fields` are the flags by their names in SourceMapping; beside a name, or too few to be a mapping, they replace its own.
     """
+    if not path:
+        raise MappingError("name the file or folder to take in; `.` is this one")
     kind = "catalog" if catalog else "events"
     missing = [needed for needed in FLAGS[kind] if not fields.get(needed)]
     if name is None and not missing:

@@ -56,7 +56,7 @@ def kafka_answers(address: str) -> bool:
 @app.command()
 def up(
     home: Home = None,
-    port: Annotated[int, typer.Option(help="Its port; the next free one when it is taken.")] = 9092,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; the next free one when it is taken.")] = 9092,
     address_file: Annotated[Path | None, typer.Option(help="File that gets the broker's address while it runs.")] = None,
     or_embedded: Annotated[bool, typer.Option("--or-embedded", help="Run the embedded one where Kafka can't be had.")] = False,
 ) -> None:

@@ -106,9 +106,9 @@ def _settings(home: Path | None) -> Settings:
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from recsys_cli.console import plain_console
 
-    return Console()
+    return plain_console()
 
 
 @app.command()

@@ -122,13 +122,12 @@ def rollback(reason: Reason = "rolled back by hand", home: Home = None) -> None:
 
 
 def _open(home: Path | None) -> tuple[Settings, Releases, Console]:
-    from rich.console import Console
-
+    from recsys_cli.console import plain_console
     from recsys_core.release import Releases
     from recsys_core.settings import load_settings
 
     settings = load_settings(home)
-    return settings, Releases(settings.releases_uri), Console()
+    return settings, Releases(settings.releases_uri), plain_console()
 
 
 def _resolve(releases: Releases, name: str) -> str:

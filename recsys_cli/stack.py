@@ -186,12 +186,18 @@ def status(settings: Settings, console: Console) -> int:
 
 
 def running_services(home: Path) -> list[Service]:
-    """The services of the stack that runs in a home, none when none does."""
+    """The services of the stack that runs in a home, none when none does.
+
+    Raises StackError when another version of recsys runs it, or left half of its description.
+    """
+    file = _description_file(home)
     try:
-        raw: dict[str, Any] = json.loads(_description_file(home).read_text())
+        raw: dict[str, Any] = json.loads(file.read_text())
+        return [Service(**service) for service in raw["services"]] if is_alive(int(raw["pid"])) else []
     except FileNotFoundError:
         return []
-    return [Service(**service) for service in raw["services"]] if is_alive(int(raw["pid"])) else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise StackError(f"{file} does not say what runs here ({error}): stop `recsys up` if it runs, and remove it") from error
 
 
 def check(service: Service, pid: int | None) -> str:

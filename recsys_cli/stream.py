@@ -46,9 +46,8 @@ def rebuild(
     """
     from confluent_kafka import KafkaException
     from redis.exceptions import RedisError
-    from rich.console import Console
 
-    from recsys_cli.console import table
+    from recsys_cli.console import plain_console, table
     from recsys_cli.processes import StackError
     from recsys_core.settings import load_settings
     from streaming.rebuild import rebuild as run
@@ -69,7 +68,9 @@ def rebuild(
         "taken further by live workers, not compared": found.ahead,
         "different": len(found.different),
     }
-    Console().print(table(f"Rebuilt from the {source.value}", [{"": name, "count": count} for name, count in facts.items()]))
+    plain_console().print(
+        table(f"Rebuilt from the {source.value}", [{"": name, "count": count} for name, count in facts.items()])
+    )
     for key in found.different[:20]:
         typer.echo(f"differs: {key}", err=True)
     raise typer.Exit(1 if found.different else 0)
@@ -82,8 +83,8 @@ def _since_ms(since: str) -> int:
     if since == "all":
         return 0
     units = {"m": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
-    if since[:-1].isdigit() and since[-1] in units:
-        return now_ms() - int(since[:-1]) * units[since[-1]]
+    if since[:-1].isdecimal() and since[-1] in units:
+        return max(0, now_ms() - int(since[:-1]) * units[since[-1]])
     try:
         return key_start_ms(since)
     except ValueError:

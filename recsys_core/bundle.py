@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from recsys_core.als import AlsReport, Factors, inverse_propensity, iter_factors, read_factors
 from recsys_core.catalog import CATALOG_KEY, CATALOG_TABLE, read_catalog, with_catalog
 from recsys_core.errors import UserError
-from recsys_core.evaluation import ALS_FACTORS, EVALUATION
+from recsys_core.evaluation import ALS_FACTORS, EVALUATION, SERVED, by_segment
 from recsys_core.events import DAY_MS, ITEM_ID, key_start_ms
 from recsys_core.fold_in import gram
 from recsys_core.holdout import TWO_TOWER, NoTwoTower, TwoTower, read_two_tower
@@ -260,13 +260,22 @@ def publish_release(
         models=bundle.models,
         index=bundle.index,
         ranking=bundle.snapshot.ranking.model_dump(mode="json"),
-        metrics=evaluated.extra["metrics"] if evaluated else {},
+        metrics=_metrics(evaluated.extra) if evaluated else {},
         run_ids=run_ids,
         notes=bundle.notes,
     )
     complete = releases.write(manifest, bundle.snapshot)
     releases.load(complete.release_id)
     return complete, bundle.snapshot
+
+
+def _metrics(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The metrics by model, those of the served ranking with its segments: a later release of the day is held against them."""
+    metrics = dict(evaluation["metrics"])
+    segments = {name: values for name, values in evaluation.get("segments", {}).items() if SERVED in values}
+    if segments and SERVED in metrics:
+        metrics[SERVED] = {**metrics[SERVED], **by_segment(segments, evaluation["headline"])}
+    return metrics
 
 
 def _popularity(lake: Lake, day: str, item_ids: np.ndarray) -> np.ndarray:

@@ -27,12 +27,13 @@ import pyarrow.parquet as pq
 from recsys_core import progress
 from recsys_core.events import USER_ID, now_ms
 from recsys_core.heartbeat import read_heartbeats
-from recsys_core.lake import STAGING, Lake, MissingPartition, Partition, PartitionChanged
+from recsys_core.lake import STAGING, DamagedPartition, Lake, MissingPartition, Partition, PartitionChanged
 from recsys_core.landing import ENDING, LANDING, LANDING_SEEN, QUARANTINE, Landing
+from recsys_core.masking import masked_text
 from recsys_core.mentions import Named
 from recsys_core.online import recs_key, user_key
 from recsys_core.registry import Registry, RegistryError
-from recsys_core.release import Releases
+from recsys_core.release import ReleaseError, Releases
 from recsys_core.tombstones import FORGOTTEN_AT, REREAD_SECONDS, TOMBSTONES, USER_HASH, TombstoneLog, hash_of
 
 FORGOTTEN = "forgotten_users"
@@ -126,7 +127,7 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
         unsearched={**places.unsearched, **left.unsearched},
         mentioned=dict(left.mentioned),
         outside=dict(places.outside),
-        releases=[manifest.release_id for manifest in places.releases.list()],
+        releases=list(places.releases.names()),
         seconds=time.perf_counter() - started,
     )
     places.lake.write_blobs(FORGOTTEN, key, {}, removed.found.total(), asdict(report))
@@ -248,7 +249,10 @@ class Search:
         tables = [name for name in names if name not in NAMELESS]
         for table in progress.track(tables, "tables", len(tables)):
             for key in lake.folders(table):
-                self.found[table] += lake.revise(table, key, partial(self._partition, table, key))
+                try:
+                    self.found[table] += lake.revise(table, key, partial(self._partition, table, key))
+                except DamagedPartition as error:
+                    self.unsearched[f"{table}/{key}"] = str(error)
             self._staged(table)
 
     def _partition(self, table: str, key: str, part: Partition | None) -> int:
@@ -329,19 +333,23 @@ class Search:
                 for key in keys:
                     redis.delete(key)
         except (RedisError, OSError) as error:
-            self.unsearched["Redis"] = f"{type(error).__name__}: {error}"
+            self.unsearched["Redis"] = masked_text(f"{type(error).__name__}: {error}")
             return
         self.looked_at["Redis keys"] += len(keys)
 
     def _releases(self) -> None:
         """Text files of releases that name the user; vectors name nobody."""
         releases = self.places.releases
-        for manifest in releases.list():
+        for release_id in releases.names():
+            try:
+                for name in releases.manifest(release_id).files:
+                    if name.endswith(TEXTS):
+                        content = bytes(releases.fs.cat_file(releases.path(release_id, name)))
+                        self._read(f"release {release_id}", content.decode(errors="replace"))
+            except (ReleaseError, FileNotFoundError) as error:
+                self.unsearched[f"release {release_id}"] = f"{error}; promote another one and remove its folder"
+                continue
             self.looked_at["releases"] += 1
-            for name in manifest.files:
-                if name.endswith(TEXTS):
-                    content = bytes(releases.fs.cat_file(releases.path(manifest.release_id, name)))
-                    self._read(f"release {manifest.release_id}", content.decode(errors="replace"))
 
     def _mlflow(self) -> None:
         """Runs, deleted ones as well. Tags that name the user are removed; a parameter can't be, its run can be deleted."""

@@ -26,6 +26,7 @@ GATE = "gate"
 COVERAGE = "coverage@10"
 LATENCY = "latency_ms"
 OF = " of "
+SIZE = f"users{OF}"
 """Between a metric and the segment it was taken over: `ndcg@10 of cold users`; `users of cold users` is its size."""
 
 TIMED_CALLS = 40
@@ -63,7 +64,8 @@ class Verdict:
 def judge(challenger: Mapping[str, float], champion: Mapping[str, float] | None, settings: GateSettings) -> Verdict:
     """Judge two sets of scores by name: `[gate] metric`, `coverage@10`, `latency_ms` and the metric by segment.
 
-    A score that is absent or not finite keeps no claim. Without a champion everything passes: there is nothing to protect.
+    A score that is absent or not finite keeps no claim. Segments are judged by the metric they were measured by, the first of
+    the evaluation's. Without a champion everything passes: there is nothing to protect.
     """
     if champion is None:
         return Verdict(True, "there is no champion yet")
@@ -73,7 +75,7 @@ def judge(challenger: Mapping[str, float], champion: Mapping[str, float] | None,
     latency = _finite(challenger.get(LATENCY))
     held = latency is not None and latency <= settings.max_latency_ms
     claims.append(Claim(LATENCY, latency, _finite(champion.get(LATENCY)), settings.max_latency_ms, held))
-    segments = [name for name in sorted(challenger.keys() & champion.keys()) if name.startswith(metric + OF)]
+    segments = [name for name in sorted(challenger.keys() & champion.keys()) if OF in name and not name.startswith(SIZE)]
     claims += [
         _at_least(name, challenger, champion, _less(champion[name], settings.max_segment_drop))
         for name in segments
@@ -100,7 +102,7 @@ def _finite(value: float | None) -> float | None:
 
 def _users(name: str, scores: Mapping[str, float]) -> float:
     """Size of the segment of a score; one of unknown size, which may be NaN, counts as large enough."""
-    return scores.get(f"users{OF}{name.split(OF, 1)[1]}", math.inf)
+    return scores.get(SIZE + name.split(OF, 1)[1], math.inf)
 
 
 def _sentence(claim: Claim) -> str:

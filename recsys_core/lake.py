@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
@@ -43,6 +43,10 @@ PUBLISHED_AT_ONCE = 16
 
 class MissingPartition(UserError, LookupError):
     """A table has no data for a partition that a reader asked for."""
+
+
+class DamagedPartition(UserError, ValueError):
+    """The pointer of a partition can't be read; the message names it and says how it is mended."""
 
 
 class PartitionChanged(RuntimeError):
@@ -91,9 +95,10 @@ def _version_of(part: Partition | None) -> str | None:
 
 
 def _partition(said: bytes) -> Partition:
-    """What a pointer file says. Raises ValueError."""
+    """What a pointer file says; what later versions add to it is left out. Raises ValueError, KeyError or TypeError."""
     raw = json.loads(said)
-    return Partition(**{**raw, "files": tuple(raw["files"]), "older": tuple(raw.get("older", ()))})
+    known = {f.name: raw[f.name] for f in fields(Partition) if f.name in raw}
+    return Partition(**{**known, "files": tuple(raw["files"]), "older": tuple(raw.get("older", ()))})
 
 
 def _partition_to_replace(said: bytes | None) -> Partition | None:
@@ -349,13 +354,23 @@ class Lake:
         return self.find_all(table, [key]).get(key)
 
     def find_all(self, table: str, keys: Iterable[str]) -> dict[str, Partition]:
-        """The current versions of those partitions that exist, in the order of `keys`; pointers are read concurrently."""
+        """The current versions of those partitions that exist, in the order of `keys`; pointers are read concurrently.
+
+        Raises DamagedPartition for a pointer that can't be read.
+        """
         pointers = {self.path(table, key, POINTER): key for key in keys}
         found = self.fs.cat(list(pointers), on_error="return") if pointers else {}
         parsed = {}
         for path, data in found.items():
             if isinstance(data, bytes):
-                parsed[pointers[path]] = _partition(data)
+                try:
+                    parsed[pointers[path]] = _partition(data)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DamagedPartition(
+                        f"{masked_text(self.url(path))} is damaged ({type(error).__name__}: {error}): make partition "
+                        f"{pointers[path]} of {table} again; where nothing makes it, put the file back from a backup, or "
+                        "delete it to begin anew"
+                    ) from error
             elif not isinstance(data, FileNotFoundError):
                 raise data
         return {key: parsed[key] for key in pointers.values() if key in parsed}

@@ -417,6 +417,15 @@ class Landing:
             self._trouble(path, lambda source: tables.append(pq.read_table(source)))
         return tables
 
+    def rejections(self) -> list[tuple[float, int]]:
+        """Of each quarantine file when it was written (seconds since 1970), and its rows by its footer."""
+        rows: list[int] = []
+        found = []
+        for path, entry in sorted(self._found(QUARANTINE).items()):
+            if path.lower().endswith(ENDING) and not self._trouble(path, lambda source: rows.append(_rows_of(source))):
+                found.append((written_at(entry), rows[-1]))
+        return found
+
     def _read_footer(self, entry: _Entry) -> LandingFile | str | None:
         """What a file's footer says, why it can't be read, None when it is gone."""
         found: list[LandingFile] = []
@@ -443,6 +452,10 @@ class Landing:
                 raise
             return f"not readable as Parquet: {error}"  # what the parser raises has no number
         return ""
+
+
+def _rows_of(source: Any) -> int:
+    return int(pq.ParquetFile(source).metadata.num_rows)
 
 
 def was_read(hour: Partition, arrival: Arrival, since: float) -> bool:

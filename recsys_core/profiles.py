@@ -46,6 +46,7 @@ LEAST_HOURS, LEAST_REGULAR = 14, 0.7
 COLUMNS = [EVENT_ID, USER_ID, ITEM_ID, EVENT_TYPE, TS, VALUE]
 SIGMAS_OF_MAD = 1.4826
 """Standard deviations of a normal distribution in its median absolute deviation."""
+BUSIEST = 100
 OTHER = "(others)"
 MOST_CATEGORIES = 200
 
@@ -59,7 +60,8 @@ class Profile:
         data_version: of the partition that was looked at.
         events: rows of the partition.
         looked_at: rows that the other counts are of; less than `events` for an hour above `quality.sample_rows`.
-        users, top_user: distinct users, and events of the most active one.
+        users: distinct users.
+        top_user: events of the most active user of the whole hour.
         repeated_ids: events whose id occurs before in the hour.
         outside: events whose time is not in the hour.
         repeated: events whose user, item, type and time occur before in the hour.
@@ -236,15 +238,17 @@ class Profiles:
 
     def _add(self, day: str, verdicts: dict[str, Any]) -> None:
         def add(part: Partition | None) -> None:
-            hours = (part.extra["hours"] if part else {}) | verdicts
+            there = part.extra["hours"] if part else {}
+            hours = there | {hour: _still_accepted(there.get(hour), verdict) for hour, verdict in verdicts.items()}
             self.lake.write_blobs(CLICKS_PROFILE, day, {}, len(hours), {"hours": dict(sorted(hours.items()))}, part)
 
         self.lake.revise(CLICKS_PROFILE, day, add)
 
     def _measure(self, part: Partition) -> Profile:
         rows = _sample_of_users(self.lake, part, self.settings.sample_rows)
+        busiest = _busiest_user(self.lake, part) if part.rows > self.settings.sample_rows else 0
         if rows is None or not rows.num_rows:
-            return Profile(part.key, part.data_version, part.rows)
+            return Profile(part.key, part.data_version, part.rows, top_user=busiest)
         per_user = pc.value_counts(rows[USER_ID]).field("counts").to_numpy()
         content = self._contents[part.key] = _hashes(rows, 0)
         if len(self._contents) > DAY_HOURS + 1:
@@ -259,7 +263,7 @@ class Profiles:
             events=part.rows,
             looked_at=rows.num_rows,
             users=len(per_user),
-            top_user=int(per_user.max()),
+            top_user=max(busiest, int(per_user.max())),
             repeated_ids=rows.num_rows - pc.count_distinct(rows[EVENT_ID]).as_py() if EVENT_ID in rows.column_names else 0,
             outside=int(np.count_nonzero(rows[TS].to_numpy() // HOUR_MS != key_start_ms(part.key) // HOUR_MS)),
             repeated=rows.num_rows - len(np.unique(content)),
@@ -310,6 +314,12 @@ class Profiles:
         return verdict.profile if verdict and verdict.sound and verdict.profile.events else None
 
 
+def _still_accepted(there: Mapping[str, Any] | None, verdict: dict[str, Any]) -> dict[str, Any]:
+    """A verdict as it replaces the one that is there: what a person accepted while the hour was judged stays accepted."""
+    same = there is not None and there["profile"]["data_version"] == verdict["profile"]["data_version"]
+    return {**verdict, "accepted": verdict["accepted"] or there["accepted"]} if same and there else verdict
+
+
 def _verdict_of(kept: Mapping[str, Any]) -> Verdict:
     return Verdict(**{**kept, "profile": Profile(**kept["profile"])})
 
@@ -333,6 +343,20 @@ def _sample_of_users(lake: Lake, part: Partition, limit: int, step: int | None =
             batch = batch.filter(pa.array(hashes % np.uint64(step) == 0))
         kept.append(batch)
     return pa.Table.from_batches(kept, kept[0].schema) if kept else None
+
+
+def _busiest_user(lake: Lake, part: Partition) -> int:
+    """Events of the most active user of all, whom a sample of users hardly ever has.
+
+    Of each batch the `BUSIEST` most active are counted, so a user above a hundredth of the events is counted nearly whole.
+    """
+    counts: Counter[str] = Counter()
+    dataset = lake.dataset(part.table, [part.key])
+    for batch in dataset.to_batches(columns=[USER_ID]) if dataset else ():
+        counted = pc.value_counts(batch[USER_ID])
+        most = np.argsort(-counted.field("counts").to_numpy())[:BUSIEST]
+        counts.update({one["values"]: one["counts"] for one in counted.take(pa.array(most)).to_pylist()})
+    return max(counts.values(), default=0)
 
 
 def _hashes(rows: pa.Table, shift_ms: int) -> np.ndarray:
@@ -486,13 +510,15 @@ def repetitions(profiles: Profiles, hour: str) -> Iterator[Measure]:
 def user_shares(profiles: Profiles, hour: str) -> Iterator[Measure]:
     """Share of the most active user, and distinct users for an event."""
     profile = profiles.profile(hour)
-    if not profile or profile.looked_at < profiles.settings.min_events:
+    if not profile or profile.events < profiles.settings.min_events:
         return
     past, kind = profiles.past(hour)
-    tops = [p.top_user / p.looked_at for p in past if p.looked_at]
-    few = profile.looked_at < FEW * profiles.settings.min_events or kind in ("", BEFORE)
+    tops = [p.top_user / p.events for p in past if p.events]
+    few = profile.events < FEW * profiles.settings.min_events or kind in ("", BEFORE)
     most = min(0.9, max(0.7 if few else 0.3, 3 * max(tops, default=0.0)))
-    yield Measure(hour, "share of the most active user", profile.top_user / profile.looked_at, None, most, kind)
+    yield Measure(hour, "share of the most active user", profile.top_user / profile.events, None, most, kind)
+    if profile.looked_at < profiles.settings.min_events:
+        return
     ratios = [p.users / p.looked_at for p in past if p.looked_at]
     least = 0.2 * median(ratios) if ratios else None
     yield Measure(hour, "distinct users for an event", profile.users / profile.looked_at, least, None, kind)
@@ -888,13 +914,19 @@ def judge_catalogue(lake: Lake, rows: Report, accepted: bool = False) -> dict[st
     `rows` is the report on its rows, which has to be good as well.
     """
     part = lake.find(CATALOG_TABLE, CATALOG_KEY)
+    before = lake.find(CATALOG_PROFILE, CATALOG_KEY)
     measures, now = catalogue_measures(lake)
     reports = {claim: validate(usual_suite(claim), frame_of(of_claim)) for claim, of_claim in measures.items()}
-    if part and (accepted or (rows.passed and all(report.passed for report in reports.values()))):
-        stored = lake.find(CATALOG_PROFILE, CATALOG_KEY)
+
+    def keep(stored: Partition | None) -> None:
         if stored is None or stored.extra["profile"] != now:
-            with suppress(PartitionChanged):  # another judgement was kept meanwhile
-                lake.write_blobs(CATALOG_PROFILE, CATALOG_KEY, {}, now["items"], {"profile": now}, stored)
+            lake.write_blobs(CATALOG_PROFILE, CATALOG_KEY, {}, now["items"], {"profile": now}, stored)
+
+    if part and accepted:
+        lake.revise(CATALOG_PROFILE, CATALOG_KEY, keep)
+    elif part and rows.passed and all(report.passed for report in reports.values()):
+        with suppress(PartitionChanged):  # another judgement, or a person's word, was kept meanwhile
+            keep(before)
     return reports
 
 

@@ -330,7 +330,7 @@ class Registry:
                 self._made = client_type(tracking_uri=self.uri, registry_uri=self.uri)
             return work(self._made)
         except failures as error:
-            first_line = str(error).strip().split("\n", 1)[0][:_LONGEST_MESSAGE]
+            first_line = masked_text(str(error).strip().split("\n", 1)[0])[:_LONGEST_MESSAGE]
             raise RegistryError(masked_text(f"MLflow at {self.uri}: {type(error).__name__}: {first_line}")) from error
 
     def _mlflow(self) -> tuple[type[MlflowClient], tuple[type[Exception], ...]]:

@@ -6,8 +6,8 @@ Never the champion and those to which a rollback returns, nor what they were mad
 against its newest event, so that a history that ended long ago and a platform that stood still lose nothing. Files of the
 quarantine, which have no time but that of their writing, are held against the clock, and so is what runs left that broke off.
 
-What is decided is done only while it still holds: a partition that was made again since stays, and so does a release that
-became the champion.
+What is decided is done only while it still holds: a partition or a file that was written again since stays, and so does a
+release that became the champion.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recsys_core.events import DAY_MS, day_key, hour_key
 from recsys_core.lake import STAGING, Lake, Partition
 from recsys_core.landing import LANDING, QUARANTINE, Landing, LandingFile
 from recsys_core.registry import PARTITION_TAG, Registry, Version
-from recsys_core.release import ChampionServes, Manifest, Releases
+from recsys_core.release import ChampionServes, Manifest, Pointer, ReleaseError, Releases, StoreAway
 from recsys_core.settings import RetentionSettings, Settings
 from recsys_core.stores import TEMPORARY, is_local, written_at
 from recsys_core.tombstones import TOMBSTONES
@@ -45,12 +45,16 @@ HOUR_KEY, DAY_KEY = len("2026-01-31T09"), len("2026-01-31")
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that may go: a path, a table's partition (`table/key`) or a release, and its size. A leftover is a file."""
+    """Something that may go: a path, a table's partition (`table/key`) or a release, and its size. A leftover is a file.
+
+    `written` is when a file had been written (seconds since 1970) at the time of the decision.
+    """
 
     kind: Kind
     name: str
     bytes: int
     part: Partition | None = None
+    written: float = 0.0
 
 
 class UnsafePolicy(UserError, ValueError):
@@ -117,14 +121,15 @@ def _landing(landing: Landing, policy: RetentionSettings, end_ms: int) -> Iterat
         first = list(takewhile(lambda file: file is not None and file.last_ts < oldest, archive[:-1]))
         dated = [number for number, file in enumerate(first, 1) if file and file.rows]
         gone += [file for file in first[: max(dated, default=0)] if file]
-    yield from (Removal("landing", file.path, file.bytes) for file in sorted(gone, key=lambda file: file.path))
+    for file in sorted(gone, key=lambda file: file.path):
+        yield Removal("landing", file.path, file.bytes, written=written_at(landing.lake.fs.info(file.path)))
 
 
 def _quarantine(lake: Lake, policy: RetentionSettings, now_ms: int) -> Iterator[Removal]:
     if policy.quarantine_days:
         for path, entry in sorted(lake.fs.find(lake.path(QUARANTINE), detail=True).items()):
             if written_at(entry) * 1000 < now_ms - policy.quarantine_days * DAY_MS:
-                yield Removal("quarantine", path, int(entry["size"]))
+                yield Removal("quarantine", path, int(entry["size"]), written=written_at(entry))
 
 
 def _partitions(lake: Lake, policy: RetentionSettings, needed: set[str], end_ms: int) -> Iterator[Removal]:
@@ -158,7 +163,8 @@ def _left_by(groups: Iterable[Files], now_ms: int) -> Iterator[Removal]:
     """The files of those groups of which none was written within a day."""
     for files in groups:
         if all(written_at(entry) * 1000 < now_ms - LEFTOVER_MS for entry in files.values()):
-            yield from (Removal("leftover", path, int(entry["size"])) for path, entry in sorted(files.items()))
+            for path, entry in sorted(files.items()):
+                yield Removal("leftover", path, int(entry["size"]), written=written_at(entry))
 
 
 def _unnamed(lake: Lake) -> Iterator[Files]:
@@ -207,10 +213,11 @@ def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manif
     """The manifests that stay, and the releases that may go: all but the newest, the champion and those before it.
 
     Earlier champions count among those that are still there, so that as many stay for a rollback as the policy says. A removal
-    that broke off is ended in any case.
+    that broke off is ended in any case. A release whose manifest can't be read stays, and keeps nothing; the check
+    `releases_are_whole` names it. Raises ReleaseError when it is the champion.
     """
-    made = releases.list()
     champion = releases.champion()
+    made = _manifests(releases, champion)
     whole = {manifest.release_id for manifest in made}
     earlier = [name for name in champion.previous if name in whole] if champion else []
     names = {champion.release_id, *earlier[: policy.champions]} if champion else set()
@@ -220,6 +227,20 @@ def _releases(releases: Releases, policy: RetentionSettings) -> tuple[list[Manif
     broken_off = [Removal("release", name, 0) for name in sorted(begun - whole)]
     removals = broken_off + [Removal("release", m.release_id, sum(int(f["bytes"]) for f in m.files.values())) for m in gone]
     return [m for m in made if m not in gone], removals
+
+
+def _manifests(releases: Releases, champion: Pointer | None) -> list[Manifest]:
+    """The manifests that can be read, oldest first. Raises StoreAway, and ReleaseError for that of the champion."""
+    found = []
+    for name in releases.names():
+        try:
+            found.append(releases.manifest(name))
+        except StoreAway:
+            raise
+        except ReleaseError:
+            if champion is not None and champion.release_id == name:
+                raise
+    return sorted(found, key=lambda manifest: manifest.created_at)
 
 
 def spent_runs_of_mlflow(registry: Registry, releases: Releases, settings: Settings, end_ms: int) -> list[Run]:
@@ -262,6 +283,7 @@ def remove(landing: Landing, releases: Releases, removals: Iterable[Removal]) ->
 
     The pointer of a partition, the manifest of a release go first: no reader finds a half.
     """
+    landing.lake.fs.invalidate_cache()
     gone = [removal for removal in removals if _remove(landing.lake, releases, removal)]
     _drop_empty_folders(landing.lake.fs, gone)
     landing.lake.fs.invalidate_cache()
@@ -279,6 +301,8 @@ def _remove(lake: Lake, releases: Releases, removal: Removal) -> bool:
         return True
     fs = releases.fs if removal.name.startswith(f"{releases.root}/") else lake.fs
     with suppress(FileNotFoundError):  # its writer took it back
+        if removal.written and written_at(fs.info(removal.name)) != removal.written:
+            return False
         fs.rm_file(removal.name)
     return True
 

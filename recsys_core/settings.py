@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -51,24 +52,46 @@ SERVICE_LINKS = r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)
 """Variables that Kubernetes gives every pod for each service of its namespace."""
 
 
+METRICS = ("ndcg", "recall", "hit", "map", "mrr", "coverage", "novelty")
+"""What an evaluation measures, at each cut-off."""
+PATTERNS = re.compile(r"[*?\[\]{}\\,\n]|%[0-9A-Fa-f]{2}|::")
+"""Spark, fsspec and glob take these for patterns or lists of paths, SQLite's URLs for escapes."""
+
+
 class SettingsError(UserError, ValueError):
     """A file or variable of the settings can't be read."""
 
 
 class Section(BaseModel):
-    """A table of `recsys.toml`; a name it does not know is an error, not a silent no-op."""
+    """A table of `recsys.toml`. A name that it does not know is an error, not a silent no-op; no number is infinite or NaN."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+def _without_patterns(path: str) -> str:
+    """Raises ValueError for a path that Spark or a store would read as another."""
+    if found := PATTERNS.search(path):
+        raise ValueError(f"{found[0]!r} in a path means something else to Spark, SQLite or the stores: name a folder without")
+    return path
+
+
+PlainPath = Annotated[str, AfterValidator(_without_patterns)]
 
 
 class LakeSettings(Section):
-    uri: str = Field("", description="root of all tables, a path or an fsspec URI; empty: <home>/lake")
+    uri: PlainPath = Field("", description="root of all tables, a path or an fsspec URI; empty: <home>/lake")
     keep_versions: int = Field(2, ge=1, description="versions of a partition that stay readable after a replacement")
 
 
 class PartitionSettings(Section):
     start: date = Field(date(2026, 1, 1), description="first day of the hourly and daily partitions (UTC)")
     end: date | None = Field(None, description="day after the last partition; unset: partitions grow with the clock")
+
+    @model_validator(mode="after")
+    def _has_days(self) -> PartitionSettings:
+        if self.end is not None and self.end <= self.start:
+            raise ValueError(f"end is the day after the last partition, and {self.end} is not after start, {self.start}")
+        return self
 
 
 class EventSettings(Section):
@@ -170,14 +193,14 @@ class AlsSettings(Section):
         description="λ of `numpy` in units of the one with which users who are all alike give items vectors as long as theirs; "
         "of several one is taken together with the half-life",
     )
-    seed: int = Field(7, description="of the start values")
+    seed: int = Field(7, ge=0, description="of the start values")
     min_user_interactions: int = Field(1, ge=1, description="users with fewer items get no factors (fold-in serves them)")
     min_item_interactions: int = Field(1, ge=1, description="items with fewer users get no factors")
 
 
 class TwoTowerSettings(Section):
     dimension: int = Field(128, ge=2, le=1024, description="length of user and item vectors, and of the embeddings of ids")
-    hidden: tuple[int, ...] = Field(
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (256, 128), description="hidden layers of both towers; empty: vectors are the sums of the embeddings alone"
     )
     item_bias: bool = Field(
@@ -275,7 +298,7 @@ class RankingSettings(Section):
 
 
 class EvaluationSettings(Section):
-    ks: tuple[int, ...] = Field((10, 20, 50), description="cut-offs of the metrics")
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((10, 20, 50), description="cut-offs of the metrics, 10 among them")
     max_users: int = Field(5000, ge=1, description="users that are ranked for, sampled by a hash of their id")
     horizon_hours: int = Field(6, ge=1, le=24, description="weights are tuned to what users do in so many hours from a moment")
     tuning_users: int = Field(3000, ge=1, description="users of all moments together that the weights are tuned on")
@@ -283,9 +306,16 @@ class EvaluationSettings(Section):
     cold_item_users: int = Field(5, ge=1, description="an item with at most so many users in the window is cold")
     bootstrap: int = Field(1000, ge=10, description="resamples of the users for the 95 % intervals")
 
+    @field_validator("ks")
+    @classmethod
+    def _has_ten(cls, ks: tuple[int, ...]) -> tuple[int, ...]:
+        if 10 not in ks:
+            raise ValueError("10 has to be among them: the gate and the web UI look at it")
+        return ks
+
 
 class ReleaseSettings(Section):
-    uri: str = Field("", description="root of the releases; empty: <home>/releases")
+    uri: PlainPath = Field("", description="root of the releases; empty: <home>/releases")
 
 
 class GateSettings(Section):
@@ -357,9 +387,24 @@ class RedisSettings(Section):
     wait_replicas: int = Field(0, ge=0, description="replicas that must have a batch of the speed layer before it counts")
     timeout_ms: int = Field(20, ge=1, description="deadline of one online read of a user, from when it is sent")
 
+    @field_validator("url")
+    @classmethod
+    def _names_a_redis(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            named = parts.scheme == "unix" or (parts.scheme in ("redis", "rediss") and (parts.port or 0) >= 0)
+        except ValueError:  # its port
+            named = False
+        if not named:
+            raise ValueError(
+                "it is redis://host:port/number, rediss://… for TLS or unix:///path; ports end at 65535, and / ? # @ of a "
+                "password are written %2F %3F %23 %40"
+            )
+        return url
+
     @model_validator(mode="after")
     def _has_nodes(self) -> RedisSettings:
-        wrong = [node for node in self.nodes if not node.rpartition(":")[2].isdigit() or not node.rpartition(":")[0]]
+        wrong = [node for node in self.nodes if not node.rpartition(":")[2].isdecimal() or not node.rpartition(":")[0]]
         if wrong:
             raise ValueError(f"every node is host:port, got {', '.join(map(masked_text, wrong))}")
         if self.mode != "standalone" and not self.nodes:
@@ -576,6 +621,7 @@ class Settings(BaseSettings):
         frozen=True,
         nested_model_default_partial_update=True,
         hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
     home: Path = Field(Path(DEFAULT_HOME), description="folder of everything this installation writes")
@@ -606,6 +652,30 @@ class Settings(BaseSettings):
     kubernetes: KubernetesSettings = KubernetesSettings()
     alerts: AlertSettings = AlertSettings()
     mappings: dict[str, SourceMapping] = Field(default_factory=dict, description="own mappings of `recsys ingest`, by name")
+
+    @field_validator("home")
+    @classmethod
+    def _is_no_pattern(cls, home: Path) -> Path:
+        _without_patterns(str(home.absolute()))
+        return home
+
+    @model_validator(mode="after")
+    def _has_a_share_for_each_half_life(self) -> Settings:
+        mix, lives = self.ranking.trend_mix, self.trends.half_lives_hours
+        if len(mix) != len(lives) and mix != RankingSettings().trend_mix:
+            raise ValueError(
+                f"ranking.trend_mix has {len(mix)} shares, trends.half_lives_hours {len(lives)}: each half-life needs its share"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_metric_of_the_gate(self) -> Settings:
+        name, _, k = self.gate.metric.partition("@")
+        if name not in METRICS or k not in map(str, self.evaluation.ks):
+            measured = f"{', '.join(METRICS)} at {', '.join(map(str, self.evaluation.ks))} (evaluation.ks)"
+            given = masked_text(self.gate.metric)
+            raise ValueError(f"gate.metric is {given!r}, which no evaluation measures: it measures {measured}")
+        return self
 
     @property
     def lake_uri(self) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from recsys_core import progress
+from recsys_core.masking import masked
 from recsys_core.settings import Settings
 
 STOP_SECONDS = 30
@@ -62,6 +63,19 @@ def prepare_environment(settings: Settings) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if is_local(settings.spark.master):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    _start_without_secrets(spark_conf(settings))
+
+
+def _start_without_secrets(conf: Mapping[str, str]) -> None:
+    """Start the JVM where properties are secret: it gets its properties as arguments, which every user of the machine can read.
+
+    The session hands it all of them again, over its own connection.
+    """
+    from pyspark import SparkConf, SparkContext
+
+    told = {name: value for name, value in conf.items() if masked(value, name) == value}
+    if len(told) < len(conf) and SparkContext._gateway is None:
+        SparkContext._ensure_initialized(conf=SparkConf(loadDefaults=False).setAll(list(told.items())))
 
 
 def session(settings: Settings) -> SparkSession:

@@ -23,6 +23,9 @@ from typing import Any
 
 import fsspec
 
+from recsys_core.errors import UserError
+from recsys_core.masking import masked_text
+
 TEMPORARY = ".tmp"
 LOCK = ".lock"
 
@@ -37,9 +40,17 @@ _S3_CONFLICTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409
 _guards = [threading.Lock() for _ in range(1024)]
 
 
+class UnknownStore(UserError):
+    """There is no client for what a URI names."""
+
+
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec filesystem of a path or URI, and the path inside it."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    """The fsspec filesystem of a path or URI, and the path inside it. Raises UnknownStore."""
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        cure = " (`pip install recsys[s3]`)" if uri.startswith(("s3:", "s3a:")) else ""
+        raise UnknownStore(f"{masked_text(uri)} can't be used as a store: {masked_text(str(error))}{cure}") from error
     return fs, path.rstrip("/")
 
 

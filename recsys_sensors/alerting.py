@@ -51,7 +51,9 @@ class Told:
 
     @classmethod
     def of(cls, cursor: str | None) -> Told:
-        return cls(**json.loads(cursor)) if cursor else cls()
+        """What a cursor says; what another version has put into it besides is left out."""
+        raw = json.loads(cursor) if cursor else {}
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
 
     def cursor(self) -> str:
         return json.dumps({**self.__dict__, "sent": self.sent[-REMEMBERED:]})
@@ -66,7 +68,7 @@ def alerts(context: dg.SensorEvaluationContext, platform: Platform) -> dg.Sensor
         return dg.SensorResult(skip_reason="alerts start from here", cursor=replace(told, standing=[]).cursor())
     found += _standing(context, platform, told)
     for alert in found:
-        context.log.warning(alert.text)
+        context.log.warning(masked_text(alert.text))
     problems = _deliver(context, list(channels(platform.settings.alerts)), found, told)
     reason = f"{len(found)} alerts told" if found else "nothing to tell"
     if problems:
@@ -123,7 +125,7 @@ def _seen(
 
 def _deliver(context: dg.SensorEvaluationContext, used: list[Channel], found: Iterable[Alert], told: Told) -> list[str]:
     """Send what is new and what waits on every channel. Returns why channels did not take it all; the rest is in `waiting`."""
-    new = [asdict(replace(alert, details=alert.details[:DETAILS])) for alert in found]
+    new = [{name: masked_text(text)[:DETAILS] for name, text in asdict(alert).items()} for alert in found]
     problems, waiting = [], {}
     for channel in used:
         left = [*told.waiting.get(channel.name, []), *new]

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from pyspark.sql import SparkSession
 from recsys_home import QUICK_SPARK, default_settings
@@ -14,6 +15,9 @@ from recsys_core.lake import Lake
 from recsys_core.registry import Registry
 from recsys_core.settings import Settings
 from recsys_core.spark import session
+
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture

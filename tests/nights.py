@@ -45,12 +45,14 @@ def prepare_night(lake: Lake, day: str, settings: Settings, served: dict[str, fl
     evaluate_as(lake, day, served)
 
 
-def evaluate_as(lake: Lake, day: str, served: dict[str, float] | None) -> None:
+def evaluate_as(
+    lake: Lake, day: str, served: dict[str, float] | None, segments: dict[str, dict[str, float]] | None = None
+) -> None:
     """Let the evaluation of a day say this."""
     content: dict[str, Any] = {"day": day, "metrics": {SERVED: served} if served else {}}
     if served:
         around = [served["ndcg@10"] - 0.05, served["ndcg@10"] + 0.05]
-        content |= {"headline": "ndcg@10", "intervals": {SERVED: around}}
+        content |= {"headline": "ndcg@10", "intervals": {SERVED: around}, "segments": segments or {}}
     lake.write_blobs(EVALUATION, day, {"evaluation.json": b"{}"}, 1, content)
 
 

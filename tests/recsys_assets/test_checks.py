@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pytest
-from builders import ms, write_clicks, write_interactions
+from builders import event, event_table, ms, write_clicks, write_interactions
 from typer.testing import CliRunner, Result
 
 from recsys_assets.checks import GROUPS
@@ -19,12 +20,14 @@ from recsys_cli.main import app
 from recsys_core.bundle import ALS_FACTORS, ALS_ITEMS, ITEM_INDEX, build_item_index, fit_als_factors
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, merge_catalog, read_catalog
 from recsys_core.evaluation import write_evaluation
-from recsys_core.events import DAY_MS, HOUR_MS, hour_key
+from recsys_core.events import DAY_MS, EVENT_SCHEMA, HOUR_MS, hour_key
 from recsys_core.lake import Lake
+from recsys_core.landing import QUARANTINE_SCHEMA
 from recsys_core.settings import Settings
 from recsys_core.tables import CLICKS_HOURLY
 
 DAY, BEFORE = "2026-03-02", "2026-03-01"
+NOW_S = ms(DAY) // 1000
 NIGHT = ("popular_items", "release")
 """Made in these tests; the checks of all that stands before them run as in the nightly job."""
 CHECKED = ("interactions", "als_factors", "item_index", "item_catalog")
@@ -256,3 +259,26 @@ def test_the_factors_that_an_index_is_held_against_are_those_of_the_day(platform
     assert platform.lake.get(ITEM_INDEX, DAY).extra["factors_version"] != platform.lake.get(ALS_FACTORS, DAY).data_version
     _, failed = run_the_night(platform)
     assert "index_is_of_the_same_factors" in failed
+
+
+def test_a_rejected_day_is_seen_behind_a_long_history_and_an_old_one_is_over(settings: Settings) -> None:
+    def arrive(name: str, days_ago: int, landed: int, rejected: int) -> None:
+        events = [event(f"{name}-{n}", f"u{n}", "i", f"{DAY}T09") for n in range(landed)]
+        rows = [{"origin": "a.csv", "row": n, "reason": "missing item", "content": "x"} for n in range(rejected)]
+        paths = [platform.landing.write_events("test", name, event_table(*events, schema=EVENT_SCHEMA))] if events else []
+        if rows:
+            paths.append(platform.landing.write_quarantine("test", name, pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)))
+        for path in paths:
+            os.utime(path, (NOW_S - days_ago * 86_400,) * 2)
+
+    platform = Platform(settings)
+    group = next(group for group in GROUPS if group.asset == "clickstream_landing")
+    passes = lambda: {c.name: r.passed for c, r in group.reports(platform)}["quarantined_rows_are_few"]  # noqa: E731
+    arrive("old", 9, 100, 900)
+    assert not passes()
+    arrive("history", 5, 5000, 0)
+    assert passes(), "what was rejected long ago is no news"
+    arrive("odd", 4, 0, 3)
+    assert passes(), "three rows of a day are no fault"
+    arrive("broken", 1, 20, 300)
+    assert not passes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "backfill from late to early": (("backfill", "clicks_hourly", "2026-01-07T00", "2026-01-01T00"), "later than the last"),
     "backfill of a day that is not": (("backfill", "clicks_hourly", "2026-02-30T00", "2026-03-01T00"), "2026-02-30T00"),
     "backfill of days for hours": (("backfill", "clicks_hourly", "2026-01-01", "2026-01-02"), "no partition '2026-01-01'"),
+    "a user without an id": (("forget", " "), "an id is not empty"),
+    "a file without a name": (("ingest", "", "--user", "u", "--item", "i", "--time", "t"), "name the file or folder"),
     "replay of words": (("replay", "--day", "yesterday"), "'yesterday'"),
     "replay of an hour": (("replay", "--day", "2026-01-01T00"), "no day"),
     "replay of a day that is not": (("replay", "--day", "2026-02-30"), "2026-02-30"),
@@ -68,6 +71,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "promotion of an unknown release": (("release", "promote", "nothing"), "no release 'nothing'"),
     "rollback of nothing": (("release", "rollback"), "no earlier champion"),
     "rebuild since words": (("stream", "rebuild", "--since", "tuesday"), "tuesday"),
+    "rebuild since no digit": (("stream", "rebuild", "--since", "²h"), "neither all, an age"),
+    "a broker on no port": (("kafka", "up", "--port", "99999"), "--port"),
     "rebuild from nowhere": (("stream", "rebuild", "--from", "heaven"), "heaven"),
     "ingest of an absent file": (("ingest", "absent.csv", "--mapping", "globo"), "absent.csv"),
     "ingest by an unknown mapping": (("ingest", "recsys.toml", "--mapping", "globe"), "globe"),
@@ -134,6 +139,46 @@ def test_every_command_names_what_is_wrong_with_the_settings_and_where(fault: st
     text, variables, wanted = BROKEN[fault]
     (tmp_path / "recsys.toml").write_text(text)
     assert wanted in told(recsys(*COMMANDS[command], **variables))
+
+
+WRONG: dict[str, tuple[str, dict[str, str], str]] = {
+    "a number that is infinite": ("[ranking]\nals_weight = inf\n", {}, "recsys.toml: ranking.als_weight"),
+    "a number in a list that is none": ("[ranking]\ntrend_mix = [1.0, nan, 0.0]\n", {}, "recsys.toml: ranking.trend_mix"),
+    "a weight that is infinite": ("[events]\nweights = { view = inf }\n", {}, "recsys.toml: events.weights"),
+    "shares without their half-lives": ("[ranking]\ntrend_mix = [1.0, 0.5]\n", {}, "trends.half_lives_hours 3"),
+    "cut-offs below one": ("[evaluation]\nks = [0]\n", {}, "recsys.toml: evaluation.ks"),
+    "cut-offs without ten": ("[evaluation]\nks = [5, 20]\n", {}, "10 has to be among them"),
+    "a metric that is misspelt": ("[gate]\nmetric = 'ndgc@10'\n", {}, "'ndgc@10', which no evaluation measures"),
+    "a metric at another cut-off": ("", {"RECSYS_GATE__METRIC": "ndcg@5"}, "'ndcg@5', which no evaluation measures"),
+    "layers without a neuron": ("[two_tower]\nhidden = [64, 0]\n", {}, "recsys.toml: two_tower.hidden"),
+    "partitions that end before they start": (
+        "[partitions]\nstart = 2026-05-01\nend = 2026-01-01\n",
+        {},
+        "2026-01-01 is not after start, 2026-05-01",
+    ),
+    "a Redis that is a page": ("[redis]\nurl = 'http://127.0.0.1'\n", {}, "recsys.toml: redis.url"),
+    "a Redis on no port": ("", {"RECSYS_REDIS__URL": "redis://127.0.0.1:99999/0"}, "RECSYS_REDIS__URL: redis.url"),
+    "a home that is a pattern": ("", {"RECSYS_HOME": "[demo]"}, "name a folder without"),
+    "a lake that is a pattern": ("[lake]\nuri = '/data/v?/lake'\n", {}, "recsys.toml: lake.uri"),
+    "releases in a list": ("[release]\nuri = 's3://bucket/{a,b}'\n", {}, "recsys.toml: release.uri"),
+    "a home that is two URLs": ("", {"RECSYS_HOME": "a::b"}, "name a folder without"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_setting_that_no_part_could_work_with_is_refused_at_the_start(fault: str, tmp_path: Path) -> None:
+    text, variables, wanted = WRONG[fault]
+    (tmp_path / "recsys.toml").write_text(text)
+    assert wanted in told(recsys("config", **variables))
+
+
+@pytest.mark.parametrize("command", ["check", "release list", "prune", "ingest"])
+@pytest.mark.parametrize("uri", ["nosuch://bucket/x", "gs://bucket/x"])
+def test_a_store_without_a_client_is_told(command: str, uri: str, tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("user,item,ts\nu,i,1767225600000\n")
+    arguments = {"ingest": ["e.csv", "--user", "user", "--item", "item", "--time", "ts"]}.get(command, [])
+    (tmp_path / "recsys.toml").write_text(f"[lake]\nuri = '{uri}'\n[release]\nuri = '{uri}'\n")
+    assert f"{uri} can't be used as a store" in told(recsys(*command.split(), *arguments, **NO_REDIS))
 
 
 def test_forget_without_redis_says_that_redis_was_not_searched() -> None:
@@ -219,6 +264,28 @@ def test_a_bug_is_one_line_that_says_where_its_traceback_is(tmp_path: Path, monk
     assert "ZeroDivisionError" in kept.read_text()
 
 
+@pytest.mark.parametrize("home", [True, False])
+@pytest.mark.parametrize("before", [0, 150])
+def test_a_bug_tells_no_secret_neither_here_nor_in_the_file(
+    home: bool, before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = "hunter2" * 10
+    error = RuntimeError(f"{'x' * before} redis://user:{secret}@host/0 says no")
+    monkeypatch.setattr("recsys_cli.stack.status", raising(error))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("RECSYS_DEBUG", "1")
+    other = tmp_path / "not ours"
+    (tmp_path / "error.log").symlink_to(other)
+    if home:
+        (tmp_path / ".recsys").mkdir()
+    result = recsys("status")
+    logs = [path.read_text() for path in tmp_path.glob("**/*error.log") if not path.is_symlink()]
+    assert len(logs) == 1
+    assert "RuntimeError" in logs[0]
+    assert not other.exists(), "a link that somebody put among what is temporary was followed"
+    assert "hunter2" not in "".join((result.output, result.stderr, *capfd.readouterr(), *logs))
+
+
 def test_a_bug_shows_its_traceback_where_it_is_wanted(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,3 +293,33 @@ def test_a_bug_shows_its_traceback_where_it_is_wanted(
     monkeypatch.setenv("RECSYS_DEBUG", "1")
     result = recsys("status")
     assert "Traceback" in result.stderr + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("said", ['{"pi', "{}", '{"pid": 1, "services": [{"name": "redis", "added": 1}]}'])
+@pytest.mark.parametrize("command", ["status", "recommend u1"])
+def test_a_stack_of_another_version_is_told(command: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / ".recsys" / "run").mkdir(parents=True)
+    (tmp_path / ".recsys" / "run" / "stack.json").write_text(said)
+    assert "does not say what runs here" in told(recsys(*command.split()))
+
+
+def test_one_damaged_table_does_not_keep_the_others_from_being_checked(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("user,item,ts\nu,i,1767225600000\n")
+    assert recsys("ingest", "e.csv", "--user", "user", "--item", "item", "--time", "ts").exit_code == 0
+    pointer = tmp_path / ".recsys" / "lake" / "item_catalog" / "current" / "_current.json"
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text("{half")
+    found = recsys("check")
+    assert found.exit_code == 1
+    assert "landed_rows_are_events" in found.output
+    assert "FAILED all of them of item_catalog: could not be judged" in found.output
+    assert "_current.json is damaged" in found.output
+
+
+@pytest.mark.parametrize("command", ["status", "check", "release list"])
+def test_a_folder_whose_name_looks_like_markup_is_told_as_it_is_called(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys_core.settings.PATTERNS", re.compile("never so"))
+    home = tmp_path / "[bold]a[/b]"
+    assert str(home) in recsys(*command.split(), RECSYS_HOME=str(home)).output

@@ -35,12 +35,12 @@ from recsys_core.bundle import (
 from recsys_core.events import EVENT_SCHEMA, now_ms
 from recsys_core.forget import FORGOTTEN, Places, Search, forget_user
 from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, write_heartbeat
-from recsys_core.lake import Lake
+from recsys_core.lake import POINTER, Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, CLOCK_SECONDS, QUARANTINE_SCHEMA, Landing, OffsetRange
 from recsys_core.online import UserRecord, recs_key, user_key, write_answers, write_records
 from recsys_core.popularity import popular_items
 from recsys_core.registry import Registry
-from recsys_core.release import Releases
+from recsys_core.release import MANIFEST, Releases
 from recsys_core.retention import is_kept, tables
 from recsys_core.settings import RetentionSettings, Settings
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY, INTERACTIONS
@@ -442,6 +442,19 @@ def test_a_landing_file_that_cannot_be_read_is_named_and_the_rest_goes(small_pla
     report = forget_user(small_places, "eve")
     assert report.removed == {"landing": 1}
     assert set(report.unsearched) == {f"landing/test/{name}" for name in ("half.parquet", "._x.parquet", "notes.txt")}
+
+
+def test_a_pointer_and_a_manifest_that_cannot_be_read_are_named_and_the_rest_goes(small_places: Places, lake: Lake) -> None:
+    for hour in ("2026-01-31T09", "2026-01-31T10"):
+        lake.write(CLICKS_HOURLY, hour, pa.table({"user_id": [GONE]}))
+    lake.fs.pipe_file(lake.path(CLICKS_HOURLY, "2026-01-31T09", POINTER), b"{half")
+    releases = small_places.releases
+    releases.fs.makedirs(releases.path("broken"), exist_ok=True)
+    releases.fs.pipe_file(releases.path("broken", MANIFEST), b"{half")
+    report = forget_user(small_places, GONE)
+    assert report.removed == {CLICKS_HOURLY: 1}
+    assert set(report.unsearched) == {f"{CLICKS_HOURLY}/2026-01-31T09", "release broken"}
+    assert "_current.json is damaged" in report.unsearched[f"{CLICKS_HOURLY}/2026-01-31T09"]
 
 
 def test_without_redis_the_rest_goes_and_redis_is_named(small_places: Places, lake: Lake) -> None:

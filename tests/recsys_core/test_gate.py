@@ -78,6 +78,9 @@ def test_another_metric_can_be_chosen() -> None:
     gate = GATE.model_copy(update={"metric": "recall@20"})
     challenger = {**CHAMPION, "ndcg@10": 0.0, "recall@20": 0.3}
     assert judge(challenger, {**CHAMPION, "recall@20": 0.3}, gate).passed
+    segment = {"ndcg@10 of cold users": 0.1, "users of cold users": 100.0}
+    worse = {**challenger, **segment, "ndcg@10 of cold users": 0.0}
+    assert not judge(worse, {**CHAMPION, "recall@20": 0.3, **segment}, gate).passed, "segments are judged whatever the metric"
 
 
 def test_what_an_evaluation_says_of_segments_is_judged() -> None:
@@ -152,6 +155,18 @@ def test_a_champion_of_the_same_day_is_taken_by_its_own_evaluation(
     verdict = challenge(lake, releases, DAY, settings)
     assert (verdict.passed, verdict.reason) == (False, "ndcg@10 0.3 is below 0.388 (champion 0.4)")
     assert verdict.champion_id == champion
+
+
+def test_a_segment_that_a_later_release_of_the_same_day_loses_keeps_it_out(
+    lake: Lake, releases: Releases, settings: Settings
+) -> None:
+    prepare_night(lake, DAY, settings, GOOD)
+    evaluate_as(lake, DAY, GOOD, {"cold users": {"users": 900.0, SERVED: 0.2}})
+    releases.promote(make_release(lake, releases, DAY, settings).release_id)
+    evaluate_as(lake, DAY, GOOD, {"cold users": {"users": 900.0, SERVED: 0.01}})
+    make_release(lake, releases, DAY, settings)
+    verdict = challenge(lake, releases, DAY, settings)
+    assert (verdict.passed, verdict.reason) == (False, "ndcg@10 of cold users 0.01 is below 0.14 (champion 0.2)")
 
 
 def test_a_day_before_the_champions_never_wins(lake: Lake, releases: Releases, settings: Settings, champion: str) -> None:

@@ -1,3 +1,4 @@
+import json
 import os
 import uuid
 
@@ -6,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_core import stores
-from recsys_core.lake import POINTER, Lake, MissingPartition
+from recsys_core.lake import POINTER, DamagedPartition, Lake, MissingPartition
 from recsys_core.stores import LOCK, write_atomically
 
 KEY = "2026-03-02T10"
@@ -314,7 +315,16 @@ def test_everything_that_a_pointer_names_is_on_the_disk_before_it(tmp_path, monk
 def test_a_pointer_that_is_no_pointer_is_repaired_by_making_the_partition_again(anywhere):
     anywhere.write("t", KEY, numbers(1))
     anywhere.fs.pipe_file(anywhere.path("t", KEY, POINTER), b"{half")
-    with pytest.raises(ValueError, match="Expecting property name"):
+    with pytest.raises(DamagedPartition, match=f"t/{KEY}/{POINTER} is damaged .*property name.* make partition {KEY} of t"):
         anywhere.get("t", KEY)
     anywhere.write("t", KEY, numbers(2))
     assert held(anywhere, "t", [KEY]) == [2]
+
+
+def test_what_a_later_version_adds_to_a_pointer_is_left_out(anywhere):
+    part = anywhere.write("t", KEY, numbers(1))
+    path = anywhere.path("t", KEY, POINTER)
+    anywhere.fs.pipe_file(path, json.dumps({**json.loads(anywhere.fs.cat_file(path)), "added": 1}).encode())
+    assert anywhere.find("t", KEY) == part
+    anywhere.write("t", KEY, numbers(2))
+    assert anywhere.get("t", KEY).older == (part.version,)

@@ -6,6 +6,9 @@ import io
 import json
 import logging
 import string
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_origin
@@ -98,6 +101,18 @@ def test_a_secret_in_any_setting_is_in_no_output(section: str, name: str, value:
     told = outputs({section: {name: value}} if section else {name: value})
     assert len(told) > 1
     assert not [text for text in told if SECRET in text]
+
+
+def test_a_documented_file_sets_nothing_to_what_is_shown_in_place_of_a_secret() -> None:
+    settings = Settings(
+        redis=RedisSettings(url=f"redis://app:{SECRET}@host/0"),
+        kafka=KafkaSettings(conf={"ssl.key.password": SECRET, "linger.ms": "5"}),
+        kubernetes={"resources": {"als_factors": {"cpu": "8"}}},
+    )
+    read = tomllib.loads(documented_toml(settings))
+    assert "url" not in read["redis"]
+    assert "conf" not in read["kafka"]
+    assert read["kubernetes"]["resources"]["als_factors"]["cpu"] == "8"
 
 
 @pytest.mark.parametrize(
@@ -196,3 +211,29 @@ def test_a_store_that_is_away_is_told_without_its_keys(tmp_path: Path) -> None:
 def test_json_lines_stay_json() -> None:
     record = logging.LogRecord("a", logging.INFO, "a.py", 1, "to %s", (IN_URL,), None)
     assert json.loads(JsonLines().format(record))["message"].startswith(f"to scheme://{MASK}@host.example")
+
+
+SPARK = """
+import os, sys
+from pathlib import Path
+from recsys_core.settings import load_settings
+from recsys_cli.java import ensure_java
+from recsys_core.spark import session, stop_session
+
+os.environ["JAVA_HOME"] = str(ensure_java().path)
+conf = {"spark.hadoop.fs.s3a.secret.key": sys.argv[1], "spark.hadoop.planted": "told"}
+made = session(load_settings(Path(sys.argv[2]), spark={"master": "local[1]", "driver_memory": "512m", "conf": conf}))
+lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if f"\\nPPid:\\t{os.getpid()}\\n" in
+         (path.parent / "status").read_text()]
+print(len(lines), sum(b"told" in line for line in lines), sum(sys.argv[1].encode() in line for line in lines))
+print(made.sparkContext._jsc.hadoopConfiguration().get("fs.s3a.secret.key") == sys.argv[1])
+stop_session()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+def test_the_arguments_of_sparks_jvm_tell_no_secret_and_spark_has_it(tmp_path: Path) -> None:
+    secret = "plan" + "ted-" + "secret"
+    command = [sys.executable, "-c", SPARK.replace("sys.argv[1]", repr(secret)), "-", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1", "0", "True"], done.stdout + done.stderr

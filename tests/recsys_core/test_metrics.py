@@ -5,6 +5,7 @@ from ranx import Qrels, Run
 from ranx import evaluate as ranx_evaluate
 
 from recsys_core.metrics import evaluate, per_user, rank_all, top_k
+from recsys_core.settings import METRICS
 
 
 def relevant_items(rows: list[list[int]], items: int) -> sp.csr_matrix:
@@ -40,6 +41,7 @@ def test_coverage_counts_distinct_items_and_novelty_is_the_mean_surprise_in_bits
     assert result["novelty@1"] == pytest.approx(1)
     assert result["novelty@2"] == pytest.approx((1 + 2 + 1) / 3)
     assert result["hit@2"] == 0.5
+    assert {name.partition("@")[0] for name in result} == set(METRICS), "the settings of the gate know them"
 
 
 def test_an_item_nobody_had_is_as_novel_as_one_with_a_single_observation():

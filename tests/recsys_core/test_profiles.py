@@ -324,6 +324,24 @@ def test_a_large_hour_is_judged_by_a_bounded_sample_of_its_users(
     assert "events_are_not_repeated" in failed(reports)
 
 
+@pytest.mark.parametrize("user", ["bot", *(f"bot {n}" for n in range(5))])
+def test_one_user_who_makes_most_of_a_large_hour_is_found_whether_or_not_the_sample_has_them(lake: Lake, user: str) -> None:
+    few = SETTINGS.model_copy(update={"sample_rows": 100})
+    start = key_start_ms("2026-03-06T09")
+    users = [f"u{n % 150}" for n in range(300)] + [user] * 1200
+    rows = {
+        "event_id": [f"e{n}" for n in range(len(users))],
+        "user_id": users,
+        "item_id": [f"i{n % 40}" for n in range(len(users))],
+        "event_type": ["view"] * len(users),
+        "ts": [start + n * 1000 for n in range(len(users))],
+    }
+    lake.write(CLICKS_HOURLY, "2026-03-06T09", pa.table(rows))
+    assert failed(judge(Profiles(lake, few), ["2026-03-06T09"])) >= {"users_are_many"}
+    lake.write(CLICKS_HOURLY, "2026-03-06T09", pa.table({**rows, "user_id": [user] * len(users)}))
+    assert failed(judge(Profiles(lake, few), ["2026-03-06T09"])) >= {"users_are_many"}
+
+
 # -- the catalogue ----------------------------------------------------------------------------------------------
 
 

@@ -129,6 +129,20 @@ def test_earlier_champions_stay_so_that_a_rollback_finds_one(landing: Landing, r
     assert (pointer.release_id, list(passed_over)) == ("r2", ["r3"])
 
 
+def test_a_release_that_cannot_be_read_stays_and_the_rest_goes(
+    landing: Landing, releases: Releases, settings: Settings
+) -> None:
+    for at in range(3):
+        publish(releases, f"r{at}", "2026-05-31", float(at))
+    releases.promote("r2")
+    releases.fs.pipe_file(releases.path("r1", "manifest.json"), b"{half")
+    policy = with_policy(settings, releases=1)
+    assert names(plan(landing, releases, policy, ms(NOW)), "release") == ["r0"]
+    releases.fs.pipe_file(releases.path("r2", "manifest.json"), b"{half")
+    with pytest.raises(ReleaseError, match="r2"):
+        plan(landing, releases, policy, ms(NOW))
+
+
 @pytest.fixture
 def registry(mlflow_settings: Settings) -> Registry:
     return Registry(mlflow_settings)
@@ -260,6 +274,28 @@ def test_a_partition_that_was_made_again_since_the_plan_stays(landing: Landing, 
     assert names(gone, "partition") == ["clicks_hourly/2026-01-01T06"]
     assert landing.lake.get("clicks_hourly", "2026-01-01T05") == again
     assert landing.lake.read("clicks_hourly", "2026-01-01T05").equals(ROWS)
+
+
+@pytest.mark.parametrize("kind", ["landing", "quarantine"])
+def test_a_file_that_was_written_again_since_the_plan_stays(
+    kind: str, landing: Landing, releases: Releases, settings: Settings
+) -> None:
+    row = {"origin": "a.csv", "row": 1, "reason": "missing item", "content": "x"}
+    rejected = pa.Table.from_pylist([row], schema=QUARANTINE_SCHEMA)
+    for name in ("a", "b"):
+        if kind == "landing":
+            arrive(landing, name, "2026-01-01")
+        else:
+            os.utime(landing.write_quarantine("test", name, rejected), (ms("2026-01-01") / 1000,) * 2)
+    planned = plan(landing, releases, with_policy(settings, landing_days=100), ms(NOW))
+    assert len(names(planned, kind)) == 2
+    if kind == "landing":
+        arrive(landing, "b", NOW)
+    else:
+        landing.write_quarantine("test", "b", rejected)
+    gone = names(remove(landing, releases, planned), kind)
+    assert [os.path.basename(path) for path in gone] == ["a.parquet"]
+    assert os.path.exists(gone[0].replace("a.parquet", "b.parquet"))
 
 
 def test_a_release_to_which_somebody_rolled_back_since_the_plan_stays(landing: Landing, releases: Releases) -> None:

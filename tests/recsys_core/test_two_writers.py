@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given
@@ -20,10 +21,11 @@ from hypothesis import strategies as st
 from snapshots import make_manifest, make_snapshot
 from together import in_processes
 
-from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog, read_catalog
+from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE, merge_catalog, read_catalog
 from recsys_core.lake import Lake, Partition, PartitionChanged
 from recsys_core.precompute import NewerCaches, plan_caches, read_plan
-from recsys_core.profiles import CLICKS_PROFILE, Profile, Profiles, Verdict
+from recsys_core.profiles import CATALOG_PROFILE, CLICKS_PROFILE, Profile, Profiles, Verdict, judge_catalogue
+from recsys_core.quality import Report, Suite, validate
 from recsys_core.release import NO_CHAMPION, ChampionChanged, ChampionServes, Pointer, ReleaseError, Releases
 from recsys_core.settings import QualitySettings, Settings
 from recsys_core.tables import ACTIVE_USERS
@@ -157,6 +159,51 @@ def store_verdicts(uri: str, writer: int) -> None:
     profiles = Profiles(Lake(uri), QualitySettings())
     for time in range(TIMES):
         profiles.store([Verdict(Profile(f"{KEY}T{writer * TIMES + time:02}", "v", 1))])
+
+
+def test_what_a_person_accepts_while_it_is_judged_stays_accepted(lake: Lake) -> None:
+    hour = f"{KEY}T09"
+    judged = Verdict(Profile(hour, "v", 1), {"volume_is_as_usual": "few"}, judged=True)
+    judging = Profiles(lake, QualitySettings())
+    judging.store([judged])
+    judging.verdict(hour)
+    Profiles(lake, QualitySettings()).store([replace(judged, accepted=True)])
+    judging.store([replace(judged, failed={"volume_is_as_usual": "fewer"})])
+    assert lake.get(CLICKS_PROFILE, KEY).extra["hours"][hour]["accepted"]
+    judging.store([Verdict(Profile(hour, "other data", 1), {"volume_is_as_usual": "few"}, judged=True)])
+    assert not lake.get(CLICKS_PROFILE, KEY).extra["hours"][hour]["accepted"]
+
+
+def test_a_catalogue_accepted_while_another_is_judged_is_what_counts(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(count: int) -> None:
+        items = [dict.fromkeys(CATALOG_SCHEMA.names) | {"item_id": f"i{n}", "available": True} for n in range(count)]
+        lake.write(CATALOG_TABLE, CATALOG_KEY, pa.Table.from_pylist(items, schema=CATALOG_SCHEMA))
+
+    def kept() -> int:
+        return int(lake.get(CATALOG_PROFILE, CATALOG_KEY).extra["profile"]["items"])
+
+    def accepting_meanwhile(suite: Suite, frame: pd.DataFrame) -> Report:
+        monkeypatch.undo()
+        write(10)
+        judge_catalogue(lake, Report("", 0), accepted=True)
+        return validate(suite, frame)
+
+    write(100)
+    judge_catalogue(lake, Report("", 0))
+    write(90)
+    monkeypatch.setattr("recsys_core.profiles.validate", accepting_meanwhile)
+    judge_catalogue(lake, Report("", 0))
+    assert kept() == 10
+
+    def judging_meanwhile(*arguments: Any) -> Partition:
+        monkeypatch.undo()
+        lake.write_blobs(CATALOG_PROFILE, CATALOG_KEY, {}, 1, {"profile": {"items": 1}})
+        return lake.write_blobs(*arguments)
+
+    write(5)
+    monkeypatch.setattr(lake, "write_blobs", judging_meanwhile)
+    judge_catalogue(lake, Report("", 0), accepted=True)
+    assert kept() == 5
 
 
 def test_the_plan_of_a_later_hour_is_never_replaced_by_that_of_an_earlier_one(lake: Lake, settings: Settings) -> None:

@@ -256,6 +256,25 @@ def test_a_failed_run_and_a_failed_check_are_told_once_each(ticks: Ticks, hook: 
     assert "7 rows are broken" in "".join(body["text"] for body in hook.bodies)
 
 
+def test_an_alert_tells_no_secret_also_where_its_text_is_cut(ticks: Ticks, hook: Hook) -> None:
+    ticks.tick()
+    ticks.run("table", rows="redis://app:hunter2@host/0")
+    ticks.run("table", rows=f"{'x' * 1975} redis://app:hunter2hunter2@host/0")
+    ticks.tick()
+    told = str(hook.bodies)
+    assert "redis://" in told
+    assert "hunter" not in told
+
+
+def test_a_cursor_of_another_version_is_read(ticks: Ticks, hook: Hook) -> None:
+    ticks.tick()
+    assert ticks.cursor is not None
+    ticks.cursor = json.dumps({**json.loads(ticks.cursor), "added": 1})
+    ticks.run("table", rows="7")
+    ticks.tick()
+    assert hook.titles == ["Check failed: table: rows_are_whole"]
+
+
 def test_the_same_failure_of_a_check_again_is_no_news_and_another_one_is(ticks: Ticks, hook: Hook) -> None:
     ticks.tick()
     for rows in ("7", "7", "8"):
