@@ -30,7 +30,7 @@ from recsys_core.heartbeat import read_heartbeats
 from recsys_core.lake import STAGING, Lake, MissingPartition, Partition, PartitionChanged
 from recsys_core.landing import ENDING, LANDING, LANDING_SEEN, QUARANTINE, Landing
 from recsys_core.mentions import Named
-from recsys_core.online import recs_key, user_key
+from recsys_core.online import REBUILD_AREAS_KEY, REBUILD_LOCK_KEY, recs_key, user_key
 from recsys_core.registry import Registry, RegistryError
 from recsys_core.release import Releases
 from recsys_core.tombstones import FORGOTTEN_AT, REREAD_SECONDS, TOMBSTONES, USER_HASH, TombstoneLog, hash_of
@@ -135,11 +135,14 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
 
 
 def _wait_for_workers(redis: Any) -> None:
-    """Return when the workers of the speed layer know the tombstone: what is removed before that they might take in again."""
-    from redis.exceptions import RedisError
+    """Return when the workers of the speed layer and a rebuild know the tombstone: what is removed before that they might take
+    in again. Nobody is at work on a Redis that is away."""
+    from redis.exceptions import RedisError, ResponseError
 
     try:
-        at_work = bool(read_heartbeats(redis))
+        at_work = bool(redis.exists(REBUILD_LOCK_KEY) or read_heartbeats(redis))
+    except ResponseError:  # what is there can't be read
+        at_work = True
     except (RedisError, OSError):
         return
     if at_work:
@@ -324,6 +327,8 @@ class Search:
         redis = self.places.redis
         keys = [user_key(self.user_id), recs_key(self.user_id)]
         try:
+            areas = sorted(area.decode() for area in redis.smembers(REBUILD_AREAS_KEY))
+            keys += [user_key(self.user_id, f"{area}user") for area in areas]
             self.found["redis"] += sum(int(redis.exists(key)) for key in keys)
             if self.remove:
                 for key in keys:

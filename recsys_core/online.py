@@ -7,6 +7,8 @@
                        `stream` (counters and session) and `@<source>`, the last offset applied from a Kafka partition
     recs:{<user_id>}   string: the answer, see `AnswerEncoder`
     trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score by half-life, …], …]}
+    rebuild:lock       string: who makes records again (`streaming.rebuild_lock`)
+    rebuild:areas      set: what the keys begin with that hold records beside the live ones
 
 The braces are Redis Cluster hash tags: both keys of a user live in one slot and are read in one round trip. A brace in an
 id is escaped (`hash_tag`).
@@ -36,6 +38,8 @@ from recsys_core.settings import RankingSettings
 from recsys_core.tower import TowerInputs
 
 TRENDING_KEY = "trending"
+REBUILD_LOCK_KEY = "rebuild:lock"
+REBUILD_AREAS_KEY = "rebuild:areas"
 LATEST_MOMENT = (1 << 63) - 1
 WRONG_TYPE = "WRONGTYPE"
 """How Redis's answer begins for a key that holds another kind of value than the command is for."""
