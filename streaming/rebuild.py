@@ -198,8 +198,8 @@ def _promote(
 
 
 class _Forgotten:
-    """Who was forgotten, looked at again all the time. Those who are while the rebuild goes on are left to the live workers: what
-    was made of them goes, and nothing of them is made any more.
+    """Who was forgotten, looked at again all the time. Those who are while the rebuild goes on are left to the live workers:
+    what was made of them goes, and nothing of them is made any more.
 
     `keys` are those of their records beside the live ones.
     """

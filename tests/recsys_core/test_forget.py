@@ -35,7 +35,7 @@ from recsys_core.bundle import (
 from recsys_core.events import EVENT_SCHEMA, now_ms
 from recsys_core.forget import FORGOTTEN, READ_SECONDS, Places, Search, forget_user
 from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, write_heartbeat
-from recsys_core.lake import Lake
+from recsys_core.lake import STAGING, Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, CLOCK_SECONDS, QUARANTINE_SCHEMA, Landing, OffsetRange
 from recsys_core.online import (
     REBUILD_AREAS_KEY,
@@ -450,6 +450,33 @@ def test_a_landing_file_that_cannot_be_read_is_named_and_the_rest_goes(small_pla
     report = forget_user(small_places, "eve")
     assert report.removed == {"landing": 1}
     assert set(report.unsearched) == {f"landing/test/{name}" for name in ("half.parquet", "._x.parquet", "notes.txt")}
+
+
+@pytest.mark.parametrize("folder", ["landing", "landing/test", "quarantine/shop", f"{INTERACTIONS}/{STAGING}/run"])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    small_places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    land(lake, event("e1", "eve", "i", HOUR))
+    reject(lake, '{"user_id": "eve"}')
+    staged = f"{lake.path(INTERACTIONS, STAGING, 'run', f'day={DAY}')}/part-0.parquet"
+    lake.fs.makedirs(staged.rsplit("/", 1)[0])
+    pq.write_table(numbered("eve", v=1), staged)
+    own = type(lake.fs).ls
+
+    def ls(self: Any, path: str, *args: Any, **more: Any) -> Any:
+        if path.rstrip("/").endswith(folder):
+            raise PermissionError(13, "Permission denied", path)
+        return own(self, path, *args, **more)
+
+    monkeypatch.setattr(type(lake.fs), "ls", ls)
+    report = forget_user(small_places, "eve")
+    assert report.unsearched[folder] == f"[Errno 13] Permission denied: '{lake.path(folder)}'; let it be read"
+
+
+def test_a_lake_that_cannot_be_listed_proves_nothing(small_places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    land(lake, event("e1", "eve", "i", HOUR))
+    monkeypatch.setattr(type(lake.fs), "exists", lambda *_: False)
+    assert forget_user(small_places, "eve").removed == {"landing": 1}
 
 
 def test_without_redis_the_rest_goes_and_redis_is_named(small_places: Places, lake: Lake) -> None:
