@@ -211,6 +211,7 @@ class _Session:
         self._held: list[Message] = []
         self._paused = False
         self._asked: Any = None
+        self._done, self._moved = 0, time.monotonic()
         self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "ends": 0.0}
         config = {**consumer_config(settings, embedded), "on_commit": self._on_commit}
         self._consumer = Kafka(Consumer(config, logger=kafka_log))
@@ -262,7 +263,10 @@ class _Session:
         except (RedisError, BrokerFailure, StateLost) as error:
             log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
         with self._lock:
+            for number in self._positions:
+                self._metrics.lag.labels(str(number)).set(0)
             self._positions.clear()
+        self._metrics.paused.set(0)
         try:
             self._consumer.close()
         except BrokerFailure as error:
@@ -721,8 +725,10 @@ class _Session:
     def _keep_house(self) -> None:
         """Commit, measure the lag, pass ends on, and look whether the topic is still the one that it was."""
         now = time.monotonic()
+        if self._pipe.empty or self._pipe.finished != self._done:
+            self._done, self._moved = self._pipe.finished, now
         if self._archiver is not None:
-            self._archiver.alive()
+            self._archiver.alive(held_up=now - self._moved > PAUSE_SECONDS)
             for number, had in self._archiver.lost():
                 self._start_after_cut(number, had)
         if now >= self._due["ends"]:
