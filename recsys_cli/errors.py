@@ -24,6 +24,8 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and not _is_of_a_client(error):
         return _told(error)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"{error.object!r} is no text in UTF-8, and no id is anything else"
     for module, of_module in _BY_MODULE.items():
         # An error of a package can't be raised where that was not imported.
         if module in sys.modules and (message := of_module(error)):
@@ -47,7 +49,7 @@ def _kept(error: Exception) -> Path:
     for folder in ([home / "run"] if home.is_dir() else []) + [Path(tempfile.gettempdir())]:
         try:
             folder.mkdir(exist_ok=True)
-            (folder / LOG).write_text(f"{' '.join(sys.argv)}\n{text}")
+            (folder / LOG).write_text(f"{' '.join(sys.argv)}\n{text}", errors="backslashreplace")
         except OSError:
             continue
         return folder / LOG

@@ -83,7 +83,7 @@ def _since_ms(since: str) -> int:
         return 0
     units = {"m": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
     if since[:-1].isdigit() and since[-1] in units:
-        return now_ms() - int(since[:-1]) * units[since[-1]]
+        return max(0, now_ms() - int(since[:-1]) * units[since[-1]])
     try:
         return key_start_ms(since)
     except ValueError:

@@ -1,7 +1,7 @@
 """The archive sink: a topic's partitions as Parquet files whose borders depend on the topic alone.
 
 A file ends before an offset that is a multiple of `archive_rows`, and before a message whose broker time lies in a
-later interval of `archive_seconds`. Messages carry both, so any worker that starts at a border makes the same files. A
+later interval of `archive_seconds`, or in one so much earlier that the broker's clock was wrong. Messages carry both, so any worker that starts at a border makes the same files. A
 file is also ended when its interval is over and the partition ends with it: a later message has a later time then, and
 would have ended it as well. What the landing zone holds already is not written again.
 
@@ -195,7 +195,9 @@ class Archive:
         for found in list(self._open.values()):
             if not found.at_end or found.next == found.held.first:
                 continue
-            interval = found.reached // self._interval_ms if found.interval is None else found.interval
+            reached = found.reached // self._interval_ms
+            # A broker's clock that was far ahead would keep the file open until then.
+            interval = reached if found.interval is None or found.interval > reached + 1 else found.interval
             if now_ms > (interval + 1) * self._interval_ms + GRACE_MS:
                 self._close(found, found.next)
 
@@ -219,7 +221,7 @@ class Archive:
         intervals = appended[at:] // self._interval_ms
         if found.interval is None:
             found.interval = int(intervals[0])
-        ends = (offset[at:] // self._rows != block) | (intervals > found.interval)
+        ends = (offset[at:] // self._rows != block) | (intervals > found.interval) | (intervals < found.interval - 1)
         if found.known:
             ends |= offset[at:] >= found.known[0].first
         return at + (int(np.argmax(ends)) if ends.any() else len(ends))
