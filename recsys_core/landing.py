@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha1
 from pathlib import PurePosixPath
 from typing import Any
@@ -31,8 +32,9 @@ import pyarrow.parquet as pq
 
 from recsys_core.events import EVENT_SCHEMA, HOUR_MS, TS, hour_key, key_start_ms
 from recsys_core.lake import Lake, Partition
+from recsys_core.mentions import Named
 from recsys_core.stores import write_atomically, written_at
-from recsys_core.tombstones import TombstoneLog
+from recsys_core.tombstones import TombstoneLog, Tombstones
 
 LANDING = "landing"
 QUARANTINE = "quarantine"
@@ -173,21 +175,25 @@ class Landing:
 
     def write_events(self, source: str, name: str, events: pa.Table) -> str:
         """Write one file of events, without those of users who were forgotten. `events` has EVENT_SCHEMA. Returns its path."""
-        return self._without_forgotten(events.cast(EVENT_SCHEMA), lambda left: self._write(LANDING, source, name, left))
+        made = events.cast(EVENT_SCHEMA)
+        return self._without_forgotten(lambda known: known.filtered(made), partial(self._write, LANDING, source, name))
 
-    def write_archive(self, held: OffsetRange, messages: int, events: pa.Table, rejected: pa.Table) -> str:
+    def write_archive(
+        self, held: OffsetRange, messages: int, events: pa.Table, rejected: pa.Table, arrived: np.ndarray | None = None
+    ) -> str:
         """Write the archive file of a range, and the quarantine file of the same name when something was rejected.
 
         `messages` were taken from the topic for it; an offset without one is a marker of the broker's own. `events` has
-        ARCHIVE_SCHEMA, `rejected` QUARANTINE_SCHEMA with the offset as its row. The same content gives the same bytes, but for
-        users who were forgotten since.
+        ARCHIVE_SCHEMA, `rejected` QUARANTINE_SCHEMA with the offset as its row; `arrived` see `Tombstones.covers`. The same
+        content gives the same bytes, but for users who were forgotten since.
         Returns the path of the events.
         """
         if rejected.num_rows:
             self.write_quarantine(held.topic, held.name, rejected)
-        return self._without_forgotten(events, lambda left: self._write_range(held, messages, events.num_rows, left, rejected))
+        write = partial(self._write_range, held, messages, events.num_rows, rejected)
+        return self._without_forgotten(lambda known: known.filtered(events, arrived), write)
 
-    def _write_range(self, held: OffsetRange, messages: int, taken: int, left: pa.Table, rejected: pa.Table) -> str:
+    def _write_range(self, held: OffsetRange, messages: int, taken: int, rejected: pa.Table, left: pa.Table) -> str:
         facts = {
             "topic": held.topic,
             "source": f"{held.identity}.{held.partition}",
@@ -204,18 +210,18 @@ class Landing:
         table = left.cast(ARCHIVE_SCHEMA).combine_chunks().replace_schema_metadata(metadata)
         return self._write(LANDING, held.topic, held.name, table)
 
-    def _without_forgotten(self, events: pa.Table, write: Callable[[pa.Table], str]) -> str:
-        """Write the events of those who are not forgotten, and again without those whose removal began meanwhile.
+    def _without_forgotten(self, leave: Callable[[Tombstones], pa.Table], write: Callable[[pa.Table], str]) -> str:
+        """Write what `leave` leaves of those who are not forgotten, and again where a removal began meanwhile.
 
         The search of such a removal may have been past the place before the file was there.
         """
         known = self._forgotten.read()
-        left = known.filtered(events)
+        left = leave(known)
         path = write(left)
         while (now := self._forgotten.read()) != known:
             known, before = now, left
-            left = known.filtered(left)
-            if left is not before:
+            left = leave(known)
+            if not left.equals(before):
                 path = write(left)
         return path
 
@@ -301,8 +307,10 @@ class Landing:
         return self._hours[entry]
 
     def write_quarantine(self, source: str, name: str, rows: pa.Table) -> str:
-        """Write one file of rejected rows. `rows` has QUARANTINE_SCHEMA. Returns its path."""
-        return self._write(QUARANTINE, source, name, rows.cast(QUARANTINE_SCHEMA))
+        """Write one file of rejected rows, without the content of those that name a user who was forgotten. `rows` has
+        QUARANTINE_SCHEMA. Returns its path."""
+        made = rows.cast(QUARANTINE_SCHEMA)
+        return self._without_forgotten(partial(_without_content, made), partial(self._write, QUARANTINE, source, name))
 
     def _write(self, area: str, source: str, name: str, table: pa.Table) -> str:
         path = self.lake.path(area, source, f"{name}.parquet")
@@ -432,6 +440,16 @@ class Landing:
                 raise
             return f"not readable as Parquet: {error}"  # what the parser raises has no number
         return ""
+
+
+def _without_content(rows: pa.Table, forgotten: Tombstones) -> pa.Table:
+    """Rejected rows without the content of those that name a user who was forgotten."""
+    if not forgotten:
+        return rows
+    named = Named("")
+    texts = rows["content"].to_pylist()
+    left = [None if text is None or forgotten.names(named.users_of(text)) else text for text in texts]
+    return rows.set_column(rows.schema.get_field_index("content"), rows.schema.field("content"), pa.array(left, pa.string()))
 
 
 def was_read(hour: Partition, arrival: Arrival, since: float) -> bool:

@@ -215,7 +215,7 @@ class _Forgotten:
     def without(self, batch: Batch) -> Batch:
         """The events of a batch that are to be applied."""
         self.look_now_and_then()
-        left_out = self._known.covers(batch.events)
+        left_out = self._known.covers(batch.events, batch.arrived)
         if self._since:
             users = batch.events[USER_ID].to_pylist()
             left_out |= np.fromiter((hash_of(user) in self._since for user in users), bool, len(users))

@@ -404,7 +404,7 @@ class _Session:
                 return None
             rows.append((number, offset, appended, value))
             user, ts = event[USER_ID], event[TS]
-            if offset >= position.redis_from and not forgotten.covers_one(user, ts):
+            if offset >= position.redis_from and not forgotten.covers_one(user, min(ts, appended)):
                 events.append(LiveEvent(number, offset, user, event[ITEM_ID], event[EVENT_TYPE], ts, appended))
         return rows, events
 
@@ -593,7 +593,7 @@ class _Session:
         redis_from = np.full(max([*positions, int(taken.partition.max())]) + 1, np.iinfo(np.int64).max)
         for number, position in positions.items():
             redis_from[number] = position.redis_from
-        new = (batch.offset >= redis_from[batch.partition]) & ~self._forgotten.covered().covers(batch.events)
+        new = (batch.offset >= redis_from[batch.partition]) & ~self._forgotten.covered().covers(batch.events, batch.arrived)
         sources = {number: position.source for number, position in positions.items()}
         prepared = self._sink.prepare(batch if new.all() else batch.take(new), sources, now_ms())
         letters = [
