@@ -593,7 +593,8 @@ class _Session:
         redis_from = np.full(max([*positions, int(taken.partition.max())]) + 1, np.iinfo(np.int64).max)
         for number, position in positions.items():
             redis_from[number] = position.redis_from
-        new = (batch.offset >= redis_from[batch.partition]) & ~self._forgotten.covered().covers(batch.events, batch.arrived)
+        forgotten = self._forgotten.covered()
+        new = (batch.offset >= redis_from[batch.partition]) & ~forgotten.covers(batch.events, batch.arrived)
         sources = {number: position.source for number, position in positions.items()}
         prepared = self._sink.prepare(batch if new.all() else batch.take(new), sources, now_ms())
         letters = [
@@ -602,7 +603,7 @@ class _Session:
             if taken.offset[row] >= redis_from[taken.partition[row]]
         ]
         archive = by_partition(taken, decoded, batch) if self._archiver is not None else {}
-        return Work(taken, prepared, archive, letters, positions, batch.rows)
+        return Work(taken, prepared, forgotten, archive, letters, positions, batch.rows)
 
     def _letter(self, taken: Taken, row: int, reason: str) -> DeadLetter:
         message = taken.messages[row]
@@ -645,13 +646,18 @@ class _Session:
             self._metrics.unkeyed.inc(unkeyed)
 
     def _to_redis(self, work: Work, upto: Mapping[int, int]) -> None:
-        if work.prepared is None:
-            return
+        prepared, forgotten = work.prepared, work.forgotten
         sources = {number: position.source for number, position in work.positions.items()}
         for pause in _pauses():
+            if prepared is not None and forgotten is not (now_known := self._forgotten.covered()):
+                forgotten, batch = now_known, prepared.batch
+                left_out = forgotten.covers(batch.events, batch.arrived)
+                prepared = self._sink.prepare(batch.take(~left_out), sources, now_ms()) if left_out.any() else prepared
+            if prepared is None:
+                return
             known = {number: position.persisted for number, position in work.positions.items()}
             try:
-                hits = self._sink.apply(work.prepared, sources, now_ms(), known, upto)
+                hits = self._sink.apply(prepared, sources, now_ms(), known, upto)
                 self._wait_for_replicas()
                 self._metrics.fence_hits.inc(hits)
                 if self._sink.follows:

@@ -59,13 +59,6 @@ def test_what_came_before_the_moment_is_covered_whatever_the_senders_clock_says(
 
 BROKEN = '{"user_id": "gone", "ts": 1e'
 REFUSED = ('{"user_id": "gone"}', BROKEN, '{"user_id": "stays"}', "not JSON", None, '{"item_id": "gone"}')
-    '{"user_id": "gone"}',
-    '{"user_id": "gone", "ts": 1e',
-    '{"user_id": "stays"}',
-    "not JSON",
-    None,
-    '{"item_id": "gone"}',
-)
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])

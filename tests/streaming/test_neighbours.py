@@ -32,7 +32,7 @@ from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import offset_faults
 from recsys_core.live_trends import SOURCES_KEY
-from recsys_core.online import read_records
+from recsys_core.online import read_records, user_key
 from recsys_core.settings import Settings
 from recsys_core.tombstones import TombstoneLog, hash_of
 from streaming import archive as archive_module
@@ -43,6 +43,7 @@ from streaming import worker as worker_module
 from streaming.broker import EmbeddedBroker
 from streaming.connections import redis_for_writes
 from streaming.dead_letters import DeadLetterQueue
+from streaming.forgotten import ForgottenUsers
 from streaming.producer import produce
 from streaming.progress import applied_key
 
@@ -234,6 +235,43 @@ def test_a_user_who_is_forgotten_is_not_taken_in_again_by_a_running_worker(
             assert not seen("bob")
 
 
+def test_a_batch_that_waits_for_redis_brings_nobody_back_who_is_forgotten_meanwhile(
+    world: Callable[..., World], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forgotten_module, "REREAD_SECONDS", 0.05)
+    one = world(redis={"url": server.url})
+    chance = random.Random(4)
+    prepare, prepared = worker_module._Session._prepare, []
+    made: list[ForgottenUsers] = []
+
+    class Known(ForgottenUsers):
+        def __init__(self, lake: Lake) -> None:
+            super().__init__(lake)
+            made.append(self)
+
+    def noted(self: Any, taken: Any) -> Any:
+        work = prepare(self, taken)
+        prepared.extend(work.prepared.users.users)
+        return work
+
+    monkeypatch.setattr(worker_module, "ForgottenUsers", Known)
+    monkeypatch.setattr(worker_module._Session, "_prepare", noted)
+    with in_this_process(one.settings) as worker:
+        one.send(one.event(chance, user_id="ann"))
+        one.settle(landing=False)
+        server.signal(signal.SIGSTOP)
+        for user in ("eve", "bob"):
+            one.send(one.event(chance, user_id=user))
+            wait_for("it waits", lambda user=user: user in prepared)
+        TombstoneLog(Lake(one.settings.lake_uri)).add(hash_of("bob"), now_ms())
+        wait_for("the worker knows", lambda: hash_of("bob") in made[0].covered().moments)
+        server.signal(signal.SIGCONT)
+        one.send(one.event(chance, user_id="zed"))
+        one.settle(landing=False)
+        assert worker.metrics.restarts._metrics == {}
+        assert [bool(one.redis.exists(user_key(user))) for user in ("ann", "eve", "bob", "zed")] == [True, True, False, True]
+
+
 def test_values_of_other_kinds_under_the_names_of_a_worker_give_way(world: Callable[..., World]) -> None:
     one = world(stream={"heartbeat_seconds": 0.1})
     chance = random.Random(6)
@@ -289,6 +327,10 @@ class Server:
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         wait_for("redis is there", lambda: redis_answers(self.url))
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         if self._process is not None:
