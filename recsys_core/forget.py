@@ -211,7 +211,7 @@ class Search:
         def unseen(path: str, error: OSError) -> None:
             self.unsearched[_below(lake, path)] = f"{str(error)[:200]}; let it be read"
 
-        return list(files_below(lake.fs, folder, unseen))
+        return [path for path, _ in files_below(lake.fs, folder, unseen)]
 
     def _file(self, area: str, path: str) -> None:
         lake = self.places.lake

@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from recsys_core.events import EVENT_SCHEMA, HOUR_MS, TS, hour_key, key_start_ms
 from recsys_core.lake import Lake, Partition
 from recsys_core.mentions import Named
-from recsys_core.stores import write_atomically, written_at
+from recsys_core.stores import files_below, write_atomically, written_at
 from recsys_core.tombstones import TombstoneLog, Tombstones
 
 LANDING = "landing"
@@ -171,6 +171,7 @@ class Landing:
         self.lake = lake
         self._footers: dict[_Entry, LandingFile | str] = {}
         self._hours: dict[_Entry, dict[str, int]] = {}
+        self._closed: dict[str, str] = {}
         self._forgotten = TombstoneLog(lake)
 
     def write_events(self, source: str, name: str, events: pa.Table) -> str:
@@ -327,8 +328,9 @@ class Landing:
         return [file for _, file in self._readable()]
 
     def unreadable(self) -> dict[str, str]:
-        """The landing files that can't be read, by path, and why."""
-        return {entry.path: file for entry, file in self._all().items() if isinstance(file, str)}
+        """The landing files that can't be read, by path, and why; also folders that may not be listed."""
+        files = {entry.path: file for entry, file in self._all().items() if isinstance(file, str)}
+        return {**files, **self._closed}
 
     def strangers(self) -> list[str]:
         """Paths in the landing zone that nobody reads: neither Parquet by their names nor those of copies under way."""
@@ -361,26 +363,28 @@ class Landing:
         return self._footers
 
     def _entries(self) -> list[_Entry]:
-        found = self._found(LANDING)
+        closed: dict[str, str] = {}
+        found = self._found(LANDING, closed)
+        self._closed = closed
         return [
             _Entry(path, int(found[path]["size"]), repr(sorted(found[path].items())), written_at(found[path]))
             for path in sorted(found)
             if path.lower().endswith(ENDING)
         ]
 
-    def _found(self, *area: str) -> dict[str, dict[str, Any]]:
-        """The files of an area as the store lists them, but for copies under way. Raises what the store raises.
-
-        `exists` of fsspec says of a store that is away that it is empty, so it is not asked.
-        """
-        fs, root = self.lake.fs, self.lake.path(*area)
+    def _found(self, area: str, closed: dict[str, str] | None = None) -> dict[str, Mapping[str, Any]]:
+        """The files of an area as the store lists them, but for copies under way. Raises what the store raises, but for folders in
+        it that may not be listed: `closed` gets these, and why."""
+        fs, root = self.lake.fs, self.lake.path(area)
         fs.invalidate_cache()
-        try:
-            fs.ls(root)
-        except FileNotFoundError:
-            return {}
-        found = fs.find(root, detail=True)
-        return {path: entry for path, entry in found.items() if not _is_hidden(path.removeprefix(root))}
+
+        def unseen(path: str, error: OSError) -> None:
+            if path == root or not isinstance(error, PermissionError):
+                raise error
+            if closed is not None:
+                closed[path] = str(error)
+
+        return {path: entry for path, entry in files_below(fs, root, unseen) if not _is_hidden(path.removeprefix(root))}
 
     def covering(self, start_ms: int, end_ms: int) -> list[LandingFile]:
         """The files that may hold events of [start_ms, end_ms)."""

@@ -85,8 +85,11 @@ def sync_files(fs: fsspec.AbstractFileSystem, paths: Iterable[str]) -> None:
         _sync(folder)
 
 
-def files_below(fs: fsspec.AbstractFileSystem, folder: str, unseen: Callable[[str, OSError], None]) -> Iterator[str]:
-    """The paths of all files below a folder that is there; `unseen` is told of each folder that can't be listed.
+def files_below(
+    fs: fsspec.AbstractFileSystem, folder: str, unseen: Callable[[str, OSError], None]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The path of each file below a folder, if that is there, and how its store lists it; `unseen` is told of each folder that
+    can't be listed.
 
     `exists` and `find` of fsspec say of what they can't see that it is empty.
     """
@@ -101,7 +104,7 @@ def files_below(fs: fsspec.AbstractFileSystem, folder: str, unseen: Callable[[st
         if entry["type"] == "directory":
             yield from files_below(fs, entry["name"].rstrip("/"), unseen)
         else:
-            yield entry["name"]
+            yield entry["name"], entry
 
 
 def written_at(entry: Mapping[str, Any]) -> float:
