@@ -373,8 +373,8 @@ class Landing:
         ]
 
     def _found(self, area: str, closed: dict[str, str] | None = None) -> dict[str, Mapping[str, Any]]:
-        """The files of an area as the store lists them, but for copies under way. Raises what the store raises, but for folders in
-        it that may not be listed: `closed` gets these, and why."""
+        """The files of an area as the store lists them, but for copies under way. Raises what the store raises, but for
+        folders in it that may not be listed: `closed` gets these, and why."""
         fs, root = self.lake.fs, self.lake.path(area)
         fs.invalidate_cache()
 
