@@ -268,7 +268,7 @@ class LiveTrendReader:
     """Reads and sums up the buckets. Those that ended a while ago are read again only now and then.
 
     `half_lives_hours` are the half-lives of the scores; buckets older than KEPT_HALF_LIVES of the longest are not read. What is
-    no source, bucket or count is passed over.
+    no source, bucket or count is left out: `left_out` are the sources and keys of the last read that held such.
     """
 
     RECENT_MS = 15 * MINUTE_MS
@@ -277,10 +277,13 @@ class LiveTrendReader:
     def __init__(self, half_lives_hours: Sequence[float]) -> None:
         self._half_lives = np.asarray(half_lives_hours, np.float64) * HOUR_MS
         self._known: dict[str, tuple[int, dict[bytes, int]]] = {}
+        self.left_out: list[str] = []
 
     def read(self, redis: Any, now_ms: int) -> LiveTrend | None:
         """The trend as of `now_ms`; None while there are no live buckets. Raises redis.RedisError."""
-        sources = _sources(redis.hgetall(SOURCES_KEY))
+        told = redis.hgetall(SOURCES_KEY)
+        sources = _sources(told)
+        self.left_out = [f"{SOURCES_KEY} {name.decode(errors='replace')}" for name in told if name not in sources]
         wanted, stale = self._wanted(sources, now_ms)
         pipeline = redis.pipeline(transaction=False)
         for key in stale:
@@ -306,7 +309,10 @@ class LiveTrendReader:
         for key, fields in zip(stale, values, strict=True):
             if isinstance(fields, Exception) and not is_of_wrong_type(fields):
                 raise fields
-            known[key] = (now_ms, {} if isinstance(fields, Exception) else _counts(fields))
+            counts = {} if isinstance(fields, Exception) else _counts(fields)
+            known[key] = (now_ms, counts)
+            if isinstance(fields, Exception) or len(counts) < len(fields) - (FENCE in fields):
+                self.left_out.append(key)
         self._known = known
         position: dict[bytes, int] = {}
         items: list[int] = []

@@ -319,7 +319,9 @@ def test_what_is_no_trend_hides_no_other_one(store: Any, settings: Settings, fie
         store.set(bucket_key("0abcdef0.0", NOW // (5 * MINUTE_MS) - 3), junk)
     else:
         store.hset(key, field, junk)
-    found = live_trend(store, NOW, [1.0])
+    reader = LiveTrendReader([1.0])
+    found = reader.read(store, NOW)
+    assert reader.left_out if field != b"\xff" else reader.left_out == []
     assert before is not None
     assert found is not None
     scores, known = (dict(zip(one.items, one.scores.tolist(), strict=True)) for one in (found, before))
