@@ -309,9 +309,9 @@ class LiveTrendReader:
         for key, fields in zip(stale, values, strict=True):
             if isinstance(fields, Exception) and not is_of_wrong_type(fields):
                 raise fields
-            counts = {} if isinstance(fields, Exception) else _counts(fields)
-            known[key] = (now_ms, counts)
-            if isinstance(fields, Exception) or len(counts) < len(fields) - (FENCE in fields):
+            read = {} if isinstance(fields, Exception) else _counts(fields)
+            known[key] = (now_ms, read)
+            if isinstance(fields, Exception) or len(read) < len(fields) - (FENCE in fields):
                 self.left_out.append(key)
         self._known = known
         position: dict[bytes, int] = {}
