@@ -1,10 +1,10 @@
 """Runs one process of the stack and outlives neither its own process nor the stack's.
 
-    python -m recsys_cli.child --parent PID --pid-file FILE [--address NAME=FILE] [--restarts N] -- COMMAND…
+    python -m recsys_cli.child --parent PID --pid-file FILE [--address NAME=FILE [--follow]] [--restarts N] -- COMMAND…
 
 The command runs in a session of its own. When it ends, when SIGTERM or SIGINT arrives, or when the parent process is
 gone (even killed), every process of that session is ended. A command that ends by itself is started again, up to N
-times without a minute between.
+times without a minute between. With `--follow` it is also started again when FILE holds another address.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--pid-file", type=Path, required=True)
     parser.add_argument("--address", metavar="NAME=FILE", help="start when FILE is there, with its content as variable NAME")
+    parser.add_argument("--follow", action="store_true", help="start again when FILE holds another address")
     parser.add_argument("--restarts", type=int, default=0)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
@@ -72,19 +74,25 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     environment = dict(os.environ)
-    if options.address:
-        name, _, file = options.address.partition("=")
-        address = _await_address(Path(file), options.parent, stopping)
-        if address is None:
-            return 0
-        environment[name] = address
+    name, _, file = (options.address or "").partition("=")
+
+    def is_elsewhere() -> bool:
+        return options.follow and _address(Path(file)) not in ("", environment[name])
 
     restarts = 0
     while True:
+        if options.address:
+            address = _await_address(Path(file), options.parent, stopping)
+            if address is None:
+                return 0
+            environment[name] = address
         started = time.monotonic()
-        code = _run(command, environment, options, stopping)
+        code = _run(command, environment, options, stopping, is_elsewhere)
         if stopping.is_set() or not is_alive(options.parent):
             return code
+        if is_elsewhere():
+            print(f"{name} is another one; starting again", flush=True)
+            continue
         restarts = 1 if time.monotonic() - started > RESTART_WINDOW_SECONDS else restarts + 1
         if restarts > options.restarts:
             return code
@@ -92,13 +100,19 @@ def main(arguments: list[str]) -> int:
         stopping.wait(RESTART_SECONDS)
 
 
-def _run(command: list[str], environment: dict[str, str], options: argparse.Namespace, stopping: threading.Event) -> int:
+def _run(
+    command: list[str],
+    environment: dict[str, str],
+    options: argparse.Namespace,
+    stopping: threading.Event,
+    is_elsewhere: Callable[[], bool],
+) -> int:
     """Run the command once, until it ends or has to, and return its exit code."""
     with subprocess.Popen(command, env=environment, start_new_session=True) as child:
         options.pid_file.write_text(str(child.pid))
         try:
             while child.poll() is None:
-                if stopping.is_set() or not is_alive(options.parent):
+                if stopping.is_set() or is_elsewhere() or not is_alive(options.parent):
                     _end(child)
                 else:
                     stopping.wait(POLL_SECONDS)
@@ -110,10 +124,18 @@ def _run(command: list[str], environment: dict[str, str], options: argparse.Name
 
 def _await_address(file: Path, parent: int, stopping: threading.Event) -> str | None:
     while not stopping.is_set() and is_alive(parent):
-        if file.is_file() and (address := file.read_text().strip()):
+        if address := _address(file):
             return address
         stopping.wait(POLL_SECONDS)
     return None
+
+
+def _address(file: Path) -> str:
+    """What a file says, empty where it is not there."""
+    try:
+        return file.read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -31,6 +31,8 @@ def _explained(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and not _is_of_a_client(error):
         return _told(error)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"{error.object!r} is no text in UTF-8, and no id is anything else"
     for module, of_module in _BY_MODULE.items():
         # An error of a package can't be raised where that was not imported.
         if module in sys.modules and (message := of_module(error)):
@@ -55,11 +57,11 @@ def _kept(trace: str) -> Path:
     if home.is_dir():
         with suppress(OSError):
             (home / "run").mkdir(exist_ok=True)
-            (home / "run" / LOG).write_text(text)
+            (home / "run" / LOG).write_text(text, errors="backslashreplace")
             return home / "run" / LOG
     with suppress(OSError):
         opened, name = tempfile.mkstemp(prefix="recsys-", suffix=f"-{LOG}")
-        with open(opened, "w") as file:
+        with open(opened, "w", errors="backslashreplace") as file:
             file.write(text)
         return Path(name)
     print(trace, file=sys.stderr)

@@ -30,17 +30,23 @@ def run_folder(home: Path) -> Path:
 
 
 def kept_command(
-    name: str, home: Path, command: Sequence[str], address: tuple[str, Path] | None = None, restarts: int = 0
+    name: str,
+    home: Path,
+    command: Sequence[str],
+    address: tuple[str, Path] | None = None,
+    restarts: int = 0,
+    follow: bool = False,
 ) -> list[str]:
     """The command that runs `command` under recsys_cli.child, tied to the life of this process.
 
     It is started again when it ends by itself, up to `restarts` times in a row.
-    With `address` (variable, file) it starts once the file is there, with its content as that variable.
+    With `address` (variable, file) it starts once the file is there, with its content as that variable, and to `follow` starts
+    again when that changes.
     """
     keeper = [sys.executable, "-m", "recsys_cli.child", "--parent", str(os.getpid())]
     keeper += ["--pid-file", str(pid_file(home, name)), "--restarts", str(restarts)]
     if address:
-        keeper += ["--address", f"{address[0]}={address[1]}"]
+        keeper += ["--address", f"{address[0]}={address[1]}", *(["--follow"] if follow else [])]
     return [*keeper, "--", *command]
 
 

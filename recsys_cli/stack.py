@@ -277,7 +277,9 @@ def _keep_running(home: Path, services: Sequence[Service], environment: dict[str
     for service in services:
         address = ("RECSYS_KAFKA__BOOTSTRAP_SERVERS", run_folder(home) / "broker.address")
         needs_broker = service.name not in ("redis", "broker", "serving")
-        command = kept_command(service.name, home, service.command, address if needs_broker else None, RESTARTS)
+        where = address if needs_broker else None
+        # Whatever else would begin again there are runs of Dagster's.
+        command = kept_command(service.name, home, service.command, where, RESTARTS, follow=service.name == "stream")
         manager.add_process(service.name, f"exec {shlex.join(command)}", env=environment)
     web = next(service.where for service in services if service.name == "webserver")
     console.print(f"Web UI: {web}   state of all parts: recsys status   stop: Ctrl-C", highlight=False, soft_wrap=True)

@@ -52,7 +52,10 @@ REFUSED = (400, 413, 422)
 
 
 class Webhook:
-    """A Slack-compatible webhook: POST of `{"text": …}`, repeated on connection errors, 429 and 5xx with growing pauses."""
+    """A Slack-compatible webhook: POST of `{"text": …}`, repeated on connection errors, 429 and 5xx with growing pauses.
+
+    One that asks for a longer pause gets the alert at the next tick: others are not held up meanwhile.
+    """
 
     name = "webhook"
 
@@ -65,7 +68,11 @@ class Webhook:
         from urllib3.util import Retry
 
         retry = Retry(
-            total=self.settings.retries, backoff_factor=0.3, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None
+            total=self.settings.retries,
+            backoff_factor=0.3,
+            status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=None,
+            respect_retry_after_header=False,
         )
         with requests.Session() as session:
             for scheme in ("http://", "https://"):
@@ -73,7 +80,8 @@ class Webhook:
             try:
                 body = {"text": alert.text, "id": alert.id}
                 url = self.settings.webhook_url.get_secret_value()
-                session.post(url, json=body, timeout=self.settings.timeout_seconds).raise_for_status()
+                # What is told there besides the status is nobody's, and may take for ever.
+                session.post(url, json=body, timeout=self.settings.timeout_seconds, stream=True).raise_for_status()
             except (requests.RequestException, ValueError) as error:
                 # The address of a webhook is a secret; the error's text would tell it.
                 status = getattr(getattr(error, "response", None), "status_code", None)

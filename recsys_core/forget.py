@@ -31,9 +31,10 @@ from recsys_core.lake import STAGING, DamagedPartition, Lake, MissingPartition, 
 from recsys_core.landing import ENDING, LANDING, LANDING_SEEN, QUARANTINE, Landing
 from recsys_core.masking import masked_text
 from recsys_core.mentions import Named
-from recsys_core.online import recs_key, user_key
+from recsys_core.online import REBUILD_AREAS_KEY, REBUILD_LOCK_KEY, recs_key, user_key
 from recsys_core.registry import Registry, RegistryError
 from recsys_core.release import ReleaseError, Releases
+from recsys_core.stores import files_below
 from recsys_core.tombstones import FORGOTTEN_AT, REREAD_SECONDS, TOMBSTONES, USER_HASH, TombstoneLog, hash_of
 
 FORGOTTEN = "forgotten_users"
@@ -136,11 +137,14 @@ def forget_user(places: Places, user_id: str) -> Forgotten:
 
 
 def _wait_for_workers(redis: Any) -> None:
-    """Return when the workers of the speed layer know the tombstone: what is removed before that they might take in again."""
-    from redis.exceptions import RedisError
+    """Return when the workers of the speed layer and a rebuild know the tombstone: what is removed before that they might take
+    in again. Nobody is at work on a Redis that is away."""
+    from redis.exceptions import RedisError, ResponseError
 
     try:
-        at_work = bool(read_heartbeats(redis))
+        at_work = bool(redis.exists(REBUILD_LOCK_KEY) or read_heartbeats(redis))
+    except ResponseError:  # what is there can't be read
+        at_work = True
     except (RedisError, OSError):
         return
     if at_work:
@@ -193,15 +197,22 @@ class Search:
         """Landing and quarantine files: the same names without the user's rows. They keep their time of arrival."""
         lake = self.places.lake
         for area in (LANDING, QUARANTINE):
-            root = lake.path(area)
             lake.fs.invalidate_cache()
-            paths = sorted(lake.fs.find(root)) if lake.fs.exists(root) else []
+            paths = self._paths(lake.path(area))
             for path in progress.track(paths, area, len(paths)):
                 if path.lower().endswith(ENDING):
                     self._file(area, path)
                 else:
                     self.unsearched[_below(lake, path)] = "it is no Parquet file; look into it and remove it"
             self.looked_at[f"{area} files"] += sum(path.lower().endswith(ENDING) for path in paths)
+
+    def _paths(self, folder: str) -> list[str]:
+        lake = self.places.lake
+
+        def unseen(path: str, error: OSError) -> None:
+            self.unsearched[_below(lake, path)] = f"{str(error)[:200]}; let it be read"
+
+        return [path for path, _ in files_below(lake.fs, folder, unseen)]
 
     def _file(self, area: str, path: str) -> None:
         lake = self.places.lake
@@ -245,7 +256,10 @@ class Search:
         """Every table of the lake whose rows name a user, in every version that is there, and the texts of models."""
         lake = self.places.lake
         lake.fs.invalidate_cache()
-        names = sorted(e.rstrip("/").rsplit("/", 1)[-1] for e in lake.fs.ls(lake.root, detail=False)) if _exists(lake) else []
+        try:
+            names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in lake.fs.ls(lake.root, detail=False))
+        except FileNotFoundError:
+            names = []
         tables = [name for name in names if name not in NAMELESS]
         for table in progress.track(tables, "tables", len(tables)):
             for key in lake.folders(table):
@@ -304,7 +318,7 @@ class Search:
     def _staged(self, table: str) -> None:
         lake = self.places.lake
         root = lake.path(table, STAGING)
-        paths = sorted(lake.fs.find(root)) if lake.fs.exists(root) else []
+        paths = self._paths(root)
         folders = {path.removeprefix(f"{root}/").split("/")[0] for path in paths}
         for folder in sorted(folders):
             inside = [p for p in paths if p.startswith(f"{root}/{folder}/") and p.lower().endswith(ENDING)]
@@ -328,6 +342,8 @@ class Search:
         redis = self.places.redis
         keys = [user_key(self.user_id), recs_key(self.user_id)]
         try:
+            areas = sorted(area.decode() for area in redis.smembers(REBUILD_AREAS_KEY))
+            keys += [user_key(self.user_id, f"{area}user") for area in areas]
             self.found["redis"] += sum(int(redis.exists(key)) for key in keys)
             if self.remove:
                 for key in keys:
@@ -376,10 +392,6 @@ class Search:
 
 def _below(lake: Lake, path: str) -> str:
     return path.removeprefix(f"{lake.root}/")
-
-
-def _exists(lake: Lake) -> bool:
-    return bool(lake.fs.exists(lake.root))
 
 
 def _user_column(table: str, names: list[str]) -> str | None:

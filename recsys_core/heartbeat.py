@@ -16,6 +16,8 @@ from typing import Any
 
 import orjson
 
+from recsys_core.redis_client import clear_unless_hash
+
 log = logging.getLogger(__name__)
 
 HEARTBEATS_KEY = "stream:heartbeats"
@@ -43,6 +45,7 @@ class Heartbeat:
 
 def write_heartbeat(redis: Any, beat: Heartbeat) -> None:
     """Replace what the worker said before, and remove the workers that were replaced and what is no heartbeat."""
+    clear_unless_hash(redis, HEARTBEATS_KEY)
     fields = asdict(beat)
     redis.hset(HEARTBEATS_KEY, fields.pop("worker"), orjson.dumps(fields))
     kept = {one.worker.encode() for one in read_heartbeats(redis)}

@@ -17,10 +17,11 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha1
 from pathlib import PurePosixPath
 from typing import Any
@@ -32,8 +33,9 @@ import pyarrow.parquet as pq
 
 from recsys_core.events import EVENT_SCHEMA, HOUR_MS, TS, hour_key, key_start_ms
 from recsys_core.lake import Lake, Partition
-from recsys_core.stores import write_atomically, written_at
-from recsys_core.tombstones import TombstoneLog
+from recsys_core.mentions import Named
+from recsys_core.stores import files_below, write_atomically, written_at
+from recsys_core.tombstones import TombstoneLog, Tombstones
 
 LANDING = "landing"
 QUARANTINE = "quarantine"
@@ -170,25 +172,30 @@ class Landing:
         self.lake = lake
         self._footers: dict[_Entry, LandingFile | str] = {}
         self._hours: dict[_Entry, dict[str, int]] = {}
+        self._closed: dict[str, str] = {}
         self._forgotten = TombstoneLog(lake)
 
     def write_events(self, source: str, name: str, events: pa.Table) -> str:
         """Write one file of events, without those of users who were forgotten. `events` has EVENT_SCHEMA. Returns its path."""
-        return self._without_forgotten(events.cast(EVENT_SCHEMA), lambda left: self._write(LANDING, source, name, left))
+        made = events.cast(EVENT_SCHEMA)
+        return self._without_forgotten(lambda known: known.filtered(made), partial(self._write, LANDING, source, name))
 
-    def write_archive(self, held: OffsetRange, messages: int, events: pa.Table, rejected: pa.Table) -> str:
+    def write_archive(
+        self, held: OffsetRange, messages: int, events: pa.Table, rejected: pa.Table, arrived: np.ndarray | None = None
+    ) -> str:
         """Write the archive file of a range, and the quarantine file of the same name when something was rejected.
 
         `messages` were taken from the topic for it; an offset without one is a marker of the broker's own. `events` has
-        ARCHIVE_SCHEMA, `rejected` QUARANTINE_SCHEMA with the offset as its row. The same content gives the same bytes, but for
-        users who were forgotten since.
+        ARCHIVE_SCHEMA, `rejected` QUARANTINE_SCHEMA with the offset as its row; `arrived` see `Tombstones.covers`. The same
+        content gives the same bytes, but for users who were forgotten since.
         Returns the path of the events.
         """
         if rejected.num_rows:
             self.write_quarantine(held.topic, held.name, rejected)
-        return self._without_forgotten(events, lambda left: self._write_range(held, messages, events.num_rows, left, rejected))
+        write = partial(self._write_range, held, messages, events.num_rows, rejected)
+        return self._without_forgotten(lambda known: known.filtered(events, arrived), write)
 
-    def _write_range(self, held: OffsetRange, messages: int, taken: int, left: pa.Table, rejected: pa.Table) -> str:
+    def _write_range(self, held: OffsetRange, messages: int, taken: int, rejected: pa.Table, left: pa.Table) -> str:
         facts = {
             "topic": held.topic,
             "source": f"{held.identity}.{held.partition}",
@@ -209,18 +216,18 @@ class Landing:
         """The events that `write_events` would write now."""
         return self._forgotten.read().filtered(events)
 
-    def _without_forgotten(self, events: pa.Table, write: Callable[[pa.Table], str]) -> str:
-        """Write the events of those who are not forgotten, and again without those whose removal began meanwhile.
+    def _without_forgotten(self, leave: Callable[[Tombstones], pa.Table], write: Callable[[pa.Table], str]) -> str:
+        """Write what `leave` leaves of those who are not forgotten, and again where a removal began meanwhile.
 
         The search of such a removal may have been past the place before the file was there.
         """
         known = self._forgotten.read()
-        left = known.filtered(events)
+        left = leave(known)
         path = write(left)
         while (now := self._forgotten.read()) != known:
             known, before = now, left
-            left = known.filtered(left)
-            if left is not before:
+            left = leave(known)
+            if not left.equals(before):
                 path = write(left)
         return path
 
@@ -306,8 +313,10 @@ class Landing:
         return self._hours[entry]
 
     def write_quarantine(self, source: str, name: str, rows: pa.Table) -> str:
-        """Write one file of rejected rows. `rows` has QUARANTINE_SCHEMA. Returns its path."""
-        return self._write(QUARANTINE, source, name, rows.cast(QUARANTINE_SCHEMA))
+        """Write one file of rejected rows, without the content of those that name a user who was forgotten. `rows` has
+        QUARANTINE_SCHEMA. Returns its path."""
+        made = rows.cast(QUARANTINE_SCHEMA)
+        return self._without_forgotten(partial(_without_content, made), partial(self._write, QUARANTINE, source, name))
 
     def _write(self, area: str, source: str, name: str, table: pa.Table) -> str:
         path = self.lake.path(area, source, f"{name}.parquet")
@@ -324,8 +333,9 @@ class Landing:
         return [file for _, file in self._readable()]
 
     def unreadable(self) -> dict[str, str]:
-        """The landing files that can't be read, by path, and why."""
-        return {entry.path: file for entry, file in self._all().items() if isinstance(file, str)}
+        """The landing files that can't be read, by path, and why; also folders that may not be listed."""
+        files = {entry.path: file for entry, file in self._all().items() if isinstance(file, str)}
+        return {**files, **self._closed}
 
     def strangers(self) -> list[str]:
         """Paths in the landing zone that nobody reads: neither Parquet by their names nor those of copies under way."""
@@ -358,26 +368,28 @@ class Landing:
         return self._footers
 
     def _entries(self) -> list[_Entry]:
-        found = self._found(LANDING)
+        closed: dict[str, str] = {}
+        found = self._found(LANDING, closed)
+        self._closed = closed
         return [
             _Entry(path, int(found[path]["size"]), repr(sorted(found[path].items())), written_at(found[path]))
             for path in sorted(found)
             if path.lower().endswith(ENDING)
         ]
 
-    def _found(self, *area: str) -> dict[str, dict[str, Any]]:
-        """The files of an area as the store lists them, but for copies under way. Raises what the store raises.
-
-        `exists` of fsspec says of a store that is away that it is empty, so it is not asked.
-        """
-        fs, root = self.lake.fs, self.lake.path(*area)
+    def _found(self, area: str, closed: dict[str, str] | None = None) -> dict[str, Mapping[str, Any]]:
+        """The files of an area as the store lists them, but for copies under way. Raises what the store raises, but for
+        folders in it that may not be listed: `closed` gets these, and why."""
+        fs, root = self.lake.fs, self.lake.path(area)
         fs.invalidate_cache()
-        try:
-            fs.ls(root)
-        except FileNotFoundError:
-            return {}
-        found = fs.find(root, detail=True)
-        return {path: entry for path, entry in found.items() if not _is_hidden(path.removeprefix(root))}
+
+        def unseen(path: str, error: OSError) -> None:
+            if path == root or not isinstance(error, PermissionError):
+                raise error
+            if closed is not None:
+                closed[path] = str(error)
+
+        return {path: entry for path, entry in files_below(fs, root, unseen) if not _is_hidden(path.removeprefix(root))}
 
     def covering(self, start_ms: int, end_ms: int) -> list[LandingFile]:
         """The files that may hold events of [start_ms, end_ms)."""
@@ -456,6 +468,16 @@ class Landing:
 
 def _rows_of(source: Any) -> int:
     return int(pq.ParquetFile(source).metadata.num_rows)
+
+
+def _without_content(rows: pa.Table, forgotten: Tombstones) -> pa.Table:
+    """Rejected rows without the content of those that name a user who was forgotten."""
+    if not forgotten:
+        return rows
+    named = Named("")
+    texts = rows["content"].to_pylist()
+    left = [None if text is None or forgotten.names(named.users_of(text)) else text for text in texts]
+    return rows.set_column(rows.schema.get_field_index("content"), rows.schema.field("content"), pa.array(left, pa.string()))
 
 
 def was_read(hour: Partition, arrival: Arrival, since: float) -> bool:

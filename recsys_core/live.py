@@ -41,7 +41,8 @@ GUARD_LUA = """
 local known = tonumber(ARGV[1])
 local n = #KEYS
 if known >= 0 then
-  if (tonumber(redis.call('GET', KEYS[n]) or 0) or 0) < known then return {-1} end
+  local position = redis.pcall('GET', KEYS[n])
+  if (type(position) == 'string' and tonumber(position) or 0) < known then return {-1} end
   n = n - 1
 end
 """
@@ -83,7 +84,7 @@ for i = 1, n do
     local total, start, within, refreshed = 0, 0, 0, 0
     if old[3] and #old[3] == 32 then total, start, within, refreshed = struct.unpack('<dddd', old[3]) end
     if within == 0 or session > last_ts + gap then start, within = session, since else within = within + count end
-    local expires = now - refreshed > ttl / 100
+    local expires = math.abs(now - refreshed) > ttl / 100
     if expires then refreshed = now end
     redis.call('HSET', key, 'last', actions, 'last_ts', math.max(last_ts, latest),
       'stream', struct.pack('<dddd', total + count, start, within, refreshed), fence, last)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import pyarrow.compute as pc
 from recsys_core.events import EVENT_TYPE, HOUR_MS, ITEM_ID, MINUTE_MS, TS
 from recsys_core.live import GUARD_LUA, Batch, Guard, LiveEvent, guarded
 from recsys_core.online import TrendingValue
-from recsys_core.redis_client import Script
+from recsys_core.redis_client import Script, clear_unless_hash, is_of_wrong_type
 from recsys_core.settings import Settings
 
 SOURCES_KEY = "trend:sources"
@@ -33,6 +34,8 @@ FENCE = b""
 KEPT_HALF_LIVES = 10.0
 """An event older than so many half-lives counts less than a thousandth and is not read."""
 BUCKETS_A_CALL = 8
+MOST = 1 << 53
+"""What counts more is no count."""
 
 COUNT_LUA = (
     GUARD_LUA
@@ -210,30 +213,40 @@ def announce_sources(redis: Any, sources: Sequence[str], settings: Settings, now
         return
     keep_ms = (settings.stream.trend_hours + 1) * HOUR_MS
     value = orjson.dumps([now_ms, settings.stream.bucket_minutes * MINUTE_MS, keep_ms])
-    if redis.type(SOURCES_KEY) not in (b"hash", b"none"):
-        redis.delete(SOURCES_KEY)
-    gone = [name for name, told in redis.hgetall(SOURCES_KEY).items() if _seen(name, told) < now_ms - keep_ms]
+    clear_unless_hash(redis, SOURCES_KEY)
+    told = redis.hgetall(SOURCES_KEY)
+    known = _sources(told)
+    gone = [name for name in told if name not in known or known[name][0] < now_ms - keep_ms]
     if gone:
         redis.hdel(SOURCES_KEY, *gone)
     redis.hset(SOURCES_KEY, mapping=dict.fromkeys(sources, value))
     redis.pexpire(SOURCES_KEY, keep_ms)
 
 
-def _seen(name: bytes, told: bytes) -> int:
-    """When a source was seen, -1 for one that can't be read."""
+def _sources(values: Mapping[bytes, bytes]) -> dict[bytes, tuple[int, int, int]]:
+    """When each source was seen, the length of its buckets and how long they are kept; without those that can't be read."""
+    found = {}
+    for name, value in values.items():
+        with suppress(ValueError, TypeError):
+            seen, length, kept = map(int, orjson.loads(value))
+            name.decode()
+            if length >= MINUTE_MS:
+                found[name] = (seen, length, kept)
+    return found
+
+
+def _counts(fields: Mapping[bytes, bytes]) -> dict[bytes, int]:
+    """The counts of a bucket by item, without those that are none."""
+    counts = {}
     try:
-        return int(_sources({name: told})[name.decode()][0])
-    except (ValueError, TypeError, IndexError):
-        return -1
-
-
-def _sources(values: Mapping[bytes, bytes]) -> dict[str, tuple[int, int, int]]:
-    """Raises ValueError, also for buckets so short that reading them all would not end."""
-    sources = {name.decode(): tuple(orjson.loads(value)) for name, value in values.items()}
-    for name, (_, length, _) in sources.items():
-        if length < MINUTE_MS:
-            raise ValueError(f"source {name!r} says that its buckets have {length} ms")
-    return sources
+        counts = {name: int(count) for name, count in fields.items() if name != FENCE}
+    except ValueError:
+        for name, count in fields.items():
+            with suppress(ValueError):
+                counts[name] = int(count)
+        counts.pop(FENCE, None)
+    most = max(counts.values(), default=0)
+    return counts if most < MOST else {name: count for name, count in counts.items() if count < MOST}
 
 
 @dataclass(frozen=True)
@@ -254,7 +267,8 @@ class LiveTrend:
 class LiveTrendReader:
     """Reads and sums up the buckets. Those that ended a while ago are read again only now and then.
 
-    `half_lives_hours` are the half-lives of the scores; buckets older than KEPT_HALF_LIVES of the longest are not read.
+    `half_lives_hours` are the half-lives of the scores; buckets older than KEPT_HALF_LIVES of the longest are not read. What is
+    no source, bucket or count is left out: `left_out` are the sources and keys of the last read that held such.
     """
 
     RECENT_MS = 15 * MINUTE_MS
@@ -263,23 +277,26 @@ class LiveTrendReader:
     def __init__(self, half_lives_hours: Sequence[float]) -> None:
         self._half_lives = np.asarray(half_lives_hours, np.float64) * HOUR_MS
         self._known: dict[str, tuple[int, dict[bytes, int]]] = {}
+        self.left_out: list[str] = []
 
     def read(self, redis: Any, now_ms: int) -> LiveTrend | None:
         """The trend as of `now_ms`; None while there are no live buckets. Raises redis.RedisError."""
-        sources = _sources(redis.hgetall(SOURCES_KEY))
+        told = redis.hgetall(SOURCES_KEY)
+        sources = _sources(told)
+        self.left_out = [f"{SOURCES_KEY} {name.decode(errors='replace')}" for name in told if name not in sources]
         wanted, stale = self._wanted(sources, now_ms)
         pipeline = redis.pipeline(transaction=False)
         for key in stale:
             pipeline.hgetall(key)
-        return self._score(wanted, stale, pipeline.execute() if stale else [], now_ms)
+        return self._score(wanted, stale, pipeline.execute(raise_on_error=False) if stale else [], now_ms)
 
-    def _wanted(self, sources: Mapping[str, tuple[int, int, int]], now_ms: int) -> tuple[dict[str, float], list[str]]:
+    def _wanted(self, sources: Mapping[bytes, tuple[int, int, int]], now_ms: int) -> tuple[dict[str, float], list[str]]:
         """The buckets that count with the time (ms) of their middle, and those of them that have to be read."""
         reach = int(KEPT_HALF_LIVES * self._half_lives.max())
         wanted, stale = {}, []
         for source, (_, length, kept_ms) in sources.items():
             for bucket in range((now_ms - min(reach, kept_ms)) // length, now_ms // length + 1):
-                key = bucket_key(source, bucket)
+                key = bucket_key(source.decode(), bucket)
                 wanted[key] = (bucket + 0.5) * length
                 read_at = self._known[key][0] if key in self._known else -1
                 recent = (bucket + 1) * length > now_ms - self.RECENT_MS
@@ -287,12 +304,15 @@ class LiveTrendReader:
                     stale.append(key)
         return wanted, stale
 
-    def _score(
-        self, wanted: Mapping[str, float], stale: Sequence[str], values: Sequence[Mapping[bytes, bytes]], now_ms: int
-    ) -> LiveTrend | None:
+    def _score(self, wanted: Mapping[str, float], stale: Sequence[str], values: Sequence[Any], now_ms: int) -> LiveTrend | None:
         known = {key: found for key, found in self._known.items() if key in wanted}
         for key, fields in zip(stale, values, strict=True):
-            known[key] = (now_ms, {name: int(count) for name, count in fields.items() if name != FENCE})
+            if isinstance(fields, Exception) and not is_of_wrong_type(fields):
+                raise fields
+            read = {} if isinstance(fields, Exception) else _counts(fields)
+            known[key] = (now_ms, read)
+            if isinstance(fields, Exception) or len(read) < len(fields) - (FENCE in fields):
+                self.left_out.append(key)
         self._known = known
         position: dict[bytes, int] = {}
         items: list[int] = []
@@ -306,7 +326,7 @@ class LiveTrendReader:
             return None
         age, count = np.array(ages), np.array(counts, np.float64) / SCALE
         columns = [np.bincount(items, count * np.exp2(-age / half), len(position)) for half in self._half_lives]
-        return LiveTrend(tuple(name.decode() for name in position), np.stack(columns, axis=1), now_ms)
+        return LiveTrend(tuple(name.decode(errors="replace") for name in position), np.stack(columns, axis=1), now_ms)
 
 
 def live_trend(redis: Any, now_ms: int, half_lives_hours: Sequence[float]) -> LiveTrend | None:

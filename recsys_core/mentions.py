@@ -50,9 +50,12 @@ class Named:
 
         One that has no field of a user's name is when a field of unknown meaning holds the id.
         """
+        return self.user_id in self.users_of(row)
+
+    def users_of(self, row: str) -> list[str]:
+        """Ids that may be of the user of a rejected row, as `is_of` looks for one of them."""
         fields = _fields_of(row)
-        unknown = (value for name, value in fields if not _OTHER_FIELD.fullmatch(_plain(name)))
-        return self.user_id in (self._users(fields) or unknown)
+        return self._users(fields) or [value for name, value in fields if not _OTHER_FIELD.fullmatch(_plain(name))]
 
     def _users(self, fields: list[tuple[str, str]]) -> list[str]:
         return [value for name, value in fields if self.is_field(name) or (_is_list(name) and not isinstance(value, _Number))]

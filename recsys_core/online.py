@@ -7,6 +7,8 @@
                        `stream` (counters and session) and `@<source>`, the last offset applied from a Kafka partition
     recs:{<user_id>}   string: the answer, see `AnswerEncoder`
     trending           string: JSON {"computed_at": ms, "hour": key, "items": [[item_id, score by half-life, …], …]}
+    rebuild:lock       string: who makes records again (`streaming.rebuild_lock`)
+    rebuild:areas      set: what the keys begin with that hold records beside the live ones
 
 The braces are Redis Cluster hash tags: both keys of a user live in one slot and are read in one round trip. A brace in an
 id is escaped (`hash_tag`).
@@ -31,14 +33,14 @@ import pyarrow.compute as pc
 from recsys_core.features import OnlineFeatures, user_inputs
 from recsys_core.item_ids import DIGEST_BYTES, ItemIds, digests, packed, unpacked
 from recsys_core.ranking import Scores, Snapshot, Users
-from recsys_core.redis_client import Script, is_cluster, run_calls
+from recsys_core.redis_client import Script, is_cluster, is_of_wrong_type, run_calls
 from recsys_core.settings import RankingSettings
 from recsys_core.tower import TowerInputs
 
 TRENDING_KEY = "trending"
+REBUILD_LOCK_KEY = "rebuild:lock"
+REBUILD_AREAS_KEY = "rebuild:areas"
 LATEST_MOMENT = (1 << 63) - 1
-WRONG_TYPE = "WRONGTYPE"
-"""How Redis's answer begins for a key that holds another kind of value than the command is for."""
 
 LAST, LAST_TS, SEEN, ALS, FEATURES = b"last", b"last_ts", b"seen", b"als", b"features"
 RECORD_FIELDS = (LAST, LAST_TS, SEEN, ALS, FEATURES)
@@ -694,7 +696,7 @@ def read_each_record(redis: Any, user_ids: Sequence[str], features: bool = True)
 
 def _decoded(answer: Any, missing: list[None]) -> UserRecord | CorruptValue:
     if isinstance(answer, Exception):
-        if str(answer).startswith(WRONG_TYPE):
+        if is_of_wrong_type(answer):
             return CorruptValue(f"user record: {answer}")
         raise answer
     try:

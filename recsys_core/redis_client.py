@@ -14,6 +14,8 @@ from typing import Any
 from recsys_core.settings import RedisSettings
 
 CONNECT_SECONDS = 5.0
+WRONG_TYPE = "WRONGTYPE"
+"""How Redis's answer begins for a key that holds another kind of value than the command is for."""
 
 
 def client(settings: RedisSettings, **options: Any) -> Any:
@@ -45,6 +47,17 @@ def is_cluster(redis: Any) -> bool:
     from redis.cluster import RedisCluster
 
     return isinstance(redis, RedisCluster)
+
+
+def is_of_wrong_type(error: Exception) -> bool:
+    """Whether an error says that a key holds another kind of value than the command is for."""
+    return str(error).startswith(WRONG_TYPE)
+
+
+def clear_unless_hash(redis: Any, key: str) -> None:
+    """Delete a key that holds another kind of value, so that it can be a hash."""
+    if redis.type(key) not in (b"hash", b"none"):
+        redis.delete(key)
 
 
 @dataclass(frozen=True)

@@ -394,9 +394,11 @@ class Releases:
         """The ids of all complete releases."""
         with self.reached("listing them"):
             self.fs.invalidate_cache()
-            if not self.fs.exists(self.root):
+            try:
+                entries = self.fs.ls(self.root, detail=True)
+            except FileNotFoundError:
                 return []
-            names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=True))
+            names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries)
             return [name for name in names if RELEASE_NAME.fullmatch(name) and self.fs.exists(self.path(name, MANIFEST))]
 
     def manifest(self, release_id: str, sha256: str | None = None) -> Manifest:

@@ -440,6 +440,13 @@ class KafkaSettings(Section):
     key_file: str = Field("", description="PEM file of its key")
     conf: dict[str, str] = Field(default_factory=dict, description="any further librdkafka property, given to every client")
 
+    @field_validator("topic")
+    @classmethod
+    def _topic_has_a_folder(cls, topic: str) -> str:
+        if topic.startswith(("_", ".")):
+            raise ValueError(f"{topic!r} begins with {topic[0]!r}: the landing zone leaves such names out as copies under way")
+        return topic
+
 
 class StreamSettings(Section):
     group: str = Field("recsys-stream", description="consumer group of the workers")

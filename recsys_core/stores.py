@@ -96,6 +96,28 @@ def sync_files(fs: fsspec.AbstractFileSystem, paths: Iterable[str]) -> None:
         _sync(folder)
 
 
+def files_below(
+    fs: fsspec.AbstractFileSystem, folder: str, unseen: Callable[[str, OSError], None]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The path of each file below a folder, if that is there, and how its store lists it; `unseen` is told of each folder that
+    can't be listed.
+
+    `exists` and `find` of fsspec say of what they can't see that it is empty.
+    """
+    try:
+        entries = sorted(fs.ls(folder, detail=True), key=lambda entry: entry["name"])
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        unseen(folder, error)
+        return
+    for entry in entries:
+        if entry["type"] == "directory":
+            yield from files_below(fs, entry["name"].rstrip("/"), unseen)
+        else:
+            yield entry["name"], entry
+
+
 def written_at(entry: Mapping[str, Any]) -> float:
     """When a file was written (seconds since 1970), by what its store calls that; `entry` is how the store lists it."""
     written = next(entry[name] for name in ("mtime", "LastModified", "last_modified", "created") if name in entry)

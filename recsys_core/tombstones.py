@@ -64,23 +64,32 @@ class Tombstones:
     def __bool__(self) -> bool:
         return bool(self.moments)
 
-    def covers(self, events: pa.Table) -> np.ndarray:
-        """Which events are left out, bool (n,). `events` has the columns `user_id` and `ts`."""
+    def covers(self, events: pa.Table, arrived: np.ndarray | None = None) -> np.ndarray:
+        """Which events are left out, bool (n,). `events` has the columns `user_id` and `ts`.
+
+        `arrived` int64 (n,), ms, is when each came, where that is known: what came before the moment was done before it,
+        whatever the clock of its sender says.
+        """
         if not self.moments or not events.num_rows:
             return np.zeros(events.num_rows, bool)
         users = events[USER_ID].combine_chunks().dictionary_encode()
         upto = [self.moments.get(hash_of(user), -1) if user is not None else -1 for user in users.dictionary.to_pylist()]
         limits = np.array([*upto, -1], np.int64)[pc.fill_null(users.indices, len(upto)).to_numpy(zero_copy_only=False)]
-        found: np.ndarray = pc.fill_null(events[TS], np.iinfo(np.int64).max).to_numpy() <= limits
+        moments = pc.fill_null(events[TS], np.iinfo(np.int64).max).to_numpy()
+        found: np.ndarray = (moments if arrived is None else np.minimum(moments, arrived)) <= limits
         return found
 
     def covers_one(self, user_id: str, ts: int) -> bool:
         """Whether one event is left out."""
         return bool(self.moments) and ts <= self.moments.get(hash_of(user_id), -1)
 
-    def filtered(self, events: pa.Table) -> pa.Table:
+    def names(self, users: Iterable[str]) -> bool:
+        """Whether one of some users was forgotten, at whatever time."""
+        return bool(self.moments) and any(hash_of(user) in self.moments for user in users)
+
+    def filtered(self, events: pa.Table, arrived: np.ndarray | None = None) -> pa.Table:
         """The events that are not left out."""
-        left_out = self.covers(events)
+        left_out = self.covers(events, arrived)
         return events.filter(pa.array(~left_out)) if left_out.any() else events
 
 

@@ -72,6 +72,11 @@ class LiveTrends:
         self._reader = LiveTrendReader(half_lives_hours)
         self._reading: asyncio.Task[LiveTrend | None] | None = None
 
+    @property
+    def left_out(self) -> list[str]:
+        """What could not be read of the trend that was read last."""
+        return self._reader.left_out
+
     def _client(self) -> Any:
         seconds = BACKGROUND_SECONDS
         once = Retry(NoBackoff(), 0)
@@ -301,6 +306,8 @@ class Store:
             self._live_fails = True
             return None
         self._live_fails = False
+        if live.left_out:
+            self.note_corrupt("trend:*", CorruptValue(f"left out of the live trends: {', '.join(live.left_out[:5])}"))
         return found
 
     async def close(self) -> None:

@@ -1,9 +1,10 @@
 """The archive sink: a topic's partitions as Parquet files whose borders depend on the topic alone.
 
 A file ends before an offset that is a multiple of `archive_rows`, and before a message whose broker time lies in a
-later interval of `archive_seconds`. Messages carry both, so any worker that starts at a border makes the same files. A
-file is also ended when its interval is over and the partition ends with it: a later message has a later time then, and
-would have ended it as well. What the landing zone holds already is not written again.
+later interval of `archive_seconds`, or in one so much earlier that the broker's clock was wrong. Messages carry both, so any
+worker that starts at a border makes the same files. A file is also ended when its interval is over and the partition ends with
+it: a later message has a later time then, and would have ended it as well. What the landing zone holds already is not written
+again.
 
 The end of a partition is where Kafka says that a reader is at it. That is beyond the last message where the end holds
 none: a transaction's marker takes an offset, and so does what was aborted or deleted.
@@ -61,6 +62,7 @@ class _Closed:
 
     held: OffsetRange
     offsets: list[np.ndarray]
+    appended: list[np.ndarray]
     events: list[pa.Table]
     rejected: list[Rejected]
 
@@ -86,6 +88,7 @@ class _Open:
     at_end: bool = False
     reached: int = 0
     offsets: list[np.ndarray] = field(default_factory=list)
+    appended: list[np.ndarray] = field(default_factory=list)
     events: list[pa.Table] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     known: list[OffsetRange] = field(default_factory=list)
@@ -195,7 +198,9 @@ class Archive:
         for found in list(self._open.values()):
             if not found.at_end or found.next == found.held.first:
                 continue
-            interval = found.reached // self._interval_ms if found.interval is None else found.interval
+            reached = found.reached // self._interval_ms
+            # A broker's clock that was far ahead would keep the file open until then.
+            interval = reached if found.interval is None or found.interval > reached + 1 else found.interval
             if now_ms > (interval + 1) * self._interval_ms + GRACE_MS:
                 self._close(found, found.next)
 
@@ -219,7 +224,7 @@ class Archive:
         intervals = appended[at:] // self._interval_ms
         if found.interval is None:
             found.interval = int(intervals[0])
-        ends = (offset[at:] // self._rows != block) | (intervals > found.interval)
+        ends = (offset[at:] // self._rows != block) | (intervals > found.interval) | (intervals < found.interval - 1)
         if found.known:
             ends |= offset[at:] >= found.known[0].first
         return at + (int(np.argmax(ends)) if ends.any() else len(ends))
@@ -242,7 +247,7 @@ class Archive:
         with self._lock:
             found.held = OffsetRange(held.topic, held.identity, held.partition, first, first)
             found.next, found.interval, found.at_end = first, None, False
-            found.offsets, found.events, found.rejected = [], [], []
+            found.offsets, found.appended, found.events, found.rejected = [], [], [], []
 
     def _take(self, found: _Open, messages: Messages, at: int, end: int) -> None:
         offsets = messages.offset[at:end]
@@ -251,6 +256,7 @@ class Archive:
         if stop > start:
             found.events.append(messages.events.slice(start, stop - start))
         found.offsets.append(offsets)
+        found.appended.append(messages.appended[at:end])
         found.rejected += [r for r in messages.rejected if first <= r.offset <= last]
         found.next, found.at_end = last + 1, False
 
@@ -260,7 +266,7 @@ class Archive:
         if end > held.first:
             whole = OffsetRange(held.topic, held.identity, held.partition, held.first, end - 1)
             with self._lock:
-                found.closed.append(_Closed(whole, found.offsets, found.events, found.rejected))
+                found.closed.append(_Closed(whole, found.offsets, found.appended, found.events, found.rejected))
         self._begin(found, end)
 
     def _write(self, file: _Closed) -> None:
@@ -268,13 +274,16 @@ class Archive:
         held = file.held
         table = pa.concat_tables(file.events) if file.events else ARCHIVE_SCHEMA.empty_table()
         taken = np.concatenate(file.offsets) if file.offsets else np.empty(0, np.int64)
+        appended = np.concatenate(file.appended) if file.appended else np.empty(0, np.int64)
         rows = table[OFFSET].to_numpy()
+        arrived = appended[np.searchsorted(taken, rows)]
         for part in held.without(self._landing.archived(held.topic)):
             start, end = _within(rows, part.first, part.last)
             refused = [r for r in file.rejected if part.first <= r.offset <= part.last]
             messages = _within(taken, part.first, part.last)
             some = table.slice(start, end - start)
-            self._landing.write_archive(part, messages[1] - messages[0], some, quarantine_rows(held.topic, refused))
+            count, rejected = messages[1] - messages[0], quarantine_rows(held.topic, refused)
+            self._landing.write_archive(part, count, some, rejected, arrived[start:end])
             self.files += 1
 
 

@@ -3,7 +3,7 @@
 The threads that serve Redis leave what they took in an `Intake` of bounded size. What does not fit, because the lake is
 away or slow, is left out there and noted; the archiver then reads again from its own position, by a consumer of its own
 without a part in the group, until it is where the intake goes on. A worker that starts does the same where the archive is
-behind of Redis.
+behind of Redis, and one whose other threads are held up by Redis or by the topic of dead letters.
 """
 
 from __future__ import annotations
@@ -192,6 +192,7 @@ class Archiver:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._seen_at, self._stalled_at = time.monotonic(), float("-inf")
+        self._held_up = False
         self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
 
     # -- for the threads that serve Redis ---------------------------------------------------------------------------
@@ -256,8 +257,9 @@ class Archiver:
         with self._lock:
             return list(self._lost.items())
 
-    def alive(self) -> None:
-        """The thread that hears of the group is at work. Called by it all the time."""
+    def alive(self, held_up: bool = False) -> None:
+        """The thread that hears of the group is at work, or `held_up`: it can't hand on messages. Called by it all the time."""
+        self._held_up = held_up
         now = time.monotonic()
         if now - self._seen_at > STALL_SECONDS:
             self._stalled_at = now
@@ -286,6 +288,8 @@ class Archiver:
             self._read_again(behind)
         elif (some := self._intake.take()) is not None:
             self._add_or_miss(some)
+        elif self._held_up and (places := self._places()):
+            self._read_again(places)
         else:
             self._stop_reading()
             self._intake.filled.wait(GATHER_SECONDS)
@@ -308,6 +312,12 @@ class Archiver:
                 if self._assigned.get(number) is assigned:
                     self._archive.start(number, first, known, assigned.epoch, assigned.identity)
                     self._begun[number] = assigned.epoch
+
+    def _places(self) -> dict[int, int]:
+        """Where the archive is in each partition."""
+        with self._lock:
+            numbers = list(self._begun)
+        return {number: at for number in numbers if (at := self._archive.next(number)) is not None}
 
     def _behind(self) -> dict[int, int]:
         """Where each partition has to be read again from."""

@@ -13,6 +13,7 @@ from confluent_kafka import Message
 
 from recsys_core.landing import ARCHIVE_SCHEMA, OFFSET
 from recsys_core.live import Batch
+from recsys_core.tombstones import Tombstones
 from streaming.archive import Messages, Rejected
 from streaming.dead_letters import DeadLetter
 from streaming.decode import Decoded
@@ -72,10 +73,11 @@ def taken_rows(rows: Sequence[Row]) -> Taken:
 
 @dataclass(frozen=True)
 class Work:
-    """A batch ready to be written."""
+    """A batch ready to be written, without the events of those who were `forgotten` by then."""
 
     taken: Taken
     prepared: Prepared | None
+    forgotten: Tombstones
     archive: dict[int, Messages]
     letters: list[DeadLetter]
     positions: dict[int, Position]

@@ -36,7 +36,6 @@ PASSING = frozenset(
         KafkaError._PURGE_QUEUE,
         KafkaError._PURGE_INFLIGHT,
         KafkaError._RETRY,
-        KafkaError._FATAL,
         KafkaError.BROKER_NOT_AVAILABLE,
         KafkaError.KAFKA_STORAGE_ERROR,
         KafkaError.LEADER_NOT_AVAILABLE,
@@ -81,7 +80,8 @@ class DeadLetterQueue:
         """Made for the first dead letter: most workers never have one."""
         conf = client_config(
             self._settings,
-            enable_idempotence=True,
+            # An idempotent one needs more rights, and ends for good where it lacks them. What is sent twice is a letter twice.
+            enable_idempotence=False,
             linger_ms=5,
             message_max_bytes=self._settings.max_message_bytes,
             # The limit of a topic is for what is sent together.
@@ -123,9 +123,7 @@ class DeadLetterQueue:
         errors.extend((letter, error) for letter, error in offered if error)
         left = self._producer.flush(SEND_SECONDS) if letters else 0
         for _, error in errors:
-            if error.fatal():
-                del self._producer
-            if error.fatal() or error.code() in PASSING:
+            if error.code() in PASSING:
                 raise KafkaException(error)
         if left:
             self._producer.purge()

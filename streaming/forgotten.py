@@ -10,6 +10,7 @@ from recsys_core.tombstones import REREAD_SECONDS, TombstoneLog, Tombstones
 
 log = logging.getLogger(__name__)
 
+NOBODY = Tombstones({})
 ASK_SECONDS = 5.0
 """How long a replay waits for the lake to say who was forgotten."""
 
@@ -38,8 +39,8 @@ class ForgottenUsers:
         self._thread.join(ASK_SECONDS)
 
     def covered(self) -> Tombstones:
-        """What is known of now."""
-        return self.known or Tombstones({})
+        """What is known of now, the same object for as long as that is nothing new."""
+        return self.known or NOBODY
 
     def refresh(self) -> None:
         """Look again, and wait for it unless the lake is away: what was forgotten before this call is known after it."""

@@ -17,10 +17,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recsys_core.redis_client import Script, run_calls
+from recsys_core.redis_client import Script, is_of_wrong_type, run_calls
 
 ADVANCE = Script("""
-local now = tonumber(redis.call('GET', KEYS[1]) or 0) or 0
+local now = redis.pcall('GET', KEYS[1])
+now = type(now) == 'string' and tonumber(now) or 0
 if now < tonumber(ARGV[3]) then return {-1} end
 if tonumber(ARGV[1]) > now then redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 else redis.call('EXPIRE', KEYS[1], ARGV[2]) end
@@ -42,12 +43,22 @@ def applied_key(source: str) -> str:
 
 
 def read_positions(redis: Any, sources: Sequence[str]) -> dict[str, int | None]:
-    """The position of each source, None where there is none."""
+    """The position of each source, None where there is none; what is no position is none, and gives way to the next one."""
     pipeline = redis.pipeline(transaction=False)
     for source in sources:
         pipeline.get(applied_key(source))
-    values = pipeline.execute()
-    return {source: None if value is None else int(value) for source, value in zip(sources, values, strict=True)}
+    return dict(zip(sources, map(_position, pipeline.execute(raise_on_error=False)), strict=True))
+
+
+def _position(answer: Any) -> int | None:
+    if isinstance(answer, Exception):
+        if is_of_wrong_type(answer):
+            return None
+        raise answer
+    try:
+        return None if answer is None else int(answer)
+    except ValueError:
+        return None
 
 
 def advance_calls(positions: Mapping[str, int], known: Mapping[str, int], ttl_seconds: int) -> list[tuple[object, ...]]:

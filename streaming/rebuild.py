@@ -23,17 +23,17 @@ import pyarrow.parquet as pq
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from recsys_core.events import EVENT_SCHEMA, HOUR_MS, now_ms
+from recsys_core.events import EVENT_SCHEMA, HOUR_MS, USER_ID, now_ms
 from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import LANDING, OFFSET, Landing, offset_faults
 from recsys_core.live import Batch
 from recsys_core.live_trends import announce_sources, bucket_key
-from recsys_core.online import user_key
+from recsys_core.online import REBUILD_AREAS_KEY, user_key
 from recsys_core.recompute import Differences, Recomputation
 from recsys_core.redis_client import Script, client, run_calls
 from recsys_core.settings import Settings
-from recsys_core.tombstones import Tombstones
+from recsys_core.tombstones import REREAD_SECONDS, TombstoneLog, hash_of
 from streaming.arrival import Arrivals
 from streaming.decode import decode
 from streaming.incarnations import incarnation, read_cuts, valid_ranges
@@ -121,9 +121,11 @@ def _rebuild(
     sources = {number: incarnation(topic.identity, number, cuts[number]).source for number in cuts}
     sink = RedisSink(redis, settings, area)
     computed = Recomputation(settings)
-    tombstones = Tombstones.read(Lake(settings.lake_uri))
+    forgotten = _Forgotten(Lake(settings.lake_uri), computed, redis, area)
     # Whoever left them has no lock any more.
     _remove(redis, AREA)
+    redis.delete(REBUILD_AREAS_KEY)
+    redis.sadd(REBUILD_AREAS_KEY, area)
     source = LandingSource(settings, topic, since_ms, cuts) if from_landing else TopicSource(settings, topic, since_ms)
     moved = dict.fromkeys(KINDS, 0)
     waiting: dict[str, list[bytes]] = {}
@@ -133,13 +135,13 @@ def _rebuild(
             touched: dict[str, set[bytes]] = {kind: set(waiting.get(kind, ())) for kind in KINDS}
             for read in source.read():
                 lock.check()
-                batch = read.take(~tombstones.covers(read.events)) if tombstones else read
+                batch = forgotten.without(read)
                 events += batch.rows
                 _apply(sink, computed, batch, sources, area, touched if turn > 1 else None)
             for kind in KINDS:
                 every = redis.scan_iter(match=f"{area}{kind}:*", count=KEYS_AT_ONCE)
                 keys, before = (every if turn == 1 else touched[kind]), set(waiting.get(kind, ()))
-                done, waiting[kind] = _promote(redis, lock, keys, area, kind, settings.cache.feature_ttl_seconds)
+                done, waiting[kind] = _promote(redis, lock, keys, area, kind, settings.cache.feature_ttl_seconds, forgotten)
                 moved[kind] += done if turn == 1 else len(before - set(waiting[kind]))
             left = sum(map(len, waiting.values()))
             log.info("round %d: %d events so far, %d users and buckets are to be tried again", turn, events, left)
@@ -148,8 +150,10 @@ def _rebuild(
     finally:
         source.close()
         _remove(redis, area)
+        redis.srem(REBUILD_AREAS_KEY, area)
     announce_sources(redis, list(sources.values()), settings, now_ms())
     oldest = now_ms() - (settings.stream.trend_hours - 1) * HOUR_MS
+    forgotten.look()
     found = computed.differences(redis, oldest)
     return RebuildReport(events, moved["user"], moved["trend"], turn, time.monotonic() - started, found)
 
@@ -176,7 +180,7 @@ def _apply(
 
 
 def _promote(
-    redis: Any, lock: RebuildLock, keys: Iterable[bytes], area: str, kind: str, ttl_seconds: int
+    redis: Any, lock: RebuildLock, keys: Iterable[bytes], area: str, kind: str, ttl_seconds: int, forgotten: _Forgotten
 ) -> tuple[int, list[bytes]]:
     """Put what was made in the place of the live keys. Returns how many were, and those whose live one is further."""
     moved = 0
@@ -184,11 +188,59 @@ def _promote(
     remaining = iter(keys)
     while some := list(islice(remaining, KEYS_AT_ONCE)):
         lock.check()
+        forgotten.look_now_and_then()
+        some = [key for key in some if key not in forgotten.keys]
         calls = [PROMOTE.call([key.removeprefix(area.encode()), key], kind, ttl_seconds) for key in some]
         answers = run_calls(redis, calls, [PROMOTE])
         moved += sum(answers)
         waiting += [key for key, answer in zip(some, answers, strict=True) if not answer]
     return moved, waiting
+
+
+class _Forgotten:
+    """Who was forgotten, looked at again all the time. Those who are while the rebuild goes on are left to the live workers:
+    what was made of them goes, and nothing of them is made any more.
+
+    `keys` are those of their records beside the live ones.
+    """
+
+    def __init__(self, lake: Lake, computed: Recomputation, redis: Any, area: str) -> None:
+        self._log = TombstoneLog(lake)
+        self._computed, self._redis, self._area = computed, redis, area
+        self._known = self._log.read()
+        self._looked = time.monotonic()
+        self._since: set[str] = set()
+        self.keys: set[bytes] = set()
+
+    def without(self, batch: Batch) -> Batch:
+        """The events of a batch that are to be applied."""
+        self.look_now_and_then()
+        left_out = self._known.covers(batch.events, batch.arrived)
+        if self._since:
+            users = batch.events[USER_ID].to_pylist()
+            left_out |= np.fromiter((hash_of(user) in self._since for user in users), bool, len(users))
+        return batch.take(~left_out) if left_out.any() else batch
+
+    def look_now_and_then(self) -> None:
+        """Whoever removes a user waits until this has been called again, see `recsys_core.forget`."""
+        if time.monotonic() - self._looked >= REREAD_SECONDS:
+            self.look()
+
+    def look(self) -> None:
+        """Learn of new removals. Raises what the lake raises: a rebuild that does not know of them must not go on."""
+        known = self._log.read()
+        self._looked = time.monotonic()
+        new = {user for user, moment in known.moments.items() if self._known.moments.get(user, -1) < moment}
+        self._known = known
+        if not new:
+            return
+        self._since |= new
+        gone = [user for user in self._computed.users if hash_of(user) in new]
+        for user in gone:
+            del self._computed.users[user]
+            key = user_key(user, f"{self._area}user")
+            self.keys.add(key.encode())
+            self._redis.delete(key)
 
 
 def _remove(redis: Any, area: str) -> None:

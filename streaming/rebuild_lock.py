@@ -17,11 +17,11 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from recsys_core.errors import UserError
+from recsys_core.online import REBUILD_LOCK_KEY
 from recsys_core.redis_client import Script, run_calls
 
 log = logging.getLogger(__name__)
 
-LOCK_KEY = "rebuild:lock"
 LOCK_SECONDS = 30.0
 
 _RENEW = Script("""
@@ -49,8 +49,8 @@ class RebuildLock:
     def __enter__(self) -> RebuildLock:
         """Raises RebuildRefused when another rebuild runs, redis.RedisError."""
         begun = time.monotonic()
-        if not self._redis.set(LOCK_KEY, self._value, nx=True, px=int(LOCK_SECONDS * 1000)):
-            _, host, process = (self._redis.get(LOCK_KEY) or b"- - -").decode().split(" ")
+        if not self._redis.set(REBUILD_LOCK_KEY, self._value, nx=True, px=int(LOCK_SECONDS * 1000)):
+            _, host, process = (self._redis.get(REBUILD_LOCK_KEY) or b"- - -").decode().split(" ")
             raise RebuildRefused(
                 f"another rebuild runs on {host}, process {process}: wait for its end. "
                 f"The lock of one that was killed ends by itself within {LOCK_SECONDS:.0f} s"
@@ -63,7 +63,7 @@ class RebuildLock:
         self._ending.set()
         self._renewing.join()
         try:
-            run_calls(self._redis, [_RELEASE.call([LOCK_KEY], self._value)], [_RELEASE])
+            run_calls(self._redis, [_RELEASE.call([REBUILD_LOCK_KEY], self._value)], [_RELEASE])
         except RedisError as failed:
             log.warning("the lock of the rebuild could not be given back and ends by itself: %s", failed)
 
@@ -76,7 +76,9 @@ class RebuildLock:
         while not self._ending.wait(LOCK_SECONDS / 5):
             begun = time.monotonic()
             try:
-                [held] = run_calls(self._redis, [_RENEW.call([LOCK_KEY], self._value, int(LOCK_SECONDS * 1000))], [_RENEW])
+                [held] = run_calls(
+                    self._redis, [_RENEW.call([REBUILD_LOCK_KEY], self._value, int(LOCK_SECONDS * 1000))], [_RENEW]
+                )
             except RedisError as error:
                 log.warning("the lock of the rebuild could not be renewed: %s", error)
                 continue

@@ -211,6 +211,7 @@ class _Session:
         self._held: list[Message] = []
         self._paused = False
         self._asked: Any = None
+        self._done, self._moved = 0, time.monotonic()
         self._due = {"commit": 0.0, "topic": 0.0, "heartbeat": 0.0, "progress": 0.0, "ends": 0.0}
         config = {**consumer_config(settings, embedded), "on_commit": self._on_commit}
         self._consumer = Kafka(Consumer(config, logger=kafka_log))
@@ -262,7 +263,10 @@ class _Session:
         except (RedisError, BrokerFailure, StateLost) as error:
             log.warning("progress could not be written at the end, the next worker repeats some work: %s", error)
         with self._lock:
+            for number in self._positions:
+                self._metrics.lag.labels(str(number)).set(0)
             self._positions.clear()
+        self._metrics.paused.set(0)
         try:
             self._consumer.close()
         except BrokerFailure as error:
@@ -400,7 +404,7 @@ class _Session:
                 return None
             rows.append((number, offset, appended, value))
             user, ts = event[USER_ID], event[TS]
-            if offset >= position.redis_from and not forgotten.covers_one(user, ts):
+            if offset >= position.redis_from and not forgotten.covers_one(user, min(ts, appended)):
                 events.append(LiveEvent(number, offset, user, event[ITEM_ID], event[EVENT_TYPE], ts, appended))
         return rows, events
 
@@ -589,7 +593,8 @@ class _Session:
         redis_from = np.full(max([*positions, int(taken.partition.max())]) + 1, np.iinfo(np.int64).max)
         for number, position in positions.items():
             redis_from[number] = position.redis_from
-        new = (batch.offset >= redis_from[batch.partition]) & ~self._forgotten.covered().covers(batch.events)
+        forgotten = self._forgotten.covered()
+        new = (batch.offset >= redis_from[batch.partition]) & ~forgotten.covers(batch.events, batch.arrived)
         sources = {number: position.source for number, position in positions.items()}
         prepared = self._sink.prepare(batch if new.all() else batch.take(new), sources, now_ms())
         letters = [
@@ -598,7 +603,7 @@ class _Session:
             if taken.offset[row] >= redis_from[taken.partition[row]]
         ]
         archive = by_partition(taken, decoded, batch) if self._archiver is not None else {}
-        return Work(taken, prepared, archive, letters, positions, batch.rows)
+        return Work(taken, prepared, forgotten, archive, letters, positions, batch.rows)
 
     def _letter(self, taken: Taken, row: int, reason: str) -> DeadLetter:
         message = taken.messages[row]
@@ -641,13 +646,18 @@ class _Session:
             self._metrics.unkeyed.inc(unkeyed)
 
     def _to_redis(self, work: Work, upto: Mapping[int, int]) -> None:
-        if work.prepared is None:
-            return
+        prepared, forgotten = work.prepared, work.forgotten
         sources = {number: position.source for number, position in work.positions.items()}
         for pause in _pauses():
+            if prepared is not None and forgotten is not (now_known := self._forgotten.covered()):
+                forgotten, batch = now_known, prepared.batch
+                left_out = forgotten.covers(batch.events, batch.arrived)
+                prepared = self._sink.prepare(batch.take(~left_out), sources, now_ms()) if left_out.any() else prepared
+            if prepared is None:
+                return
             known = {number: position.persisted for number, position in work.positions.items()}
             try:
-                hits = self._sink.apply(work.prepared, sources, now_ms(), known, upto)
+                hits = self._sink.apply(prepared, sources, now_ms(), known, upto)
                 self._wait_for_replicas()
                 self._metrics.fence_hits.inc(hits)
                 if self._sink.follows:
@@ -721,8 +731,10 @@ class _Session:
     def _keep_house(self) -> None:
         """Commit, measure the lag, pass ends on, and look whether the topic is still the one that it was."""
         now = time.monotonic()
+        if self._pipe.empty or self._pipe.finished != self._done:
+            self._done, self._moved = self._pipe.finished, now
         if self._archiver is not None:
-            self._archiver.alive()
+            self._archiver.alive(held_up=now - self._moved > PAUSE_SECONDS)
             for number, had in self._archiver.lost():
                 self._start_after_cut(number, had)
         if now >= self._due["ends"]:

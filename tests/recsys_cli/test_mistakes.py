@@ -82,6 +82,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "a key without its certificate": (("recommend", "u1", "--key", "k.pem"), "go together"),
     "recommend without a server": (("recommend", "u1", "--address", "127.0.0.1:1"), "UNAVAILABLE"),
     "similar without a server": (("similar", "i1", "--address", "127.0.0.1:1"), "UNAVAILABLE"),
+    "forgetting what is no text": (("forget", "a\udcffb"), "no text in UTF-8"),
+    "recommending to what is no text": (("recommend", "a\udcffb", "--address", "127.0.0.1:1"), "no text in UTF-8"),
     "status without a stack": (("status",), "recsys up"),
 }
 
@@ -91,6 +93,18 @@ def test_a_mistake_is_told_in_a_few_lines(mistake: str, tmp_path: Path) -> None:
     (tmp_path / "recsys.toml").write_text("")
     arguments, wanted = MISTAKES[mistake]
     assert wanted in told(recsys(*arguments))
+
+
+@pytest.mark.parametrize("topic", ["_events", ".events"])
+def test_a_topic_whose_archive_nobody_would_read_is_refused(topic: str) -> None:
+    assert "copies under way" in told(recsys("stream", RECSYS_KAFKA__TOPIC=topic))
+
+
+def test_the_record_of_a_bug_takes_any_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["recsys", "a\udcffb"])
+    monkeypatch.setenv("RECSYS_HOME", str(tmp_path))
+    assert str(tmp_path / "run" / "error.log") in errors.explain_bug(ValueError("\udcff"))
+    assert "udcff" in (tmp_path / "run" / "error.log").read_text()
 
 
 COMMANDS = {

@@ -18,7 +18,7 @@ from waiting import eventually
 
 from recsys_cli import stack
 from recsys_cli.child import is_alive
-from recsys_cli.processes import StackError, free_port, home_lock, pid_file, running
+from recsys_cli.processes import StackError, free_port, home_lock, kept_command, pid_file, running
 from recsys_core.settings import load_settings
 
 KEEPS_REDIS = """
@@ -363,3 +363,22 @@ def test_status_says_where_metrics_are_and_how_a_release_is_made(tmp_path: Path,
     shown = console.export_text()
     assert "metrics 127.0.0.1:53152" in shown
     assert "nightly" in shown
+
+
+def test_a_worker_follows_a_broker_that_comes_back_elsewhere(tmp_path: Path) -> None:
+    address, said = tmp_path / "broker.address", tmp_path / "said"
+    program = "import os, sys, time; print(os.environ['BROKER'], file=open(sys.argv[1], 'a'), flush=True); time.sleep(600)"
+    command = kept_command("stream", tmp_path, [sys.executable, "-c", program, str(said)], ("BROKER", address), follow=True)
+    said.touch()
+    keeper = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for where in (["127.0.0.1:1"], ["127.0.0.1:1", "127.0.0.1:2"]):
+            address.write_text(f"{where[-1]}\n")
+            eventually(lambda where=where: said.read_text().split() == where)
+            address.unlink()
+        worker = int(pid_file(tmp_path, "stream").read_text())
+        assert is_alive(worker)
+    finally:
+        keeper.terminate()
+        keeper.wait(20)
+    assert not is_alive(worker)

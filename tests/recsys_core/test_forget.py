@@ -33,11 +33,19 @@ from recsys_core.bundle import (
     publish_release,
 )
 from recsys_core.events import EVENT_SCHEMA, now_ms
-from recsys_core.forget import FORGOTTEN, Places, Search, forget_user
+from recsys_core.forget import FORGOTTEN, READ_SECONDS, Places, Search, forget_user
 from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, write_heartbeat
-from recsys_core.lake import POINTER, Lake
+from recsys_core.lake import POINTER, STAGING, Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, CLOCK_SECONDS, QUARANTINE_SCHEMA, Landing, OffsetRange
-from recsys_core.online import UserRecord, recs_key, user_key, write_answers, write_records
+from recsys_core.online import (
+    REBUILD_AREAS_KEY,
+    REBUILD_LOCK_KEY,
+    UserRecord,
+    recs_key,
+    user_key,
+    write_answers,
+    write_records,
+)
 from recsys_core.popularity import popular_items
 from recsys_core.registry import Registry
 from recsys_core.release import MANIFEST, Releases
@@ -457,6 +465,33 @@ def test_a_pointer_and_a_manifest_that_cannot_be_read_are_named_and_the_rest_goe
     assert "_current.json is damaged" in report.unsearched[f"{CLICKS_HOURLY}/2026-01-31T09"]
 
 
+@pytest.mark.parametrize("folder", ["landing", "landing/test", "quarantine/shop", f"{INTERACTIONS}/{STAGING}/run"])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    small_places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    land(lake, event("e1", "eve", "i", HOUR))
+    reject(lake, '{"user_id": "eve"}')
+    staged = f"{lake.path(INTERACTIONS, STAGING, 'run', f'day={DAY}')}/part-0.parquet"
+    lake.fs.makedirs(staged.rsplit("/", 1)[0])
+    pq.write_table(numbered("eve", v=1), staged)
+    own = type(lake.fs).ls
+
+    def ls(self: Any, path: str, *args: Any, **more: Any) -> Any:
+        if path.rstrip("/").endswith(folder):
+            raise PermissionError(13, "Permission denied", path)
+        return own(self, path, *args, **more)
+
+    monkeypatch.setattr(type(lake.fs), "ls", ls)
+    report = forget_user(small_places, "eve")
+    assert report.unsearched[folder] == f"[Errno 13] Permission denied: '{lake.path(folder)}'; let it be read"
+
+
+def test_a_lake_that_cannot_be_listed_proves_nothing(small_places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    land(lake, event("e1", "eve", "i", HOUR))
+    monkeypatch.setattr(type(lake.fs), "exists", lambda *_: False)
+    assert forget_user(small_places, "eve").removed == {"landing": 1}
+
+
 def test_without_redis_the_rest_goes_and_redis_is_named(small_places: Places, lake: Lake) -> None:
     land(lake, event("e1", "eve", "i", HOUR))
     away = replace(small_places, redis=redis_py.Redis(port=1, retry=Retry(NoBackoff(), 0)))
@@ -487,6 +522,25 @@ def test_a_worker_that_looks_now_and_then_does_not_take_the_user_in_again(small_
         redis.delete(HEARTBEATS_KEY)
     assert report.removed["redis"] == 1
     assert (report.remaining, redis.exists(user_key(GONE))) == ({}, 0)
+
+
+@pytest.mark.parametrize("user", ["eve", "}x{", "a*"])
+def test_what_a_rebuild_makes_or_left_is_searched_and_a_running_one_is_waited_for(
+    small_places: Places, redis: Any, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    for area in ("rebuild-0a-", "rebuild-0b-"):
+        redis.sadd(REBUILD_AREAS_KEY, area)
+        for one in (user, "bob"):
+            redis.hset(user_key(one, f"{area}user"), "last", "[]")
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert forget_user(small_places, user).removed == {"redis": 2}
+    assert waited == []
+    assert redis.exists(user_key("bob", "rebuild-0a-user"), user_key("bob", "rebuild-0b-user")) == 2
+    redis.set(REBUILD_LOCK_KEY, "0abcdef0 there 7")
+    assert not forget_user(small_places, user).is_known
+    assert waited == [REREAD_SECONDS + READ_SECONDS]
+    redis.flushall()
 
 
 def test_rows_that_were_taken_out_make_no_hour_late(filled: Lake, places: Places) -> None:

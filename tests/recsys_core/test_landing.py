@@ -230,6 +230,33 @@ def test_a_store_that_is_away_makes_no_file_unreadable(landing, monkeypatch):
     assert names(landing.files()) == ["good.parquet"]
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ConnectionError(111, "refused")])
+def test_a_folder_that_cannot_be_listed_is_named_or_raised_and_never_taken_for_empty(landing, monkeypatch, error):
+    landing.write_events("app", "good", at("2026-03-02T10:00"))
+    landing.write_events("shop", "closed", at("2026-03-02T10:00"))
+    closed = landing.lake.path("landing", "shop")
+    own = type(landing.lake.fs).ls
+
+    def ls(self, path, *more, **others):
+        if path == closed:
+            raise error
+        return own(self, path, *more, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(landing.lake.fs), "ls", ls)
+        if isinstance(error, ConnectionError):
+            with pytest.raises(ConnectionError):
+                landing.files()
+            return
+        assert names(landing.files()) == ["good.parquet"]
+        assert landing.unreadable() == {closed: str(error)}
+        landing.note_arrivals()
+    assert landing.unreadable() == {}
+    assert [arrival.file.path for arrival in landing.arrivals(time.time() + 3600) if arrival.unseen] == [
+        f"{closed}/closed.parquet"
+    ]
+
+
 def test_a_file_that_goes_while_it_is_looked_at_is_not_there(landing, monkeypatch):
     landing.write_events("app", "good", at("2026-03-02T10:00"))
     path = drop(landing, "gone.parquet", whole())

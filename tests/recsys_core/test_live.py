@@ -19,7 +19,7 @@ from redis.cluster import RedisCluster
 from redis_cluster import redis_cluster
 
 from recsys_cli.stack import redis_server
-from recsys_core.events import EVENT_SCHEMA, HOUR_MS, MINUTE_MS, now_ms
+from recsys_core.events import DAY_MS, EVENT_SCHEMA, HOUR_MS, MINUTE_MS, now_ms
 from recsys_core.live import (
     UPDATE,
     Batch,
@@ -31,7 +31,16 @@ from recsys_core.live import (
     not_yet_applied,
     user_updates,
 )
-from recsys_core.live_trends import COUNT, SOURCES_KEY, LiveTrendReader, TrendWriter, announce_sources, live_trend, with_hourly
+from recsys_core.live_trends import (
+    COUNT,
+    SOURCES_KEY,
+    LiveTrendReader,
+    TrendWriter,
+    announce_sources,
+    bucket_key,
+    live_trend,
+    with_hourly,
+)
 from recsys_core.online import (
     LAST,
     LAST_ACTIONS,
@@ -292,6 +301,41 @@ def test_sources_that_are_none_give_way(store: Any, settings: Settings, junk: by
     announce_sources(store, ["0abcdef0.0"], settings, NOW)
     assert store.hkeys(SOURCES_KEY) == [b"0abcdef0.0"]
     assert live_trend(store, NOW, [1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "junk"),
+    [(b"bad", b"x"), (b"bad", b"9" * 400), (b"bad", b"1e400"), (b"\xff", b"1000"), (None, b"a bucket of another type")]
+    + [("source", source) for source in (b"x", b"[1]", b"[1, 0, 5]", b"[1, 1, 99999999999]", b"{}", b'["a", 1, 2]')],
+)
+def test_what_is_no_trend_hides_no_other_one(store: Any, settings: Settings, field: bytes | str | None, junk: bytes) -> None:
+    count(store, settings, batch([("u", "a", "purchase", NOW), ("u", "b", "view", NOW - HOUR_MS)]))
+    announce_sources(store, ["0abcdef0.0"], settings, NOW)
+    before = live_trend(store, NOW, [1.0])
+    [*_, key] = sorted(store.scan_iter(match="trend:{*"))
+    if field == "source":
+        store.hset(SOURCES_KEY, mapping={"0abcdef0.1": junk, b"\xff": b"[1, 300000, 86400000]"})
+    elif field is None:
+        store.set(bucket_key("0abcdef0.0", NOW // (5 * MINUTE_MS) - 3), junk)
+    else:
+        store.hset(key, field, junk)
+    reader = LiveTrendReader([1.0])
+    found = reader.read(store, NOW)
+    assert reader.left_out if field != b"\xff" else reader.left_out == []
+    assert before is not None
+    assert found is not None
+    scores, known = (dict(zip(one.items, one.scores.tolist(), strict=True)) for one in (found, before))
+    assert {item: scores[item] for item in known} == known == {item: scores[item] for item in ("a", "b")}
+
+
+def test_a_record_lives_on_after_a_worker_whose_clock_was_ahead(store: Any, settings: Settings) -> None:
+    for at, now in enumerate((NOW + 365 * DAY_MS, NOW)):
+        writer = UserWriter(store, settings)
+        calls = writer.calls(few_user_updates([LiveEvent(0, at, "u", "i", "view", NOW)], 9, 1), {0: "0abcdef0.0"}, now)
+        run_calls(store, calls, [UPDATE])
+        if not at:
+            store.expire(user_key("u"), 5)
+    assert store.ttl(user_key("u")) > 60
 
 
 HALF_LIVES = (1.0, 0.25, 24.0)

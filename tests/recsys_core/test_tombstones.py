@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from builders import event, event_table, ms
@@ -42,6 +43,44 @@ def test_events_up_to_the_moment_are_covered_and_later_ones_are_not(lake: Lake) 
     assert [known.covers_one(e["user_id"], e["ts"]) for e in EVENTS] == [True, False, True, False]
     assert known.filtered(event_table(*EVENTS))["event_id"].to_pylist() == LEFT
     assert known.covers(event_table()).tolist() == []
+
+
+def test_what_came_before_the_moment_is_covered_whatever_the_senders_clock_says(lake: Lake) -> None:
+    forget(lake, "gone")
+    moment = ms(MOMENT)
+    ahead = [{**event(f"e{n}", "gone", "i", MOMENT), "ts": moment + 3_000_000, "offset": n} for n in range(3)]
+    arrived = np.array([moment - 1, moment, moment + 1])
+    events = pa.Table.from_pylist([{n: row.get(n) for n in ARCHIVE_SCHEMA.names} for row in ahead], schema=ARCHIVE_SCHEMA)
+    assert Tombstones.read(lake).covers(events, arrived).tolist() == [True, True, False]
+    held = OffsetRange("clickstream.events", "0abcdef0", 0, 0, 2)
+    Landing(lake).write_archive(held, 3, events, QUARANTINE_SCHEMA.empty_table(), arrived)
+    assert Landing(lake).archive_facts(held)["forgotten"] == 2
+
+
+BROKEN = '{"user_id": "gone", "ts": 1e'
+REFUSED = ('{"user_id": "gone"}', BROKEN, '{"user_id": "stays"}', "not JSON", None, '{"item_id": "gone"}')
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_what_is_no_event_is_kept_without_what_names_the_user(lake: Lake, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    landing, put = Landing(lake), Landing._put
+    rows = [{"origin": "t/0", "row": at, "reason": "no item", "content": text} for at, text in enumerate(REFUSED)]
+
+    def forgotten_meanwhile(self: Landing, path: str, table: pa.Table) -> None:
+        monkeypatch.setattr(Landing, "_put", put)
+        forget(lake, "gone")
+        put(self, path, table)
+
+    if when == "before":
+        forget(lake, "gone")
+    else:
+        monkeypatch.setattr(Landing, "_put", forgotten_meanwhile)
+    held = OffsetRange("clickstream.events", "0abcdef0", 0, 0, len(rows) - 1)
+    rejected = pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
+    landing.write_archive(held, len(rows), ARCHIVE_SCHEMA.empty_table(), rejected)
+    [found] = landing.quarantined()
+    assert found["content"].to_pylist() == [None, None, *REFUSED[2:]]
+    assert found["row"].to_pylist() == list(range(len(rows)))
 
 
 def test_without_a_forgotten_user_everything_stays(lake: Lake) -> None:

@@ -5,6 +5,7 @@ import json
 import socketserver
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,6 +40,8 @@ class Hook(ThreadingHTTPServer):
         self.failures = 0
         self.status = 503
         self.unwanted = "\0"
+        self.headers: dict[str, str] = {}
+        self.may_end = threading.Event()
 
     @property
     def url(self) -> str:
@@ -61,7 +64,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             hook.bodies.append(body)
             self.send_response(200)
+        for name, value in hook.headers.items():
+            self.send_header(name, value)
         self.end_headers()
+        if "Content-Length" in hook.headers:
+            hook.may_end.wait(10)
 
     def log_message(self, *_: object) -> None:
         """Silent."""
@@ -113,6 +120,19 @@ def test_a_webhook_that_fails_for_a_moment_gets_the_alert_once(hook: Hook) -> No
     hook.failures = 2
     Webhook(AlertSettings(webhook_url=hook.url)).send(Alert("a", "Disk is full", "on host 7"))
     assert [body["text"] for body in hook.bodies] == ["Disk is full\non host 7"]
+
+
+def test_a_webhook_holds_the_other_alerts_up_neither_by_its_wish_for_a_pause_nor_by_an_answer_without_end(hook: Hook) -> None:
+    settings = AlertSettings(webhook_url=hook.url, retries=1, timeout_seconds=2)
+    hook.failures, hook.headers = 2, {"Retry-After": "5"}
+    begun = time.monotonic()
+    with pytest.raises(NotDelivered):
+        Webhook(settings).send(Alert("a", "Disk is full"))
+    hook.headers = {"Content-Length": "1000"}
+    Webhook(settings).send(Alert("a", "Disk is full"))
+    assert time.monotonic() - begun < 1.8
+    hook.may_end.set()
+    assert hook.titles == ["Disk is full"]
 
 
 def test_a_webhook_that_stays_away_is_not_delivered_and_its_address_is_not_told(hook: Hook) -> None:

@@ -55,6 +55,22 @@ def test_files_end_at_multiples_of_offsets_and_at_intervals(tmp_path: Path) -> N
     assert names == [(0, 59), (60, 99), (100, 119), (120, 179), (180, 199), (200, 239)]
 
 
+@pytest.mark.parametrize("ahead", [[5], [5, 6], [58]])
+def test_a_broker_whose_clock_was_ahead_holds_no_file_open(tmp_path: Path, ahead: list[int]) -> None:
+    archive = Archive(Landing(Lake(str(tmp_path))), TOPIC, SETTINGS)
+    archive.start(3, 0, [], 1, "0abcdef0")
+    whole = messages(0, 60)
+    whole.appended[ahead] += 365 * 24 * 3_600_000
+    archive.add(3, whole, 1)
+    end = START + 60_000
+    archive.reach(3, 60, end)
+    archive.tick(end + 60_000 + GRACE_MS + 1)
+    archive.write()
+    held = archive._landing.archived(TOPIC)
+    assert (held[0].first, held[-1].last, offset_faults(held)) == (0, 59, [])
+    assert len(held) == (2 if ahead == [58] else 3)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_any_batches_and_a_restart_at_any_border_give_the_same_bytes(tmp_path: Path, seed: int) -> None:
     whole = run(tmp_path / "whole", [(0, 400)])

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from recsys_cli.main import app
 from recsys_cli.stream import _since_ms
 from recsys_core.events import DAY_MS, HOUR_MS, key_start_ms, now_ms
-from streaming.rebuild_lock import LOCK_KEY
+from recsys_core.online import REBUILD_LOCK_KEY
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def test_rebuild_ends_with_what_differs(one: World) -> None:
 
 
 def test_a_rebuild_that_can_not_be_ends_with_one_line(one: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    one.redis.set(LOCK_KEY, b"0abcdef0 there 7", px=60_000)
+    one.redis.set(REBUILD_LOCK_KEY, b"0abcdef0 there 7", px=60_000)
     busy = CliRunner().invoke(app, ["stream", "rebuild"])
     assert (busy.exit_code, "another rebuild runs on there, process 7" in busy.output) == (2, True)
-    one.redis.delete(LOCK_KEY)
+    one.redis.delete(REBUILD_LOCK_KEY)
     monkeypatch.setenv("RECSYS_REDIS__URL", "redis://127.0.0.1:1/0")
     away = CliRunner().invoke(app, ["stream", "rebuild"])
     assert (away.exit_code, "Redis is away" in away.output) == (2, True)

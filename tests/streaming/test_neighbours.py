@@ -17,21 +17,22 @@ from typing import Any
 import orjson
 import pytest
 import redis
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from moody import MoodyConsumer, MoodyLake, StoreError
 from redis_cluster import redis_cluster
-from stream_world import World, in_this_process, produce_for, wait_for
+from stream_world import PARTITIONS, World, in_this_process, produce_for, wait_for
 from test_producer import events
 
 from recsys_cli.processes import free_port
 from recsys_cli.stack import redis_answers, redis_binary, redis_command
 from recsys_core.events import HOUR_MS, MINUTE_MS, now_ms
-from recsys_core.heartbeat import read_heartbeats
+from recsys_core.heartbeat import HEARTBEATS_KEY, read_heartbeats
 from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import offset_faults
-from recsys_core.online import read_records
+from recsys_core.live_trends import SOURCES_KEY
+from recsys_core.online import read_records, user_key
 from recsys_core.settings import Settings
 from recsys_core.tombstones import TombstoneLog, hash_of
 from streaming import archive as archive_module
@@ -41,7 +42,10 @@ from streaming import progress as progress_module
 from streaming import worker as worker_module
 from streaming.broker import EmbeddedBroker
 from streaming.connections import redis_for_writes
+from streaming.dead_letters import DeadLetterQueue
+from streaming.forgotten import ForgottenUsers
 from streaming.producer import produce
+from streaming.progress import applied_key
 
 
 @pytest.fixture
@@ -231,6 +235,69 @@ def test_a_user_who_is_forgotten_is_not_taken_in_again_by_a_running_worker(
             assert not seen("bob")
 
 
+def test_a_batch_that_waits_for_redis_brings_nobody_back_who_is_forgotten_meanwhile(
+    world: Callable[..., World], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forgotten_module, "REREAD_SECONDS", 0.05)
+    one = world(redis={"url": server.url})
+    chance = random.Random(4)
+    prepare, prepared = worker_module._Session._prepare, []
+    made: list[ForgottenUsers] = []
+
+    class Known(ForgottenUsers):
+        def __init__(self, lake: Lake) -> None:
+            super().__init__(lake)
+            made.append(self)
+
+    def noted(self: Any, taken: Any) -> Any:
+        work = prepare(self, taken)
+        prepared.extend(work.prepared.users.users)
+        return work
+
+    monkeypatch.setattr(worker_module, "ForgottenUsers", Known)
+    monkeypatch.setattr(worker_module._Session, "_prepare", noted)
+    with in_this_process(one.settings) as worker:
+        one.send(one.event(chance, user_id="ann"))
+        one.settle(landing=False)
+        server.signal(signal.SIGSTOP)
+        for user in ("eve", "bob"):
+            one.send(one.event(chance, user_id=user))
+            wait_for("it waits", lambda user=user: user in prepared)
+        TombstoneLog(Lake(one.settings.lake_uri)).add(hash_of("bob"), now_ms())
+        wait_for("the worker knows", lambda: hash_of("bob") in made[0].covered().moments)
+        server.signal(signal.SIGCONT)
+        one.send(one.event(chance, user_id="zed"))
+        one.settle(landing=False)
+        assert worker.metrics.restarts._metrics == {}
+        assert [bool(one.redis.exists(user_key(user))) for user in ("ann", "eve", "bob", "zed")] == [True, True, False, True]
+
+
+def test_values_of_other_kinds_under_the_names_of_a_worker_give_way(world: Callable[..., World]) -> None:
+    one = world(stream={"heartbeat_seconds": 0.1})
+    chance = random.Random(6)
+    positions = [applied_key(f"{one.identity()}.{number}") for number in range(PARTITIONS)]
+    one.send(*(one.event(chance) for _ in range(200)))
+    with in_this_process(one.settings):
+        one.settle()
+    one.redis.delete(*positions, HEARTBEATS_KEY, SOURCES_KEY)
+    one.redis.lpush(positions[0], "a")
+    one.redis.set(positions[1], "soon")
+    for key in (positions[2], HEARTBEATS_KEY, SOURCES_KEY):
+        one.redis.set(key, "text")
+    with in_this_process(one.settings) as worker:
+        one.send(*(one.event(chance) for _ in range(200)))
+        one.settle(seconds=15)
+        wait_for("it was heard of", lambda: beat_age_ms(one) < 1000, 5)
+        for key in (positions[0], HEARTBEATS_KEY, SOURCES_KEY):
+            one.redis.delete(key)
+            one.redis.lpush(key, "a")
+        wait_for("it was heard of again", lambda: one.redis.type(HEARTBEATS_KEY) == b"hash", 5)
+        one.send(*(one.event(chance) for _ in range(20)))
+        one.settle(seconds=15)
+        assert [reason for (reason,) in worker.metrics.restarts._metrics] == ["StateLost"]
+        one.prove()
+
+
 def test_a_phone_whose_clock_is_ahead_makes_no_answer_stale(world: Callable[..., World]) -> None:
     one = world()
     chance = random.Random(4)
@@ -260,6 +327,10 @@ class Server:
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         wait_for("redis is there", lambda: redis_answers(self.url))
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -321,6 +392,38 @@ def test_a_master_of_a_cluster_that_is_back_from_a_copy_of_a_moment_ago_gets_wha
             wait_for("the cluster is up", lambda: all(n.cluster("info")["cluster_state"] == "ok" for n in up))
             one.settle()
             one.prove()
+
+
+@pytest.mark.parametrize("what", ["redis refuses", "dead letters are not taken"])
+def test_the_archive_advances_while_redis_or_the_topic_of_dead_letters_is_away(
+    world: Callable[..., World], server: Server, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(worker_module, "PAUSE_SECONDS", 0.3)
+    one = world(redis={"url": server.url})
+    chance = random.Random(what)
+    send = DeadLetterQueue.send
+    with in_this_process(one.settings) as worker:
+        produce_for(one, chance, 0.3)
+        one.settle()
+        if what == "dead letters are not taken":
+            one.send_raw(b"no event", b"k")
+
+            def refused(*_: Any) -> int:
+                raise KafkaException(KafkaError(KafkaError._TRANSPORT))
+
+            monkeypatch.setattr(DeadLetterQueue, "send", refused)
+        else:
+            server.kill()
+        for _ in range(2):
+            produce_for(one, chance, 0.3)
+            one.settle(redis=False, seconds=20)
+        monkeypatch.setattr(DeadLetterQueue, "send", send)
+        if what == "redis refuses":
+            server.start()
+        produce_for(one, chance, 0.3)
+        one.settle()
+        one.prove()
+        assert worker.metrics.paused._value.get() == 0
 
 
 def test_a_worker_whose_neighbours_are_stopped_with_it_ends_with_one_line(tmp_path: Path, server: Server) -> None:

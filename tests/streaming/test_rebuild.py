@@ -20,12 +20,12 @@ from recsys_core.events import now_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, Landing, OffsetRange
 from recsys_core.live import Batch
-from recsys_core.online import user_key
+from recsys_core.online import REBUILD_LOCK_KEY, user_key
 from recsys_core.redis_client import client
 from recsys_core.settings import Settings
 from recsys_core.tombstones import TombstoneLog, hash_of
 from streaming.rebuild import LandingSource, rebuild
-from streaming.rebuild_lock import LOCK_KEY, RebuildRefused
+from streaming.rebuild_lock import RebuildRefused
 from streaming.topics import Topic, TopicError
 
 
@@ -68,7 +68,8 @@ def test_a_user_who_was_forgotten_does_not_come_back(world: Callable[..., World]
     one = world()
     chance = random.Random(10)
     gone, stays = f"{one.prefix}-1", f"{one.prefix}-2"
-    one.send(*(one.event(chance, user_id=user) for user in (gone, stays) for _ in range(20)))
+    # The clock of some senders is ahead.
+    one.send(*(one.event(chance, now_ms() + at % 2 * 1_800_000, user_id=user) for user in (gone, stays) for at in range(20)))
     lake = Lake(one.settings.lake_uri)
     TombstoneLog(lake).add(hash_of(gone), now_ms())
     if again == "rebuild":
@@ -108,6 +109,50 @@ def test_a_removal_from_an_old_file_of_the_archive_makes_it_no_new_one(tmp_path:
     landing.remove_rows(paths[0], events)
     source = LandingSource(settings, Topic("clicks", "0" * 8, 1), now_ms() - 600_000, {0: ()})
     assert len(list(source.read())) == 1
+
+
+@pytest.mark.parametrize("when", ["while events are applied", "before records are put in place", "between the rounds"])
+def test_a_user_who_is_forgotten_during_a_rebuild_does_not_come_back(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    monkeypatch.setattr(streaming.rebuild, "REREAD_SECONDS", 0.0, raising=False)
+    one = world(stream={"batch_events": 200})
+    chance = random.Random(10)
+    gone, stays = f"{one.prefix}-1", f"{one.prefix}-2"
+    step = {
+        "while events are applied": "_apply",
+        "before records are put in place": "_promote",
+        "between the rounds": "_promote",
+    }
+    own, left = getattr(streaming.rebuild, step[when]), [1]
+
+    def send() -> None:
+        one.send(*(one.event(chance, user_id=user) for user in (gone, stays) for _ in range(300)))
+
+    def forget() -> None:
+        if left and left.pop():
+            TombstoneLog(Lake(one.settings.lake_uri)).add(hash_of(gone), now_ms())
+            one.redis.delete(user_key(gone))
+
+    def beside(*arguments: Any) -> Any:
+        if when == "before records are put in place":
+            forget()
+        done = own(*arguments)
+        if when == "between the rounds" and left:
+            done = (done[0], [f"{arguments[3]}{user_key(stays)}".encode()])
+            send()
+            forget()
+        elif when == "while events are applied":
+            forget()
+        return done
+
+    send()
+    monkeypatch.setattr(streaming.rebuild, step[when], beside)
+    report = rebuild(one.settings, 0)
+    assert not one.redis.exists(user_key(gone))
+    assert one.redis.exists(user_key(stays))
+    assert report.differences.different == []
+    assert list(one.redis.scan_iter(match="rebuild*")) == []
 
 
 def test_a_difference_is_told(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +232,7 @@ def test_a_rebuild_that_stood_still_gives_up_and_what_a_dead_one_left_is_removed
 
     def apply_and_lose_the_lock(*arguments: Any) -> None:
         apply(*arguments)
-        one.redis.set(LOCK_KEY, b"other elsewhere 1", px=60_000)
+        one.redis.set(REBUILD_LOCK_KEY, b"other elsewhere 1", px=60_000)
         wait_for("the lock is known to be lost", lambda: not renewing())
 
     def renewing() -> bool:
@@ -197,10 +242,10 @@ def test_a_rebuild_that_stood_still_gives_up_and_what_a_dead_one_left_is_removed
     monkeypatch.setattr(streaming.rebuild_lock, "LOCK_SECONDS", 0.5)
     with pytest.raises(RebuildRefused, match="stood still for too long"):
         rebuild(one.settings, 0)
-    assert one.redis.get(LOCK_KEY) == b"other elsewhere 1"
+    assert one.redis.get(REBUILD_LOCK_KEY) == b"other elsewhere 1"
     assert list(one.redis.scan_iter(match="rebuild-*")) == []
     assert not one.redis.exists(user_key(f"{one.prefix}-1"))
-    one.redis.delete(LOCK_KEY)
+    one.redis.delete(REBUILD_LOCK_KEY)
 
 
 def test_without_a_topic_there_is_nothing_to_rebuild_from(world: Callable[..., World]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import ssl
 import threading
 import time
@@ -15,8 +16,18 @@ from typing import Any
 import pytest
 import redis
 from certificates import make_certificates
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
+from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from stream_world import SECONDS, World
 
 from recsys_cli.java import ensure_java
@@ -85,8 +96,9 @@ def tls_in_front_of(port: int, folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def secure_kafka(home: Path, folder: Path) -> Iterator[str]:
-    """A broker whose second listener takes clients with a certificate and a SCRAM password only; yields its address.
+def secure_kafka(home: Path, folder: Path) -> Iterator[tuple[str, str]]:
+    """A broker whose second listener takes clients with a certificate and a SCRAM password only, who may do all that no ACL
+    forbids; yields the addresses of the first listener and of that.
 
     Skips the test where Kafka can't be had.
     """
@@ -112,6 +124,9 @@ def secure_kafka(home: Path, folder: Path) -> Iterator[str]:
         "ssl.truststore.type": "PEM",
         "ssl.truststore.location": folder / "ca.pem",
         "listener.name.secure.ssl.client.auth": "required",
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "allow.everyone.if.no.acl.found": "true",
+        "super.users": "User:ANONYMOUS",
     }
     kept = [line for line in properties.read_text().splitlines() if line.partition("=")[0] not in more]
     properties.write_text("\n".join([*kept, *(f"{name}={value}" for name, value in more.items()), ""]))
@@ -121,7 +136,7 @@ def secure_kafka(home: Path, folder: Path) -> Iterator[str]:
         password = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
         made = admin.alter_user_scram_credentials([UserScramCredentialUpsertion(USER, password, PASSWORD.encode())])
         made[USER].result(30)
-        yield f"{LOOPBACK}:{secure}"
+        yield plan.bootstrap_servers, f"{LOOPBACK}:{secure}"
 
 
 def refusal(address: str, **login: Any) -> int | None:
@@ -145,11 +160,24 @@ def refusal(address: str, **login: Any) -> int | None:
     raise AssertionError(f"neither answered nor refused: {codes}")
 
 
+def forbid_writing(address: str) -> None:
+    """The user of the second listener may read alone."""
+    rules = [
+        (ResourceType.TOPIC, "*", AclOperation.WRITE, AclPermissionType.DENY),
+        (ResourceType.BROKER, "kafka-cluster", AclOperation.IDEMPOTENT_WRITE, AclPermissionType.DENY),
+        (ResourceType.TOPIC, "*", AclOperation.READ, AclPermissionType.ALLOW),
+    ]
+    acls = [AclBinding(kind, name, ResourcePatternType.LITERAL, f"User:{USER}", "*", *rule) for kind, name, *rule in rules]
+    admin = AdminClient({"bootstrap.servers": address, "log_level": SILENT})
+    for made in admin.create_acls(acls).values():
+        made.result(30)
+
+
 def test_a_worker_over_sasl_and_tls_does_what_it_does_over_plain_lines(tmp_path: Path, certificates: Path) -> None:
     login = {"security_protocol": "SASL_SSL", "sasl_mechanism": "SCRAM-SHA-512", "sasl_username": USER}
     own = own_files(certificates, "client")
     right = {**login, "sasl_password": PASSWORD, **own}
-    with secure_redis(tmp_path, certificates) as url, secure_kafka(tmp_path, certificates) as address:
+    with secure_redis(tmp_path, certificates) as url, secure_kafka(tmp_path, certificates) as (plain, address):
         assert refusal(address, **right) is None
         assert refusal(address, **{**right, "sasl_password": "another"}) == KafkaError._AUTHENTICATION
         assert refusal(address, **{**right, **own_files(certificates, "stranger")}) == KafkaError._TRANSPORT
@@ -165,6 +193,14 @@ def test_a_worker_over_sasl_and_tls_does_what_it_does_over_plain_lines(tmp_path:
         one.settle()
         one.prove()
         assert [letter.value() for letter in one.messages(one.settings.kafka.dead_letter_topic)] == [b"junk"]
+        one.kill(one.workers[0], signal.SIGTERM)
+        forbid_writing(plain)
+        one.producer = Producer({"bootstrap.servers": plain})
+        one.start()
+        one.send_raw(b"junk that is no dead letter", b"k")
+        one.send(*(one.event(chance) for _ in range(300)))
+        one.settle(seconds=30)
+        one.prove()
         one.close()
 
 
