@@ -21,6 +21,7 @@ from confluent_kafka.admin import (
 )
 from stream_world import World, in_this_process, wait_for
 from test_decode import ODD
+from waiting import eventually
 
 from recsys_core.events import DAY_MS, now_ms
 from recsys_core.kafka_config import client_config
@@ -154,9 +155,11 @@ def own_settings(admin: AdminClient, topic: str) -> dict[str, str]:
 
 
 def set_on(admin: AdminClient, topic: str, settings: dict[str, str]) -> None:
+    """Set it and wait until the broker, which hears of it from its controller, says so."""
     entries = [ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()]
     resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=entries)
     admin.incremental_alter_configs([resource])[resource].result()
+    eventually(lambda: settings.items() <= own_settings(admin, topic).items())
 
 
 def test_init_leaves_what_an_operator_has_set_on_the_topics(world: Callable[..., World]) -> None:
@@ -165,11 +168,10 @@ def test_init_leaves_what_an_operator_has_set_on_the_topics(world: Callable[...,
     theirs = {"min.insync.replicas": "1", "compression.type": "lz4", "retention.bytes": "123456789", "segment.ms": "3600000"}
     for topic in (settings.topic, settings.dead_letter_topic):
         set_on(admin, topic, {**theirs, "message.timestamp.type": "CreateTime"})
-        assert own_settings(admin, topic)["message.timestamp.type"] == "CreateTime"
     init_topics(settings.model_copy(update={"retention_hours": 3, "max_message_bytes": 1 << 21}))
     ours = {"retention.ms": "10800000", "max.message.bytes": str(1 << 21), "message.timestamp.type": "LogAppendTime"}
     for topic in (settings.topic, settings.dead_letter_topic):
-        assert own_settings(admin, topic) == theirs | ours
+        eventually(lambda name=topic: own_settings(admin, name) == theirs | ours)
 
 
 def test_two_of_three_copies_have_a_message_before_it_counts_unless_the_topic_says_otherwise(
@@ -185,7 +187,7 @@ def test_two_of_three_copies_have_a_message_before_it_counts_unless_the_topic_sa
     )
     set_on(admin, settings.dead_letter_topic, {"min.insync.replicas": "1"})
     init_topics(settings)
-    assert own_settings(admin, settings.topic)["min.insync.replicas"] == "2"
+    eventually(lambda: own_settings(admin, settings.topic).get("min.insync.replicas") == "2")
     assert own_settings(admin, settings.dead_letter_topic)["min.insync.replicas"] == "1"
     asked: list[NewTopic] = []
     monkeypatch.setattr(topics_module, "_create", lambda _, topic: asked.append(topic))

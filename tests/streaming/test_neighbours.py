@@ -112,7 +112,7 @@ def test_a_worker_starts_while_the_lake_is_away(world: Callable[..., World], lak
     fail(lake, how)
     with in_this_process(one.settings):
         produce_for(one, chance, 0.3)
-        one.settle(landing=False, seconds=15)
+        one.settle(landing=False)
     with in_this_process(one.settings):
         produce_for(one, chance, 0.2)
         lake.recover()
@@ -196,7 +196,7 @@ def test_the_end_of_a_partition_is_archived_when_transactions_are_the_last_in_it
             sender.flush()
             (sender.commit_transaction if commit else sender.abort_transaction)()
             wait_for("its marker is there", lambda end=end: one.ends() == {0: end})
-            one.settle(seconds=15)
+            one.settle()
             wait_for("no lag", lambda: [b.lag for b in read_heartbeats(one.redis) if b.worker == "here"] == [0], 15)
             wait_for("the group knows", lambda end=end: watcher.committed([place], timeout=9)[0].offset == end, 15)
         assert worker.metrics.events._value.get() == 8
@@ -286,14 +286,14 @@ def test_values_of_other_kinds_under_the_names_of_a_worker_give_way(world: Calla
         one.redis.set(key, "text")
     with in_this_process(one.settings) as worker:
         one.send(*(one.event(chance) for _ in range(200)))
-        one.settle(seconds=15)
-        wait_for("it was heard of", lambda: beat_age_ms(one) < 1000, 5)
+        one.settle()
+        wait_for("it was heard of", lambda: beat_age_ms(one) < 1000)
         for key in (positions[0], HEARTBEATS_KEY, SOURCES_KEY):
             one.redis.delete(key)
             one.redis.lpush(key, "a")
-        wait_for("it was heard of again", lambda: one.redis.type(HEARTBEATS_KEY) == b"hash", 5)
+        wait_for("it was heard of again", lambda: one.redis.type(HEARTBEATS_KEY) == b"hash")
         one.send(*(one.event(chance) for _ in range(20)))
-        one.settle(seconds=15)
+        one.settle()
         assert [reason for (reason,) in worker.metrics.restarts._metrics] == ["StateLost"]
         one.prove()
 
@@ -416,7 +416,7 @@ def test_the_archive_advances_while_redis_or_the_topic_of_dead_letters_is_away(
             server.kill()
         for _ in range(2):
             produce_for(one, chance, 0.3)
-            one.settle(redis=False, seconds=20)
+            one.settle(redis=False)
         monkeypatch.setattr(DeadLetterQueue, "send", send)
         if what == "redis refuses":
             server.start()

@@ -199,7 +199,7 @@ def test_a_worker_over_sasl_and_tls_does_what_it_does_over_plain_lines(tmp_path:
         one.start()
         one.send_raw(b"junk that is no dead letter", b"k")
         one.send(*(one.event(chance) for _ in range(300)))
-        one.settle(seconds=30)
+        one.settle()
         one.prove()
         one.close()
 
