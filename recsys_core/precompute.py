@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -295,23 +296,27 @@ def _write_shard(
     encoder: AnswerEncoder,
     settings: Settings,
 ) -> Shard:
-    """Rank for the users of a shard and write their answers. Memory holds a batch of users."""
+    """Rank for the users of a shard, and write their answers while the next ones are ranked. Memory holds two batches."""
     started, users, empty = time.time(), 0, 0
     left_out = LeftOut(f"caches of {plan.hour}")
-    for ids in _users_of_shard(lake, plan, shard, settings.cache.batch_users):
-        computed_at = now_ms()
-        read = read_each_record(redis, ids, features=snapshot.tower is not None)
-        sound = []
-        for user_id, record in zip(ids, read, strict=True):
-            if isinstance(record, UserRecord):
-                sound.append((user_id, record))
-            else:
-                left_out.add(user_id, record)
-        for some, ranked in _ranked(snapshot, trend, sound, settings.cache.items, computed_at, left_out):
-            acted = [record.last_ts for _, record in some]
-            answers = encoder.encode(ranked.positions, ranked.scores, computed_at, acted)
-            users += _write_answers(redis, lake, some, answers, settings.cache.ttl_seconds)
-            empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
+    with ThreadPoolExecutor(1, "answers") as writer:
+        writing: Future[int] | None = None
+        for ids in _users_of_shard(lake, plan, shard, settings.cache.batch_users):
+            computed_at = now_ms()
+            read = read_each_record(redis, ids, features=snapshot.tower is not None)
+            sound = []
+            for user_id, record in zip(ids, read, strict=True):
+                if isinstance(record, UserRecord):
+                    sound.append((user_id, record))
+                else:
+                    left_out.add(user_id, record)
+            for some, ranked in _ranked(snapshot, trend, sound, settings.cache.items, computed_at, left_out):
+                acted = [record.last_ts for _, record in some]
+                answers = encoder.encode(ranked.positions, ranked.scores, computed_at, acted)
+                empty += int(np.count_nonzero((ranked.positions < 0).all(axis=1)))
+                users += writing.result() if writing else 0
+                writing = writer.submit(_write_answers, redis, lake, some, answers, settings.cache.ttl_seconds)
+        users += writing.result() if writing else 0
     return Shard(plan.attempt, users, empty, started, time.time(), dict(left_out.reasons))
 
 
