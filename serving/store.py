@@ -225,7 +225,9 @@ class Store:
             else:
                 parts.setdefault(id(shard.master), (shard.master, []))[1].append((user_id, value))
         started = time.perf_counter()
-        refused = await asyncio.gather(*(self._write(node, some) for node, some in parts.values()))
+        writes = [self._write(node, some) for node, some in parts.values()]
+        # A single one needs no task of its own.
+        refused = [await writes[0]] if len(writes) == 1 else await asyncio.gather(*writes)
         self.metrics.steps["write"].observe(time.perf_counter() - started)
         self._note_refused([error for errors in refused for error in errors])
 

@@ -238,10 +238,10 @@ def test_the_server_and_the_caches_answer_what_the_evaluation_judged(
 
 
 def test_the_first_items_are_judged_among_as_many_candidates_as_the_caches_have(made: Path, tmp_path: Path) -> None:
-    settings = Settings(evaluation={"ks": (5,), "bootstrap": 10})
+    settings = Settings(evaluation={"ks": (10,), "bootstrap": 10})
     one = night(made, tmp_path, settings, False, candidates=10, popular=5, trending=5)
     cached = ranked_then(one, trend_then(one.lake, one.snapshot, MIDNIGHT, settings), settings.cache.items)
-    assert one.judged == {user: items[:5] for user, items in cached.items()}
+    assert one.judged == {user: items[:10] for user, items in cached.items()}
 
 
 def of_today(one: Night, user: int) -> list[tuple[str, int]]:
