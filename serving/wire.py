@@ -17,10 +17,13 @@ RESPONSES_TAG = bytes([pb.RecommendBatchResponse.RESPONSES_FIELD_NUMBER << 3 | 2
 
 def joined_responses(responses: list[bytes]) -> bytes:
     """A RecommendBatchResponse of encoded responses."""
-    parts: list[bytes] = []
-    for response in responses:
-        parts += (RESPONSES_TAG, varint(len(response)), response)
-    return b"".join(parts)
+    return b"".join([part for response in responses for part in (_head(len(response)), response)])
+
+
+@lru_cache(8192)
+def _head(size: int) -> bytes:
+    """What stands before a response of so many bytes."""
+    return RESPONSES_TAG + varint(size)
 
 
 @lru_cache(8192)
