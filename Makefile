@@ -28,7 +28,7 @@ demo: tools ## clickstream to answers, on made-up data or on yours: make demo DA
 	@$(BIN)/recsys demo $(if $(DATA),--data "$(DATA)") $(if $(MAPPING),--mapping "$(MAPPING)")
 
 test: lint tools ## lint, types, room rules and all tests with real parts
-	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest -n $(WORKERS) --dist loadfile
+	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: env ## lint, types and room rules
 	@$(BIN)/ruff check .
