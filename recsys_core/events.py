@@ -126,7 +126,7 @@ def content_ids(columns: list[pa.Array | pa.ChunkedArray]) -> pa.Array:
     digests = []
     begun = blake2b(digest_size=CONTENT_ID_BYTES)
     for row in pc.binary_join_element_wise(*parts, ":").cast(pa.binary()).to_pylist():
-        # A copy costs half of what a new hash does, and this is a third of all that an ingest does.
+        # Copying a hash costs less than making one, and this is a third of all that an ingest does.
         digest = begun.copy()
         digest.update(row)
         digests.append(digest.digest())

@@ -26,8 +26,9 @@ GATE = "gate"
 COVERAGE = "coverage@10"
 LATENCY = "latency_ms"
 OF = " of "
+"""Between a metric and the segment it was taken over: `ndcg@10 of cold users`."""
 SIZE = f"users{OF}"
-"""Between a metric and the segment it was taken over: `ndcg@10 of cold users`; `users of cold users` is its size."""
+"""How the name of a segment's size begins: `users of cold users`."""
 
 TIMED_CALLS = 40
 TIMED_ITEMS = 50

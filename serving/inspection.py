@@ -212,7 +212,7 @@ def run(
 ) -> None:
     """Serve the page until SIGTERM or Ctrl-C. `on_ready` gets its address, `hosts` are further names that it answers to.
 
-    Raises OSError when the port is taken.
+    Raises OSError, which names the port and the option, when it is taken.
     """
     import socket
 
@@ -220,7 +220,12 @@ def run(
 
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((host, port))
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        reason = f"is something else there? --port chooses another one ({error.strerror})"
+        raise OSError(f"can't serve the page on {host}:{port}, {reason}") from error
     config = uvicorn.Config(app(settings, address, options, dagster_url, [host, *hosts]), log_level="warning")
     on_ready(f"http://{host}:{listening.getsockname()[1]}")
     uvicorn.Server(config).run(sockets=[listening])

@@ -377,7 +377,8 @@ class TestConnections:
         world = make_world()
         with connected(world.address, first) as silent:
             while silent.recv(4096):
-                world.client.recommend("ann")
+                assert world.client.recommend("ann").tier
+        assert world.client.recommend("ann").tier, "the caller's connection is still there"
 
     def test_clients_do_not_notice_that_an_old_one_is_made_anew(self, make_world, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("serving.server.AGE_MS", 200)
