@@ -75,6 +75,7 @@ def _linked(port: int) -> bool:
 
 
 def _knows_replica(port: int) -> bool:
+    """Whether the Sentinel is connected to the replica and has seen that it follows the master."""
     with redis.Redis(port=port) as probe:
-        found: dict[str, Any] = probe.execute_command("SENTINEL MASTERS")
-        return any(int(state["num-slaves"]) == 1 for state in found.values())
+        found: list[dict[str, Any]] = probe.sentinel_slaves("recsys")
+        return any(state["flags"] == "slave" and state["master-link-status"] == "ok" for state in found)
