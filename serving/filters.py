@@ -126,8 +126,10 @@ class Members:
 
     def __init__(self, texts: pa.ChunkedArray) -> None:
         hashes, rows = array("q"), array("i")
-        for start in range(0, len(texts), ROWS_AT_ONCE):
-            for row, text in enumerate(texts.slice(start, ROWS_AT_ONCE).to_pylist(), start):
+        having = np.flatnonzero(texts.is_valid())
+        for start in range(0, len(having), ROWS_AT_ONCE):
+            some = having[start : start + ROWS_AT_ONCE]
+            for row, text in zip(some.tolist(), texts.take(some).to_pylist(), strict=True):
                 for name, value in _members(text):
                     for one in value if isinstance(value, list) else (value,):
                         hashes.append(hash((name, _written(one))))
