@@ -362,13 +362,8 @@ def candidates(
     What nobody may have is left out inside the searches. What one user may not have is left out of what was found, as long as
     enough of it is left; a user of whom too little is left gets searches and lists of their own.
     """
-    proposed = _proposed(snapshot, trend, users, queries, n, settings, allowed)
-
-    def of_one(row: int) -> np.ndarray:
-        positions = np.unique(np.concatenate(proposed.of_one(row)))
-        return positions[positions >= 0]
-
-    return _replaced(proposed.found, {row: of_one(row) for row in proposed.crowded})
+    proposed = _Proposed(snapshot, trend, users, queries, n, settings, allowed)
+    return _replaced(proposed.found, {row: proposed.candidates_of_one(row) for row in proposed.crowded})
 
 
 def proposals(
@@ -378,70 +373,76 @@ def proposals(
 
     Together they are the `candidates` that `rank` scores with the same arguments, and what is left out of these.
     """
-    proposed = _proposed(snapshot, trend, user, queries_of(snapshot, user, settings), n, settings, allowed)
+    proposed = _Proposed(snapshot, trend, user, queries_of(snapshot, user, settings), n, settings, allowed)
     lists = proposed.of_one(0) if proposed.crowded else proposed.of_all(0)
     return {name: positions[positions >= 0] for name, positions in zip(proposed.names, lists, strict=True)}
 
 
-@dataclass(frozen=True)
 class _Proposed:
-    """What the generators propose.
+    """What the generators propose: by searches for all users together, and by searches of its own for one.
 
     Attributes:
-        names: of the generators.
-        found: `candidates` of the users that no search of their own is made for.
-        crowded: rows of the others.
-        of_all: positions by generator of a row, as all users are searched for; `of_one` by a search of its own.
+        found: `candidates` of all users, by the searches for all.
+        crowded: rows of the users to whom these leave too little.
     """
 
-    names: tuple[str, ...]
-    found: np.ndarray
-    crowded: list[int]
-    of_all: Callable[[int], list[np.ndarray]]
-    of_one: Callable[[int], list[np.ndarray]]
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        trend: Trend,
+        users: Users,
+        queries: Queries,
+        n: int,
+        settings: RankingSettings,
+        allowed: np.ndarray | None,
+    ) -> None:
+        self._snapshot, self._users, self._settings = snapshot, users, settings
+        self._servable, self._part = snapshot.available, snapshot.servable
+        self._trending, self._popular = trend.order, snapshot.by_popularity
+        if allowed is not None:
+            self._servable = servable = snapshot.available & allowed
+            self._part = Part.of(servable)
+            self._popular, self._trending = (order[servable[order]] for order in (self._popular, self._trending))
+        self._searches = _searches(snapshot, queries)
+        self._wanted, self._fill = max(settings.candidates, n), max(settings.popular, n)
+        self._near = [_neighbours(index, vectors, self._wanted, self._part) for index, vectors in self._searches]
+        servable_neighbours = None if allowed is None else self._servable  # those that are kept are available
+        self._like = _like_the_last(snapshot, users.last_items, settings.session_neighbours, servable_neighbours)
+        shared = np.concatenate([self._trending[: settings.trending], self._popular[: self._fill]])
+        everybody = np.broadcast_to(shared, (len(users), len(shared)))
+        self.found = _distinct(np.hstack([*self._near, self._like, everybody]), users.excluded, self._servable)
+        bound = self._wanted - _least(self._wanted, all(index.scans(self._part) for index, _ in self._searches))
+        self.crowded = _crowded(users, self.found, n, bound)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The generators, in the order of the lists that `of_all` and `of_one` give."""
+        return (*("als", "two_tower")[: len(self._searches)], "session", "trending", "popular")
 
-def _proposed(
-    snapshot: Snapshot,
-    trend: Trend,
-    users: Users,
-    queries: Queries,
-    n: int,
-    settings: RankingSettings,
-    allowed: np.ndarray | None,
-) -> _Proposed:
-    servable, part, trending, popular = snapshot.available, snapshot.servable, trend.order, snapshot.by_popularity
-    if allowed is not None:
-        servable = servable & allowed
-        part = Part.of(servable)
-        popular, trending = popular[servable[popular]], trending[servable[trending]]
-    searches = _searches(snapshot, queries)
-    wanted = max(settings.candidates, n)
-    near = [_neighbours(index, vectors, wanted, part) for index, vectors in searches]
-    like = _like_the_last(snapshot, users.last_items, settings.session_neighbours, None if allowed is None else servable)
-    fill = max(settings.popular, n)
-    shared = np.concatenate([trending[: settings.trending], popular[:fill]])
-    found = _distinct(np.hstack([*near, like, np.broadcast_to(shared, (len(users), len(shared)))]), users.excluded, servable)
+    def of_all(self, row: int) -> list[np.ndarray]:
+        """Positions by generator that the searches for all users found for one."""
+        everybody = self._trending[: self._settings.trending], self._popular[: self._fill]
+        return [*(found[row] for found in self._near), self._like[row], *everybody]
 
-    bound = wanted - _least(wanted, all(index.scans(part) for index, _ in searches))
-    crowded = _crowded(users, found, n, bound)
-
-    def of_all(row: int) -> list[np.ndarray]:
-        return [*(of_index[row] for of_index in near), like[row], trending[: settings.trending], popular[:fill]]
-
-    def of_one(row: int) -> list[np.ndarray]:
-        own = users.without_excluded(row, servable)
+    def of_one(self, row: int) -> list[np.ndarray]:
+        """Positions by generator for one user, by searches that leave out what the user may not have."""
+        users, settings = self._users, self._settings
+        own = users.without_excluded(row, self._servable)
         left_out = np.count_nonzero(users.excluded[row] >= 0) + len(users.had.get(row, ()))
-        searched = zip(searches, near, strict=True)
-        lists = [_enough(index, vectors[[row]], found[row], own, part) for (index, vectors), found in searched]
-        lists.append(_like_the_last(snapshot, users.last_items[[row]], settings.session_neighbours, own)[0])
-        for order, size in ((trending, settings.trending), (popular, fill)):
+        lists = [
+            _enough(index, vectors[[row]], found[row], own, self._part)
+            for (index, vectors), found in zip(self._searches, self._near, strict=True)
+        ]
+        lists.append(_like_the_last(self._snapshot, users.last_items[[row]], settings.session_neighbours, own)[0])
+        for order, size in ((self._trending, settings.trending), (self._popular, self._fill)):
             first = order[: size + left_out]
             lists.append(first[own[first]][:size])
         return lists
 
-    names = (*("als", "two_tower")[: len(searches)], "session", "trending", "popular")
-    return _Proposed(names, found, crowded, of_all, of_one)
+    def candidates_of_one(self, row: int) -> np.ndarray:
+        """The `candidates` of one user, by `of_one`."""
+        positions = np.unique(np.concatenate(self.of_one(row)))
+        return positions[positions >= 0]
 
 
 def _crowded(users: Users, found: np.ndarray, n: int, bound: int) -> list[int]:
