@@ -84,11 +84,14 @@ app.add_typer(releases.app, name="release")
 
 @app.callback()
 def recsys(
-    version: Annotated[
+    _version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=lambda on: _show_version(on))
     ] = False,
 ) -> None:
     """From clickstream to served recommendations: run the platform, bring data to it, ask it."""
+    from recsys_cli.processes import heed_interrupts
+
+    heed_interrupts()
 
 
 def _show_version(wanted: bool) -> None:

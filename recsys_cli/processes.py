@@ -22,6 +22,16 @@ class StackError(UserError):
     """A part of the local stack can't do its work; the message says which, why and what to do."""
 
 
+def heed_interrupts() -> None:
+    """Take SIGINT also where a script's `&` has it ignored.
+
+    After each run in this process Dagster gives SIGTERM the handler of SIGINT, and children inherit what is ignored: neither
+    this process nor they could be stopped.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_folder(home: Path) -> Path:
     """Where pid files, logs and the stack's description are."""
     folder = home / "run"

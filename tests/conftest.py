@@ -11,11 +11,13 @@ import pytest
 from pyspark.sql import SparkSession
 from recsys_home import QUICK_SPARK, default_settings
 
+from recsys_cli.processes import heed_interrupts
 from recsys_core.lake import Lake
 from recsys_core.registry import Registry
 from recsys_core.settings import Settings
 from recsys_core.spark import session
 
+heed_interrupts()
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 

@@ -100,8 +100,7 @@ def test_ctrl_c_in_the_middle_leaves_no_process(clicks: Path, home: Path) -> Non
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        # A shell that starts tests in the background makes children ignore SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a script's & does
     )
     assert demo.stdout is not None
     for line in demo.stdout:

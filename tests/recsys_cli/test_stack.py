@@ -22,8 +22,7 @@ from recsys_cli.processes import StackError, free_port, home_lock, kept_command,
 from recsys_core.settings import load_settings
 
 KEEPS_REDIS = """
-import signal, sys, time, pathlib
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+import sys, time, pathlib
 from recsys_cli.stack import redis_server
 with redis_server(pathlib.Path(sys.argv[1])):
     time.sleep(600)
