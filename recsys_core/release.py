@@ -144,6 +144,8 @@ class Manifest:
             raise ReleaseError(f"{where}: {MANIFEST} has schema version {version!r}, this process reads {SCHEMA_VERSION}")
         try:
             _check_types(raw, _MANIFEST_KINDS, dict)
+            if "release_id" in raw:
+                check_release_id(raw["release_id"], f"{where}: {MANIFEST}: ")
             return cls(**raw)
         except TypeError as error:
             raise ReleaseError(f"{where}: {MANIFEST} does not fit its schema: {error}") from error
@@ -160,10 +162,10 @@ def _check_types(raw: Mapping[str, Any], kinds: Mapping[str, Any], others: type,
             raise TypeError(f"{name} is {value!r:.100}")
 
 
-def check_release_id(release_id: object) -> None:
-    """Raises ReleaseError when an id could name another place than a folder of the releases."""
+def check_release_id(release_id: object, where: str = "") -> None:
+    """Raises ReleaseError, which begins with `where`, when an id could name another place than a folder of the releases."""
     if not isinstance(release_id, str) or not RELEASE_NAME.fullmatch(release_id):
-        raise ReleaseError(f"{release_id!r:.100} can't be the id of a release")
+        raise ReleaseError(f"{where}{release_id!r:.100} can't be the id of a release")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from snapshots import make_manifest, make_snapshot, with_two_tower
 from towers import random_inputs
@@ -366,6 +366,7 @@ def test_a_name_is_refused_or_lies_in_the_folder_of_the_release(name: str) -> No
     assert name.isprintable()
 
 
+@example({"release_id": ""})
 @given(
     st.dictionaries(
         st.sampled_from([*Manifest.__dataclass_fields__, "more"]),

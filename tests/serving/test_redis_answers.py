@@ -66,12 +66,12 @@ def start(here: Path, redis_server: RedisServer, puppet: Puppet) -> Iterator[Cal
     """Starts a server that has Redis behind the puppet, with a cached answer for ann."""
     worlds: list[World] = []
 
-    def started(mode: str, **redis: object) -> World:
+    def started(mode: str, trend_seconds: float = 0.1, **redis: object) -> World:
         world = World(settings_of(here, mode, puppet.address, **redis), redis_server)
         worlds.append(world)
         world.promote(make_snapshot())
         world.put_cached_user("ann")
-        world.start()
+        world.start(trend_seconds)
         return world
 
     yield started
@@ -174,7 +174,8 @@ def test_a_redis_that_is_a_node_of_a_cluster_is_named_so_once(
 def test_a_password_that_was_changed_is_one_warning_and_no_fault_of_the_values(
     start: Callable[..., World], redis_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world = start("standalone")
+    # A trend that is being read when the connections are cut would be the first to tell, and of the cut.
+    world = start("standalone", trend_seconds=3600)
     assert tier(world) == "CACHE"
     redis_server.client.config_set("requirepass", "new")
     redis_server.client.execute_command("AUTH", "new")
