@@ -18,8 +18,10 @@ from recsys_core.settings import Settings
 from recsys_core.spark import session
 
 heed_interrupts()
-hypothesis.settings.register_profile("any machine", deadline=None)
-hypothesis.settings.load_profile("any machine")
+# The same examples in every run. `pytest --hypothesis-profile=search` looks among others.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture
