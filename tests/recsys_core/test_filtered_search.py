@@ -221,6 +221,8 @@ def test_of_the_similar_items_those_that_a_filter_leaves_are_taken() -> None:
 
 
 GRAPHS: dict[float, Snapshot] = {}
+ASKED = 32
+"""Users; the recall of a graph is a mean, and a single query may find fewer."""
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -244,16 +246,20 @@ def test_whatever_is_left_out_the_best_of_the_rest_are_candidates_and_nothing_el
             GRAPHS[available] = release(VECTORS, can_be_had, False, BASE, TOWERS)
         snapshot = GRAPHS[available]
     allowed = None if share is None else some(kind, max(1, int(ITEMS * share)), ITEMS, seed)
-    users = asking(VECTORS, 8, TOWERS)
+    users = asking(VECTORS, ASKED, TOWERS)
     queries = queries_of(snapshot, users, RANKING)
     everything = np.ones(ITEMS, bool)
-    had = nearest(VECTORS, queries.als, everything, consumed) if near else np.zeros((8, 0), np.int64)
+    had = nearest(VECTORS, queries.als, everything, consumed) if near else np.zeros((ASKED, 0), np.int64)
     if not near:
-        had = np.random.default_rng(seed).permuted(np.tile(np.arange(ITEMS), (8, 1)), axis=1)[:, :consumed]
-    users = replace(users, excluded=np.where(np.arange(8)[:, None] < 4, had, -1), had={row: had[row] for row in range(4, 8)})
+        had = np.random.default_rng(seed).permuted(np.tile(np.arange(ITEMS), (ASKED, 1)), axis=1)[:, :consumed]
+    users = replace(
+        users,
+        excluded=np.where(np.arange(ASKED)[:, None] < ASKED // 2, had, -1),
+        had={row: had[row] for row in range(ASKED // 2, ASKED)},
+    )
     found = candidates(snapshot, Trend.of(snapshot, {}), users, queries, 10, RANKING, allowed)
     shares = []
-    for row in range(8):
+    for row in range(ASKED):
         left = can_be_had if allowed is None else can_be_had & allowed
         left = left.copy()
         left[had[row]] = False

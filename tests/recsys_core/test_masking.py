@@ -163,6 +163,7 @@ def test_no_password_of_a_url_is_left_whatever_is_in_it(scheme: str, user: str, 
     st.sampled_from(["password", "token", "api_key", "sig", "AWS_SECRET_ACCESS_KEY"]), st.text(string.ascii_letters, min_size=8)
 )
 def test_no_value_of_a_parameter_that_is_named_as_a_secret_is_left(name: str, value: str) -> None:
+    assume(value not in name)
     for text in (f"https://h/p?{name}={value}&x=1", f"{name}='{value}'", f'{{"{name}": "{value}"}}', f"--{name}={value}"):
         assert value not in masked_text(text)
 
