@@ -21,8 +21,8 @@ WRITERS, TIMES = 4, 25
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """A bucket that speaks S3 over HTTP, where the packages for it are installed."""
-    server_of = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
+    server_of = pytest.importorskip("moto.server", reason="no S3 server here: pip install 'moto[s3]'")
+    pytest.importorskip("s3fs", reason="no client of S3 here: pip install s3fs")
     server = server_of.ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
