@@ -222,6 +222,8 @@ def run(
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        # Whoever opens the page at once waits for it.
+        listening.listen()
     except OSError as error:
         listening.close()
         reason = f"is something else there? --port chooses another one ({error.strerror})"

@@ -19,7 +19,7 @@ from recsys_core.catalog import CATALOG_SCHEMA, merge_catalog
 from recsys_core.lake import Lake
 from recsys_core.online import UserRecord
 from serving.client import ClientOptions
-from serving.inspection import app
+from serving.inspection import app, run
 
 
 @pytest.fixture
@@ -120,6 +120,19 @@ def test_the_page_answers_to_the_names_of_this_machine_and_those_that_are_allowe
     port = page.rpartition(":")[2]
     for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "LOCALHOST", "ops.shop.example"):
         assert asked_as(page, host) == 200, host
+
+
+class Opened(Exception):
+    """Ends a page that could be reached."""
+
+
+def test_the_page_can_be_reached_as_soon_as_its_address_is_said(world: World) -> None:
+    def open_at_once(url: str) -> None:
+        with socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(url).port), timeout=5):
+            raise Opened
+
+    with pytest.raises(Opened):
+        run(world.settings, world.address, ClientOptions(), "127.0.0.1", 0, "http://127.0.0.1:3000", open_at_once)
 
 
 def test_what_moved_an_item_has_its_title(page: str) -> None:
