@@ -470,7 +470,7 @@ class _Session:
         committed = -1
         if group is not None and group.offset >= 0 and group.metadata == one.identity:
             committed = group.offset
-        if marker is None and committed > low:
+        if marker is None and committed > 0:
             log.warning("Redis does not know of %s, which was read up to %d: applying all of it again", one.source, committed)
         redis_from = start = max(low, one.start) if marker is None else max(low, marker)
         if self._archiver is not None:
