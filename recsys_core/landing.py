@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from recsys_core.events import EVENT_SCHEMA, HOUR_MS, TS, hour_key, key_start_ms
 from recsys_core.lake import Lake, Partition
 from recsys_core.mentions import Named
-from recsys_core.stores import files_below, write_atomically, written_at
+from recsys_core.stores import files_below, is_of_the_store, write_atomically, written_at
 from recsys_core.tombstones import TombstoneLog, Tombstones
 
 LANDING = "landing"
@@ -326,7 +326,7 @@ class Landing:
     def _put(self, path: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=131_072)
-        write_atomically(self.lake.fs, path, sink.getvalue())
+        write_atomically(self.lake.fs, path, sink.getvalue().to_pybytes())
 
     def files(self) -> list[LandingFile]:
         """The landing files that can be read, in the order of their paths."""
@@ -460,9 +460,9 @@ class Landing:
         except (ValueError, PermissionError) as error:
             return str(error)
         except OSError as error:
-            if error.errno is not None:
+            if is_of_the_store(error):
                 raise
-            return f"not readable as Parquet: {error}"  # what the parser raises has no number
+            return f"not readable as Parquet: {error}"
         return ""
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys_core.errors import UserError
+from recsys_core.stores import is_of_the_store
 
 DELIMITED = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item")
 JSON = (".jsonl", ".ndjson", ".json")
@@ -134,7 +135,7 @@ def stored(source: SourceFile) -> Iterator[IO[bytes]]:
         with source.fs.open(source.path, "rb") as raw:
             yield raw
     except DAMAGE as error:
-        if isinstance(error, OSError) and error.errno is not None:  # what a parser raises has no number
+        if isinstance(error, OSError) and is_of_the_store(error):
             raise NotRead(f"{source.path} can't be read: {error.strerror or error}") from error
         raise IngestError(f"{source.path} is damaged or not what its ending says: {error}") from error
 

@@ -54,6 +54,12 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path.rstrip("/")
 
 
+def is_of_the_store(error: OSError) -> bool:
+    """Whether an error tells of the store, and not of what lies there: parsers raise OSError itself or classes of their own,
+    without a number."""
+    return error.errno is not None or (type(error) is not OSError and type(error).__module__ == OSError.__module__)
+
+
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     """Whether the files are those of a mounted file system."""
     return "file" in _protocols(fs)

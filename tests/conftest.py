@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from object_store import BUCKET, S3Server, s3_server
 from pyspark.sql import SparkSession
 from recsys_home import QUICK_SPARK, default_settings
+from s3fs import S3FileSystem
 
 from recsys_cli.processes import heed_interrupts
 from recsys_core.lake import Lake
@@ -33,6 +36,43 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def lake(tmp_path: Path) -> Lake:
     return Lake(str(tmp_path / "lake"))
+
+
+@pytest.fixture(scope="session")
+def shared_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server; starting one takes some seconds."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(shared_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of a place in S3 where nothing is."""
+    _use(shared_s3, monkeypatch)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def own_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """An S3 server that the test may freeze and kill."""
+    with s3_server(tmp_path) as server:
+        _use(server, monkeypatch)
+        yield server
+
+
+def _use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process find the server in the place of any other."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URI of a place where nothing is, in a store of each kind."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3"))
+    return str(tmp_path / "anywhere") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="session")

@@ -122,7 +122,6 @@ def test_the_settings_are_known_and_name_the_services(services: dict[str, Any], 
     host, port = settings.kafka.bootstrap_servers.split(":")
     assert host in services
     assert f"INSIDE://kafka:{port}" in services["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
-    assert services["topics"]["command"] == ["recsys", "kafka", "init"]
     location = read_yaml("compose", "workspace.yaml")["load_from"][0]["grpc_server"]
     assert location["host"] in services
     assert (

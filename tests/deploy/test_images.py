@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata as metadata
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from deployment import DEPLOY, IMAGES, PROJECT, instructions, program, stages
+from image import ONLY, closure
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from snapshots import make_manifest, make_snapshot
@@ -24,28 +24,7 @@ from serving.client import RecsysClient
 
 HEAVY = {"dagster", "mlflow", "pyspark", "tensorflow", "keras", "great-expectations", "implicit", "matplotlib"}
 
-ONLY = """
-import importlib.metadata, json, sys
-
-class Only:
-    '''Refuses what only distributions outside of the image bring.'''
-    def __init__(self, kept):
-        brought = importlib.metadata.packages_distributions()
-        self.refused = {top for top, by in brought.items() if not kept & {name.lower().replace("_", "-") for name in by}}
-        self.refused -= {"recsys_core", "serving", "streaming", "recsys_cli", "_distutils_hack"}
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.refused:
-            raise ModuleNotFoundError(f"{name} is not in the image", name=name)
-
-sys.meta_path.insert(0, Only(set(json.loads(sys.argv.pop(1)))))
-"""
-RECSYS = ONLY + "from recsys_cli.main import app\napp()"
-
-
-def named(file: str) -> list[Requirement]:
-    """The requirements that a file below deploy/requirements/ names."""
-    lines = (DEPLOY / "requirements" / file).read_text().splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+RECSYS = f"{ONLY}\nfrom recsys_cli.main import app\napp()"
 
 
 def locked() -> dict[str, str]:
@@ -53,24 +32,6 @@ def locked() -> dict[str, str]:
     lines = (PROJECT / "requirements.lock").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
-
-
-def closure(file: str) -> set[str]:
-    """All packages that a file's requirements bring, by what the installed ones say they need."""
-    found: set[str] = set()
-    todo = named(file)
-    while todo:
-        wanted = todo.pop()
-        name = canonicalize_name(wanted.name)
-        extras = ["", *wanted.extras]
-        if name in found and not wanted.extras:
-            continue
-        found.add(name)
-        for line in metadata.requires(name) or ():
-            needed = Requirement(line)
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
-                todo.append(needed)
-    return found
 
 
 @pytest.fixture
@@ -132,16 +93,9 @@ def test_a_thin_image_has_no_framework(file: str) -> None:
     assert closure(file) & HEAVY == set()
 
 
-@pytest.mark.parametrize("file", ["serving.txt", "streaming.txt", "webserver.txt", "mlflow.txt"])
+@pytest.mark.parametrize("file", ["serving.txt", "streaming.txt", "webserver.txt", "mlflow.txt", "s3.txt"])
 def test_the_lock_pins_all_that_an_image_installs(file: str) -> None:
     assert closure(file) - set(locked()) == set()
-
-
-def test_what_the_lock_does_not_pin_is_pinned_beside_it() -> None:
-    pins = {canonicalize_name(pin.name): str(pin.specifier) for pin in named("s3.txt")}
-    assert all(specifier.startswith("==") for specifier in pins.values())
-    assert set(pins) & set(locked()) == set()
-    assert pins["s3fs"] == f"=={locked()['fsspec']}"
 
 
 def test_every_image_is_a_target() -> None:

@@ -2,7 +2,6 @@ import math
 import os
 import time
 import uuid
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +18,14 @@ from recsys_core.landing import CLOCK_SECONDS, QUARANTINE_SCHEMA, Landing, was_r
 
 
 @pytest.fixture
-def landing(lake: Lake) -> Landing:
+def landing(any_store: str) -> Landing:
+    """A landing zone in a store of each kind."""
+    return Landing(Lake(any_store))
+
+
+@pytest.fixture
+def on_disk(lake: Lake) -> Landing:
+    """One whose files can be given any time."""
     return Landing(lake)
 
 
@@ -44,7 +50,7 @@ def test_what_was_landed_is_listed_with_its_rows_and_its_times(landing):
     assert file.path == path == landing.lake.path("landing", "app", "one.parquet")
     assert (file.rows, file.bytes) == (3, landing.lake.fs.size(path))
     assert (file.first_ts, file.last_ts) == (ms("2026-03-02T09:00"), ms("2026-03-02T11:59"))
-    assert pq.read_table(path).schema.names == EVENT_SCHEMA.names
+    assert pq.read_table(path, filesystem=landing.lake.fs).schema.names == EVENT_SCHEMA.names
 
 
 def test_covering_gives_the_files_that_may_hold_events_of_a_range_whose_end_is_not_in_it(landing):
@@ -126,9 +132,7 @@ def test_other_files_beside_the_landed_ones_are_left_alone(landing):
     assert names(landing.files()) == ["one.parquet"]
 
 
-@pytest.mark.parametrize("where", ["local", "memory"])
-def test_a_file_that_is_rewritten_is_looked_at_again(where, tmp_path):
-    landing = Landing(Lake(str(tmp_path) if where == "local" else f"memory://{tmp_path.name}"))
+def test_a_file_that_is_rewritten_is_looked_at_again(landing):
     landing.write_events("app", "one", at("2026-03-02T10:00"))
     assert landing.extent() == (ms("2026-03-02T10:00"), ms("2026-03-02T10:00"))
     landing.write_events("app", "one", at("2026-03-02T11:00"))
@@ -235,15 +239,15 @@ def test_a_folder_that_cannot_be_listed_is_named_or_raised_and_never_taken_for_e
     landing.write_events("app", "good", at("2026-03-02T10:00"))
     landing.write_events("shop", "closed", at("2026-03-02T10:00"))
     closed = landing.lake.path("landing", "shop")
-    own = type(landing.lake.fs).ls
+    own = landing.lake.fs.ls
 
-    def ls(self, path, *more, **others):
+    def ls(path, *more, **others):
         if path == closed:
             raise error
-        return own(self, path, *more, **others)
+        return own(path, *more, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(landing.lake.fs), "ls", ls)
+        patch.setattr(landing.lake.fs, "ls", ls)
         if isinstance(error, ConnectionError):
             with pytest.raises(ConnectionError):
                 landing.files()
@@ -324,7 +328,8 @@ def test_an_hour_is_late_once_for_each_file_that_it_was_made_without(landing):
     assert late(landing, hour, since) == late(landing, hour, time.time()) == []
 
 
-def test_a_file_that_can_be_read_again_makes_its_hour_late(landing):
+def test_a_file_that_can_be_read_again_makes_its_hour_late(on_disk):
+    landing = on_disk
     drop(landing, "half.parquet", whole()[:-30])
     hour = made(landing, time.time())
     assert late(landing, hour, time.time()) == []
@@ -335,7 +340,8 @@ def test_a_file_that_can_be_read_again_makes_its_hour_late(landing):
     assert late(landing, made(landing, time.time()), since) == []
 
 
-def test_a_file_that_is_brought_in_with_its_old_time_is_late(landing):
+def test_a_file_that_is_brought_in_with_its_old_time_is_late(on_disk):
+    landing = on_disk
     landing.write_events("app", "before", at(f"{HOUR}:10"))
     hour = made(landing, time.time())
     late(landing, hour, time.time())
@@ -345,7 +351,8 @@ def test_a_file_that_is_brought_in_with_its_old_time_is_late(landing):
     assert late(landing, hour, since) == ["copied.parquet"]
 
 
-def test_a_file_that_is_replaced_by_another_is_late_and_an_old_one_is_not(landing):
+def test_a_file_that_is_replaced_by_another_is_late_and_an_old_one_is_not(on_disk):
+    landing = on_disk
     path = landing.write_events("app", "one", at(f"{HOUR}:10"))
     long_ago = time.time() - 10 * CLOCK_SECONDS
     os.utime(path, (long_ago, long_ago))
@@ -366,12 +373,12 @@ def test_only_marks_of_files_that_hold_events_of_the_hour_are_kept_with_it(landi
 def test_quarantine_that_is_damaged_or_goes_is_left_out(landing, monkeypatch):
     rows = pa.table({"origin": ["f"], "row": [1], "reason": ["no id"], "content": ["x" * 300]}, schema=QUARANTINE_SCHEMA)
     paths = [landing.write_quarantine("test", name, rows) for name in ("a", "damaged", "gone")]
-    content = bytearray(Path(paths[1]).read_bytes())
+    content = bytearray(landing.lake.fs.cat_file(paths[1]))
     content[4:200] = bytes(196)
-    Path(paths[1]).write_bytes(content)
+    landing.lake.fs.pipe_file(paths[1], bytes(content))
     found = landing._found
     monkeypatch.setattr(landing, "_found", lambda area: found(area) | {paths[2]: {}})
-    Path(paths[2]).unlink()
+    landing.lake.fs.rm_file(paths[2])
     assert [table.num_rows for table in landing.quarantined()] == [1]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +16,10 @@ from recsys_core.stores import LOCK, delete_pointer, open_filesystem, read_point
 WRITERS, TIMES = 4, 25
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A bucket that speaks S3 over HTTP, where the packages for it are installed."""
-    server_of = pytest.importorskip("moto.server", reason="no S3 server here: pip install 'moto[s3]'")
-    pytest.importorskip("s3fs", reason="no client of S3 here: pip install s3fs")
-    server = server_of.ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    login = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**login, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            patch.setenv(name, value)
-        fs, _ = open_filesystem("s3://bucket/x")
-        fs.mkdir("bucket")
-        yield "s3://bucket"
-    server.stop()
-
-
-@pytest.fixture(params=["local", "memory", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str]:
+@pytest.fixture
+def place(any_store: str) -> tuple[Any, str]:
     """A store of each kind and a path in it where nothing is."""
-    if request.param == "s3":
-        uri = f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}"
-    else:
-        uri = str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
-    fs, root = open_filesystem(uri)
+    fs, root = open_filesystem(any_store)
     return fs, f"{root}/folder/pointer.json"
 
 
@@ -81,7 +57,7 @@ def test_threads_that_change_a_pointer_lose_nothing(place: tuple[Any, str]) -> N
 def test_s3_alone_refuses_a_writer_that_was_overtaken(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As between processes of two machines, which share no lock."""
     monkeypatch.setattr(stores, "_guards", [Unlocked()])
-    fs, path = open_filesystem(f"{s3}/{uuid.uuid4().hex}")
+    fs, path = open_filesystem(f"{s3}/pointer.json")
     in_threads([lambda n=n: [update(fs, path, add(f"{n}-{time}")) for time in range(TIMES)] for n in range(WRITERS)])
     assert sorted(json.loads(read_pointer(fs, path) or b"")) == ALL
 
@@ -93,7 +69,7 @@ class Unlocked:
 
 
 def test_a_write_to_s3_whose_answer_was_lost_is_not_made_twice(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs, path = open_filesystem(f"{s3}/{uuid.uuid4().hex}")
+    fs, path = open_filesystem(f"{s3}/pointer.json")
     put = type(fs).pipe_file
 
     def put_twice(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,9 +121,9 @@ def names(lake: Lake, folder: str) -> list[str]:
     return sorted(lake.fs.ls(root, detail=False)) if lake.fs.exists(root) else []
 
 
-@pytest.fixture(params=["local", "object store"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Lake:
-    return Lake(str(tmp_path / "lake") if request.param == "local" else f"memory://{uuid.uuid4().hex}/lake")
+@pytest.fixture
+def store(any_store: str) -> Lake:
+    return Lake(f"{any_store}/lake")
 
 
 def test_a_removal_is_known_to_those_that_read_before_and_after_it_is_merged(store: Lake) -> None:

@@ -34,9 +34,9 @@ KEY = "2026-03-02"
 WRITERS, TIMES = 3, 8
 
 
-@pytest.fixture(params=["local", "memory"])
-def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Lake:
-    return Lake(str(tmp_path / "lake") if request.param == "local" else f"memory://{uuid.uuid4().hex}/lake")
+@pytest.fixture
+def anywhere(any_store: str) -> Lake:
+    return Lake(f"{any_store}/lake")
 
 
 def rows(*values: int) -> pa.Table:

@@ -83,7 +83,8 @@ def wait_for(what: str, holds: Callable[[], bool], seconds: float = SECONDS) -> 
         time.sleep(0.02)
 
 
-def _run_worker(settings: Settings, grace_ms: int) -> None:
+def _run_worker(settings: Settings, grace_ms: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     archive_module.GRACE_MS = grace_ms
     worker = Worker(settings)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
@@ -112,13 +113,15 @@ def workers_context() -> ForkServerContext:
 
 @dataclass
 class World:
-    """A topic with its group, its users in Redis and its lake."""
+    """A topic with its group, its users in Redis and its lake. Workers get `environment`, which the process that they are
+    forked from need not have."""
 
     settings: Settings
     redis: Any
     prefix: str
     producer: Producer
     workers: list[ForkServerProcess] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
     sent: int = 0
 
     @classmethod
@@ -176,7 +179,7 @@ class World:
     # -- workers ----------------------------------------------------------------------------------------------------
 
     def start(self, grace_ms: int = 300) -> ForkServerProcess:
-        worker = workers_context().Process(target=_run_worker, args=(self.settings, grace_ms), daemon=True)
+        worker = workers_context().Process(target=_run_worker, args=(self.settings, grace_ms, self.environment), daemon=True)
         worker.start()
         self.workers.append(worker)
         return worker
