@@ -1,10 +1,10 @@
 """Parquet tables under one URI, a folder for each table and partition, each partition replaced atomically.
 
-    <uri>/<table>/<partition>/_current.json          which version is read, its rows and its data version
+    <uri>/<table>/_current/<partition>.json          which version is read, its rows and its data version
     <uri>/<table>/<partition>/<version>/*.parquet    immutable
 
-A writer makes a new version folder, sees it onto the disk, and then replaces `_current.json` by `stores.update`. A reader
-therefore sees the old or the new partition, never half of one. A writer whose result rests on what the partition was
+A writer makes a new version folder, sees it onto the disk, and then replaces the partition's pointer by `stores.update`. A
+reader therefore sees the old or the new partition, never half of one. A writer whose result rests on what the partition was
 (`instead_of`) is refused once it is another. Only versions that the pointer has named are dropped for age: a folder that
 it never named is that of a writer at work, or of one that broke off, which `retention` removes after a day.
 """
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-POINTER = "_current.json"
+POINTERS = "_current"
+"""The folder of a table's pointers: one listing tells all partitions."""
+POINTER_ENDING = ".json"
 STAGING = "_staging"
 PUBLISHED_AT_ONCE = 16
 """Partitions of a staged folder that are taken over at once: each waits for the disk or the store."""
@@ -55,7 +57,7 @@ class PartitionChanged(RuntimeError):
 
 @dataclass(frozen=True)
 class Partition:
-    """What `_current.json` says of a partition. `files` are names inside the version's folder, `older` the versions that are
+    """What a pointer says of a partition. `files` are names inside the version's folder, `older` the versions that are
     kept besides, newest first."""
 
     table: str
@@ -120,6 +122,10 @@ class Lake:
     def path(self, *parts: str) -> str:
         """A path of the lake's filesystem."""
         return "/".join((self.root, *parts))
+
+    def pointer(self, table: str, key: str) -> str:
+        """Path of the pointer of a partition."""
+        return self.path(table, POINTERS, f"{key}{POINTER_ENDING}")
 
     def url(self, path: str) -> str:
         """The address of a lake path for Spark: plain for a local lake, `scheme://…` otherwise (s3 as s3a)."""
@@ -215,13 +221,13 @@ class Lake:
 
     def remove(self, part: Partition) -> bool:
         """Remove a partition, its pointer first. One that is another by now stays. Returns whether it went."""
-        folder = self.path(part.table, part.key)
-        if not delete_pointer(self.fs, f"{folder}/{POINTER}", lambda said: _partition(said).version == part.version):
+        pointer = self.pointer(part.table, part.key)
+        if not delete_pointer(self.fs, pointer, lambda said: _partition(said).version == part.version):
             return False
         self._drop(part.table, part.key, (part.version, *part.older))
         if is_local(self.fs):
             with suppress(OSError):  # another writer is making it again
-                os.rmdir(folder)
+                os.rmdir(self.path(part.table, part.key))
         return True
 
     @contextmanager
@@ -323,7 +329,7 @@ class Lake:
             made = replace(new, older=known[: self.keep_versions - 1 if keep is None else keep])
             return json.dumps(asdict(made)).encode()
 
-        update(self.fs, self.path(new.table, new.key, POINTER), change)
+        update(self.fs, self.pointer(new.table, new.key), change)
         self._drop(new.table, new.key, known[len(made.older) :])
         return made
 
@@ -361,7 +367,7 @@ class Lake:
 
         Raises DamagedPartition for a pointer that can't be read.
         """
-        pointers = {self.path(table, key, POINTER): key for key in keys}
+        pointers = {self.pointer(table, key): key for key in keys}
         found = self.fs.cat(list(pointers), on_error="return") if pointers else {}
         parsed = {}
         for path, data in found.items():
@@ -386,8 +392,9 @@ class Lake:
         return found
 
     def keys(self, table: str) -> list[str]:
-        """The partitions that exist, in order."""
-        return [name for name in self.folders(table) if self.fs.exists(self.path(table, name, POINTER))]
+        """The partitions that exist, in order, by one listing."""
+        names = self._listed(self.path(table, POINTERS))
+        return [name.removesuffix(POINTER_ENDING) for name in names if name.endswith(POINTER_ENDING)]
 
     def files(self, table: str, keys: Iterable[str], missing_ok: bool = False) -> list[str]:
         """Paths of the Parquet files of some partitions. Raises MissingPartition unless `missing_ok`."""
@@ -425,17 +432,18 @@ class Lake:
         return self._read_whole(table, key, whole)
 
     def latest(self, table: str, until: str | None = None) -> str | None:
-        """The last partition that exists, not later than `until`. It looks at as few pointers as it can."""
-        for name in reversed(self.folders(table)):
-            if (until is None or name <= until) and self.fs.exists(self.path(table, name, POINTER)):
-                return name
-        return None
+        """The last partition that exists, not later than `until`."""
+        return max((key for key in self.keys(table) if until is None or key <= until), default=None)
 
     def folders(self, table: str) -> list[str]:
         """Names of a table's partition folders, in order, whether or not they hold a version."""
+        return [name for name in self._listed(self.path(table)) if name not in (STAGING, POINTERS)]
+
+    def _listed(self, folder: str) -> list[str]:
+        """The names in a folder, in order; none where there is none."""
         self.fs.invalidate_cache()
         try:
-            entries = self.fs.ls(self.path(table), detail=False)
+            entries = self.fs.ls(folder, detail=False)
         except FileNotFoundError:
             return []
-        return sorted(name for e in entries if (name := os.path.basename(e.rstrip("/"))) != STAGING)
+        return sorted(os.path.basename(entry.rstrip("/")) for entry in entries)

@@ -319,14 +319,14 @@ def test_a_stack_of_another_version_is_told(command: str, said: str, tmp_path: P
 def test_one_damaged_table_does_not_keep_the_others_from_being_checked(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text("user,item,ts\nu,i,1767225600000\n")
     assert recsys("ingest", "e.csv", "--user", "user", "--item", "item", "--time", "ts").exit_code == 0
-    pointer = tmp_path / ".recsys" / "lake" / "item_catalog" / "current" / "_current.json"
+    pointer = tmp_path / ".recsys" / "lake" / "item_catalog" / "_current" / "current.json"
     pointer.parent.mkdir(parents=True)
     pointer.write_text("{half")
     found = recsys("check")
     assert found.exit_code == 1
     assert "landed_rows_are_events" in found.output
     assert "FAILED all of them of item_catalog: could not be judged" in found.output
-    assert "_current.json is damaged" in found.output
+    assert "item_catalog/_current/current.json is damaged" in found.output
 
 
 @pytest.mark.parametrize("command", ["status", "check", "release list"])

@@ -35,7 +35,7 @@ from recsys_core.bundle import (
 from recsys_core.events import EVENT_SCHEMA, now_ms
 from recsys_core.forget import FORGOTTEN, READ_SECONDS, Places, Search, forget_user
 from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, write_heartbeat
-from recsys_core.lake import POINTER, STAGING, Lake
+from recsys_core.lake import STAGING, Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, CLOCK_SECONDS, QUARANTINE_SCHEMA, Landing, OffsetRange
 from recsys_core.online import (
     REBUILD_AREAS_KEY,
@@ -455,14 +455,14 @@ def test_a_landing_file_that_cannot_be_read_is_named_and_the_rest_goes(small_pla
 def test_a_pointer_and_a_manifest_that_cannot_be_read_are_named_and_the_rest_goes(small_places: Places, lake: Lake) -> None:
     for hour in ("2026-01-31T09", "2026-01-31T10"):
         lake.write(CLICKS_HOURLY, hour, pa.table({"user_id": [GONE]}))
-    lake.fs.pipe_file(lake.path(CLICKS_HOURLY, "2026-01-31T09", POINTER), b"{half")
+    lake.fs.pipe_file(lake.pointer(CLICKS_HOURLY, "2026-01-31T09"), b"{half")
     releases = small_places.releases
     releases.fs.makedirs(releases.path("broken"), exist_ok=True)
     releases.fs.pipe_file(releases.path("broken", MANIFEST), b"{half")
     report = forget_user(small_places, GONE)
     assert report.removed == {CLICKS_HOURLY: 1}
     assert set(report.unsearched) == {f"{CLICKS_HOURLY}/2026-01-31T09", "release broken"}
-    assert "_current.json is damaged" in report.unsearched[f"{CLICKS_HOURLY}/2026-01-31T09"]
+    assert "_current/2026-01-31T09.json is damaged" in report.unsearched[f"{CLICKS_HOURLY}/2026-01-31T09"]
 
 
 @pytest.mark.parametrize("folder", ["landing", "landing/test", "quarantine/shop", f"{INTERACTIONS}/{STAGING}/run"])

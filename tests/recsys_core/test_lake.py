@@ -1,12 +1,13 @@
 import json
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_core.lake import POINTER, DamagedPartition, Lake, MissingPartition
+from recsys_core.lake import DamagedPartition, Lake, MissingPartition
 from recsys_core.stores import LOCK, read_pointer, write_atomically
 
 KEY = "2026-03-02T10"
@@ -160,7 +161,7 @@ def test_find_all_gives_those_that_exist_in_the_order_asked_for(anywhere):
 
 def test_a_pointer_that_cannot_be_read_is_an_error_and_not_a_missing_partition(tmp_path):
     lake = Lake(str(tmp_path))
-    (tmp_path / "t" / KEY / POINTER).mkdir(parents=True)
+    Path(lake.pointer("t", KEY)).mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
         lake.find("t", KEY)
 
@@ -260,6 +261,25 @@ def test_spark_gets_an_address_it_knows():
     assert Lake("memory://bucket/lake").url("/bucket/lake/t") == "memory:///bucket/lake/t"
 
 
+@pytest.mark.parametrize("look", ["keys", "latest"])
+def test_which_partitions_there_are_is_told_by_one_request_to_s3(s3, monkeypatch, look):
+    lake = Lake(s3)
+    for day in range(1, 11):
+        lake.write("t", f"2026-03-{day:02d}", numbers(1))
+    asked = []
+    call = lake.fs._call_s3
+
+    async def counted(method, *arguments, **more):
+        asked.append(method)
+        return await call(method, *arguments, **more)
+
+    monkeypatch.setattr(lake.fs, "_call_s3", counted)
+    assert getattr(lake, look)("t")
+    assert len(asked) == 1
+    assert lake.get("t", "2026-03-01")
+    assert len(asked) == 2, "calls are counted"
+
+
 def files_under(lake: Lake) -> set[str]:
     return {path for path in lake.fs.find(lake.root) if not path.endswith(LOCK)}
 
@@ -304,17 +324,18 @@ def test_everything_that_a_pointer_names_is_on_the_disk_before_it(tmp_path, monk
     }[how]()
     part = lake.get("t", KEY)
     folder = lake.path("t", KEY)
-    named = done.index(f"named {folder}/{POINTER}")
+    pointer = lake.pointer("t", KEY)
+    named = done.index(f"named {pointer}")
     before = set(done[:named])
     assert {f"{folder}/{part.version}/{name}" for name in part.files} <= before
     assert {f"{folder}/{part.version}", folder} <= before
-    assert folder in done[named:], "the pointer's own name"
+    assert os.path.dirname(pointer) in done[named:], "the pointer's own name"
 
 
 def test_a_pointer_that_is_no_pointer_is_repaired_by_making_the_partition_again(anywhere):
     anywhere.write("t", KEY, numbers(1))
-    anywhere.fs.pipe_file(anywhere.path("t", KEY, POINTER), b"{half")
-    with pytest.raises(DamagedPartition, match=f"t/{KEY}/{POINTER} is damaged .*property name.* make partition {KEY} of t"):
+    anywhere.fs.pipe_file(anywhere.pointer("t", KEY), b"{half")
+    with pytest.raises(DamagedPartition, match=f"t/_current/{KEY}.json is damaged .*property name.* make partition {KEY} of t"):
         anywhere.get("t", KEY)
     anywhere.write("t", KEY, numbers(2))
     assert held(anywhere, "t", [KEY]) == [2]
@@ -322,7 +343,7 @@ def test_a_pointer_that_is_no_pointer_is_repaired_by_making_the_partition_again(
 
 def test_what_a_later_version_adds_to_a_pointer_is_left_out(anywhere):
     part = anywhere.write("t", KEY, numbers(1))
-    path = anywhere.path("t", KEY, POINTER)
+    path = anywhere.pointer("t", KEY)
     anywhere.fs.pipe_file(path, json.dumps({**json.loads(anywhere.fs.cat_file(path)), "added": 1}).encode())
     assert anywhere.find("t", KEY) == part
     anywhere.write("t", KEY, numbers(2))

@@ -319,7 +319,7 @@ HALF = f"{'0' * 32}.tmp"
 LEFT = [
     f"lake/landing/app/x.parquet.{HALF}",
     f"lake/quarantine/app/x.parquet.{HALF}",
-    f"lake/clicks_hourly/2026-05-31T05/_current.json.{HALF}",
+    f"lake/clicks_hourly/_current/2026-05-31T05.json.{HALF}",
     f"lake/clicks_hourly/2026-05-31T05/{VERSION}/part-0.parquet",
     f"lake/clicks_hourly/2026-05-31T06/{VERSION}/part-0.parquet",
     f"lake/clicks_hourly/_staging/{VERSION}/hour=2026-05-31T05/part-0.parquet",
