@@ -24,12 +24,14 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     ]
     assets = dg.map_asset_specs(lambda spec: automated(with_deadline(spec)), loaded)
     keys = [key for asset in assets if isinstance(asset, dg.AssetsDefinition) for key in asset.keys]
+    judged = [
+        *checks.asset_checks(keys),
+        *dg.load_asset_checks_from_modules([checks, feature_checks, gate, stream_checks]),
+    ]
+    placed = isolated([*assets, *judged], settings)
     return dg.Definitions(
-        assets=isolated(assets, settings),
-        asset_checks=[
-            *checks.asset_checks(keys),
-            *dg.load_asset_checks_from_modules([checks, feature_checks, gate, stream_checks]),
-        ],
+        assets=[a for a in placed if not isinstance(a, dg.AssetChecksDefinition)],
+        asset_checks=[a for a in placed if isinstance(a, dg.AssetChecksDefinition)],
         jobs=[*JOBS, prune_job],
         schedules=[*schedules(settings.dagster.automation), prune_schedule(settings.dagster.automation)],
         sensors=sensors(settings.dagster.automation),

@@ -1,7 +1,7 @@
-"""Where each asset runs and what it may use: its pool, the executor, and the CPU, memory and GPU of its pod.
+"""Where each asset and each check runs and what it may use: its pool, the executor, and the CPU, memory and GPU of its pod.
 
 Assets declare the pool they wait for; one that is made in several steps does so for each. The rest is mapped over all of them
-here, so that a new asset is placed by its pool and its partitions without being named.
+and over the checks here, so that a new one is placed by its pool and its partitions without being named.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ BY_STEP: Mapping[str, PodResources] = {
     "two_tower": PodResources(cpu="4", memory="16Gi", gpu=1),
     # Maps a release into memory and holds some thousand users.
     "rec_cache_shards": PodResources(cpu="2", memory="4Gi"),
-    # Both hold a whole release.
+    # These hold a whole release.
     "release": PodResources(cpu="1", memory="8Gi"),
+    "release_quality": PodResources(cpu="1", memory="8Gi"),
+    "release_challenger_beats_champion": PodResources(cpu="1", memory="8Gi"),
     "champion": PodResources(cpu="1", memory="8Gi"),
+    "champion_quality": PodResources(cpu="1", memory="8Gi"),
 }
 """What is not as its pool says, by the name of the step: that of its asset, where it is the only one."""
 
@@ -49,7 +52,7 @@ def executor(settings: Settings) -> dg.ExecutorDefinition:
 
 
 def isolated(assets: Sequence[A], settings: Settings) -> list[A | dg.AssetsDefinition]:
-    """The assets, each step of them in its pool and with the pod that it gets under the Kubernetes executor.
+    """The assets and checks, each step of them in its pool and with the pod that it gets under the Kubernetes executor.
 
     Raises SettingsError when [kubernetes] resources names an asset or a step that there is not.
     """
@@ -64,6 +67,15 @@ def isolated(assets: Sequence[A], settings: Settings) -> list[A | dg.AssetsDefin
 def _placed(asset: dg.AssetsDefinition, settings: Settings) -> dg.AssetsDefinition:
     """The same asset with other operations: op tags and pool can't be changed on one that exists."""
     placed = _placed_node(asset.node_def, asset, settings)
+    if isinstance(asset, dg.AssetChecksDefinition):
+        assert isinstance(placed, dg.OpDefinition)
+        return dg.AssetChecksDefinition.create(
+            keys_by_input_name=asset.keys_by_input_name,
+            node_def=placed,
+            check_specs_by_output_name=asset.check_specs_by_output_name,
+            can_subset=asset.can_subset,
+            resource_defs=asset.resource_defs,
+        )
     return dg.AssetsDefinition(**{**asset.get_attributes_dict(), "node_def": placed})
 
 
@@ -110,7 +122,8 @@ def _pod(step: dg.OpDefinition, asset: dg.AssetsDefinition, settings: Settings) 
         "container_config": {"resources": _resources(wanted, kubernetes)},
         "pod_spec_config": {
             "service_account_name": kubernetes.spark_account if drives_spark else kubernetes.step_account,
-            "automount_service_account_token": drives_spark,
+            # Dagster's launcher, which every step makes with its instance, reads the token; what it allows is the account's.
+            "automount_service_account_token": True,
         },
     }
 

@@ -9,6 +9,8 @@ from typing import Any
 import dagster as dg
 import kubernetes
 import pytest
+import yaml
+from certificates import make_certificates
 from dagster._core.execution.api import create_execution_plan
 from dagster._core.execution.plan.step import IExecutionStep
 from dagster._core.executor.init import InitExecutorContext
@@ -19,6 +21,7 @@ from dagster_k8s import K8sRunLauncher
 from dagster_k8s.container_context import K8sContainerContext
 from dagster_k8s.job import construct_dagster_k8s_job, get_user_defined_k8s_config
 from deployment import DEPLOY, assert_valid, instance_at, read_yaml, settings_of
+from kubernetes.config import ConfigException, incluster_config
 
 from recsys_assets.definitions import build_definitions
 from recsys_core.settings import LakeSettings, ReleaseSettings
@@ -92,14 +95,16 @@ def test_the_pod_of_every_step_is_valid_and_has_what_isolation_gives_it(
     launcher = instance.run_launcher
     assert isinstance(launcher, K8sRunLauncher)
     seen = {}
-    for asset in definitions.get_repository_def().assets_defs_by_key.values():
+    repository = definitions.get_repository_def()
+    for asset in (*repository.assets_defs_by_key.values(), *repository.asset_checks_defs_by_key.values()):
         for step in asset.node_def.iterate_op_defs() if asset.is_executable else ():
             manifest = job(launcher, step)
             assert_valid(manifest)
             seen[step.name] = pod_of(manifest)
     for name, (pod, container) in seen.items():
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"], name
-        assert pod["automountServiceAccountToken"] == (pod["serviceAccountName"] == "recsys-spark"), name
+        assert pod["automountServiceAccountToken"], f"{name}: see test_an_instance_in_the_cluster_is_opened_with_a_token"
+        assert pod["serviceAccountName"] in ("recsys-spark", "recsys-step"), name
         assert pod["securityContext"]["runAsNonRoot"], name
     assert seen["als_factors"][1]["resources"]["limits"] == {"memory": "16Gi"}
     assert seen["interactions"][0]["serviceAccountName"] == "recsys-spark"
@@ -124,6 +129,28 @@ def test_steps_that_share_the_shards_of_the_caches_are_pods_of_their_own_and_in_
         pod, container = pod_of(manifest)
         assert (pod["serviceAccountName"], container["resources"]["limits"]) == ("recsys-step", {"memory": "4Gi"})
     assert plan.get_step_by_key("rec_cache.rec_cache_plan").pool == "hourly"
+
+
+def test_an_instance_in_the_cluster_is_opened_with_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each step does first, with the files that Kubernetes puts into a pod whose account's token is mounted."""
+    config = read_yaml("dagster.yaml")
+    config["storage"] = {"sqlite": {"base_dir": str(tmp_path / "storage")}}
+    mounted = tmp_path / "serviceaccount"
+    for name, file in (("TOKEN", "token"), ("CERT", "ca.crt")):
+        monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(mounted / file))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "6443")
+    folder = tmp_path / "dagster"
+    folder.mkdir()
+    (folder / "dagster.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigException, match="token file does not exist"), dg.DagsterInstance.from_config(str(folder)) as made:
+        _ = made.run_launcher
+    mounted.mkdir()
+    (mounted / "token").write_text("a token")
+    make_certificates(mounted)
+    (mounted / "ca.pem").rename(mounted / "ca.crt")
+    with dg.DagsterInstance.from_config(str(folder)) as made:
+        assert isinstance(made.run_launcher, K8sRunLauncher)
 
 
 @pytest.mark.parametrize("name", ["nightly", "hourly"])

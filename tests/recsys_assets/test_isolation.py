@@ -24,10 +24,12 @@ def changed(settings: Settings, sections: dict[str, dict[str, Any]]) -> Settings
 
 
 def operations(settings: Settings) -> dict[str, dg.OpDefinition]:
-    """The steps of all assets that can be materialized or observed, by name: their own where an asset has several."""
-    assets = build_definitions(settings).get_repository_def().assets_defs_by_key
-    made = {step.name: step for a in assets.values() if a.is_executable for step in a.node_def.iterate_op_defs()}
-    assert {"popular_items", "rec_cache_plan", "rec_cache_shards", "rec_cache_report"} <= set(made)
+    """The steps of all checks and of all assets that can be materialized or observed, by name: their own where there are
+    several."""
+    repository = build_definitions(settings).get_repository_def()
+    definitions = [*repository.assets_defs_by_key.values(), *repository.asset_checks_defs_by_key.values()]
+    made = {step.name: step for a in definitions if a.is_executable for step in a.node_def.iterate_op_defs()}
+    assert {"popular_items", "rec_cache_plan", "rec_cache_shards", "rec_cache_report", "clicks_hourly_quality"} <= set(made)
     assert "rec_cache" not in made
     return made
 
@@ -85,6 +87,7 @@ def test_every_step_asks_for_cpu_and_memory_and_training_for_more(settings: Sett
 
     assert memory("popular_items") < memory("interactions") < memory("als_factors")
     assert memory("rec_cache_report") < memory("rec_cache_shards") < memory("rec_cache_plan")
+    assert memory("release") == memory("release_quality") == memory("release_challenger_beats_champion")
 
 
 def test_the_settings_give_one_asset_a_gpu_and_leave_its_memory(settings: Settings) -> None:
@@ -114,16 +117,14 @@ def test_resources_of_an_asset_that_there_is_not_are_refused_by_name(settings: S
 
 
 def test_only_spark_drivers_of_a_cluster_may_talk_to_kubernetes(settings: Settings) -> None:
-    def accounts(of: Settings) -> dict[str, tuple[str, bool]]:
-        specs = {name: pod(operation)["pod_spec_config"] for name, operation in operations(of).items()}
-        return {n: (s["service_account_name"], s["automount_service_account_token"]) for n, s in specs.items()}
+    def accounts(of: Settings) -> dict[str, str]:
+        return {name: pod(step)["pod_spec_config"]["service_account_name"] for name, step in operations(of).items()}
 
-    assert set(accounts(settings).values()) == {("recsys-step", False)}
+    assert set(accounts(settings).values()) == {"recsys-step"}
     on_cluster = accounts(changed(settings, CLUSTER))
-    assert on_cluster["interactions"] == on_cluster["als_factors"] == ("recsys-spark", True)
-    assert on_cluster["popular_items"] == on_cluster["release"] == ("recsys-step", False)
-    assert on_cluster["rec_cache_plan"] == ("recsys-spark", True)
-    assert on_cluster["rec_cache_shards"] == on_cluster["rec_cache_report"] == ("recsys-step", False)
+    assert {name for name, account in on_cluster.items() if account == "recsys-spark"} >= {"interactions", "rec_cache_plan"}
+    for name in ("popular_items", "release", "rec_cache_shards", "rec_cache_report", "interactions_quality"):
+        assert on_cluster[name] == "recsys-step", name
 
 
 def test_placing_an_asset_leaves_everything_else_of_it_as_it_was(settings: Settings) -> None:
