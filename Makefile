@@ -10,10 +10,10 @@ MAPPING ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env tools demo test lint up lock proto clean
+.PHONY: help env tools demo test test-production lint up lock proto clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 env:
 	@test -n "$(PYTHON)" || { echo "recsys needs Python 3.11, 3.12 or 3.13, and none is on PATH:" \
@@ -29,6 +29,9 @@ demo: tools ## clickstream to answers, on made-up data or on yours: make demo DA
 
 test: lint tools ## lint, types, room rules and all tests with real parts
 	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-production: tools ## what production runs on, several of each: brokers, Redis, Spark, an object store; killed and frozen
+	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest tests/production
 
 lint: env ## lint, types and room rules
 	@$(BIN)/ruff check .

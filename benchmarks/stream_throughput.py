@@ -30,8 +30,9 @@ from recsys_cli.java import ensure_java
 from recsys_cli.kafka import broker_server
 from recsys_cli.stack import redis_server
 from recsys_core.events import now_ms
+from recsys_core.jars import Module, fetch_jars
 from recsys_core.settings import Settings, load_settings
-from streaming.kafka import KAFKA, LOGGER, jars
+from streaming.kafka import KAFKA, LOGGER
 
 QUIXSTREAMS_EVENTS = 200_000
 """Most events of its turn, which would last minutes otherwise."""
@@ -136,7 +137,7 @@ def main() -> None:
             print(f"quixstreams: {rate:,.0f} events/s over {count:,}; the worker takes {report['rate'] / rate:.1f} × as many")
         if options.kafka_streams:
             java = ensure_java().path
-            libraries = jars(java, ("org.apache.kafka", "kafka-streams", KAFKA[2]), LOGGER)
+            libraries = fetch_jars(java, Module(KAFKA.group, "kafka-streams", KAFKA.version), LOGGER)
             app = [java / "bin/java", "-Dorg.slf4j.simpleLogger.defaultLogLevel=error", "-cp", f"{libraries}/*"]
             app += [Path(__file__).with_name("StreamsApp.java"), address, settings.kafka.topic, total, home / "kafka-streams"]
             said = subprocess.run([*map(str, app), str(os.cpu_count())], check=True, capture_output=True, text=True)

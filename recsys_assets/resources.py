@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,9 @@ from recsys_core.redis_client import client
 from recsys_core.registry import Registry
 from recsys_core.release import Releases
 from recsys_core.settings import Settings
-from recsys_core.spark import prepare_environment, spark_conf
+from recsys_core.spark import session
 
 if TYPE_CHECKING:
-    from dagster_pyspark import LazyPySparkResource
     from pyspark.sql import SparkSession
 
 
@@ -42,16 +40,9 @@ class Platform:
         self.registry = Registry(settings)
         self._loaded: tuple[str, Snapshot] | None = None
 
-    @cached_property
-    def _lazy_spark(self) -> LazyPySparkResource:
-        from dagster_pyspark import LazyPySparkResource
-
-        prepare_environment(self.settings)
-        return LazyPySparkResource(spark_config=spark_conf(self.settings))
-
     def spark(self) -> SparkSession:
         """The Spark session of this process."""
-        return self._lazy_spark.spark_session
+        return session(self.settings)
 
     @property
     def als_engine(self) -> str:

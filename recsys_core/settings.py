@@ -131,7 +131,7 @@ class SparkSettings(Section):
     app_name: str = Field("recsys", description="name of the Spark application")
     conf: dict[str, str] = Field(default_factory=dict, description="any further Spark property")
     driver_memory: str = Field("3g", description="spark.driver.memory; locally, the whole of Spark")
-    shuffle_partitions: int = Field(4, ge=1, description="spark.sql.shuffle.partitions; raise it on a cluster")
+    shuffle_partitions: int = Field(0, ge=0, description="spark.sql.shuffle.partitions; 0: 4 locally, 200 on a cluster")
 
 
 class InteractionSettings(Section):

@@ -10,18 +10,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from recsys_core import progress
+from recsys_core.executors import equip_executors
 from recsys_core.masking import masked
 from recsys_core.settings import Settings
+from recsys_core.spark_s3 import s3_conf
 
 STOP_SECONDS = 30
+LOCAL_SHUFFLE, CLUSTER_SHUFFLE = 4, 200
+"""Partitions of a shuffle where the settings leave it open. Spark joins small ones, and splits none."""
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
 def is_local(master: str) -> bool:
-    """Whether a master address means Spark inside this process."""
-    return master.startswith("local")
+    """Whether a master address means Spark inside this process. `local-cluster[…]` starts processes of its own."""
+    return master == "local" or master.startswith("local[")
 
 
 def spark_conf(settings: Settings) -> dict[str, str]:
@@ -31,11 +35,14 @@ def spark_conf(settings: Settings) -> dict[str, str]:
         "spark.master": spark.master,
         "spark.app.name": spark.app_name,
         "spark.driver.memory": spark.driver_memory,
-        "spark.sql.shuffle.partitions": str(spark.shuffle_partitions),
+        "spark.sql.shuffle.partitions": str(
+            spark.shuffle_partitions or (LOCAL_SHUFFLE if is_local(spark.master) else CLUSTER_SHUFFLE)
+        ),
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
         "spark.sql.parquet.compression.codec": "zstd",
         "spark.ui.showConsoleProgress": "false",
+        "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
     }
     if is_local(spark.master):
         work = settings.home.absolute() / "spark"
@@ -49,10 +56,9 @@ def spark_conf(settings: Settings) -> dict[str, str]:
             "spark.sql.sources.parallelPartitionDiscovery.threshold": "100000",
             "spark.local.dir": str(work / "tmp"),
             "spark.sql.warehouse.dir": str(work / "warehouse"),
-            "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
             "spark.log.level": "ERROR",
         }
-    return conf | spark.conf
+    return conf | s3_conf(settings.lake_uri) | spark.conf
 
 
 def prepare_environment(settings: Settings) -> None:
@@ -79,14 +85,23 @@ def _start_without_secrets(conf: Mapping[str, str]) -> None:
 
 
 def session(settings: Settings) -> SparkSession:
-    """The process's Spark session, started when there is none."""
+    """The process's Spark session, started when there is none. Raises ExecutorsUnfit."""
+    from pyspark import SparkContext
     from pyspark.sql import SparkSession
 
+    is_new = SparkContext._active_spark_context is None
     prepare_environment(settings)
     builder = SparkSession.builder
     for name, value in spark_conf(settings).items():
         builder = builder.config(name, value)
-    return builder.getOrCreate()
+    started = builder.getOrCreate()
+    if is_new and not is_local(settings.spark.master):
+        try:
+            equip_executors(started, settings.home.absolute() / "spark")
+        except BaseException:
+            started.stop()
+            raise
+    return started
 
 
 def stop_session() -> None:

@@ -1,30 +1,19 @@
-"""A real Kafka broker on this machine: one KRaft node, run by the Java that Spark needs anyway.
-
-Its jar files are fetched once, by the Apache Ivy that PySpark brings, from wherever Ivy is set up to look; Ivy verifies
-them by their checksums. They are kept in the user's cache folder.
-"""
+"""A real Kafka broker on this machine: one KRaft node, run by the Java that Spark needs anyway."""
 
 from __future__ import annotations
 
 import base64
-import importlib.util
-import os
-import shutil
 import subprocess
-import sys
-import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from recsys_core.errors import UserError
+from recsys_core.jars import DONE, JarsUnavailable, Module, fetch_jars, folder_of
 from recsys_core.settings import KafkaSettings
 
-KAFKA = ("org.apache.kafka", "kafka_2.13", "4.1.0")
-LOGGER = ("org.slf4j", "slf4j-simple", "1.7.36")
-CACHE_VARIABLE = "RECSYS_JARS"
-FETCH_SECONDS = 600
-DONE = "complete"
+KAFKA = Module("org.apache.kafka", "kafka_2.13", "4.1.0")
+LOGGER = Module("org.slf4j", "slf4j-simple", "1.7.36")
 HEAP = "512m"
 
 
@@ -47,70 +36,18 @@ class BrokerPlan:
     folder: Path
 
 
-def cache_folder() -> Path:
-    """Where fetched jar files are kept: RECSYS_JARS, else the user's cache folder."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    if sys.platform == "darwin" and not base:
-        return Path.home() / "Library" / "Caches" / "recsys"
-    return (Path(base) if base else Path.home() / ".cache") / "recsys"
-
-
 def broker_jars(java_home: Path) -> Path:
     """The folder of the broker's jar files, fetched at the first use. Raises KafkaUnavailable."""
-    return jars(java_home, KAFKA, LOGGER)
-
-
-def jars(java_home: Path, *modules: tuple[str, str, str]) -> Path:
-    """The folder of some modules' jar files and all that they need, named by the first. Raises KafkaUnavailable."""
-    folder = cache_folder() / f"{modules[0][1]}-{modules[0][2]}"
-    if (folder / DONE).is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fetched = Path(tempfile.mkdtemp(dir=folder.parent, prefix="fetching-"))
     try:
-        for module in modules:
-            _fetch(java_home, module, fetched)
-        (fetched / DONE).touch()
-        if not folder.exists():
-            os.replace(fetched, folder)
-    finally:
-        shutil.rmtree(fetched, ignore_errors=True)
-    return folder
-
-
-def _fetch(java_home: Path, module: tuple[str, str, str], folder: Path) -> None:
-    """Resolve a module with all it needs and copy the jar files into `folder`."""
-    command = [str(java_home / "bin" / "java"), "-jar", str(_ivy())]
-    command += ["-cache", str(cache_folder() / "ivy"), "-dependency", *module, "-confs", "default", "-types", "jar", "bundle"]
-    command += ["-retrieve", f"{folder}/[artifact]-[revision].[ext]"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=FETCH_SECONDS, cwd=folder
-        )
-    except subprocess.TimeoutExpired:
-        raise KafkaUnavailable(_advice(f"fetching {':'.join(module)} took longer than {FETCH_SECONDS} s")) from None
-    named = list(folder.glob(f"{module[1]}-{module[2]}.jar"))
-    if done.returncode or not named:
-        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        said = "\n".join(f"  {line}" for line in lines[-8:])
-        raise KafkaUnavailable(_advice(f"{':'.join(module)} can't be fetched; Ivy says:\n{said}"))
-
-
-def _ivy() -> Path:
-    package = importlib.util.find_spec("pyspark")
-    folder = Path(package.origin).parent / "jars" if package and package.origin else Path()
-    found = sorted(folder.glob("ivy-*.jar"))
-    if not found:
-        raise KafkaUnavailable(_advice(f"PySpark's jar files in {folder} have no Ivy to fetch Kafka with"))
-    return found[-1]
+        return fetch_jars(java_home, KAFKA, LOGGER)
+    except JarsUnavailable as error:
+        raise KafkaUnavailable(_advice(str(error))) from error
 
 
 def _advice(problem: str) -> str:
     return (
         f"no real Kafka here: {problem}\n"
-        f"Copy the jar files of {KAFKA[1]} {KAFKA[2]} to {cache_folder()}/{KAFKA[1]}-{KAFKA[2]} with an empty file "
+        f"Copy the jar files of {KAFKA.name} {KAFKA.version} to {folder_of(KAFKA)} with an empty file "
         f"'{DONE}', or run Kafka by deploy/compose, or set kafka.bootstrap_servers to one that runs; "
         "`recsys broker` is the embedded one for trying out"
     )

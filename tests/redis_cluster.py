@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from recsys_cli.processes import wait_until
 from recsys_cli.stack import redis_binary
 
 MASTERS = 3
+BUS = 10_000
+"""So far is the port of a node's bus above its own."""
 
 
 class Cluster:
@@ -27,32 +29,51 @@ class Cluster:
         replicas: address of the replica of each.
     """
 
-    def __init__(self, home: Path, replicated: bool = False, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        home: Path,
+        replicated: bool = False,
+        options: Sequence[str] = (),
+        hosts: Sequence[str] = ("127.0.0.1",),
+        reached_at: Callable[[str, int], int] | None = None,
+    ) -> None:
+        """`options` are further arguments of the nodes, which lie on `hosts` in turn. `reached_at` gives the port at which
+        others reach the bus of a node, by its host and the port where it listens."""
         self._home = home
         self._options = options
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        addresses = [f"127.0.0.1:{_free()}" for _ in range(2 * MASTERS if replicated else MASTERS)]
+        count = 2 * MASTERS if replicated else MASTERS
+        addresses = [f"{hosts[number % len(hosts)]}:{_free()}" for number in range(count)]
         self.nodes, self.replicas = addresses[:MASTERS], addresses[MASTERS:]
+        self._buses = {address: self._bus(address, reached_at) for address in addresses}
         for address in addresses:
             self.start(address)
 
+    def _bus(self, address: str, reached_at: Callable[[str, int], int] | None) -> int:
+        host, _, port = address.rpartition(":")
+        listens = int(port) + BUS
+        return reached_at(host, listens) if reached_at else listens
+
     def start(self, address: str) -> None:
         """Start a node and wait until it answers."""
-        port = address.rpartition(":")[2]
+        host, _, port = address.rpartition(":")
         folder = self._home / port
         folder.mkdir(exist_ok=True)
         options = ["--cluster-enabled", "yes", "--cluster-config-file", str(folder / "nodes.conf"), "--save", ""]
-        command = [str(redis_binary()), "--port", port, "--bind", "127.0.0.1", "--dir", str(folder), *options, *self._options]
+        options += ["--cluster-announce-ip", host, "--cluster-announce-bus-port", str(self._buses[address]), *self._options]
+        command = [str(redis_binary()), "--port", port, "--bind", host, "--dir", str(folder), *options]
         self._running[address] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_until(lambda: _answers(self.node(address)), "a node", 20, lambda: None)
 
     def node(self, address: str) -> Any:
         """A client of one node alone."""
-        return redis.Redis(port=int(address.rpartition(":")[2]))
+        host, _, port = address.rpartition(":")
+        return redis.Redis(host, int(port))
 
     def join(self) -> None:
         """Make a cluster of the nodes."""
-        _join([self.node(address) for address in self.nodes], [self.node(address) for address in self.replicas])
+        masters, replicas = map(self.node, self.nodes), map(self.node, self.replicas)
+        _join(list(masters), list(replicas), self.nodes[0], self._buses[self.nodes[0]])
 
     def master_of(self, key: str) -> str:
         """Address of the master that has a key."""
@@ -90,21 +111,20 @@ def redis_cluster(home: Path) -> Iterator[list[str]]:
 
 
 def _free() -> int:
-    """A port whose cluster bus, 10,000 above it, is a port as well."""
+    """A port whose bus is a port as well."""
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
-        if port < 55_000:
+        if port + BUS < 65_000:
             return port
 
 
-def _join(masters: list[Any], replicas: list[Any]) -> None:
+def _join(masters: list[Any], replicas: list[Any], first: str, bus: int) -> None:
     nodes = [*masters, *replicas]
     share = 16384 // len(masters) + 1
-    port = masters[0].connection_pool.connection_kwargs["port"]
     for node in nodes:
-        node.execute_command("CLUSTER", "MEET", "127.0.0.1", port)
+        node.execute_command("CLUSTER", "MEET", *first.split(":"), bus)
     for at, node in enumerate(masters):
         node.execute_command("CLUSTER", "ADDSLOTS", *range(at * share, min((at + 1) * share, 16384)))
     count = str(len(nodes))

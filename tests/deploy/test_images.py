@@ -74,7 +74,14 @@ def test_the_health_check_of_the_image_tells_a_server_that_answers(thin_server: 
     assert subprocess.run([*command, nobody], timeout=30, capture_output=True).returncode != 0
 
 
-@pytest.mark.parametrize(("file", "module"), [("serving.txt", "serving.server"), ("streaming.txt", "streaming.producer")])
+@pytest.mark.parametrize(
+    ("file", "module"),
+    [
+        ("serving.txt", "serving.server"),
+        ("streaming.txt", "streaming.producer"),
+        ("executors.txt", "recsys_core.feature_tables"),
+    ],
+)
 def test_the_process_imports_nothing_that_its_image_lacks(file: str, module: str) -> None:
     command = [sys.executable, "-c", f"{ONLY}\nimport {module}", json.dumps(sorted(closure(file)))]
     ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
@@ -93,7 +100,7 @@ def test_a_thin_image_has_no_framework(file: str) -> None:
     assert closure(file) & HEAVY == set()
 
 
-@pytest.mark.parametrize("file", ["serving.txt", "streaming.txt", "webserver.txt", "mlflow.txt", "s3.txt"])
+@pytest.mark.parametrize("file", ["executors.txt", "serving.txt", "streaming.txt", "webserver.txt", "mlflow.txt", "s3.txt"])
 def test_the_lock_pins_all_that_an_image_installs(file: str) -> None:
     assert closure(file) - set(locked()) == set()
 

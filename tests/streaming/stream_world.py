@@ -22,7 +22,6 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import redis
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
@@ -32,6 +31,7 @@ from recsys_core.kafka_config import SILENT, client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing, offset_faults
 from recsys_core.recompute import Recomputation
+from recsys_core.redis_client import client
 from recsys_core.settings import KafkaSettings, Settings, load_settings
 from streaming import archive as archive_module
 from streaming.decode import decode
@@ -144,7 +144,7 @@ class World:
             )
         init_topics(settings.kafka)
         producer = Producer(client_config(settings.kafka, enable_idempotence=True, linger_ms=2))
-        return cls(settings, redis.Redis.from_url(settings.redis.url), name, producer)
+        return cls(settings, client(settings.redis), name, producer)
 
     # -- events -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,60 @@
+"""Engines as production has them, on one machine; at the end a table of what was done to them and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from rig import Drill, Note, had
+from stream_world import Broker
+
+DRILLS = pytest.StashKey[list[Drill]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DRILLS] = []
+
+
+def pytest_terminal_summary(config: pytest.Config) -> None:
+    table = Table(title="What the engines went through", title_justify="left")
+    for name in ("engine", "ran on it", "fault", "lost or doubled", "degraded"):
+        table.add_column(name)
+    for drill in config.stash[DRILLS]:
+        table.add_row(drill.engine, drill.ran, drill.fault, drill.lost, drill.degraded)
+    if config.stash[DRILLS]:
+        Console().print(table)
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Note:
+    """Adds a line to the table."""
+    return request.config.stash[DRILLS].append
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without any settings, in which the test works."""
+    monkeypatch.delenv("RECSYS_CONFIG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@contextmanager
+def _one_broker(home: Path) -> Iterator[Broker]:
+    broker = Broker(home)
+    broker.start()
+    try:
+        yield broker
+    finally:
+        broker.stop()
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """A Kafka of one node, for what is about something else."""
+    with had(_one_broker(tmp_path_factory.mktemp("kafka"))) as running:
+        yield running
