@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
+from recsys_core.cores import usable_cores
 from recsys_core.settings import KubernetesSettings, PodResources, Settings, SettingsError
 from recsys_core.spark import is_local
 
@@ -24,7 +25,6 @@ BY_POOL: Mapping[str, PodResources] = {
     TRAINING: PodResources(cpu="4", memory="16Gi"),
 }
 BY_STEP: Mapping[str, PodResources] = {
-    "two_tower": PodResources(cpu="4", memory="16Gi", gpu=1),
     # Maps a release into memory and holds some thousand users.
     "rec_cache_shards": PodResources(cpu="2", memory="4Gi"),
     # These hold a whole release.
@@ -47,7 +47,7 @@ def executor(settings: Settings) -> dg.ExecutorDefinition:
 
         return k8s_job_executor
     if chosen == "multiprocess":
-        return dg.multiprocess_executor.configured({"max_concurrent": settings.dagster.max_processes})
+        return dg.multiprocess_executor.configured({"max_concurrent": settings.dagster.max_processes or usable_cores()})
     return dg.in_process_executor
 
 
@@ -121,11 +121,20 @@ def _pod(step: dg.OpDefinition, asset: dg.AssetsDefinition, settings: Settings) 
     return {
         "container_config": {"resources": _resources(wanted, kubernetes)},
         "pod_spec_config": {
+            **_nodes(wanted, kubernetes),
             "service_account_name": kubernetes.spark_account if drives_spark else kubernetes.step_account,
             # Dagster's launcher, which every step makes with its instance, reads the token; what it allows is the account's.
             "automount_service_account_token": True,
         },
     }
+
+
+def _nodes(wanted: PodResources, kubernetes: KubernetesSettings) -> dict[str, Any]:
+    """Which nodes a pod may be on: those with its labels, and those that are kept for GPUs where it wants one."""
+    found: dict[str, Any] = {"node_selector": wanted.nodes} if wanted.nodes else {}
+    if wanted.gpu:
+        found["tolerations"] = [{"key": kubernetes.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
+    return found
 
 
 def _resources(wanted: PodResources, kubernetes: KubernetesSettings) -> dict[str, dict[str, str]]:

@@ -12,7 +12,6 @@ Blocks depend on the lengths alone and each is solved by one thread: the result 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
+
+from recsys_core.cores import usable_cores
 
 BLOCK_FLOATS = 1 << 22
 """Largest array of a block (16 MB); a row that is longer is summed in pieces of it."""
@@ -64,7 +65,7 @@ def solve_rows(
         def solve(rows: npt.NDArray[np.int64]) -> None:
             found[rows] = _solve_block(entries, rows, shared, ridge[rows]) @ rotation.T
 
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(threads or usable_cores()) as pool:
             for _ in pool.map(solve, _blocks(lengths, vectors.shape[1])):
                 pass
     return found

@@ -13,7 +13,6 @@ Every candidate gets five parts on comparable scales and one weighted sum of the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -23,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_core.cores import usable_cores
 from recsys_core.fold_in import fold_in
 from recsys_core.index import RECALL_AT, Metric, Part, Searchable, one_faiss_thread, unit_rows
 from recsys_core.item_ids import ItemIds
@@ -281,7 +281,7 @@ def _each(work: Callable[[slice], Ranked], spans: Sequence[slice]) -> Iterable[R
     """The spans' answers in their order, many spans on all cores: NumPy and FAISS let other threads run while they compute."""
     if len(spans) < SPANS_FOR_THREADS:
         return map(work, spans)
-    with ThreadPoolExecutor(os.cpu_count(), "rank-span", initializer=one_faiss_thread) as threads:
+    with ThreadPoolExecutor(usable_cores(), "rank-span", initializer=one_faiss_thread) as threads:
         return threads.map(work, spans)
 
 

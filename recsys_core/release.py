@@ -43,6 +43,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from recsys_core.cores import usable_cores
 from recsys_core.errors import UserError
 from recsys_core.index import ExactIndex, Metric, Searchable, VectorIndex
 from recsys_core.masking import masked_text
@@ -505,7 +506,7 @@ class LocalFiles:
         ]
         if missing:
             # The interpreter is free while a thread hashes; the largest files first, so that the threads end together.
-            with ThreadPoolExecutor(os.cpu_count(), "verify") as threads:
+            with ThreadPoolExecutor(usable_cores(), "verify") as threads:
                 list(threads.map(self._bring, sorted(missing, key=lambda name: -int(files[name]["bytes"]))))
             verified = {name: _stamp(self._folder / name, expected) for name, expected in files.items()}
             write_atomically(LocalFileSystem(), str(self._mark), json.dumps(verified).encode())

@@ -475,7 +475,7 @@ class ServingSettings(Section):
     reflection: bool | None = Field(
         None, description="offer gRPC server reflection, to callers without a token too; unset: where no tokens are set"
     )
-    processes: int = Field(1, ge=0, le=256, description="serving processes on the one port; 0: one a core")
+    processes: int = Field(1, ge=0, le=256, description="serving processes on the one port; 0: one a usable core")
     max_concurrent: int = Field(256, ge=1, description="calls under way in a process; more are refused as RESOURCE_EXHAUSTED")
     drain_seconds: float = Field(5.0, ge=0, description="what calls under way get to finish after SIGTERM")
     linger_seconds: float = Field(0.0, ge=0, description="time between saying NOT_SERVING and refusing calls, for balancers")
@@ -524,7 +524,7 @@ class DagsterSettings(Section):
         "in_process",
         description="where the steps of a run work: in its own process; multiprocess: each in another; k8s: each in a pod",
     )
-    max_processes: int = Field(0, ge=0, description="processes of a run at a time under multiprocess; 0: one a core")
+    max_processes: int = Field(0, ge=0, description="processes of a run at a time under multiprocess; 0: one a usable core")
     hourly_pool: str = Field(
         "spark", description="pool of the hourly Spark assets; any other name gives them a session beside the nightly one's"
     )
@@ -539,6 +539,7 @@ class PodResources(Section):
     cpu: str = Field("500m", pattern=r"^\d+(\.\d+|m)?$", description="cores, or thousandths by `m`")
     memory: str = Field("2Gi", pattern=r"^\d+(Mi|Gi)$", description="bytes")
     gpu: int = Field(0, ge=0, description="whole GPUs")
+    nodes: dict[str, str] = Field(default_factory=dict, description="labels of the nodes that it may run on; empty: any")
 
 
 class KubernetesSettings(Section):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from recsys_core.cores import usable_cores
 from recsys_core.settings import Settings
 from serving.metrics import serve_metrics
 
@@ -96,7 +96,7 @@ async def supervise(settings: Settings, on_ready: Callable[[str], None]) -> None
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    count = settings.serving.processes or os.cpu_count() or 1
+    count = settings.serving.processes or usable_cores()
     with ExitStack() as held:
         port = held.enter_context(reserved_port(settings.serving.host, settings.serving.port)).getsockname()[1]
         if settings.serving.health_port:

@@ -120,7 +120,6 @@ def test_the_model_registry_keeps_artifacts_in_s3(tmp_path: Path, own_s3: S3Serv
         "MLFLOW_S3_ENDPOINT_URL": own_s3.url,
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db",
         "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/artifacts",
-        "MLFLOW_SERVER_ALLOWED_HOSTS": "127.0.0.1:*",
         "MLFLOW_WORKERS": "1",
     }
     url = f"http://127.0.0.1:{port}"

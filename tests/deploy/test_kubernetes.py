@@ -17,12 +17,7 @@ from serving.server import LIVE
 
 K8S = DEPLOY / "k8s"
 OVERLAYS = ("production", "small")
-COMPONENT = K8S / "components" / "tensorflow-serving"
-SECRETS = {
-    "serving": "recsys-serving-secrets",
-    "stream": "recsys-stream-secrets",
-    "tensorflow-serving": "recsys-store-secrets",
-}
+SECRETS = {"serving": "recsys-serving-secrets", "stream": "recsys-stream-secrets"}
 """Of each workload its own: what applications reach must not hold the keys of what writes."""
 WORKLOADS = {"Deployment", "StatefulSet"}
 NOT_MANIFESTS = {"kustomization.yaml", "executor.yaml"}
@@ -33,8 +28,8 @@ def documents(text: str) -> list[dict[str, Any]]:
 
 
 def written() -> list[dict[str, Any]]:
-    """The manifests of the base and of the component, as they are in the files."""
-    files = [file for folder in (K8S / "base", COMPONENT) for file in sorted(folder.glob("*.yaml"))]
+    """The manifests of the base, as they are in the files."""
+    files = sorted((K8S / "base").glob("*.yaml"))
     return [d for file in files if file.name not in NOT_MANIFESTS for d in documents(file.read_text())]
 
 
@@ -95,8 +90,7 @@ def test_an_overlay_is_valid_and_whole(overlay: list[dict[str, Any]]) -> None:
         assert manifest["metadata"]["labels"]["app.kubernetes.io/part-of"] == "recsys", label(manifest)
         if manifest["kind"] != "Namespace":
             assert manifest["metadata"]["namespace"] == "recsys", label(manifest)
-    base = {label(m) for m in written() if "tensorflow" not in m["metadata"]["name"]}
-    assert base <= {label(m) for m in overlay}
+    assert {label(m) for m in written()} <= {label(m) for m in overlay}
 
 
 def test_what_a_pod_mounts_and_reads_is_there(overlay: list[dict[str, Any]]) -> None:
@@ -131,6 +125,14 @@ def test_selectors_reach_the_pods_they_mean(overlay: list[dict[str, Any]]) -> No
     for scaler in of_kind(overlay, "HorizontalPodAutoscaler"):
         target = scaler["spec"]["scaleTargetRef"]
         assert "replicas" not in named(overlay, f"{target['kind']}/{target['name']}")["spec"]
+
+
+def test_a_new_pod_finds_a_node_before_an_old_one_goes(overlay: list[dict[str, Any]]) -> None:
+    """On as many nodes as there are replicas, one that may not share a node with another would wait for ever."""
+    for workload in of_kind(overlay, "Deployment"):
+        if workload["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0:
+            affinity = workload["spec"]["template"]["spec"].get("affinity", {}).get("podAntiAffinity", {})
+            assert not affinity.get("requiredDuringSchedulingIgnoredDuringExecution"), label(workload)
 
 
 def test_no_pod_is_root_or_may_become_it_or_writes_to_its_image(overlay: list[dict[str, Any]]) -> None:
@@ -191,26 +193,6 @@ def test_a_worker_keeps_its_name_so_that_a_restart_moves_no_partition() -> None:
     assert service["spec"]["clusterIP"] == "None"
 
 
-# -- TensorFlow Serving ------------------------------------------------------------------------------------------------
-
-
-def test_tensorflow_serving_batches_as_designed_and_has_a_gpu() -> None:
-    manifests = rendered(K8S / "overlays" / "production")
-    (config,) = [m for m in of_kind(manifests, "ConfigMap") if m["metadata"]["name"].startswith("tensorflow-serving-")]
-    batching = dict(re.findall(r"(\w+) \{ value: (\d+) \}", config["data"]["batching.config"]))
-    assert batching == {
-        "max_batch_size": "100",
-        "batch_timeout_micros": "5000",
-        "max_enqueued_batches": "100",
-        "num_batch_threads": "8",
-    }
-    server = container(named(manifests, "Deployment/tensorflow-serving"))
-    assert server["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert "--batching_parameters_file=/config/batching.config" in server["args"]
-    volumes = named(manifests, "Deployment/tensorflow-serving")["spec"]["template"]["spec"]["volumes"]
-    assert volumes[0]["configMap"]["name"] == config["metadata"]["name"]
-
-
 # -- settings, accounts, network ---------------------------------------------------------------------------------------
 
 
@@ -267,12 +249,12 @@ def test_the_network_lets_through_the_ports_that_are_used(monkeypatch: pytest.Mo
 
     def ports(policy: str, way: str) -> set[int]:
         rules = named(written(), f"NetworkPolicy/{policy}")["spec"][way]
-        return {port["port"] for rule in rules for port in rule.get("ports", ())}
+        found = [port for rule in rules for port in rule.get("ports", ())]
+        return {number for port in found for number in range(port["port"], port.get("endPort", port["port"]) + 1)}
 
     assert ports("serving", "ingress") == {50051, 9464}
-    assert ports("serving", "egress") >= {53, 443, 6379, 8500}
+    assert ports("serving", "egress") >= {53, 443, 6379}
     assert ports("stream", "egress") >= {53, 443, 6379, kafka}
-    assert ports("tensorflow-serving", "ingress") >= {8500}
 
 
 def test_no_secret_is_written_down() -> None:
