@@ -114,7 +114,7 @@ def test_an_image_runs_as_a_number_that_is_not_root(image: str) -> None:
     users = [rest for name, rest in stages()[image] if name == "USER"]
     assert users, image
     assert int(users[-1].split(":")[0]) > 0
-    assert [name for name, _ in stages()[image]][-1] in ("CMD", "USER")
+    assert [name for name, _ in stages()[image]][-1] in ("CMD", "ENTRYPOINT")
 
 
 @pytest.mark.parametrize("image", ["serving", "webserver", "code-location", "mlflow"])
@@ -126,14 +126,13 @@ def test_an_image_that_listens_says_how_to_ask_it(image: str) -> None:
 
 def test_every_base_image_is_pinned_to_a_version() -> None:
     images = [rest.split("=", 1)[1] for name, rest in instructions() if name == "ARG" and "_IMAGE=" in rest]
-    assert len(images) == 3
+    assert len(images) == 2
     for image in images:
         assert re.search(r":\d+\.\d+\.\d+", image), image
 
 
-def test_spark_executors_have_the_version_of_the_driver() -> None:
+def test_spark_speaks_to_an_object_store_by_the_hadoop_that_it_brings() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
-    assert f"apache/spark:{locked()['pyspark']}-" in text
     import pyspark
 
     hadoop = next((Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar")).stem.rpartition("-")[2]
