@@ -70,17 +70,23 @@ def test_the_caches_of_an_hour_are_finished_by_the_next_run_where_a_master_died_
     def plan() -> CachePlan:
         return plan_caches(lake, HOUR, Pointer(SNAPSHOT.release_id, "", 0.0), settings, "a run")
 
+    def write(made: CachePlan, die_after: int = -1) -> list[int]:
+        shards = []
+        for shard, _ in write_shards(redis, lake, made, 0, SNAPSHOT, NO_TREND, settings):
+            shards.append(shard)
+            if shard == die_after:
+                cluster.kill(lost)
+        return shards
+
     first = plan()
     with pytest.raises(redis_py.RedisError):
-        for shard, _ in write_shards(redis, lake, first, 0, SNAPSHOT, NO_TREND, settings):
-            if shard == 4:
-                cluster.kill(lost)
+        write(first, die_after=4)
     redis.close()
     eventually(lambda: is_master(cluster, replica_of(cluster, lost)))
     redis = client(settings.redis)
     again = plan()
     assert again.attempt == first.attempt, "what the first run had done is not done again"
-    made = [shard for shard, _ in write_shards(redis, lake, again, 0, SNAPSHOT, NO_TREND, settings)]
+    made = write(again)
     assert 0 not in made
     assert made[-1] == 15
     assert finish_caches(lake, again).users == len(USERS)
@@ -141,7 +147,7 @@ def test_a_rebuild_makes_all_records_again_where_a_master_died_in_the_middle(
     )
 
 
-def test_a_user_is_forgotten_on_every_node(cluster: PartitionedCluster, settings: Settings, here: Path) -> None:
+def test_a_user_is_forgotten_on_every_node(settings: Settings, here: Path) -> None:
     lake = Lake(str(here / "lake"))
     redis = client(settings.redis)
     write_records(redis, [(user, UserRecord(seen=("item-1",), last_ts=now_ms())) for user in USERS[:300]], 3600)
