@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -107,9 +108,8 @@ def process(program: str, folder: Path, env: dict[str, str]) -> Iterator[tuple[s
         child.wait()
 
 
-def fill(url: str, snapshot: Snapshot, settings: Settings, users: int) -> None:
+def fill(client: Any, snapshot: Snapshot, settings: Settings, users: int) -> None:
     """Users `user-<i>` with a record and, for those of even number, a cached answer."""
-    client = redis.Redis.from_url(url)
     random = np.random.default_rng(1)
     encoder = AnswerEncoder(snapshot.release_id, snapshot.item_ids)
     trend = Trend.of(snapshot, {})
@@ -173,7 +173,7 @@ def main() -> None:
             open_filesystem(settings.releases_uri)[0].makedirs(releases.root, exist_ok=True)
             releases.write(make_manifest(snapshot), snapshot)
             releases.promote(snapshot.release_id)
-            fill(url, snapshot, settings, options.users)
+            fill(redis.Redis.from_url(url), snapshot, settings, options.users)
         env = {
             "RECSYS_HOME": str(folder),
             "RECSYS_REDIS__URL": url,

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import redis
 from load import run_load, write_requests
 from rich.console import Console
 from rich.table import Table
@@ -59,7 +60,7 @@ def main() -> None:
                 named = replace(snapshot, release_id=name)
                 releases.write(make_manifest(named), named)
             releases.promote("2026-01-01.a")
-            fill(url, snapshot, settings, options.users)
+            fill(redis.Redis.from_url(url), snapshot, settings, options.users)
         env = {
             "RECSYS_HOME": str(folder),
             "RECSYS_REDIS__URL": url,
