@@ -38,9 +38,9 @@ class Calls:
     def tiers(self, start: float, end: float = float("inf")) -> Counter[str]:
         return Counter(call.tier for call in self.between(start, end))
 
-    def last_other(self, tier: str) -> float:
-        """When the last call was made that another tier answered (monotonic s), 0 where there is none."""
-        return max((call.at for call in self.made if call.tier != tier), default=0.0)
+    def last_other(self, tier: str, end: float) -> float:
+        """When the last call before `end` was made that another tier answered (monotonic s), 0 where there is none."""
+        return max((call.at for call in self.between(0.0, end) if call.tier != tier), default=0.0)
 
 
 @contextmanager

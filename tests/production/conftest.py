@@ -12,6 +12,7 @@ from rich.table import Table
 from rig import Drill, Note, had
 from stream_world import Broker
 
+pytest.register_assert_rewrite("speed_layer")
 DRILLS = pytest.StashKey[list[Drill]]()
 
 

@@ -1,25 +1,29 @@
-"""Clicks at a steady pace while something is done to the engines, and how long nothing of them arrived."""
+"""Clicks at a steady pace while something is done to the engines, and for how long a user's clicks were not visible."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import redis
 from stream_world import World
 
-from streaming.progress import read_positions
+from recsys_core.events import now_ms
+from recsys_core.online import read_records
+from recsys_core.redis_client import client
 
 TICK_SECONDS = 0.02
+LOOK_SECONDS = 0.25
+USERS_SEEN = 20
 
 
 @dataclass
 class Stall:
-    """The longest time (s) for which no event became visible in Redis while events were sent."""
+    """The longest time (s) for which the newest click of some user was not visible in Redis, to LOOK_SECONDS."""
 
     seconds: float = 0.0
 
@@ -49,21 +53,22 @@ def clicks(world: World, per_second: int = 1000, seed: int = 1) -> Iterator[None
 
 @contextmanager
 def stalls(world: World) -> Iterator[Stall]:
-    """The longest stall of the block; for use inside of `clicks`."""
+    """The longest stall of the block, in which each of the world's users clicks many times a second."""
     found, stop = Stall(), threading.Event()
-    identity = world.identity()
-    sources = [f"{identity}.{number}" for number in world.ends()]
+    users = [f"{world.prefix}-{number}" for number in range(USERS_SEEN)]
+    newest = dict.fromkeys(users, now_ms())
 
     def watch() -> None:
-        last, since = -1, time.monotonic()
-        while not stop.wait(TICK_SECONDS):
-            try:
-                at = sum(position or 0 for position in read_positions(world.redis, sources).values())
-            except redis.RedisError:
-                at = last
-            if at > last:
-                last, since = at, time.monotonic()
-            found.seconds = max(found.seconds, time.monotonic() - since)
+        connected = client(world.settings.redis, socket_timeout=LOOK_SECONDS)
+        while not stop.wait(LOOK_SECONDS):
+            for user in users:
+                try:
+                    (record,) = read_records(connected, [user])
+                    newest[user] = max(newest[user], record.last_ts)
+                except redis.RedisError:
+                    pass
+            found.seconds = max(found.seconds, (now_ms() - min(newest.values())) / 1000)
+        connected.close()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -74,9 +79,6 @@ def stalls(world: World) -> Iterator[Stall]:
         watcher.join()
 
 
-def passes(seconds: float, check: Callable[[], object] = lambda: None) -> None:
-    """Let time pass, looking again and again whether all is well."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        check()
-        time.sleep(TICK_SECONDS)
+def passes(seconds: float) -> None:
+    """Let time pass while clicks and calls go on."""
+    time.sleep(seconds)

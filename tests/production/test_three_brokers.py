@@ -94,7 +94,7 @@ def test_all_are_restarted_one_after_the_other(world: World, brokers: Brokers, n
 
 def _drill(fault: str, world: World, stall: float) -> Drill:
     lost = f"0 of {world.sent:,} events"
-    return Drill("Kafka, 3 brokers", "two stream workers, archive", fault, lost, f"no event visible for {stall:.1f} s")
+    return Drill("Kafka, 3 brokers", "two stream workers, archive", fault, lost, f"a click visible after {stall:.1f} s at most")
 
 
 def test_an_acknowledged_click_is_on_two_brokers(world: World) -> None:
