@@ -10,6 +10,8 @@ QUIET = 4
 """Syslog level of librdkafka's own messages: warnings and worse."""
 SILENT = 0
 """For clients whose errors are all raised."""
+ANSWER_MS = 10_000
+"""A broker that has not answered by then is not waited for: another one leads its partitions by now."""
 
 
 def client_config(settings: KafkaSettings, **more: Any) -> dict[str, Any]:
@@ -18,6 +20,7 @@ def client_config(settings: KafkaSettings, **more: Any) -> dict[str, Any]:
         "bootstrap.servers": settings.bootstrap_servers,
         "security.protocol": settings.security_protocol,
         "log_level": QUIET,
+        "socket.timeout.ms": ANSWER_MS,
     }
     if settings.security_protocol.startswith("SASL"):
         conf["sasl.mechanism"] = settings.sasl_mechanism

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, PartitionMetadata
+from waiting import eventually
 
 from recsys_cli.java import ensure_java
 from recsys_cli.processes import free_port, wait_until
@@ -42,7 +43,8 @@ class Brokers:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self.bootstrap_servers = ",".join(f"127.0.0.1:{port}" for port in self._ports.values())
         # One client to the end: each that is made anew needs a broker that is just then there.
-        self._admin = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": SILENT})
+        patience = {"log_level": SILENT, "socket.timeout.ms": 3000}
+        self._admin = AdminClient({"bootstrap.servers": self.bootstrap_servers, **patience})
         for node in NODES:
             self._prepare(node)
         for node in NODES:
@@ -58,16 +60,21 @@ class Brokers:
 
     def leaders(self, topic: str) -> Counter[int]:
         """How many partitions of a topic each node leads."""
-        partitions = self._admin.list_topics(topic, timeout=10).topics[topic].partitions
+        partitions = eventually(lambda: self._partitions(topic))
         return Counter(partition.leader for partition in partitions.values())
 
     def in_sync(self, topic: str) -> bool:
         """Whether all nodes have all that a topic holds."""
+        partitions = self._partitions(topic)
+        return bool(partitions) and all(set(partition.isrs) == set(NODES) for partition in partitions.values())
+
+    def _partitions(self, topic: str) -> dict[int, PartitionMetadata]:
+        """The partitions of a topic, none when the broker that is asked does not answer."""
         try:
-            partitions = self._admin.list_topics(topic, timeout=2).topics[topic].partitions
+            found: dict[int, PartitionMetadata] = self._admin.list_topics(topic, timeout=4).topics[topic].partitions
         except KafkaException:
-            return False
-        return all(set(partition.isrs) == set(NODES) for partition in partitions.values())
+            return {}
+        return found
 
     def controller(self) -> int:
         """The node whose controller is the active one."""

@@ -62,7 +62,7 @@ class Loss:
             "stream worker, server",
             fault,
             f"0 of {sent:,} events, 0 of {len(self.calls.made):,} answers",
-            f"{1 - self.kept():.0%} of the answers below CACHE for {back:.1f} s; a click visible after {self.stall:.1f} s at most",
+            f"{1 - self.kept():.0%} of answers below CACHE for {back:.1f} s; clicks visible after {self.stall:.1f} s at most",
         )
 
 
