@@ -19,7 +19,7 @@ from recsys_core.settings import Settings
 
 log = logging.getLogger("streaming.librdkafka")
 
-REDIS_SECONDS = 30.0
+REDIS_SECONDS = 10.0
 SAME_LINE_SECONDS = 30.0
 
 
