@@ -74,12 +74,17 @@ class SparkCluster:
             process.wait()
 
     def _start(self, name: str, what: str, *options: str) -> None:
-        java = ensure_java().path
-        command = [str(java / "bin" / "java"), "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{SPARK_HOME}/jars/*"]
-        command += [f"org.apache.spark.deploy.{what.lower()}.{what}", "--host", "127.0.0.1", *options]
-        work = self._home / f"{name}-work"
+        command = [str(SPARK_HOME / "bin" / "spark-class"), f"org.apache.spark.deploy.{what.lower()}.{what}"]
+        command += ["--host", "127.0.0.1", *options]
         # Of this process's environment executors shall have nothing: no packages, no settings, no secrets.
-        environment = {"SPARK_HOME": str(SPARK_HOME), "JAVA_HOME": str(java), "PATH": os.defpath, "SPARK_WORKER_DIR": str(work)}
+        environment = {
+            "SPARK_HOME": str(SPARK_HOME),
+            "JAVA_HOME": str(ensure_java().path),
+            "PATH": os.defpath,
+            "SPARK_WORKER_DIR": str(self._home / f"{name}-work"),
+            "SPARK_DAEMON_MEMORY": "512m",
+            "SPARK_LOCAL_IP": "127.0.0.1",
+        }
         with open(self._home / f"{name}.log", "wb") as log:
             self._processes[name] = subprocess.Popen(
                 command, env=environment, cwd=self._home, stdin=subprocess.DEVNULL, stdout=log, stderr=log

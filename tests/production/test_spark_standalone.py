@@ -108,7 +108,7 @@ def test_executors_that_lack_a_package_are_refused_with_a_word_of_what_to_do(
     process = start(tmp_path, str(landed), cluster.master, {"spark.pyspark.python": str(bare / "bin" / "python")})
     _, err = process.communicate(timeout=STEP_SECONDS)
     assert process.returncode != 0
-    assert "ModuleNotFoundError: No module named" in err
+    assert "ModuleNotFoundError: No module named" in err, err[-3000:]
     assert "executors.txt" in err
     assert "spark.pyspark.python" in err
 
