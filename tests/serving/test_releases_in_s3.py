@@ -37,7 +37,7 @@ def test_a_release_in_s3_is_served_and_followed(far_world: World) -> None:
     assert served(far_world) == OLD
     far_world.promote(make_snapshot(NEW, items=300))
     eventually(lambda: served(far_world) == NEW)
-    far_world.releases.rollback()
+    far_world.releases.roll_back()
     eventually(lambda: served(far_world) == OLD)
 
 
