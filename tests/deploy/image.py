@@ -54,7 +54,7 @@ if sys.argv[0] == "-m":
     sys.argv.pop(0)
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 elif sys.argv[0] == "-c":
-    exec(sys.argv[1])
+    exec(sys.argv.pop(1))
 else:
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
