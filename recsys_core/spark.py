@@ -64,11 +64,14 @@ def spark_conf(settings: Settings) -> dict[str, str]:
 def prepare_environment(settings: Settings) -> None:
     """What Spark takes from this process's environment, before it starts.
 
-    Python workers of a local Spark are this interpreter, which has what they import; those of a cluster are its own.
+    Python workers of a local Spark are this interpreter, which has what they import. Those of a cluster are the one that
+    `spark.pyspark.python` names, which Spark itself reads only where a program is handed to `spark-submit`.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if is_local(settings.spark.master):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    elif python := settings.spark.conf.get("spark.pyspark.python"):
+        os.environ["PYSPARK_PYTHON"] = python
     _start_without_secrets(spark_conf(settings))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def s3_conf(lake_uri: str) -> dict[str, str]:
     conf = {"spark.hadoop.fs.s3a.aws.credentials.provider": CREDENTIALS}
     if not list(_own_jars().glob("hadoop-aws-*.jar")):
         folder = fetch_jars(_java_home(), *_modules())
-        conf["spark.jars"] = ",".join(str(jar) for jar in sorted(folder.glob("*.jar")))
+        brought = {_artifact(jar) for jar in _own_jars().glob("*.jar")}
+        conf["spark.jars"] = ",".join(str(jar) for jar in sorted(folder.glob("*.jar")) if _artifact(jar) not in brought)
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         conf |= {
             "spark.hadoop.fs.s3a.endpoint": endpoint,
@@ -49,6 +51,11 @@ def _own_jars() -> Path:
     import pyspark
 
     return Path(pyspark.__file__).parent / "jars"
+
+
+def _artifact(jar: Path) -> str:
+    """The name of a jar file without its version: Spark's own version of it is the one that is used."""
+    return re.sub(r"-\d.*", "", jar.stem)
 
 
 def _java_home() -> Path:
