@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ from recsys_cli.kafka import kafka_server
 from recsys_cli.processes import free_port, wait_until
 from recsys_cli.stack import redis_server
 from recsys_core.heartbeat import HEARTBEATS_KEY
+from recsys_core.stores import open_filesystem
 from streaming.kafka import KafkaUnavailable
+
+GRACE_SECONDS = 10
+"""What Docker gives a container between asking it to end and ending it."""
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +65,20 @@ def run(image: Image, command: list[str], environment: dict[str, str]) -> subpro
 def started(image: Image, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """The image's own command, as long as the block lasts; its output is shown when the test fails."""
     process = subprocess.Popen(
-        ["sh", "-c", 'exec "$@"', "sh", *image.command], cwd=image.folder, env=image.environment(environment)
+        ["sh", "-c", 'exec "$@"', "sh", *image.command],
+        cwd=image.folder,
+        env=image.environment(environment),
+        start_new_session=True,
     )
     try:
         yield process
     finally:
         process.terminate()
-        process.wait(60)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait_for(process: subprocess.Popen[bytes], ready: Any, what: str) -> None:
@@ -128,7 +141,8 @@ def test_the_model_registry_keeps_artifacts_in_s3(tmp_path: Path, own_s3: S3Serv
         requests.put(f"{url}/api/2.0/mlflow-artifacts/artifacts/run/model.json", data=b"{}", timeout=60).raise_for_status()
         listed = requests.get(f"{url}/api/2.0/mlflow-artifacts/artifacts", params={"path": "run"}, timeout=60)
     assert [file["path"] for file in json.loads(listed.text)["files"]] == ["model.json"]
-    assert requests.get(f"{own_s3.url}/{BUCKET}/artifacts/run/model.json", timeout=10).content == b"{}"
+    fs, path = open_filesystem(f"s3://{BUCKET}/artifacts/run/model.json")
+    assert fs.cat_file(path) == b"{}"
 
 
 def _is_ok(url: str) -> bool:

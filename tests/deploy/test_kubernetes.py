@@ -166,10 +166,11 @@ def test_a_server_takes_calls_once_it_says_serving_and_is_not_restarted_for_lack
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
 
 
-def test_production_never_puts_two_servers_on_a_node_and_scales_far() -> None:
+def test_production_has_a_process_for_each_core_that_a_server_asks_for_and_scales_far() -> None:
     manifests = rendered(K8S / "overlays" / "production")
-    affinity = named(manifests, "Deployment/serving")["spec"]["template"]["spec"]["affinity"]["podAntiAffinity"]
-    assert list(affinity) == ["requiredDuringSchedulingIgnoredDuringExecution"]
+    server = container(named(manifests, "Deployment/serving"))
+    processes = [variable["value"] for variable in server["env"] if variable["name"] == "RECSYS_SERVING__PROCESSES"]
+    assert processes == [server["resources"]["requests"]["cpu"]]
     scaler = named(manifests, "HorizontalPodAutoscaler/serving")["spec"]
     assert scaler["minReplicas"] >= 3
     assert scaler["maxReplicas"] > scaler["minReplicas"]

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha1
 from pathlib import Path
@@ -45,8 +45,9 @@ class SparkCluster:
         master: its address, for `spark.master`.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, login: Mapping[str, str]) -> None:
         self._home = home
+        self._login = login
         self._port = free_port()
         self.master = f"spark://127.0.0.1:{self._port}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -76,8 +77,9 @@ class SparkCluster:
     def _start(self, name: str, what: str, *options: str) -> None:
         command = [str(SPARK_HOME / "bin" / "spark-class"), f"org.apache.spark.deploy.{what.lower()}.{what}"]
         command += ["--host", "127.0.0.1", *options]
-        # Of this process's environment executors shall have nothing: no packages, no settings, no secrets.
+        # Of this process's environment executors shall have nothing: no packages, no settings, no secrets but their own.
         environment = {
+            **self._login,
             "SPARK_HOME": str(SPARK_HOME),
             "JAVA_HOME": str(ensure_java().path),
             "PATH": os.defpath,
@@ -96,9 +98,9 @@ class SparkCluster:
 
 
 @contextmanager
-def spark_cluster(home: Path) -> Iterator[SparkCluster]:
-    """A running cluster. Raises JavaMissing where it can't be had."""
-    running = SparkCluster(home)
+def spark_cluster(home: Path, login: Mapping[str, str]) -> Iterator[SparkCluster]:
+    """A running cluster whose workers have the variables of a login. Raises JavaMissing where it can't be had."""
+    running = SparkCluster(home, login)
     try:
         yield running
     finally:

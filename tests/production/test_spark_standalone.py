@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from object_store import LOGIN
 from recsys_home import default_settings
 from rig import Drill, Note, had
 from spark_cluster import SparkCluster, executor_python, spark_cluster
@@ -30,7 +31,7 @@ FACTORS = "online_features/"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkCluster]:
-    with had(spark_cluster(tmp_path_factory.mktemp("spark"))) as running:
+    with had(spark_cluster(tmp_path_factory.mktemp("spark"), LOGIN)) as running:
         yield running
 
 
