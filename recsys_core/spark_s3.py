@@ -21,7 +21,11 @@ def s3_conf(lake_uri: str) -> dict[str, str]:
     """How Spark reaches a lake in S3: where and by the same login as s3fs does, the AWS variables and their chain."""
     if not lake_uri.startswith(S3):
         return {}
-    conf = {"spark.hadoop.fs.s3a.aws.credentials.provider": CREDENTIALS}
+    conf = {
+        "spark.hadoop.fs.s3a.aws.credentials.provider": CREDENTIALS,
+        # A rename there is a copy: once a file instead of twice. Nobody reads what is staged before its job has ended well.
+        "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
+    }
     if not list(_own_jars().glob("hadoop-aws-*.jar")):
         folder = fetch_jars(_java_home(), *_modules())
         brought = {_artifact(jar) for jar in _own_jars().glob("*.jar")}

@@ -23,7 +23,7 @@ from recsys_core.stores import open_filesystem
 
 STEPS = Path(__file__).with_name("spark_steps.py")
 STEP_SECONDS = 400
-SIZE = {"seed": 7, "users": 300, "items": 200, "days": 3, "events": 20_000}
+SIZE = {"seed": 7, "users": 300, "items": 200, "days": 1, "events": 10_000}
 QUIET = {"spark.log.level": "ERROR", "spark.executor.memory": "700m", "spark.driver.host": "127.0.0.1"}
 FACTORS = "online_features/"
 """Tables that hold factors: Spark adds partial sums in the order in which tasks end, so they repeat to rounding only."""
