@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 POINTERS = "_current"
 """The folder of a table's pointers: one listing tells all partitions."""
+FEW_KEYS = 4
+"""So many partitions are looked for one by one."""
 POINTER_ENDING = ".json"
 STAGING = "_staging"
 PUBLISHED_AT_ONCE = 16
@@ -365,9 +367,14 @@ class Lake:
     def find_all(self, table: str, keys: Iterable[str]) -> dict[str, Partition]:
         """The current versions of those partitions that exist, in the order of `keys`; pointers are read concurrently.
 
+        Which of many exist is asked by one listing: a store of objects needs several requests for each that does not.
         Raises DamagedPartition for a pointer that can't be read.
         """
-        pointers = {self.pointer(table, key): key for key in keys}
+        wanted = list(keys)
+        if len(wanted) > FEW_KEYS:
+            there = set(self.keys(table))
+            wanted = [key for key in wanted if key in there]
+        pointers = {self.pointer(table, key): key for key in wanted}
         found = self.fs.cat(list(pointers), on_error="return") if pointers else {}
         parsed = {}
         for path, data in found.items():

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 
 from recsys_core.als import fit_als
-from recsys_core.events import DAY_MS, HOUR_MS, hour_keys, key_start_ms
+from recsys_core.events import DAY_MS, hour_keys, key_start_ms
 from recsys_core.feature_tables import build_item_features, build_training_examples, build_user_features
 from recsys_core.lake import Lake, Partition
 from recsys_core.landing import Landing
@@ -31,12 +31,8 @@ def main() -> None:
     lake = Lake(settings.lake_uri)
     landing = Landing(lake)
     day = landing.last_busy_day()
-    extent = landing.extent()
     assert day is not None
-    assert extent is not None
-    first, _ = extent
-    end = key_start_ms(day) + DAY_MS
-    hours = hour_keys(first - first % HOUR_MS, end)
+    hours = hour_keys(key_start_ms(day), key_start_ms(day) + DAY_MS)
     made: dict[str, str] = {}
 
     def note(parts: Iterable[Partition]) -> None:

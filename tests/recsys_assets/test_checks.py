@@ -91,7 +91,7 @@ def a_bot(platform: Platform) -> None:
 
 
 def an_hour_missing(platform: Platform) -> None:
-    platform.lake.fs.rm(platform.lake.path(CLICKS_HOURLY, f"{DAY}T07"), recursive=True)
+    assert platform.lake.remove(platform.lake.get(CLICKS_HOURLY, f"{DAY}T07"))
 
 
 def nan_factors(platform: Platform) -> None:

@@ -261,8 +261,9 @@ def test_spark_gets_an_address_it_knows():
     assert Lake("memory://bucket/lake").url("/bucket/lake/t") == "memory:///bucket/lake/t"
 
 
-@pytest.mark.parametrize("look", ["keys", "latest"])
-def test_which_partitions_there_are_is_told_by_one_request_to_s3(s3, monkeypatch, look):
+@pytest.fixture
+def far_lake(s3, monkeypatch) -> tuple[Lake, list[str]]:
+    """A lake in S3 with ten partitions, and the requests that are made to it from now on."""
     lake = Lake(s3)
     for day in range(1, 11):
         lake.write("t", f"2026-03-{day:02d}", numbers(1))
@@ -274,10 +275,23 @@ def test_which_partitions_there_are_is_told_by_one_request_to_s3(s3, monkeypatch
         return await call(method, *arguments, **more)
 
     monkeypatch.setattr(lake.fs, "_call_s3", counted)
+    return lake, asked
+
+
+@pytest.mark.parametrize("look", ["keys", "latest"])
+def test_which_partitions_there_are_is_told_by_one_request_to_s3(far_lake, look):
+    lake, asked = far_lake
     assert getattr(lake, look)("t")
     assert len(asked) == 1
     assert lake.get("t", "2026-03-01")
     assert len(asked) == 2, "calls are counted"
+
+
+def test_partitions_of_a_window_that_are_not_there_cost_no_request(far_lake):
+    lake, asked = far_lake
+    window = [f"2026-{month:02d}-{day:02d}" for month in range(1, 5) for day in range(1, 29)]
+    assert list(lake.find_all("t", window)) == [f"2026-03-{day:02d}" for day in range(1, 11)]
+    assert len(asked) == 1 + 10
 
 
 def files_under(lake: Lake) -> set[str]:
