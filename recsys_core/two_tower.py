@@ -298,8 +298,8 @@ class _Training:
 
     def drop_checkpoint(self) -> None:
         """Remove what a finished training no longer needs."""
-        if self.lake.find(CHECKPOINTS, self.day) is not None:
-            self.lake.fs.rm(self.lake.path(CHECKPOINTS, self.day), recursive=True)
+        if part := self.lake.find(CHECKPOINTS, self.day):
+            self.lake.remove(part)
 
 
 def _start(batches: Batches, settings: TwoTowerSettings) -> tuple[Sizes, Trainer]:
