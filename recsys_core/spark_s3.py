@@ -26,10 +26,8 @@ def s3_conf(lake_uri: str) -> dict[str, str]:
         # A rename there is a copy: once a file instead of twice. Nobody reads what is staged before its job has ended well.
         "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
     }
-    if not list(_own_jars().glob("hadoop-aws-*.jar")):
-        folder = fetch_jars(_java_home(), *_modules())
-        brought = {_artifact(jar) for jar in _own_jars().glob("*.jar")}
-        conf["spark.jars"] = ",".join(str(jar) for jar in sorted(folder.glob("*.jar")) if _artifact(jar) not in brought)
+    if jars := s3_jars():
+        conf["spark.jars"] = ",".join(str(jar) for jar in jars)
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         conf |= {
             "spark.hadoop.fs.s3a.endpoint": endpoint,
@@ -39,6 +37,14 @@ def s3_conf(lake_uri: str) -> dict[str, str]:
     if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
         conf["spark.hadoop.fs.s3a.endpoint.region"] = region
     return conf
+
+
+def s3_jars() -> list[Path]:
+    """The jar files for S3 that PySpark lacks, fetched at the first use. None where its folder has them."""
+    if list(_own_jars().glob("hadoop-aws-*.jar")):
+        return []
+    brought = {_artifact(jar) for jar in _own_jars().glob("*.jar")}
+    return [jar for jar in sorted(fetch_jars(_java_home(), *_modules()).glob("*.jar")) if _artifact(jar) not in brought]
 
 
 def _modules() -> list[Module]:
