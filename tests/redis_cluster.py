@@ -80,6 +80,22 @@ class Cluster:
         slot = self.node(self.nodes[0]).execute_command("CLUSTER", "KEYSLOT", key)
         return self.nodes[slot // (16384 // MASTERS + 1)]
 
+    def masters(self) -> list[str]:
+        """Addresses of the nodes that are masters now."""
+        return [address for address in self._running if self.node(address).info("replication")["role"] == "master"]
+
+    def is_whole(self) -> bool:
+        """Whether every node is there, three are masters, and each of these has a replica that follows it."""
+        nodes = [self.node(address) for address in self._running]
+        try:
+            said = [node.info("replication") for node in nodes]
+            states = {_info(node)["cluster_state"] for node in nodes}
+        except redis.RedisError:
+            return False
+        replicated = [one["connected_slaves"] for one in said if one["role"] == "master"]
+        linked = [one["master_link_status"] for one in said if one["role"] == "slave"]
+        return replicated == [1] * MASTERS and linked == ["up"] * MASTERS and states == {"ok"}
+
     def signal(self, address: str, number: int) -> None:
         os.kill(self._running[address].pid, number)
 

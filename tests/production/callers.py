@@ -11,19 +11,30 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from serving.client import RecsysClient
+from serving.client import RecsysClient, RecsysError
 
 FAILED = "no answer"
 
 
 @dataclass(frozen=True)
 class Call:
-    """When a call was made (monotonic s), for whom, how long it took (s), and the tier of its answer."""
+    """A call and its answer.
+
+    Attributes:
+        at: when it was made (monotonic s).
+        user_id: for whom.
+        seconds: how long it took.
+        tier: of the answer, or FAILED.
+        release_id: of the answer; empty when there was none.
+        age: of the answer when it came (s).
+    """
 
     at: float
     user_id: str
     seconds: float
     tier: str
+    release_id: str = ""
+    age: float = 0.0
 
 
 @dataclass
@@ -57,10 +68,11 @@ def calling(address: str, users: Sequence[str], per_second: int = 200) -> Iterat
                     time.sleep(wait)
                 user_id, at = users[done % len(users)], time.monotonic()
                 try:
-                    tier = client.recommend(user_id).tier
-                except grpc.RpcError:
-                    tier = FAILED
-                found.made.append(Call(at, user_id, time.monotonic() - at, tier))
+                    answer = client.recommend(user_id)
+                    took, age = time.monotonic() - at, time.time() - answer.computed_at.timestamp()
+                    found.made.append(Call(at, user_id, took, answer.tier, answer.release_id, age))
+                except (grpc.RpcError, RecsysError):
+                    found.made.append(Call(at, user_id, time.monotonic() - at, FAILED))
                 done += 1
 
     caller = threading.Thread(target=call)

@@ -16,6 +16,11 @@ pytest.register_assert_rewrite("speed_layer")
 DRILLS = pytest.StashKey[list[Drill]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, default=5.0, help="how long the soak lasts")
+    parser.addoption("--seed", type=int, default=1, help="of the soak's faults")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[DRILLS] = []
 

@@ -23,9 +23,10 @@ USERS_SEEN = 20
 
 @dataclass
 class Stall:
-    """The longest time (s) for which the newest click of some user was not visible in Redis, to LOOK_SECONDS."""
+    """For how long (s) the newest click of some user was not visible in Redis, to LOOK_SECONDS: at most, and at last."""
 
     seconds: float = 0.0
+    now: float = 0.0
 
 
 @contextmanager
@@ -67,7 +68,8 @@ def stalls(world: World) -> Iterator[Stall]:
                     newest[user] = max(newest[user], record.last_ts)
                 except redis.RedisError:
                     pass
-            found.seconds = max(found.seconds, (now_ms() - min(newest.values())) / 1000)
+            found.now = (now_ms() - min(newest.values())) / 1000
+            found.seconds = max(found.seconds, found.now)
         connected.close()
 
     watcher = threading.Thread(target=watch)

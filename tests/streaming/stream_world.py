@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import orjson
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
@@ -125,6 +124,13 @@ class World:
     sent: int = 0
 
     @classmethod
+    def of(cls, settings: Settings) -> World:
+        """The world of settings that name a Kafka, a Redis and a lake; the topics are made."""
+        init_topics(settings.kafka)
+        producer = Producer(client_config(settings.kafka, enable_idempotence=True, linger_ms=2))
+        return cls(settings, client(settings.redis), uuid.uuid4().hex[:8], producer)
+
+    @classmethod
     def make(cls, address: str, redis_url: str, home: Path, **sections: dict[str, Any]) -> World:
         name = uuid.uuid4().hex[:8]
         kafka: dict[str, Any] = {"bootstrap_servers": address, "topic": f"events-{name}", "dead_letter_topic": f"dead-{name}"}
@@ -142,9 +148,7 @@ class World:
                 redis={"url": redis_url, **sections.pop("redis", {})},
                 **sections,
             )
-        init_topics(settings.kafka)
-        producer = Producer(client_config(settings.kafka, enable_idempotence=True, linger_ms=2))
-        return cls(settings, client(settings.redis), name, producer)
+        return cls.of(settings)
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -263,9 +267,12 @@ class World:
         decoded = decode(values, self.settings.events, self.settings.kafka.max_message_bytes, appended)
         identity = self.identity()
         computed = Recomputation(self.settings)
-        for event, row in zip(decoded.events.to_batches(max_chunksize=1), decoded.rows.tolist(), strict=True):
-            message, source = messages[row], f"{identity}.{messages[row].partition()}"
-            computed.add(pa.Table.from_batches([event]), source, [message.offset() or 0], [int(appended[row])])
+        partitions = np.array([message.partition() for message in messages], np.int64)
+        offsets = np.array([message.offset() for message in messages], np.int64)
+        for number in np.unique(partitions).tolist():
+            taken = np.flatnonzero(partitions[decoded.rows] == number)
+            rows = decoded.rows[taken]
+            computed.add(decoded.events.take(taken), f"{identity}.{number}", offsets[rows].tolist(), appended[rows].tolist())
         found = computed.differences(self.redis)
         assert (found.different, found.ahead) == ([], 0)
         assert found.compared == len(computed.users) + len(computed.buckets)
