@@ -20,6 +20,7 @@ from spark_cluster import SparkCluster, executor_python, spark_cluster
 from recsys_cli.java import ensure_java
 from recsys_cli.processes import free_port, wait_until
 from recsys_cli.stack import RECSYS, create_dagster_storage, dagster_environment, serving_health
+from recsys_core.kafka_config import SILENT
 from recsys_core.settings import CONFIG_VARIABLE, HOME_VARIABLE, Settings, load_settings
 
 REDIS_OPTIONS = ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "2000"]
@@ -41,9 +42,11 @@ uri = "s3://{bucket}/releases"
 bootstrap_servers = "{brokers.bootstrap_servers}"
 replication = 3
 partitions = 4
+conf = {{ log_level = "{silent}" }}
 [redis]
 mode = "cluster"
 nodes = {nodes}
+timeout_ms = 100
 [stream]
 archive_rows = 2000
 archive_seconds = 5
@@ -142,7 +145,14 @@ def everything(home: Path, start: str) -> Iterator[Everything]:
         store = parts.enter_context(s3_server(folders["s3"]))
         spark = parts.enter_context(spark_cluster(folders["spark"], store.environment))
         platform = folders["platform"]
-        said = {"brokers": brokers, "spark": spark, "bucket": BUCKET, "python": executor_python(), "start": start}
+        said = {
+            "brokers": brokers,
+            "spark": spark,
+            "bucket": BUCKET,
+            "python": executor_python(),
+            "start": start,
+            "silent": SILENT,
+        }
         nodes = "[" + ", ".join(f'"{node}"' for node in redis.nodes) + "]"
         (platform / "recsys.toml").write_text(SETTINGS.format(**said, nodes=nodes))
         environment = {
