@@ -154,7 +154,7 @@ def everything(home: Path, start: str) -> Iterator[Everything]:
             "silent": SILENT,
         }
         nodes = "[" + ", ".join(f'"{node}"' for node in redis.nodes) + "]"
-        (platform / "recsys.toml").write_text(SETTINGS.format(**said, nodes=nodes))
+        (platform / "recsys.toml").write_text(SETTINGS.format(**said, nodes=nodes, silent=SILENT))
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("RECSYS_", "AWS_", "PYSPARK_"))},
             **store.environment,
