@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +17,9 @@ from pathlib import Path
 from recsys_core.errors import UserError
 
 LOOPBACK = "127.0.0.1"
+OWN_PORTS = range(20_000, 32_000)
+"""Systems give outgoing connections higher ones (Linux from 32768, macOS from 49152): none takes a port of these after it was
+found to be free."""
 
 
 class StackError(UserError):
@@ -115,22 +119,22 @@ def accepts_connections(host: str, port: int) -> bool:
 
 def free_port(wanted: int = 0, host: str = LOOPBACK) -> int:
     """`wanted` if nothing uses it, else one that is free. 0 asks for any."""
-    if wanted and not accepts_connections(host, wanted) and (port := _bindable(host, wanted)):
-        return port
-    port = _bindable(host, 0)
-    if not port:
-        raise StackError(f"no free port on {host}")
-    return port
+    if wanted and not accepts_connections(host, wanted) and _is_bindable(host, wanted):
+        return wanted
+    for port in random.SystemRandom().sample(OWN_PORTS, len(OWN_PORTS)):
+        if _is_bindable(host, port):
+            return port
+    raise StackError(f"no free port on {host}")
 
 
-def _bindable(host: str, port: int) -> int:
+def _is_bindable(host: str, port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError:
-            return 0
-        return int(probe.getsockname()[1])
+            return False
+        return True
 
 
 @contextmanager

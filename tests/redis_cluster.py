@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 
 import redis
 
-from recsys_cli.processes import wait_until
+from recsys_cli.processes import OWN_PORTS, free_port, wait_until
 from recsys_cli.stack import redis_binary
 
 MASTERS = 3
@@ -127,12 +126,10 @@ def redis_cluster(home: Path) -> Iterator[list[str]]:
 
 
 def _free() -> int:
-    """A port whose bus is a port as well."""
+    """A port whose bus is free as well."""
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port + BUS < 65_000:
+        port = free_port()
+        if port + BUS in OWN_PORTS and free_port(port + BUS) == port + BUS:
             return port
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from redis.retry import Retry
 from together import in_threads
 
 from recsys_cli.stack import redis_server
+from recsys_core import forget
 from recsys_core.bundle import (
     ALS_FACTORS,
     ALS_USERS,
@@ -533,7 +535,7 @@ def test_what_a_rebuild_makes_or_left_is_searched_and_a_running_one_is_waited_fo
         for one in (user, "bob"):
             redis.hset(user_key(one, f"{area}user"), "last", "[]")
     waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(forget, "time", SimpleNamespace(sleep=waited.append, perf_counter=time.perf_counter))
     assert forget_user(small_places, user).removed == {"redis": 2}
     assert waited == []
     assert redis.exists(user_key("bob", "rebuild-0a-user"), user_key("bob", "rebuild-0b-user")) == 2

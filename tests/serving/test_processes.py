@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,15 +22,10 @@ from snapshots import make_snapshot
 from test_process import PROGRAM, environment
 from worlds import World, eventually
 
+from recsys_cli.processes import free_port
 from serving.client import RecsysClient
 from serving.metrics import Metrics
 from serving.worker import NUMBERS_SECONDS, Reports
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Processes:

