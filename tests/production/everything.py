@@ -145,14 +145,7 @@ def everything(home: Path, start: str) -> Iterator[Everything]:
         store = parts.enter_context(s3_server(folders["s3"]))
         spark = parts.enter_context(spark_cluster(folders["spark"], store.environment))
         platform = folders["platform"]
-        said = {
-            "brokers": brokers,
-            "spark": spark,
-            "bucket": BUCKET,
-            "python": executor_python(),
-            "start": start,
-            "silent": SILENT,
-        }
+        said = {"brokers": brokers, "spark": spark, "bucket": BUCKET, "python": executor_python(), "start": start}
         nodes = "[" + ", ".join(f'"{node}"' for node in redis.nodes) + "]"
         (platform / "recsys.toml").write_text(SETTINGS.format(**said, nodes=nodes, silent=SILENT))
         environment = {
