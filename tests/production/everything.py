@@ -15,6 +15,7 @@ import pytest
 from brokers import Brokers, three_brokers
 from object_store import BUCKET, S3Server, s3_server
 from partition import PartitionedCluster, partitioned_cluster
+from recsys_home import QUICK_SPARK
 from spark_cluster import SparkCluster, executor_python, spark_cluster
 
 from recsys_cli.java import ensure_java
@@ -34,6 +35,7 @@ shuffle_partitions = 4
 "spark.pyspark.python" = "{python}"
 "spark.driver.host" = "127.0.0.1"
 "spark.executor.memory" = "700m"
+{quick}
 [lake]
 uri = "s3://{bucket}/lake"
 [release]
@@ -51,7 +53,9 @@ timeout_ms = 100
 archive_rows = 2000
 archive_seconds = 5
 [cache]
-shards = 4
+shards = 2
+[als]
+rank = 16
 [partitions]
 start = {start}
 """
@@ -146,8 +150,9 @@ def everything(home: Path, start: str) -> Iterator[Everything]:
         spark = parts.enter_context(spark_cluster(folders["spark"], store.environment))
         platform = folders["platform"]
         said = {"brokers": brokers, "spark": spark, "bucket": BUCKET, "python": executor_python(), "start": start}
+        quick = "\n".join(f'"{name}" = "{value}"' for name, value in QUICK_SPARK.items())
         nodes = "[" + ", ".join(f'"{node}"' for node in redis.nodes) + "]"
-        (platform / "recsys.toml").write_text(SETTINGS.format(**said, nodes=nodes, silent=SILENT))
+        (platform / "recsys.toml").write_text(SETTINGS.format(**said, nodes=nodes, silent=SILENT, quick=quick))
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("RECSYS_", "AWS_", "PYSPARK_"))},
             **store.environment,

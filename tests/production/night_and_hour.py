@@ -1,6 +1,6 @@
 """A night or an hour of the graph by the job that its schedule starts, as one run, recorded in the home's Dagster.
 
-    python night_and_hour.py history 2026-01-03       the tables of the history up to the present, and the night of that day
+    python night_and_hour.py history 2026-01-03       the hours of the history up to the present, and the night of that day
     python night_and_hour.py nightly 2026-01-03
     python night_and_hour.py hourly 2026-01-03T12
 
@@ -15,14 +15,11 @@ import dagster as dg
 
 from recsys_assets.definitions import build_definitions
 from recsys_assets.resources import Platform
-from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, key_start_ms, now_ms
+from recsys_core.events import HOUR_MS, hour_key, now_ms
 from recsys_core.landing import Landing
 from recsys_core.settings import load_settings
 from recsys_core.spark import stop_session
 from recsys_sensors.runs import RANGE_END, RANGE_START
-
-DAYS_BEFORE = 2
-"""Days of `interactions` before the night's own, on which its models are judged."""
 
 
 def main(what: str, key: str) -> None:
@@ -42,10 +39,8 @@ def main(what: str, key: str) -> None:
 
         if what == "history":
             begin, _ = Landing(Platform(settings).lake).extent() or (0, 0)
-            before = [day_key(key_start_ms(key) - ago * DAY_MS) for ago in range(DAYS_BEFORE, 0, -1)]
             definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
             run("hourly", hour_key(begin), hour_key(now_ms() - HOUR_MS), ["clicks_hourly"])
-            run("nightly", before[0], before[-1], ["interactions"])
         job = "hourly" if what == "hourly" else "nightly"
         run(job, key, key)
     stop_session()

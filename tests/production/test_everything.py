@@ -24,7 +24,7 @@ from recsys_core.release import Releases
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY
 from serving.client import RecsysClient
 
-DAYS = 3
+DAYS = 2
 CLICKS = 400
 
 
