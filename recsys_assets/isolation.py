@@ -117,16 +117,22 @@ def _pod(step: dg.OpDefinition, asset: dg.AssetsDefinition, settings: Settings) 
     for name in dict.fromkeys([*sorted(key.to_user_string() for key in asset.keys), step.name]):
         if name in kubernetes.resources:
             wanted = wanted.model_copy(update=kubernetes.resources[name].model_dump(exclude_unset=True))
-    drives_spark = declared in BY_POOL and not is_local(settings.spark.master)
     return {
         "container_config": {"resources": _resources(wanted, kubernetes)},
         "pod_spec_config": {
             **_nodes(wanted, kubernetes),
-            "service_account_name": kubernetes.spark_account if drives_spark else kubernetes.step_account,
+            "service_account_name": kubernetes.spark_account if _drives(step, asset, settings) else kubernetes.step_account,
             # Dagster's launcher, which every step makes with its instance, reads the token; what it allows is the account's.
             "automount_service_account_token": True,
         },
     }
+
+
+def _drives(step: dg.OpDefinition, asset: dg.AssetsDefinition, settings: Settings) -> bool:
+    """Whether a step starts executors: all that wait for Spark, and of those that train the ones whose asset says so."""
+    if is_local(settings.spark.master):
+        return False
+    return step.pool == SPARK or (step.pool == TRAINING and any(SPARK in spec.kinds for spec in asset.specs))
 
 
 def _nodes(wanted: PodResources, kubernetes: KubernetesSettings) -> dict[str, Any]:
@@ -138,9 +144,10 @@ def _nodes(wanted: PodResources, kubernetes: KubernetesSettings) -> dict[str, An
 
 
 def _resources(wanted: PodResources, kubernetes: KubernetesSettings) -> dict[str, dict[str, str]]:
-    """CPU is asked for and not limited: a limit would stop a step that could use an idle core."""
+    """CPU is asked for and, unless the settings say so, not limited: a limit would stop a step that could use an idle core."""
     gpus = {kubernetes.gpu_resource: str(wanted.gpu)} if wanted.gpu else {}
+    cpu = {"cpu": wanted.cpu} if kubernetes.cpu_limits else {}
     return {
         "requests": {"cpu": wanted.cpu, "memory": wanted.memory, **gpus},
-        "limits": {"memory": wanted.memory, **gpus},
+        "limits": {**cpu, "memory": wanted.memory, **gpus},
     }

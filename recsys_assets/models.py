@@ -121,7 +121,7 @@ def _is_trained(passed: bool, metadata: dict[str, str]) -> dg.AssetCheckResult:
     partitions_def=daily,
     group_name=GROUP,
     owners=OWNERS,
-    kinds={"numpy"},
+    kinds={"spark", "numpy"},
     pool="training",
 )
 def evaluation(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult:

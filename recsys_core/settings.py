@@ -547,6 +547,9 @@ class KubernetesSettings(Section):
         default_factory=dict,
         description='pods of assets or steps, in place of those in recsys_assets/isolation.py: { als_factors = { cpu = "8" } }',
     )
+    cpu_limits: bool = Field(
+        False, description="the CPU that a step asks for is its limit too, as a quota of the namespace may want it"
+    )
     gpu_resource: str = Field("nvidia.com/gpu", description="name of the GPU resource of the cluster's device plugin")
     step_account: str = Field("recsys-step", description="service account of steps; it may do nothing")
     spark_account: str = Field("recsys-spark", description="service account of Spark drivers; it may start executor pods")

@@ -1,17 +1,25 @@
-"""What a worker counts: Prometheus metrics of its own registry, served on a port where the settings name one."""
+"""What a worker counts, and whether it is alive: served on a port where the settings name one."""
 
 from __future__ import annotations
 
+import threading
+import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
 from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from recsys_core.errors import UserError
 
 LATENCY_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 300.0)
+
+SILENT_SECONDS = 120.0
+"""Nothing that a worker waits for holds its loop up for so long: not a neighbour that is away, nor a start over."""
 
 
 class MetricsError(UserError):
@@ -53,6 +61,7 @@ class StreamMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._alive_at = time.monotonic()
         self.latency = LatencyHistogram()
         self.registry.register(self.latency)
 
@@ -80,14 +89,42 @@ class StreamMetrics:
         self.paused = gauge("paused", "1 while consumption waits for Redis")
         self.batch = gauge("batch_messages", "Messages of the last batch")
 
+    def alive(self) -> None:
+        """Say that the worker's loop turns, whatever it waits for."""
+        self._alive_at = time.monotonic()
+
     def serve(self, host: str, port: int) -> None:
-        """Answer Prometheus on a port of an address; 0 does nothing. Raises MetricsError when the port can't be had."""
+        """Answer Prometheus on a port of an address, and probes at `/live`; 0 does nothing.
+
+        `/live` is 200, and 503 when the loop has not turned for SILENT_SECONDS. Raises MetricsError when the port can't be had.
+        """
         if not port:
             return
         try:
-            start_http_server(port, host, self.registry)
+            server = make_server(host, port, self._answering(), ThreadingWSGIServer, _Handler)
         except OSError as error:
             raise MetricsError(
                 f"the metrics can't be served on {host}:{port}: {error.strerror}. "
                 "Set another stream.metrics_port (or stream.metrics_host), or 0 for none"
             ) from error
+        threading.Thread(target=server.serve_forever, daemon=True, name="metrics").start()
+
+    def _answering(self) -> Any:
+        """The WSGI application."""
+        metrics = make_wsgi_app(self.registry)
+
+        def answer(request: dict[str, Any], begin: Any) -> Iterable[bytes]:
+            if request["PATH_INFO"] != "/live":
+                return metrics(request, begin)
+            silent = time.monotonic() - self._alive_at
+            begin("200 OK" if silent < SILENT_SECONDS else "503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [f"the worker's loop turned {silent:.0f} s ago\n".encode()]
+
+        return answer
+
+
+class _Handler(WSGIRequestHandler):
+    """Writes no line for each request."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

@@ -117,6 +117,7 @@ class Worker:
         forgotten.begin()
         pauses = _pauses()
         while not self._stopping.is_set():
+            self.metrics.alive()
             started = time.monotonic()
             try:
                 self._work(admin, lake, forgotten)
@@ -156,6 +157,7 @@ class Worker:
         name = self.settings.kafka.topic
         told = False
         while not self._stopping.is_set():
+            self.metrics.alive()
             try:
                 with asking_kafka(self.settings.kafka.bootstrap_servers):
                     topic = find_topic(admin, name)
@@ -546,6 +548,7 @@ class _Session:
     def _patiently(self, call: Callable[[], Any]) -> Any:
         """Do something with Redis, again and again while it is away."""
         for pause in _pauses():
+            self._metrics.alive()
             try:
                 return call()
             except RedisError as error:
@@ -730,6 +733,7 @@ class _Session:
 
     def _keep_house(self) -> None:
         """Commit, measure the lag, pass ends on, and look whether the topic is still the one that it was."""
+        self._metrics.alive()
         now = time.monotonic()
         if self._pipe.empty or self._pipe.finished != self._done:
             self._done, self._moved = self._pipe.finished, now

@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+LOCALHOST = "DNS:localhost,IP:127.0.0.1"
 
-def make_certificates(folder: Path) -> Path:
-    """A CA, and of it a server for localhost and a client; and a client of another CA: `<name>.pem` and `<name>.key`."""
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
-    for ca, names in (("ca", ("server", "client")), ("other", ("stranger",))):
+
+def make_certificates(folder: Path, names: str = LOCALHOST) -> Path:
+    """A CA, and of it a server of some names and a client; and a client of another CA: `<name>.pem` and `<name>.key`."""
+    (folder / "names").write_text(f"subjectAltName={names}")
+    for ca, signed in (("ca", ("server", "client")), ("other", ("stranger",))):
         new_ca = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={ca}"]
         _openssl(folder, *new_ca, "-keyout", f"{ca}.key", "-out", f"{ca}.pem")
-        for name in names:
+        for name in signed:
             new_key = ["req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"]
             _openssl(folder, *new_key, "-keyout", f"{name}.key", "-out", "csr")
             sign = ["x509", "-req", "-in", "csr", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2"]

@@ -90,13 +90,14 @@ class Image:
 
     Attributes:
         folder: where its processes start.
+        programs: the folder of its programs.
     """
 
     def __init__(self, target: str, into: Path) -> None:
         self.folder = into / target
         self.folder.mkdir(parents=True)
-        self._programs = into / f"{target}-bin"
-        self._programs.mkdir()
+        self.programs = into / f"{target}-bin"
+        self.programs.mkdir()
         self._own: dict[str, str] = {}
         self.command: list[str] = []
         for name, rest in stages()[target]:
@@ -111,9 +112,9 @@ class Image:
         for package in packages:
             for script in metadata.distribution(package).entry_points.select(group="console_scripts"):
                 code = f"import sys; from {script.module} import {script.attr.split('.')[0]}; sys.exit({script.attr}())"
-                self._put(script.name, [str(self._programs / "python"), "-c", code])
+                self._put(script.name, [str(self.programs / "python"), "-c", code])
         for program in SHELL:
-            (self._programs / program).symlink_to(shutil.which(program) or program)
+            (self.programs / program).symlink_to(shutil.which(program) or program)
 
     def _copy(self, *words: str) -> None:
         *sources, target = words
@@ -125,7 +126,7 @@ class Image:
                 shutil.copy(PROJECT / source, to)
 
     def _put(self, name: str, command: Sequence[str]) -> None:
-        program = self._programs / name
+        program = self.programs / name
         program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         program.chmod(0o755)
 
@@ -133,4 +134,4 @@ class Image:
         """The variables of a process in it: those of the Dockerfile and `more`."""
         own = {name: re.sub(rf"(?<![\w/]){FOLDER}\b", str(self.folder), value) for name, value in self._own.items()}
         system = {name: os.environ[name] for name in ("JAVA_HOME", "TMPDIR") if name in os.environ}
-        return {**system, **own, "PATH": str(self._programs), "HOME": str(self.folder), **more}
+        return {**system, **own, "PATH": str(self.programs), "HOME": str(self.folder), **more}

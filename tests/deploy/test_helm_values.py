@@ -6,11 +6,11 @@ The names and how the chart writes them into its instance's ConfigMap were read 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 from deployment import DEPLOY, read_yaml
+from helm_chart import instance_of
 
 TOP = """global dagsterWebserver dagster-user-deployments postgresql generatePostgresqlPasswordSecret generateCeleryConfigSecret
     rabbitmq redis flower ingress imagePullSecrets computeLogManager scheduler runLauncher pythonLogs dagsterDaemon busybox
@@ -53,40 +53,6 @@ def at(values: dict[str, Any], path: str) -> dict[str, Any]:
     for name in filter(None, path.split(".")):
         values = values[name]
     return values
-
-
-def snake(name: str) -> str:
-    return re.sub(r"([A-Z])", lambda capital: f"_{capital.group(1).lower()}", name)
-
-
-def snaked(section: dict[str, Any]) -> dict[str, Any]:
-    return {snake(name): value for name, value in section.items()}
-
-
-def instance_of(values: dict[str, Any]) -> dict[str, Any]:
-    """The instance that the chart writes, but for its storage, when installed as release `dagster`."""
-    daemon, launcher = values["dagsterDaemon"], values["runLauncher"]["config"]["k8sRunLauncher"]
-    config = snaked({name: value for name, value in launcher.items() if name != "runK8sConfig"})
-    config |= {
-        "env_secrets": [secret["name"] for secret in launcher["envSecrets"]],
-        "run_k8s_config": snaked(launcher["runK8sConfig"]),
-        "service_account_name": values["serviceAccount"]["name"],
-        "instance_config_map": "dagster-instance",
-        "postgres_password_secret": values["global"]["postgresqlSecretName"],
-        "dagster_home": values["global"]["dagsterHome"],
-    }
-    concurrency = values["concurrency"]
-    retention = {snake(n): snaked(v) for n, v in values["retention"].items() if n != "enabled"}
-    return {
-        "run_launcher": {"module": "dagster_k8s", "class": values["runLauncher"]["type"], "config": config},
-        "concurrency": {"pools": snaked(concurrency["pools"]), "runs": snaked(concurrency["runs"])},
-        "run_monitoring": snaked(daemon["runMonitoring"]),
-        "schedules": snaked(daemon["schedules"]),
-        "sensors": snaked(daemon["sensors"]),
-        "retention": retention,
-        "telemetry": values["telemetry"],
-        **values["additionalInstanceConfig"],
-    }
 
 
 @pytest.mark.parametrize("section", KNOWN)

@@ -7,26 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import kubernetes
 import pytest
 import yaml
 from certificates import make_certificates
 from dagster._core.execution.api import create_execution_plan
-from dagster._core.execution.plan.step import IExecutionStep
 from dagster._core.executor.init import InitExecutorContext
 from dagster._core.executor.step_delegating import StepDelegatingExecutor
-from dagster._core.storage.dagster_run import DagsterRun
-from dagster._core.utils import make_new_run_id
 from dagster_k8s import K8sRunLauncher
-from dagster_k8s.container_context import K8sContainerContext
-from dagster_k8s.job import construct_dagster_k8s_job, get_user_defined_k8s_config
 from deployment import DEPLOY, assert_valid, instance_at, read_yaml, settings_of
 from kubernetes.config import ConfigException, incluster_config
+from run_jobs import job, steps_of
 
 from recsys_assets.definitions import build_definitions
 from recsys_core.settings import LakeSettings, ReleaseSettings
-
-IMAGE = "registry.example.com/recsys/code-location:0.1.0"
 
 
 @pytest.fixture
@@ -44,25 +37,6 @@ def definitions(monkeypatch: pytest.MonkeyPatch) -> dg.Definitions:
     settings = settings_of(DEPLOY / "k8s" / "base" / "recsys.toml", monkeypatch)
     stores = {"lake": LakeSettings(uri="memory://lake"), "release": ReleaseSettings(uri="memory://releases")}
     return build_definitions(settings.model_copy(update=stores))
-
-
-def job(launcher: K8sRunLauncher, step: dg.OpDefinition | IExecutionStep | None) -> dict[str, Any]:
-    """The Kubernetes job of a run, or of one of its steps."""
-    context = K8sContainerContext.create_for_run(
-        DagsterRun(job_name="nightly", run_id=make_new_run_id()), launcher, include_run_tags=step is None
-    )
-    if step is not None:
-        config = get_user_defined_k8s_config(step.tags or {})
-        context = context.merge(K8sContainerContext(run_k8s_config=config))
-    made = construct_dagster_k8s_job(
-        context.get_k8s_job_config(IMAGE, launcher),
-        args=["dagster", "api", "execute_step" if step else "execute_run"],
-        job_name="dagster-step-0" if step else "dagster-run-0",
-        user_defined_k8s_config=context.run_k8s_config,
-        component="step_worker" if step else "run_worker",
-    )
-    manifest: dict[str, Any] = kubernetes.client.ApiClient().sanitize_for_serialization(made)
-    return {"apiVersion": "batch/v1", "kind": "Job", **manifest}
 
 
 def pod_of(manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,12 +69,10 @@ def test_the_pod_of_every_step_is_valid_and_has_what_isolation_gives_it(
     launcher = instance.run_launcher
     assert isinstance(launcher, K8sRunLauncher)
     seen = {}
-    repository = definitions.get_repository_def()
-    for asset in (*repository.assets_defs_by_key.values(), *repository.asset_checks_defs_by_key.values()):
-        for step in asset.node_def.iterate_op_defs() if asset.is_executable else ():
-            manifest = job(launcher, step)
-            assert_valid(manifest)
-            seen[step.name] = pod_of(manifest)
+    for step in steps_of(definitions):
+        manifest = job(launcher, step)
+        assert_valid(manifest)
+        seen[step.name] = pod_of(manifest)
     for name, (pod, container) in seen.items():
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"], name
         assert pod["automountServiceAccountToken"], f"{name}: see test_an_instance_in_the_cluster_is_opened_with_a_token"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from control_plane import ControlPlane, NoControlPlane, control_plane, kube
 from rich.console import Console
 from rich.table import Table
 from rig import Drill, Note, had
@@ -23,6 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[DRILLS] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Last come the tests of Kubernetes, whose control plane is built in the meantime where it has not been."""
+    items.sort(key=lambda item: item.path.name.startswith("test_kubernetes"))
+    if items and items[-1].path.name.startswith("test_kubernetes"):
+        threading.Thread(target=_build, name="build of the control plane").start()
+
+
+def _build() -> None:
+    # The tests that need it say why it can't be had.
+    with suppress(NoControlPlane):
+        kube()
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
@@ -63,4 +80,21 @@ def _one_broker(home: Path) -> Iterator[Broker]:
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """A Kafka of one node, for what is about something else."""
     with had(_one_broker(tmp_path_factory.mktemp("kafka"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def open_folder() -> Iterator[Path]:
+    """A folder that every user of this machine may enter, as the users of pods are others."""
+    with tempfile.TemporaryDirectory(prefix="recsys-kube-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def plane(open_folder: Path) -> Iterator[ControlPlane]:
+    """A control plane of Kubernetes, without nodes."""
+    home = open_folder / "plane"
+    home.mkdir()
+    with had(control_plane(home)) as running:
         yield running

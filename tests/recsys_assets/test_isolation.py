@@ -90,6 +90,12 @@ def test_every_step_asks_for_cpu_and_memory_and_training_for_more(settings: Sett
     assert memory("release") == memory("release_quality") == memory("release_challenger_beats_champion")
 
 
+def test_where_a_quota_wants_it_every_step_is_limited_to_the_cpu_that_it_asks_for(settings: Settings) -> None:
+    for name, step in operations(changed(settings, {"kubernetes": {"cpu_limits": True}})).items():
+        resources = pod(step)["container_config"]["resources"]
+        assert resources["limits"]["cpu"] == resources["requests"]["cpu"], name
+
+
 def test_the_settings_give_one_asset_a_gpu_and_leave_its_memory(settings: Settings) -> None:
     before = pod(operations(settings)["als_factors"])["container_config"]["resources"]
     own = changed(
@@ -122,8 +128,9 @@ def test_only_spark_drivers_of_a_cluster_may_talk_to_kubernetes(settings: Settin
 
     assert set(accounts(settings).values()) == {"recsys-step"}
     on_cluster = accounts(changed(settings, CLUSTER))
-    assert {name for name, account in on_cluster.items() if account == "recsys-spark"} >= {"interactions", "rec_cache_plan"}
-    for name in ("popular_items", "release", "rec_cache_shards", "rec_cache_report", "interactions_quality"):
+    drivers = {name for name, account in on_cluster.items() if account == "recsys-spark"}
+    assert drivers >= {"clicks_hourly", "interactions", "als_factors", "evaluation", "online_features", "rec_cache_plan"}
+    for name in ("two_tower", "item_index", "popular_items", "release", "rec_cache_shards", "rec_cache_report"):
         assert on_cluster[name] == "recsys-step", name
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import requests
 from typer.testing import CliRunner
+from waiting import eventually
 
 from recsys_cli.main import app
 from recsys_cli.processes import free_port
@@ -42,6 +44,24 @@ def test_metrics_are_for_this_machine_unless_the_settings_say_otherwise() -> Non
     StreamMetrics().serve(StreamSettings().metrics_host, port)
     StreamMetrics().serve("0.0.0.0", open_port)
     assert (addresses_of(port), addresses_of(open_port)) == ({"127.0.0.1"}, {"0.0.0.0"})
+
+
+def test_a_probe_hears_whether_the_loop_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streaming.metrics.SILENT_SECONDS", 0.5)
+    metrics, port = StreamMetrics(), free_port()
+    metrics.serve("127.0.0.1", port)
+
+    def asked(path: str) -> int:
+        with requests.Session() as session:
+            session.trust_env = False
+            return session.get(f"http://127.0.0.1:{port}{path}", timeout=5).status_code
+
+    metrics.alive()
+    assert asked("/live") == 200
+    eventually(lambda: asked("/live") == 503)
+    assert asked("/metrics") == 200
+    metrics.alive()
+    assert asked("/live") == 200
 
 
 def test_a_port_that_is_taken_is_named_with_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
