@@ -36,6 +36,10 @@ BY_STEP: Mapping[str, PodResources] = {
 }
 """What is not as its pool says, by the name of the step: that of its asset, where it is the only one."""
 
+AFTER_A_LOST_POD = dg.RetryPolicy(max_retries=1, delay=5)
+"""A drained node takes a step's pod with it, which is no reason to make a whole night again. Dagster can't tell that from a step
+that failed by itself, so such a one is repeated once as well."""
+
 A = TypeVar("A")
 
 
@@ -103,7 +107,7 @@ def _placed_node(node: object, asset: dg.AssetsDefinition, settings: Settings) -
         required_resource_keys=set(node.required_resource_keys),
         tags={**node.tags, K8S_CONFIG: _pod(node, asset, settings)},
         code_version=node.version,
-        retry_policy=node.retry_policy,
+        retry_policy=node.retry_policy or (AFTER_A_LOST_POD if settings.dagster.executor == "k8s" else None),
         # Of hourly Spark steps the pool of the settings.
         pool=settings.dagster.hourly_pool if hourly and node.pool == SPARK else node.pool,
     )

@@ -17,6 +17,7 @@ import psycopg2
 from deployment import DEPLOY
 
 from recsys_cli.processes import free_port
+from recsys_core.errors import UserError
 
 PASSWORDS = {"DAGSTER_PG_PASSWORD": 'it\'s a "secret"', "MLFLOW_PG_PASSWORD": "another"}
 SECONDS = 60
@@ -60,7 +61,7 @@ def unprivileged() -> list[str]:
     return ["setpriv", f"--reuid={somebody.pw_uid}", f"--regid={somebody.pw_gid}", "--clear-groups", "--"]
 
 
-class NoPostgres(Exception):
+class NoPostgres(UserError):
     """There is none to start; the message says why."""
 
 

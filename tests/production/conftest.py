@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from control_plane import ControlPlane, NoControlPlane, control_plane, kube
+from pod_images import PodImage, pod_images
 from rich.console import Console
 from rich.table import Table
 from rig import Drill, Note, had
@@ -98,3 +99,11 @@ def plane(open_folder: Path) -> Iterator[ControlPlane]:
     home.mkdir()
     with had(control_plane(home)) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def images(open_folder: Path) -> dict[str, PodImage]:
+    """What images hold, found on this machine."""
+    folder = open_folder / "images"
+    folder.mkdir()
+    return pod_images(folder)

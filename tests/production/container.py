@@ -169,8 +169,10 @@ def _script(recipe: Recipe, box: Path) -> str:
 
 
 def _mounting(mount: Mount) -> list[str]:
-    path = "." + shlex.quote(mount.path.rstrip("/"))
+    # /var/run is a link to /run of this machine, not of the container.
+    inside = os.path.realpath(mount.path)
+    path = shlex.quote(f".{inside}")
     make = [f"mkdir -p {path}"] if mount.source.is_dir() else [f"mkdir -p $(dirname {path})", f"touch {path}"]
-    above = " ".join(f".{parent}" for parent in Path(mount.path).parents if str(parent) != "/")
+    above = " ".join(f".{parent}" for parent in Path(inside).parents if str(parent) != "/")
     lines = [*make, *([f"chmod a+x {above}"] if above else []), f"mount --bind {shlex.quote(str(mount.source))} {path}"]
     return lines + ([f"mount -o remount,bind,ro {path}"] if mount.read_only else [])

@@ -331,11 +331,18 @@ class Nodes:
 
     def signal(self, pod: str, number: int) -> None:
         """Send a signal to the first process of a pod's first container."""
+        self._running(pod).signal(number)
+
+    def run(self, pod: str, command: Sequence[str], seconds: float) -> bool:
+        """Whether a command in a pod's first container ends well in time, as by `kubectl exec`."""
+        return self._running(pod).run(command, seconds)
+
+    def _running(self, pod: str) -> Container:
         with self._lock:
             (found,) = [one for one in self._pods.values() if one.pod["metadata"]["name"] == pod and not one.leaving]
         container = found.runs[0].container
         assert container is not None
-        container.signal(number)
+        return container
 
     def close(self) -> None:
         self._over.set()

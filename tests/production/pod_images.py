@@ -1,6 +1,6 @@
 """What the images of the Dockerfile hold, found on this machine, where none can be built.
 
-`serving`, `streaming` and `webserver` have the files that the Dockerfile copies, and of packages those of their list.
+`serving`, `streaming`, `webserver` and `mlflow` have the files that the Dockerfile copies, and of packages those of their list.
 `code-location` has this environment and this checkout. `spark` has an environment of the executors' list. Variables, user and
 command are the Dockerfile's.
 """
@@ -50,7 +50,7 @@ def pod_images(folder: Path) -> dict[str, PodImage]:
     """The images by the last part of their names; `folder` takes what is made for them."""
     base = {"PATH": f"/opt/recsys/bin:{SYSTEM_PATH}", **_variables("python"), "HOME": "/home/recsys"}
     java = {"JAVA_HOME": str(ensure_java().path)}
-    found = {name: _thin(name, folder, base) for name in LISTS if name != "mlflow"}
+    found = {name: _thin(name, folder, base) for name in LISTS}
     found["code-location"] = _image(
         "code-location",
         {**base, **java, "PYTHONPATH": str(PROJECT), "RECSYS_JARS": "/opt/jars"},

@@ -21,8 +21,9 @@ class Prober:
     """The process that asks; many probes share it."""
 
     def __init__(self, binary: Path) -> None:
+        # What fails is said in the answers; its own log says it again.
         self._process = subprocess.Popen(
-            [str(binary), "prober"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            [str(binary), "prober"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         self._lock = threading.Lock()
         self._asked: dict[int, Future[tuple[bool, str]]] = {}

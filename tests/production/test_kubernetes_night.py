@@ -1,0 +1,167 @@
+"""A night and an hour on Kubernetes, and an answer from what they made: every step a pod, Spark's executors pods as well.
+
+The lake and the releases are in S3, the records and caches in a Redis Cluster, Dagster and MLflow on PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from control_plane import ControlPlane
+from dagster_api import DagsterApi
+from databases import PASSWORDS, Postgres, postgres_server
+from deployment import read_yaml
+from helm_chart import WEB_PORT
+from installation import Installation
+from kube_api import Object
+from node import NodeSpec, nodes
+from object_store import BUCKET, s3_server
+from pod_images import PodImage
+from recsys_home import QUICK_SPARK
+from redis_cluster import redis_cluster
+from rig import Drill, Note, had
+
+from recsys_core.lake import Lake
+from recsys_core.landing import Landing
+from recsys_core.release import Releases
+from recsys_core.simulate import Simulation, SimulationConfig
+from serving.client import RecsysClient
+
+SIZE = {"seed": 7, "users": 200, "items": 120, "days": 1, "events": 6000}
+SMALL = {
+    "RECSYS_ALS__RANK": "16",
+    "RECSYS_CACHE__SHARDS": "2",
+    "RECSYS_CACHE__PARALLEL_STEPS": "1",
+    "RECSYS_DAGSTER__AUTOMATION": "false",
+    "RECSYS_GATE__MAX_LATENCY_MS": "2000",
+    "RECSYS_SPARK__SHUFFLE_PARTITIONS": "2",
+}
+CONF = {**QUICK_SPARK, "spark.kubernetes.executor.request.cores": "100m", "spark.kubernetes.allocation.batch.delay": "200ms"}
+EXECUTORS = {
+    '"spark.executor.cores" = "4"': '"spark.executor.cores" = "2"',
+    '"spark.executor.memory" = "8g"': '"spark.executor.memory" = "700m"',
+    '"spark.dynamicAllocation.maxExecutors" = "20"': '"spark.dynamicAllocation.maxExecutors" = "1"',
+    'driver_memory = "4g"': 'driver_memory = "1g"',
+    "[spark.conf]": "[spark.conf]\n" + "\n".join(f"{json.dumps(name)} = {json.dumps(value)}" for name, value in CONF.items()),
+}
+"""Of the settings of the manifests: executors that fit this machine."""
+NO_STREAM = {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "stream"}, "spec": {"replicas": 0}}
+NIGHT_SECONDS = 1500
+
+
+@dataclass(frozen=True)
+class World:
+    """An installation with a day of clicks in its landing zone.
+
+    Attributes:
+        day: which one.
+        hour: its last one.
+    """
+
+    installed: Installation
+    dagster: DagsterApi
+    day: str
+    hour: str
+    first_hour: str
+
+
+@pytest.fixture(scope="module")
+def world(
+    plane: ControlPlane, images: dict[str, PodImage], open_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    with ExitStack() as held:
+        store = held.enter_context(s3_server(tmp_path_factory.mktemp("s3")))
+        patch = held.enter_context(pytest.MonkeyPatch.context())
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        postgres = held.enter_context(had(postgres_server()))
+        redis = held.enter_context(redis_cluster(tmp_path_factory.mktemp("redis")))
+        running = held.enter_context(had(nodes(plane, [NodeSpec("node")], images, open_folder)))
+        lake = Lake(f"s3://{BUCKET}/lake")
+        made = Simulation(SimulationConfig.model_validate(SIZE))
+        made.write_catalog(lake)
+        made.write_landing(Landing(lake))
+        day = Landing(lake).last_busy_day()
+        assert day is not None
+        installed = Installation(plane, running, open_folder)
+        nodes_of_redis = {"RECSYS_REDIS__MODE": "cluster", "RECSYS_REDIS__NODES": json.dumps(redis)}
+        installed.prepare(
+            {**store.environment, **nodes_of_redis},
+            recsys_secrets={**SMALL, "RECSYS_PARTITIONS__START": day},
+            dagster_postgresql_secret={"postgresql-password": PASSWORDS["DAGSTER_PG_PASSWORD"]},
+        )
+        installed.apply("small", [NO_STREAM, {**service("mlflow"), **CLUSTER_IP}], EXECUTORS)
+        installed.kubectl("apply", "-f", "-", stdin=json.dumps(mlflow(postgres)))
+        installed.install_dagster(values(postgres))
+        (address,) = running.addresses(component="dagster-webserver")
+        dagster = DagsterApi(f"http://{address}:{WEB_PORT}", "recsys")
+        yield World(installed, dagster, day, f"{day}T23", f"{day}T00")
+
+
+def service(name: str) -> Object:
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}}
+
+
+CLUSTER_IP = {
+    "spec": {"type": "ClusterIP", "externalName": None, "selector": {"app": "mlflow"}, "ports": [{"port": 5000}]},
+}
+
+
+def mlflow(postgres: Postgres) -> Object:
+    """The model registry as a pod of its image, on the database that deploy/compose/databases.sh makes."""
+    password = PASSWORDS["MLFLOW_PG_PASSWORD"]
+    variables = {
+        "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://mlflow:{password}@127.0.0.1:{postgres.port}/mlflow",
+        "MLFLOW_WORKERS": "1",
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "mlflow", "labels": {"app": "mlflow"}},
+        "spec": {
+            "containers": [
+                {
+                    "name": "mlflow",
+                    "image": "recsys/mlflow:0.1.0",
+                    "env": [{"name": name, "value": value} for name, value in variables.items()],
+                }
+            ]
+        },
+    }
+
+
+def values(postgres: Postgres) -> dict[str, Any]:
+    found: dict[str, Any] = read_yaml("k8s", "dagster-values.yaml")
+    found["postgresql"] |= {"postgresqlHost": "127.0.0.1", "service": {"port": postgres.port}}
+    found["dagsterWebserver"]["replicaCount"] = 1
+    return found
+
+
+def test_a_night_and_an_hour_make_what_is_served(world: World, note: Note) -> None:
+    began = time.monotonic()
+    made = world.dagster.launch("hourly", span=(world.first_hour, world.hour), assets=["clicks_hourly"])
+    world.dagster.succeeds(made, NIGHT_SECONDS)
+    night = world.dagster.launch("nightly", world.day)
+    world.dagster.succeeds(night, NIGHT_SECONDS)
+    hour = world.dagster.launch("hourly", world.hour)
+    world.dagster.succeeds(hour, NIGHT_SECONDS)
+    seconds = time.monotonic() - began
+    champion = Releases(f"s3://{BUCKET}/releases").champion()
+    assert champion is not None
+    world.installed.rolled_out("deployment/serving")
+    (address,) = world.installed.nodes.addresses(**{"app.kubernetes.io/name": "serving"})
+    with RecsysClient(f"{address}:50051", timeout=30) as client:
+        answer = client.recommend("u000001")
+    assert answer.release_id == champion.release_id
+    assert len(answer) == 10
+    steps = world.installed.items("pods", labelSelector="app.kubernetes.io/component=step_worker")
+    assert {pod["status"]["phase"] for pod in steps} == {"Succeeded"}
+    ran = f"a night and an hour, {len(steps)} steps as pods"
+    note(Drill("Kubernetes, S3, Redis Cluster, PostgreSQL", ran, "none", "0 steps", f"{seconds:.0f} s, then {answer.tier}"))
