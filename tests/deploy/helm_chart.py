@@ -216,19 +216,14 @@ def _daemon(values: Mapping[str, Any]) -> Manifest:
 
 def _location(values: Mapping[str, Any], one: Mapping[str, Any]) -> Manifest:
     port = str(one["port"])
+    probe = {name: value for name, value in one["readinessProbe"].items() if name != "enabled"}
     sources = [{"configMapRef": {"name": f"{USER}-shared-env"}}, *({"secretRef": secret} for secret in one["envSecrets"])]
     container = {
         "args": ["dagster", "api", "grpc", "-h", "0.0.0.0", "-p", port, *one["dagsterApiGrpcArgs"]],
         "env": [{"name": "DAGSTER_CURRENT_IMAGE", "value": _image(one)}, _password(values), *one["env"]],
         "envFrom": sources,
         "volumeMounts": one["volumeMounts"],
-        "readinessProbe": {
-            "exec": {"command": ["dagster", "api", "grpc-health-check", "-p", port]},
-            "periodSeconds": 20,
-            "timeoutSeconds": 10,
-            "successThreshold": 1,
-            "failureThreshold": 15,
-        },
+        "readinessProbe": {"exec": {"command": ["dagster", "api", "grpc-health-check", "-p", port]}, **probe},
     }
     pod = {"volumes": one["volumes"], "imagePullSecrets": values["dagster-user-deployments"].get("imagePullSecrets", [])}
     labels = {"component": "user-deployments", "deployment": one["name"]}

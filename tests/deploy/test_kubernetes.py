@@ -258,6 +258,18 @@ def test_the_network_lets_through_the_ports_that_are_used(monkeypatch: pytest.Mo
     assert ports("stream", "egress") >= {53, 443, 6379, kafka}
 
 
+def test_the_operators_alerts_are_those_of_prometheus_and_its_pods_have_the_port() -> None:
+    monitoring = K8S / "components" / "monitoring"
+    (rules,) = documents((monitoring / "rules.yaml").read_text())
+    assert rules["spec"] == read_yaml("prometheus", "alerts.yaml")
+    (pods,) = documents((monitoring / "pods.yaml").read_text())
+    (endpoint,) = pods["spec"]["podMetricsEndpoints"]
+    (chosen,) = pods["spec"]["selector"]["matchExpressions"]
+    workloads = {m["metadata"]["name"]: container(m) for m in of_kind(written(), *WORKLOADS)}
+    assert set(chosen["values"]) == set(workloads)
+    assert all(endpoint["port"] in {port["name"] for port in found["ports"]} for found in workloads.values())
+
+
 def test_no_secret_is_written_down() -> None:
     for file in K8S.rglob("*"):
         if file.is_file():

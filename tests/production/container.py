@@ -1,4 +1,4 @@
-"""A container as processes of this machine: a mount and a process namespace of their own over the machine's own files.
+"""A container as processes of this machine: with mounts, processes and a host name of their own, over the machine's files.
 
 Its root is an overlay of this machine's, so that what it writes is gone with it and the rest may be read-only. It has the
 user, the capabilities and the variables of a container. The network is that of the machine: a pod has an address of loopback
@@ -70,18 +70,8 @@ class Container:
         script.write_text(_script(recipe, box))
         with open(folder / "log", "wb") as log:
             # Without a parent that lives on it would stay behind.
-            command = [
-                "setpriv",
-                "--pdeathsig",
-                "KILL",
-                "unshare",
-                "--mount",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "sh",
-                str(script),
-            ]
+            command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child"]
+            command += ["sh", str(script)]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -149,6 +139,7 @@ def _script(recipe: Recipe, box: Path) -> str:
     lines = [
         "set -e",
         "mount --make-rprivate /",
+        f"echo {shlex.quote(recipe.variables['HOSTNAME'])} > /proc/sys/kernel/hostname",
         f"mount -t tmpfs tmpfs {box}",
         f"mkdir {box}/upper {box}/work {root}",
         f"mount -t overlay overlay -o lowerdir=/,upperdir={box}/upper,workdir={box}/work {root}",

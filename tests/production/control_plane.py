@@ -42,6 +42,27 @@ class NoControlPlane(UserError):
     """The binary can't be had; the message says why."""
 
 
+def fetched(module: str) -> Path:
+    """The folder of a Go module, of which its `go.mod` and files are part; `name@version`. Raises NoControlPlane."""
+    if not shutil.which("go"):
+        raise NoControlPlane("there is no Go to build a control plane of Kubernetes with: put it on PATH")
+    with tempfile.TemporaryDirectory() as anywhere:
+        said = _go(Path(anywhere), FETCH_SECONDS, "mod", "download", "-json", module)
+    return Path(json.loads(said)["Dir"])
+
+
+def _go(folder: Path, seconds: int, *words: str) -> str:
+    """What a command of Go prints. Raises NoControlPlane."""
+    own = {"GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}
+    environment = {"GOCACHE": str(folder / "compiled"), **os.environ, **own}
+    # Whoever waits for it has other work under way.
+    command = ["nice", "-n", "15", "go", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
+    if done.returncode:
+        raise NoControlPlane(f"the control plane can't be built: go {words[0]}: {(done.stderr or done.stdout)[-800:]}")
+    return done.stdout
+
+
 def kube() -> Path:
     """The binary, built at the first use. Raises NoControlPlane."""
     digest = sha1(SOURCE.read_bytes() + ETCD_VERSION.encode(), usedforsecurity=False).hexdigest()[:12]
@@ -55,35 +76,16 @@ def kube() -> Path:
 
 
 def _build(binary: Path) -> None:
-    if not shutil.which("go"):
-        raise NoControlPlane("there is no Go to build a control plane of Kubernetes with: put it on PATH")
+    of_kubernetes = fetched(MODULE)
     with tempfile.TemporaryDirectory(prefix="kube-", dir=binary.parent) as made:
         folder = Path(made)
-        environment = {
-            "GOCACHE": str(folder / "compiled"),
-            **os.environ,
-            "GOFLAGS": "-mod=mod",
-            "GOTOOLCHAIN": "local",
-            "CGO_ENABLED": "0",
-        }
-
-        def go(seconds: int, *words: str) -> str:
-            # Whoever waits for it has other work under way.
-            command = ["nice", "-n", "15", "go", *words]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
-            if done.returncode:
-                raise NoControlPlane(f"the control plane can't be built: go {words[0]}: {(done.stderr or done.stdout)[-800:]}")
-            return done.stdout
-
         shutil.copy(SOURCE, folder / "main.go")
-        (folder / "go.mod").write_text("module kube\n")
-        fetched = json.loads(go(FETCH_SECONDS, "mod", "download", "-json", MODULE))
-        (folder / "go.mod").write_text(_go_mod(Path(fetched["GoMod"]).read_text()))
+        (folder / "go.mod").write_text(_go_mod((of_kubernetes / "go.mod").read_text()))
         stamp = "k8s.io/component-base/version.git"
         major, minor, _ = VERSION.split(".")
         versions = {"Version": f"v{VERSION}", "Major": major, "Minor": minor}
         flags = " ".join(["-s", "-w", *(f"-X {stamp}{name}={value}" for name, value in versions.items())])
-        go(BUILD_SECONDS, "build", "-p", "2", "-trimpath", "-ldflags", flags, "-o", "kube", ".")
+        _go(folder, BUILD_SECONDS, "build", "-p", "2", "-trimpath", "-ldflags", flags, "-o", "kube", ".")
         (folder / "kube").chmod(0o755)
         (folder / "kube").rename(binary)
 

@@ -18,6 +18,7 @@ EVENTS = """query($run: ID!) { logsForRun(runId: $run, limit: 5000) { ... on Eve
   ... on MessageEvent { message stepKey }
   ... on ExecutionStepFailureEvent { error { message stack } }
   ... on EngineEvent { error { message } } } } } }"""
+LOADED = "{ repositoriesOrError { __typename ... on RepositoryConnection { nodes { name } } } }"
 PARTITION = "dagster/partition"
 OVER = ("SUCCESS", "FAILURE", "CANCELED")
 
@@ -43,6 +44,10 @@ class DagsterApi:
         launched = self._asked(LAUNCH, params=params)["launchRun"]
         assert launched["__typename"] == "LaunchRunSuccess", launched
         return str(launched["run"]["runId"])
+
+    def is_loaded(self) -> bool:
+        """Whether the code location has answered."""
+        return bool(self._asked(LOADED)["repositoriesOrError"].get("nodes"))
 
     def status(self, run: str) -> str:
         return str(self._asked(STATUS, run=run)["runOrError"]["status"])

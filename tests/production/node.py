@@ -38,7 +38,6 @@ LEASE_SECONDS = 10
 RETRY_SECONDS = 0.5
 LONGEST_PAUSE = 300.0
 PROGRAMS = ("unshare", "nsenter", "setpriv", "chroot", "mount")
-IMAGE_FOLDER = "/app"
 
 
 class NoNode(UserError):
@@ -223,7 +222,7 @@ class _Pod:
         return Recipe(
             [self._parts.here(word) for word in said],
             variables,
-            spec.get("workingDir", IMAGE_FOLDER),
+            spec.get("workingDir", image.workdir),
             user,
             both.get("runAsGroup", USER),
             of_pod.get("fsGroup"),
@@ -420,26 +419,30 @@ class Nodes:
             pods = [pod for pod in self._pods.values() if not pod.leaving]
             lines = [f"{self.plane.host} kubernetes.default kubernetes.default.svc kubernetes.default.svc.cluster.local"]
             for service in services:
-                lines += [f"{address} {' '.join(names)}" for address, names in _resolved(service, pods)]
+                lines += [f"{address} {' '.join(names)}" for address, names in _resolved(service, pods, self.plane.host)]
             for pod in pods:
                 meta = pod.pod["metadata"]
                 _replace(pod.hosts, "\n".join([f"{pod.address} localhost {meta['name']}", *lines, ""]))
 
 
-def _resolved(service: Object, pods: Sequence[_Pod]) -> Iterator[tuple[str, list[str]]]:
-    """(address, names) of what a service leads to."""
+def _resolved(service: Object, pods: Sequence[_Pod], nowhere: str) -> Iterator[tuple[str, list[str]]]:
+    """(address, names) of what a service leads to; `nowhere`, where nobody listens, while it has an address but no pod."""
     name, namespace, spec = service["metadata"]["name"], service["metadata"]["namespace"], service["spec"]
     names = [name, f"{name}.{namespace}", f"{name}.{namespace}.svc", f"{name}.{namespace}.svc.cluster.local"]
     if spec["type"] == "ExternalName":
         with suppress(OSError):
             yield socket.gethostbyname(spec["externalName"]), names
     elif "selector" in spec:
+        found = False
         for pod in pods:
             meta = pod.pod["metadata"]
             chosen = meta["namespace"] == namespace and spec["selector"].items() <= meta.get("labels", {}).items()
             if chosen and (pod.ready or spec.get("publishNotReadyAddresses", False)):
+                found = True
                 own = f"{pod.pod['spec'].get('hostname', '')}."
                 yield pod.address, [*names, *(own + one for one in names if pod.pod["spec"].get("subdomain") == name)]
+        if not found and spec["clusterIP"] != "None":
+            yield nowhere, names
 
 
 def _replace(file: Path, text: str) -> None:

@@ -37,12 +37,14 @@ class PodImage:
     Attributes:
         entrypoint, command: that a pod may replace.
         variables: of every process.
+        workdir: where its processes start.
         holds: where in the image something of this machine lies.
     """
 
     entrypoint: Sequence[str]
     command: Sequence[str]
     variables: Mapping[str, str]
+    workdir: str
     holds: Mapping[str, Path]
 
 
@@ -85,7 +87,8 @@ def _thin(target: str, folder: Path, base: Mapping[str, str]) -> PodImage:
 def _image(target: str, variables: Mapping[str, str], holds: Mapping[str, Path]) -> PodImage:
     said = {name: rest for name, rest in stages()[target] if name in ("ENTRYPOINT", "CMD")}
     entrypoint, command = (json.loads(said.get(name, "[]")) for name in ("ENTRYPOINT", "CMD"))
-    return PodImage(entrypoint, command, {**variables, **_variables(target)}, holds)
+    workdir = [rest for name, rest in stages()[target] if name == "WORKDIR"][-1]
+    return PodImage(entrypoint, command, {**variables, **_variables(target)}, workdir, holds)
 
 
 def _variables(target: str) -> dict[str, str]:

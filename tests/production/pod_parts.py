@@ -63,7 +63,7 @@ class PodParts:
 
     def variables(self, container: Mapping[str, Any], image: Mapping[str, str], cluster: Mapping[str, str]) -> dict[str, str]:
         """What a container's processes have, over those of the image and the addresses of services. Raises NotYet."""
-        found = {**image, "HOSTNAME": self._pod["metadata"]["name"], **cluster}
+        found = {**image, "HOSTNAME": self._pod["metadata"]["name"][:63], **cluster}
         if self._pod["spec"].get("enableServiceLinks", True):
             found |= self._service_links()
         for source in container.get("envFrom", ()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
-from control_plane import ControlPlane
+from control_plane import ControlPlane, fetched
 from dagster_k8s import K8sRunLauncher
 from deployment import DEPLOY, instance_at, read_yaml, settings_of
 from helm_chart import RULES, manifests_of
@@ -20,6 +21,7 @@ from recsys_assets.definitions import build_definitions
 from recsys_core.settings import LakeSettings, ReleaseSettings
 
 NAMESPACE = "recsys"
+OPERATOR = "github.com/prometheus-operator/prometheus-operator@v0.85.0"
 OVERLAYS = ("production", "small")
 OF_EVERYBODY = {"authentication.k8s.io", "authorization.k8s.io"}
 """Groups in which every account may ask who it is and what it may do."""
@@ -65,6 +67,21 @@ def test_an_overlay_is_applied_without_a_warning(plane: ControlPlane, overlay: s
     printed = said(plane, "apply", "--validate=strict", "--kustomize", str(DEPLOY / "k8s" / "overlays" / overlay))
     assert "deployment.apps/serving" in printed
     assert "statefulset.apps/stream" in printed
+
+
+def test_an_overlay_with_monitoring_is_what_the_prometheus_operator_knows(plane: ControlPlane, tmp_path: Path) -> None:
+    """Held against the operator's own definitions."""
+    for kind in ("podmonitors", "prometheusrules"):
+        definition = fetched(OPERATOR) / "example" / "prometheus-operator-crd" / f"monitoring.coreos.com_{kind}.yaml"
+        said(plane, "create", "--filename", str(definition))
+        said(plane, "wait", "--for=condition=established", f"crd/{kind}.monitoring.coreos.com")
+    shutil.copytree(DEPLOY / "k8s", tmp_path / "k8s")
+    overlay = tmp_path / "k8s" / "overlays" / "production"
+    with open(overlay / "kustomization.yaml", "a") as written:
+        written.write("components: [../../components/monitoring]\n")
+    printed = said(plane, "apply", "--validate=strict", "--kustomize", str(overlay))
+    assert "podmonitor.monitoring.coreos.com/recsys created" in printed
+    assert "prometheusrule.monitoring.coreos.com/recsys created" in printed
 
 
 def test_the_api_server_warns_of_a_pod_that_is_not_restricted(applied: ControlPlane) -> None:

@@ -27,6 +27,7 @@ from pod_images import PodImage
 from recsys_home import QUICK_SPARK
 from redis_cluster import redis_cluster
 from rig import Drill, Note, had
+from waiting import eventually
 
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
@@ -102,6 +103,7 @@ def world(
         installed.install_dagster(values(postgres))
         (address,) = running.addresses(component="dagster-webserver")
         dagster = DagsterApi(f"http://{address}:{WEB_PORT}", "recsys")
+        eventually(dagster.is_loaded)
         yield World(installed, dagster, day, f"{day}T23", f"{day}T00")
 
 

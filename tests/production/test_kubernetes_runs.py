@@ -88,7 +88,9 @@ def values(postgres: Postgres) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def dagster(installed: Installation) -> DagsterApi:
     (address,) = installed.nodes.addresses(component="dagster-webserver")
-    return DagsterApi(f"http://{address}:{WEB_PORT}", "recsys")
+    found = DagsterApi(f"http://{address}:{WEB_PORT}", "recsys")
+    eventually(found.is_loaded)
+    return found
 
 
 def pods_of(installed: Installation, run: str) -> list[Object]:

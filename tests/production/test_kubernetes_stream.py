@@ -21,6 +21,7 @@ from stream_world import Broker, World
 from waiting import eventually
 from worlds import RedisServer
 
+SETTLE_SECONDS = 180.0
 LIVENESS = {"periodSeconds": 2, "timeoutSeconds": 2, "failureThreshold": 3}
 """Shorter than the manifest's."""
 NO_SERVERS = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "serving"}, "spec": {"replicas": 0}}
@@ -58,6 +59,15 @@ class Site:
         (found,) = pod["status"].get("containerStatuses", [{}])
         status: Object = found
         return status
+
+    def settle(self) -> str:
+        """Wait until everything that was sent is in Redis and in the lake. How long that took."""
+        began = time.monotonic()
+        try:
+            self.stream.settle(seconds=SETTLE_SECONDS)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.installed.nodes.log('stream-0')[-6000:]}") from None
+        return f"all in the lake {time.monotonic() - began:.0f} s after the last click"
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +113,9 @@ def test_a_worker_that_hangs_is_started_again_and_loses_nothing(site: Site, note
         seconds = time.monotonic() - began
         passes(3)
     assert "liveness" in site.installed.nodes.killed[0]
-    site.stream.settle()
+    settled = site.settle()
     site.stream.prove()
-    note(_drill("a worker is frozen", site.stream.sent, f"started again and alive after {seconds:.0f} s"))
+    note(_drill("a worker is frozen", site.stream.sent, f"started again and alive after {seconds:.0f} s; {settled}"))
 
 
 def test_a_rollout_loses_nothing(site: Site, note: Note) -> None:
@@ -116,9 +126,9 @@ def test_a_rollout_loses_nothing(site: Site, note: Note) -> None:
         assert "roll" in site.installed.rolled_out("statefulset/stream")
         seconds = time.monotonic() - began
         passes(2)
-    site.stream.settle()
+    settled = site.settle()
     site.stream.prove()
-    note(_drill("the workers are rolled out", site.stream.sent, f"{seconds:.0f} s for one worker"))
+    note(_drill("the workers are rolled out", site.stream.sent, f"{seconds:.0f} s for one worker; {settled}"))
 
 
 def _drill(fault: str, sent: int, degraded: str) -> Drill:
