@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from deployment import PROJECT
@@ -51,6 +52,7 @@ class Recipe:
     mounts: Sequence[Mount] = field(default_factory=list)
 
 
+@cache
 def of_this_machine() -> list[Mount]:
     """What every container sees where it lies here: Python, its packages, the checkout, Java and what was fetched."""
     seen = {PROJECT, Path(sys.prefix), Path(sys.base_prefix), ensure_java().path, cache_folder()}
@@ -69,7 +71,7 @@ class Container:
         script.touch(0o600)
         script.write_text(_script(recipe, box))
         with open(folder / "log", "wb") as log:
-            # Without a parent that lives on it would stay behind.
+            # It ends with the thread that started it, and everything in it ends with it.
             command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child"]
             command += ["sh", str(script)]
             self._process = subprocess.Popen(
@@ -116,6 +118,7 @@ class Container:
             str(self.first()),
             "--mount",
             "--pid",
+            "--uts",
             "--root",
             "--",
             *_as_user(self._recipe, command),

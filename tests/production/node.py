@@ -107,6 +107,7 @@ class _Pod:
         self._began = now()
         self._init = [_Run(spec) for spec in pod["spec"].get("initContainers", ())]
         self.runs = [_Run(spec) for spec in pod["spec"]["containers"]]
+        self.all_runs = [*self._init, *self.runs]
         self._parts = PodParts(self._api, pod, address, nodes.plane.host, self.folder / "volumes")
         self._lock = threading.RLock()
         self._ready_before = False
@@ -141,7 +142,7 @@ class _Pod:
 
     def end(self, grace_seconds: float) -> None:
         self.leaving = True
-        running = [run.container for run in (*self._init, *self.runs) if run.container is not None and "running" in run.state]
+        running = [run.container for run in self.all_runs if run.container is not None and "running" in run.state]
         threads = [threading.Thread(target=container.end, args=(grace_seconds,)) for container in running]
         for thread in threads:
             thread.start()
@@ -316,16 +317,14 @@ class Nodes:
             pods = list(self._pods.values())
         return [pod.address for pod in pods if pod.ready and labels.items() <= pod.pod["metadata"].get("labels", {}).items()]
 
-    def log(self, pod: str, container: str = "") -> str:
-        """All that a container of a pod has printed, over all its runs."""
+    def log(self, pod: str) -> str:
+        """All that the containers of a pod have printed, over all their runs."""
         with self._lock:
             found = [one for one in self._pods.values() if one.pod["metadata"]["name"] == pod]
         texts = []
-        for one in found:
-            for run in (*one._init, *one.runs):
-                if not container or run.name == container:
-                    folders = sorted((one.folder / run.name).glob("*"), key=lambda folder: int(folder.name))
-                    texts += [(folder / "log").read_text(errors="replace") for folder in folders if (folder / "log").exists()]
+        for folder in [one.folder / run.name for one in found for run in one.all_runs]:
+            logs = sorted(folder.glob("*/log"), key=lambda log: int(log.parent.name))
+            texts += [log.read_text(errors="replace") for log in logs]
         return "".join(texts)
 
     def signal(self, pod: str, number: int) -> None:

@@ -29,22 +29,31 @@ from redis_cluster import redis_cluster
 from rig import Drill, Note, had
 from waiting import eventually
 
+from recsys_core.events import key_start_ms
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
 from recsys_core.release import Releases
 from recsys_core.simulate import Simulation, SimulationConfig
 from serving.client import RecsysClient
 
-SIZE = {"seed": 7, "users": 200, "items": 120, "days": 1, "events": 6000}
+DAY, NEXT_DAY = "2026-01-01", "2026-01-02"
+SIZE = {"seed": 7, "users": 200, "items": 120, "days": 1, "events": 6000, "end": key_start_ms(NEXT_DAY)}
 SMALL = {
     "RECSYS_ALS__RANK": "16",
     "RECSYS_CACHE__SHARDS": "2",
     "RECSYS_CACHE__PARALLEL_STEPS": "1",
     "RECSYS_DAGSTER__AUTOMATION": "false",
+    "RECSYS_PARTITIONS__START": DAY,
+    "RECSYS_PARTITIONS__END": NEXT_DAY,
     "RECSYS_GATE__MAX_LATENCY_MS": "2000",
     "RECSYS_SPARK__SHUFFLE_PARTITIONS": "2",
 }
-CONF = {**QUICK_SPARK, "spark.kubernetes.executor.request.cores": "100m", "spark.kubernetes.allocation.batch.delay": "200ms"}
+CONF = {
+    **QUICK_SPARK,
+    "spark.ui.enabled": "false",
+    "spark.kubernetes.executor.request.cores": "100m",
+    "spark.kubernetes.allocation.batch.delay": "200ms",
+}
 EXECUTORS = {
     '"spark.executor.cores" = "4"': '"spark.executor.cores" = "2"',
     '"spark.executor.memory" = "8g"': '"spark.executor.memory" = "700m"',
@@ -59,18 +68,10 @@ NIGHT_SECONDS = 1500
 
 @dataclass(frozen=True)
 class World:
-    """An installation with a day of clicks in its landing zone.
-
-    Attributes:
-        day: which one.
-        hour: its last one.
-    """
+    """An installation with a day of clicks in its landing zone."""
 
     installed: Installation
     dagster: DagsterApi
-    day: str
-    hour: str
-    first_hour: str
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +90,11 @@ def world(
         made = Simulation(SimulationConfig.model_validate(SIZE))
         made.write_catalog(lake)
         made.write_landing(Landing(lake))
-        day = Landing(lake).last_busy_day()
-        assert day is not None
         installed = Installation(plane, running, open_folder)
         nodes_of_redis = {"RECSYS_REDIS__MODE": "cluster", "RECSYS_REDIS__NODES": json.dumps(redis)}
         installed.prepare(
             {**store.environment, **nodes_of_redis},
-            recsys_secrets={**SMALL, "RECSYS_PARTITIONS__START": day},
+            recsys_secrets=SMALL,
             dagster_postgresql_secret={"postgresql-password": PASSWORDS["DAGSTER_PG_PASSWORD"]},
         )
         installed.apply("small", [NO_STREAM, {**service("mlflow"), **CLUSTER_IP}], EXECUTORS)
@@ -104,7 +103,7 @@ def world(
         (address,) = running.addresses(component="dagster-webserver")
         dagster = DagsterApi(f"http://{address}:{WEB_PORT}", "recsys")
         eventually(dagster.is_loaded)
-        yield World(installed, dagster, day, f"{day}T23", f"{day}T00")
+        yield World(installed, dagster)
 
 
 def service(name: str) -> Object:
@@ -148,11 +147,11 @@ def values(postgres: Postgres) -> dict[str, Any]:
 
 def test_a_night_and_an_hour_make_what_is_served(world: World, note: Note) -> None:
     began = time.monotonic()
-    made = world.dagster.launch("hourly", span=(world.first_hour, world.hour), assets=["clicks_hourly"])
+    made = world.dagster.launch("hourly", span=(f"{DAY}T00", f"{DAY}T23"), assets=["clicks_hourly"])
     world.dagster.succeeds(made, NIGHT_SECONDS)
-    night = world.dagster.launch("nightly", world.day)
+    night = world.dagster.launch("nightly", DAY)
     world.dagster.succeeds(night, NIGHT_SECONDS)
-    hour = world.dagster.launch("hourly", world.hour)
+    hour = world.dagster.launch("hourly", f"{DAY}T23")
     world.dagster.succeeds(hour, NIGHT_SECONDS)
     seconds = time.monotonic() - began
     champion = Releases(f"s3://{BUCKET}/releases").champion()

@@ -24,6 +24,7 @@ from worlds import RedisServer
 SETTLE_SECONDS = 180.0
 LIVENESS = {"periodSeconds": 2, "timeoutSeconds": 2, "failureThreshold": 3}
 """Shorter than the manifest's."""
+ARCHIVE = {"archive_rows": 5000, "archive_seconds": 10}
 NO_SERVERS = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "serving"}, "spec": {"replicas": 0}}
 NO_SCALING = {
     "apiVersion": "autoscaling/v2",
@@ -83,7 +84,9 @@ def site(
     with s3_server(tmp_path_factory.mktemp("s3")) as store, pytest.MonkeyPatch.context() as patch:
         for name, value in store.environment.items():
             patch.setenv(name, value)
-        stream = World.make(broker.address, redis.url, tmp_path_factory.mktemp("stream"), lake={"uri": f"s3://{BUCKET}/lake"})
+        stream = World.make(
+            broker.address, redis.url, tmp_path_factory.mktemp("stream"), lake={"uri": f"s3://{BUCKET}/lake"}, stream=ARCHIVE
+        )
         kafka, group = stream.settings.kafka, stream.settings.stream
         variables = {
             "RECSYS_REDIS__URL": redis.url,
