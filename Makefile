@@ -30,7 +30,7 @@ demo: tools ## clickstream to answers, on made-up data or on yours: make demo DA
 test: lint tools ## lint, types, room rules and all tests with real parts
 	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-production: tools ## what production runs on, several of each: brokers, Redis, Spark, an object store; killed and frozen
+test-production: tools ## what production runs on: brokers, Redis, Spark, an object store, Kubernetes; killed and frozen
 	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest tests/production
 
 lint: env ## lint, types and room rules
