@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from recsys_assets.reports import table
@@ -19,7 +20,9 @@ from recsys_core import model_quality, quality
 from recsys_core.bundle import ALS_FACTORS, ITEM_INDEX
 from recsys_core.catalog import CATALOG_KEY, CATALOG_TABLE
 from recsys_core.events import DAY_MS, USER_ID, hour_keys, key_start_ms
-from recsys_core.landing import LandingFile
+from recsys_core.landing import STRANGE
+from recsys_core.ledger import LANDING as LANDING_AREA
+from recsys_core.ledger import QUARANTINE, LandingFile, Listing
 from recsys_core.profiles import (
     Measure,
     Profiles,
@@ -104,35 +107,41 @@ def _merged(claims: Iterable[str], found: Iterable[Mapping[str, Sequence[Measure
 
 
 def _landing(platform: Platform, partitions: Sequence[str]) -> dict[str, Report]:  # noqa: ARG001
-    files = sorted((f for f in platform.landing.files() if f.rows), key=lambda f: f.last_ts)[-NEWEST_FILES:]
+    listing = platform.landing.ledger.read()
+    rows = listing.rows()
+    rows = rows.filter(pc.greater(rows["rows"], 0))
+    files = listing.as_files(rows.take(pc.select_k_unstable(rows, NEWEST_FILES, [("last_ts", "descending")])))
     try:
-        rows = _sample_of_files(platform, files)
+        sample = _sample_of_files(platform, files)
     except (pa.ArrowException, OSError):
         damaged = platform.landing.damaged(files)
         if not damaged:
             raise
-        rows = _sample_of_files(platform, [file for file in files if file not in damaged])
+        platform.landing.note_damaged(damaged)
+        sample = _sample_of_files(platform, [file for file in files if file.path not in damaged])
     return {
-        "landed_rows_are_events": validate(quality.landing_suite(platform.settings.events), rows),
-        "quarantined_rows_are_few": model_quality.report_of("quarantined_rows_are_few", [_rejected(platform)]),
+        "landed_rows_are_events": validate(quality.landing_suite(platform.settings.events), sample),
+        "quarantined_rows_are_few": model_quality.report_of("quarantined_rows_are_few", [_rejected(platform, listing)]),
         "landing_files_are_readable": model_quality.report_of("landing_files_are_readable", _left_out(platform)),
     }
 
 
-def _rejected(platform: Platform) -> Measure:
+def _rejected(platform: Platform, listing: Listing) -> Measure:
     """The share of rejected rows in what arrived on the last day that anything did, or in all, where that is little.
 
     Of a long history a day that was rejected as a whole is too small a part to be seen.
     """
-    arrived = [(file.arrived, file.rows, 0) for file in platform.landing.files()]
-    arrived += [(at, 0, rows) for at, rows in platform.landing.rejections()]
-    newest = max((at for at, _, _ in arrived), default=0.0)
-    last = [one for one in arrived if one[0] > newest - DAY_MS / 1000]
-    if sum(landed + rejected for _, landed, rejected in last) < platform.settings.quality.min_events:
-        last = arrived
-    landed, rejected = (sum(one[place] for one in last) for place in (1, 2))
+    arrived = listing.table["arrived"]
+    last = pc.greater(arrived, (pc.max(arrived).as_py() or 0) - DAY_MS)
+    landed, rejected = (_count(listing, area, last) for area in (LANDING_AREA, QUARANTINE))
+    if landed + rejected < platform.settings.quality.min_events:
+        landed, rejected = (_count(listing, area) for area in (LANDING_AREA, QUARANTINE))
     told = f"{rejected} of {landed + rejected}"
     return Measure("now", "share of rows in quarantine", rejected / max(landed + rejected, 1), most=0.2, beside=told)
+
+
+def _count(listing: Listing, area: str, where: pa.ChunkedArray | None = None) -> int:
+    return int(pc.sum(listing.rows(area, where=where)["rows"], min_count=0).as_py())
 
 
 def _sample_of_files(platform: Platform, files: Sequence[LandingFile]) -> "pd.DataFrame":
@@ -142,7 +151,7 @@ def _sample_of_files(platform: Platform, files: Sequence[LandingFile]) -> "pd.Da
 
 def _left_out(platform: Platform) -> list[Measure]:
     """The files of the landing zone that no hour is made from, each with the reason."""
-    reasons = platform.landing.unreadable() | dict.fromkeys(platform.landing.strangers(), "its name does not end in .parquet")
+    reasons = platform.landing.unreadable() | dict.fromkeys(platform.landing.strangers(), STRANGE)
     named = [Measure("now", path, 1, most=0, beside=why) for path, why in sorted(reasons.items())[:NEWEST_FILES]]
     return [Measure("now", "files that are left out", len(reasons), most=0), *named]
 
@@ -176,7 +185,7 @@ LANDING = Group(
     ),
     _landing,
     _nothing,
-    lambda platform, _: bool(platform.landing.files() or platform.landing.rejections()),
+    lambda platform, _: platform.landing.ledger.version() > 0,
 )
 CLICKS = Group(
     CLICKS_HOURLY,

@@ -9,6 +9,7 @@ from recsys_assets.isolation import executor, isolated
 from recsys_assets.resources import Platform
 from recsys_core.settings import Settings, load_settings
 from recsys_sensors.automation import automated
+from recsys_sensors.compaction import compact_job, compact_schedule
 from recsys_sensors.freshness import with_deadline
 from recsys_sensors.jobs import JOBS
 from recsys_sensors.pruning import prune_job, prune_schedule
@@ -18,6 +19,7 @@ from recsys_sensors.sensors import sensors
 
 def build_definitions(settings: Settings) -> dg.Definitions:
     """The code location for an installation."""
+    running = settings.dagster.automation
     rooms = [ingestion, features, models, retrieval, serving]
     loaded = [
         a for a in dg.load_assets_from_modules(rooms, include_specs=True) if isinstance(a, dg.AssetsDefinition | dg.AssetSpec)
@@ -32,9 +34,9 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     return dg.Definitions(
         assets=[a for a in placed if not isinstance(a, dg.AssetChecksDefinition)],
         asset_checks=[a for a in placed if isinstance(a, dg.AssetChecksDefinition)],
-        jobs=[*JOBS, prune_job],
-        schedules=[*schedules(settings.dagster.automation), prune_schedule(settings.dagster.automation)],
-        sensors=sensors(settings.dagster.automation),
+        jobs=[*JOBS, compact_job, prune_job],
+        schedules=[*schedules(running), compact_schedule(running), prune_schedule(running)],
+        sensors=sensors(running),
         resources={"platform": Platform(settings)},
         executor=executor(settings),
     )

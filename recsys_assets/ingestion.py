@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import dagster as dg
+import pyarrow.compute as pc
 
 from recsys_assets.partitions import hourly
 from recsys_assets.reports import schema, table, tell_by_partition
@@ -11,6 +12,8 @@ from recsys_assets.resources import PlatformResource
 from recsys_core.catalog import CATALOG_KEY, CATALOG_SCHEMA, CATALOG_TABLE
 from recsys_core.events import EVENT_SCHEMA, hour_key
 from recsys_core.lake import Partition
+from recsys_core.landing import STRANGE
+from recsys_core.ledger import LANDING, QUARANTINE
 from recsys_core.tables import CLICKS_QUARANTINE, build_clicks_hourly
 
 GROUP = "ingestion"
@@ -52,22 +55,25 @@ clickstream_topic = dg.AssetSpec(
 )
 def arrivals(platform: PlatformResource) -> Iterator[dg.ObserveResult]:
     """Rows, files and hours that are there now."""
-    files = platform.landing.files()
-    extent = platform.landing.extent()
+    listing = platform.landing.ledger.read()
+    landed, rejected = (
+        {name: pc.sum(listing.rows(area)[name], min_count=0).as_py() for name in ("rows", "bytes")}
+        for area in (LANDING, QUARANTINE)
+    )
+    files, extent = listing.rows(LANDING).num_rows, listing.extent()
     unreadable, strangers = platform.landing.unreadable(), platform.landing.strangers()
-    left_out = [*unreadable.items(), *((path, "its name does not end in .parquet") for path in strangers)]
+    left_out = [*unreadable.items(), *((path, STRANGE) for path in strangers)]
     yield dg.ObserveResult(
         asset_key="clickstream_landing",
-        data_version=dg.DataVersion(f"{len(files)}-{sum(f.rows for f in files)}"),
+        data_version=dg.DataVersion(f"{files}-{landed['rows']}"),
         metadata={
-            "files": len(files),
-            "rows": sum(f.rows for f in files),
-            "bytes": sum(f.bytes for f in files),
+            "files": files,
+            **landed,
             "first hour": hour_key(extent[0]) if extent else "none",
             "last hour": hour_key(extent[1]) if extent else "none",
-            "quarantined rows": sum(rows for _, rows in platform.landing.rejections()),
+            "quarantined rows": rejected["rows"],
             "unreadable files": len(unreadable),
-            "files that are no Parquet": len(strangers),
+            "files that nobody reads": len(strangers),
             **({"left out": table(["file", "why"], left_out[:FILES_SHOWN])} if left_out else {}),
         },
     )

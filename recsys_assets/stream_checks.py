@@ -1,15 +1,17 @@
 """What the archive of the topic proves before an hour made from it is used."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import dagster as dg
+import pyarrow as pa
 
 from recsys_assets.ingestion import clicks_hourly
 from recsys_assets.resources import PlatformResource
 from recsys_core.events import HOUR_MS, key_start_ms
 from recsys_core.kafka_config import client_config, topic_identity
-from recsys_core.landing import Landing, OffsetRange, offset_faults
+from recsys_core.landing import Landing, OffsetRange, offset_faults, ranges
+from recsys_core.ledger import LandingFile
 from recsys_core.settings import KafkaSettings
 from recsys_core.tables import CLICKS_HOURLY
 
@@ -33,8 +35,9 @@ def offsets_have_no_gap(context: dg.AssetCheckExecutionContext, platform: Platfo
     else:
         latest = platform.lake.latest(CLICKS_HOURLY)
         hours = [latest] if latest else []
-    held = ranges_behind(platform.landing, hours)
-    faults = [*offset_faults(held), *count_faults(platform.landing, held)]
+    files = files_behind(platform.landing, hours)
+    held = list(files)
+    faults = [*offset_faults(held), *count_faults(files)]
     ends = broker_ends(platform.settings.kafka) if held else None
     if ends is not None:
         faults += broker_faults(held, ends, platform.settings.kafka.topic)
@@ -50,38 +53,39 @@ def offsets_have_no_gap(context: dg.AssetCheckExecutionContext, platform: Platfo
     )
 
 
-def ranges_behind(landing: Landing, hours: Iterable[str]) -> list[OffsetRange]:
-    """The archive files that hold events of the hours, and of each partition those between the first and last of them."""
+def files_behind(landing: Landing, hours: Iterable[str]) -> dict[OffsetRange, LandingFile]:
+    """The archive files that hold events of the hours, and of each partition those between the first and last of them.
+
+    They are in order. All of it is said by the ledger, no file is opened.
+    """
+    listing = landing.ledger.read()
     starts = [key_start_ms(hour) for hour in hours]
-    covering: dict[tuple[str, str, int], list[OffsetRange]] = {}
-    for start in starts:
-        for file in landing.covering(start, start + HOUR_MS):
-            if one := OffsetRange.parse(file.path):
-                covering.setdefault((one.topic, one.identity, one.partition), []).append(one)
-    spans = {key: (min(r.first for r in found), max(r.last for r in found)) for key, found in covering.items()}
-    return [
-        one
-        for one in landing.archived()
-        if (span := spans.get((one.topic, one.identity, one.partition))) and one.last >= span[0] and one.first <= span[1]
-    ]
+    covering = {file.path for start in starts for file in listing.covering(start, start + HOUR_MS)}
+    spans: dict[str, tuple[int, int]] = {}
+    for one in ranges(covering):
+        first, last = spans.get(one.archive, (one.first, one.last))
+        spans[one.archive] = (min(first, one.first), max(last, one.last))
+    topics = {archive.rpartition("/")[0] for archive in spans}
+    rows = pa.concat_tables([listing.rows(source=topic) for topic in topics]) if topics else listing.table.slice(0, 0)
+    wanted = [_is_within(OffsetRange.parse(path), spans) for path in rows["path"].to_pylist()]
+    found = listing.as_files(rows.filter(pa.array(wanted, pa.bool_())))
+    return {held: file for file in found if (held := OffsetRange.parse(file.path))}
 
 
-def count_faults(landing: Landing, held: Iterable[OffsetRange]) -> list[str]:
+def _is_within(held: OffsetRange | None, spans: Mapping[str, tuple[int, int]]) -> bool:
+    if held is None or held.archive not in spans:
+        return False
+    first, last = spans[held.archive]
+    return held.last >= first and held.first <= last
+
+
+def count_faults(files: Mapping[OffsetRange, LandingFile]) -> list[str]:
     """Files that hold fewer or more rows than the messages that were taken for them, but for users who were forgotten."""
-    rows = {OffsetRange.parse(file.path): file.rows for file in landing.files()}
-    faults = []
-    for one in held:
-        if one not in rows:
-            faults.append(f"{one.name}: the file can't be read")
-            continue
-        facts = landing.archive_facts(one)
-        told = facts["events"] + facts.get("forgotten", 0) + facts["rejected"]
-        if facts["events"] != rows[one] or told != facts["messages"]:
-            faults.append(
-                f"{one.name}: {facts['messages']} messages were taken, "
-                f"{rows[one]} events and {facts['rejected']} rejected are held"
-            )
-    return faults
+    return [
+        f"{one.name}: {file.messages} messages were taken, {file.rows} events and {file.rejected} rejected are held"
+        for one, file in files.items()
+        if file.rows + file.forgotten + file.rejected != file.messages
+    ]
 
 
 def broker_faults(held: Iterable[OffsetRange], ends: BrokerEnds, topic: str) -> list[str]:

@@ -11,7 +11,6 @@ named in the report and left to people: the word may mean something else, and th
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -28,7 +27,8 @@ from recsys_core import progress
 from recsys_core.events import USER_ID, now_ms
 from recsys_core.heartbeat import read_heartbeats
 from recsys_core.lake import STAGING, DamagedPartition, Lake, MissingPartition, Partition, PartitionChanged
-from recsys_core.landing import ENDING, LANDING, LANDING_SEEN, QUARANTINE, Landing
+from recsys_core.landing import DAMAGED, ENDING, Landing, row_groups
+from recsys_core.ledger import LANDING, LEDGER, QUARANTINE, Listing
 from recsys_core.masking import masked_text
 from recsys_core.mentions import Named
 from recsys_core.online import REBUILD_AREAS_KEY, REBUILD_LOCK_KEY, recs_key, user_key
@@ -45,7 +45,7 @@ FACTOR_ID = "id"
 USER_SIDE = "_users"
 """Tables of user factors end with it and name the user `id`."""
 TEXTS = (".json", ".txt", ".csv", ".md", ".html")
-NAMELESS = (LANDING, QUARANTINE, TOMBSTONES, FORGOTTEN, LANDING_SEEN)
+NAMELESS = (LANDING, QUARANTINE, LEDGER, TOMBSTONES, FORGOTTEN, DAMAGED)
 """Folders of the lake that are searched in another way, or hold hashes only."""
 
 
@@ -194,46 +194,49 @@ class Search:
     # -- files as they arrived ----------------------------------------------------------------------------------
 
     def _files(self) -> None:
-        """Landing and quarantine files: the same names without the user's rows. They keep their time of arrival."""
+        """Landing and quarantine files: the same names without the user's rows, whether or not the ledger names them. Those
+        that come meanwhile are searched as well: they may be others' joined."""
         lake = self.places.lake
         for area in (LANDING, QUARANTINE):
-            lake.fs.invalidate_cache()
-            paths = self._paths(lake.path(area))
-            for path in progress.track(paths, area, len(paths)):
-                if path.lower().endswith(ENDING):
-                    self._file(area, path)
-                else:
-                    self.unsearched[_below(lake, path)] = "it is no Parquet file; look into it and remove it"
-            self.looked_at[f"{area} files"] += sum(path.lower().endswith(ENDING) for path in paths)
+            seen: set[str] = set()
+            while new := [path for path in self._paths(lake.path(area)) if path not in seen]:
+                listing = self._landing.ledger.read()
+                for path in progress.track(new, area, len(new)):
+                    if path.lower().endswith(ENDING):
+                        self._file(area, path, listing)
+                    else:
+                        self.unsearched[lake.below(path)] = "it is no Parquet file; look into it and remove it"
+                seen.update(new)
+            self.looked_at[f"{area} files"] += sum(path.lower().endswith(ENDING) for path in seen)
 
     def _paths(self, folder: str) -> list[str]:
         lake = self.places.lake
+        lake.fs.invalidate_cache()
 
         def unseen(path: str, error: OSError) -> None:
-            self.unsearched[_below(lake, path)] = f"{str(error)[:200]}; let it be read"
+            self.unsearched[lake.below(path)] = f"{str(error)[:200]}; let it be read"
 
         return [path for path, _ in files_below(lake.fs, folder, unseen)]
 
-    def _file(self, area: str, path: str) -> None:
+    def _file(self, area: str, path: str, listing: Listing) -> None:
         lake = self.places.lake
+        mine = self._mine_of_events if area == LANDING else partial(self._mine_of_rejected, area)
         try:
             with lake.fs.open(path, "rb") as source:
-                table = pq.read_table(source)
-            mine = self._mine_of_events(table) if area == LANDING else self._mine_of_rejected(table, area)
+                count = sum(int(pc.sum(mine(rows)).as_py() or 0) for rows in row_groups(pq.ParquetFile(source)))
+            if count and self.remove:
+                self._landing.take_out(path, mine, listing)
         except FileNotFoundError:  # it was removed since it was listed
             return
         except (pa.ArrowException, OSError, KeyError) as error:
-            self.unsearched[_below(lake, path)] = f"{str(error)[:200]}; mend or remove it"
+            self.unsearched[lake.below(path)] = f"{str(error)[:200]}; mend or remove it"
             return
-        count = int(pc.sum(mine).as_py() or 0)
-        if count and self.remove:
-            self._rewrite(path, table.filter(pc.invert(mine)))
         self.found[area] += count
 
     def _mine_of_events(self, table: pa.Table) -> pa.ChunkedArray:
         return pc.fill_null(pc.equal(table[USER_ID].cast(pa.string()), self.user_id), False)
 
-    def _mine_of_rejected(self, table: pa.Table, area: str) -> pa.Array:
+    def _mine_of_rejected(self, area: str, table: pa.Table) -> pa.Array:
         """Whose field of a user has the id; JSON may have escaped it, and then has a backslash."""
         content = table["content"]
         may = pc.or_(pc.match_substring(content, self.user_id), pc.match_substring(content, "\\"))
@@ -243,12 +246,6 @@ class Search:
             if text is not None and not mine[-1] and self._named.mentioned(text):
                 self.mentioned[f"{area} (rows that name no user by a field)"] += 1
         return pa.array(mine, pa.bool_())
-
-    def _rewrite(self, path: str, kept: pa.Table) -> None:
-        arrived = os.stat(path) if os.path.exists(path) else None
-        self._landing.remove_rows(path, kept)
-        if arrived:
-            os.utime(path, ns=(arrived.st_atime_ns, arrived.st_mtime_ns))
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -388,10 +385,6 @@ class Search:
                 self.looked_at["MLflow files"] += 1
                 text = registry.read_file(run, path).decode(errors="replace")
                 self._read(f"MLflow file {path} of run {run.info.run_id}", text)
-
-
-def _below(lake: Lake, path: str) -> str:
-    return path.removeprefix(f"{lake.root}/")
 
 
 def _user_column(table: str, names: list[str]) -> str | None:

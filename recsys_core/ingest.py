@@ -8,7 +8,6 @@ is another's copy. A file is taken in whole or, when it is damaged, not at all.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections import Counter
@@ -26,7 +25,8 @@ from recsys_core import progress
 from recsys_core.catalog import CATALOG_SCHEMA, last_of_each, merge_catalog
 from recsys_core.events import DAY_MS, EARLIEST_TS, EVENT_ID, HOUR_MS, ITEM_ID, TS, day_key, invalid_reasons, now_ms
 from recsys_core.lake import Lake
-from recsys_core.landing import LANDING, QUARANTINE, QUARANTINE_SCHEMA, Landing
+from recsys_core.landing import QUARANTINE_SCHEMA, Landing
+from recsys_core.ledger import LANDING, QUARANTINE, LandingFile, Ledger
 from recsys_core.mapped import is_header, item_ids, map_events, map_items, text_column, unreadable_items, unreadable_values
 from recsys_core.mappings import FIELDS, MappingError, check_columns, mapped_columns, mapped_fields, source_file
 from recsys_core.parsing import parse_ts
@@ -306,14 +306,13 @@ class _Found:
 def _sources(path: str, mapping: SourceMapping, kind: str, lake: Lake) -> _Found:
     """The files to read, after their columns were checked. Raises what is wrong with the first when nothing is right.
 
-    The lake's own files, in a folder around it, are events that landed already.
+    In a folder around the lake its own files are events that landed already; in a folder of the lake those that count.
     """
     if mapping.kind != kind:
         raise MappingError(f"{path}: a mapping of kind {kind!r} is needed, this one is of kind {mapping.kind!r}")
     fs, root = open_filesystem(path)
     data, others = find_files(fs, root)
-    own = f"{lake.root}/" if type(lake.fs) is type(fs) and not f"{root}/".startswith(f"{lake.root}/") else None
-    others |= {file: OWN for file in data if own and file.startswith(own)}
+    others |= dict.fromkeys(_own([*data, *others], root, lake) if type(lake.fs) is type(fs) else (), OWN)
     files: list[SourceFile] = []
     columns: dict[str, None] = {}
     left_out = others
@@ -337,6 +336,14 @@ def _sources(path: str, mapping: SourceMapping, kind: str, lake: Lake) -> _Found
     return _Found(files, dict(sorted(left_out.items())), [name for name in columns if name not in used])
 
 
+def _own(files: list[str], root: str, lake: Lake) -> set[str]:
+    """Those of some files below `root` that are the lake's."""
+    if not f"{root}/".startswith(f"{lake.root}/"):
+        return {file for file in files if file.startswith(f"{lake.root}/")}
+    counting = set(Ledger(lake).read().table["path"].to_pylist())
+    return {file for file in files if lake.below(file) in counting}
+
+
 def _fields_of_folders(files: list[SourceFile]) -> set[str]:
     return {name for source in files for name in source.folders if name in FIELDS}
 
@@ -346,7 +353,7 @@ def _without_path(error: IngestError, path: str) -> str:
 
 
 def _take_in(
-    found: _Found, landing: Landing, take: Callable[[SourceFile, str], FileReport], what: str, kind: str
+    found: _Found, landing: Landing, take: Callable[[SourceFile, str, list[LandingFile]], FileReport], what: str, kind: str
 ) -> list[FileReport]:
     """Take each file in once. One that turns out to be damaged leaves nothing behind but its name among those left out."""
     known = _known_sources(landing)
@@ -362,8 +369,9 @@ def _take_in(
                 files.append(FileReport(source.path, done[digest].source, rows, 0, 0, duplicates=rows))
                 continue
             former = landing.extent(known[digest]) if digest in known and kind == "events" else None
-            with _whole(landing, name := known.get(digest) or f"{_slug(source)}-{digest}", again=digest in known):
-                report = take(source, name)
+            name = known.get(digest) or f"{_slug(source)}-{digest}"
+            with _whole(landing, name, again=digest in known) as staged:
+                report = take(source, name, staged)
                 if _state(source) != state:
                     raise IngestError(f"{source.path} was changed while it was read; take it in again, or a copy of it")
         except IngestError as error:
@@ -381,17 +389,23 @@ def _take_in(
 
 
 @contextmanager
-def _whole(landing: Landing, name: str, again: bool) -> Iterator[None]:
-    """Leave nothing of a source behind whose file turns out to be damaged.
+def _whole(landing: Landing, name: str, again: bool) -> Iterator[list[LandingFile]]:
+    """The files that are written of a source; they count once all are, in the place of those that stood there before.
 
-    One that the store doesn't give now and that was taken in before stays.
+    Nothing is left of a source whose file turns out to be damaged. One that the store doesn't give now and that was taken in
+    before stays.
     """
+    staged: list[LandingFile] = []
+    listing = landing.ledger.read()
+    before = {file.path: file for area in (LANDING, QUARANTINE) for file in listing.files(area, name)}
     try:
-        yield
+        yield staged
     except IngestError as error:
         if not (again and isinstance(error, NotRead)):
-            _discard(landing, name, from_number=0)
+            landing.commit([], before.keys() | {file.path for file in staged})
         raise
+    stale = before.keys() - {file.path for file in staged}
+    landing.commit(staged, stale)
 
 
 def _state(source: SourceFile) -> list[Any]:
@@ -423,24 +437,8 @@ def _slug(source: SourceFile) -> str:
 
 def _known_sources(landing: Landing) -> dict[str, str]:
     """The sources in the landing zone and the quarantine by the digest that their names end with."""
-    fs = landing.lake.fs
-    names: set[str] = set()
-    fs.invalidate_cache()
-    for area in (LANDING, QUARANTINE):
-        root = landing.lake.path(area)
-        names.update(os.path.basename(path.rstrip("/")) for path in (fs.ls(root, detail=False) if fs.exists(root) else []))
-    return {name[-16:]: name for name in sorted(names) if re.search(r"-[0-9a-f]{16}$", name)}
-
-
-def _discard(landing: Landing, name: str, from_number: int) -> None:
-    """Remove the files of a source that have this number or a higher one."""
-    fs = landing.lake.fs
-    for area in (LANDING, QUARANTINE):
-        folder = landing.lake.path(area, name)
-        for path in fs.ls(folder, detail=False) if fs.exists(folder) else []:
-            number = os.path.basename(path).removesuffix(".parquet")
-            if number.isdigit() and int(number) >= from_number:
-                fs.rm(path)
+    names = sorted(landing.sources())
+    return {name[-16:]: name for name in names if re.search(r"-[0-9a-f]{16}$", name)}
 
 
 # -- chunks of a file -----------------------------------------------------------------------------------------------
@@ -492,17 +490,6 @@ def _quarantine(source: SourceFile, rejected: list[Rejected]) -> pa.Table:
     return pa.table(columns, schema=QUARANTINE_SCHEMA)
 
 
-def _put(landing: Landing, area: str, source: str, name: str, table: pa.Table) -> None:
-    """Write one file of an area, or remove what an earlier run left when there is nothing to write."""
-    if table.num_rows:
-        write = landing.write_events if area == LANDING else landing.write_quarantine
-        write(source, name, table)
-        return
-    stale = landing.lake.path(area, source, f"{name}.parquet")
-    if landing.lake.fs.exists(stale):
-        landing.lake.fs.rm(stale)
-
-
 def _mapping_of(source: SourceFile, mapping: SourceMapping) -> SourceMapping:
     """The mapping for a file: a field that it names no column for is read from the folder called after that field."""
     named = {name: name for name in FIELDS if name in source.folders and not getattr(mapping, name)}
@@ -551,20 +538,20 @@ class _CatalogRun:
         self.items = _Items()
         self.account = Account()
 
-    def file(self, source: SourceFile, name: str) -> FileReport:
+    def file(self, source: SourceFile, name: str, staged: list[LandingFile]) -> FileReport:
         mapping = _mapping_of(source, self.mapping)
         items, account = _Items(), Account()
-        read = number = 0
-        for number, chunk in enumerate(_chunks(source), 1):
+        read = 0
+        for number, chunk in enumerate(_chunks(source)):
             missing = pc.is_null(item_ids(chunk.table, mapping))
             reason = pc.if_else(missing, pa.scalar("missing item_id"), pa.scalar(None, pa.string()))
             reason = pc.if_else(is_header(chunk.table, mapping), pa.scalar("the header again"), reason)
             rejected = _rejections(chunk, reason)
-            _put(self.landing, QUARANTINE, name, f"{number - 1:05d}", _quarantine(source, rejected))
+            if rejected:
+                staged.append(self.landing.stage_quarantine(name, f"{number:05d}", _quarantine(source, rejected)))
             account.add_rejected(source.path, rejected, chunk, mapping)
             items.add(source.path, _only(chunk, pc.is_null(reason)), mapping)
             read += len(chunk.rows) + len(chunk.rejected)
-        _discard(self.landing, name, from_number=number)
         self.items.add_all(items)
         self.account.add(account)
         return _settled(source.path, name, read, items.rows, account.quarantined.total())
@@ -589,13 +576,12 @@ class _EventRun:
         self.first_ts: int | None = None
         self.last_ts: int | None = None
 
-    def file(self, source: SourceFile, name: str) -> FileReport:
-        one = _EventFile(self, source, name)
-        read = landed = number = 0
-        for number, chunk in enumerate(_chunks(source), 1):
+    def file(self, source: SourceFile, name: str, staged: list[LandingFile]) -> FileReport:
+        one = _EventFile(self, source, name, staged)
+        read = landed = 0
+        for number, chunk in enumerate(_chunks(source)):
             read += len(chunk.rows) + len(chunk.rejected)
-            landed += one.chunk(f"{number - 1:05d}", chunk)
-        _discard(self.landing, name, from_number=number)
+            landed += one.chunk(f"{number:05d}", chunk)
         self._add(one)
         return _settled(source.path, name, read, landed, one.account.quarantined.total(), one.forgotten)
 
@@ -611,8 +597,8 @@ class _EventRun:
 class _EventFile:
     """Lands one file of a run."""
 
-    def __init__(self, run: _EventRun, source: SourceFile, name: str) -> None:
-        self.run, self.source, self.name = run, source, name
+    def __init__(self, run: _EventRun, source: SourceFile, name: str, staged: list[LandingFile]) -> None:
+        self.run, self.source, self.name, self.staged = run, source, name, staged
         self.mapping = _mapping_of(source, run.mapping)
         self.account = Account()
         self.items = _Items()
@@ -630,8 +616,10 @@ class _EventFile:
         valid = mapped if pc.all(good).as_py() else mapped.filter(good)
         landed = self.run.landing.not_forgotten(valid)
         self.forgotten += valid.num_rows - landed.num_rows
-        _put(self.run.landing, LANDING, self.name, number, landed)
-        _put(self.run.landing, QUARANTINE, self.name, number, _quarantine(self.source, rejected))
+        if landed.num_rows:
+            self.staged.append(self.run.landing.stage_events(self.name, number, landed))
+        if rejected:
+            self.staged.append(self.run.landing.stage_quarantine(self.name, number, _quarantine(self.source, rejected)))
         self.account.add_rejected(self.source.path, rejected, chunk, self.mapping)
         kept = _only(chunk, good)
         self.account.add_unreadable(self.source.path, kept, unreadable_values(kept.table, valid, self.mapping), self.mapping)

@@ -125,6 +125,10 @@ class Lake:
         """A path of the lake's filesystem."""
         return "/".join((self.root, *parts))
 
+    def below(self, path: str) -> str:
+        """A path of the lake's filesystem as it is wherever the lake lies."""
+        return path.removeprefix(f"{self.root}/")
+
     def pointer(self, table: str, key: str) -> str:
         """Path of the pointer of a partition."""
         return self.path(table, POINTERS, f"{key}{POINTER_ENDING}")

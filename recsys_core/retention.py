@@ -4,7 +4,7 @@ Never the champion and those to which a rollback returns, nor what they were mad
 
 `plan` decides and touches nothing; `remove` does what was decided. Ages are those of the data (event times, partition keys)
 against its newest event, so that a history that ended long ago and a platform that stood still lose nothing. Files of the
-quarantine, which have no time but that of their writing, are held against the clock, and so is what runs left that broke off.
+quarantine, which have no time but that of their arrival, are held against the clock, and so is what runs left that broke off.
 
 What is decided is done only while it still holds: a partition or a file that was written again since stays, and so does a
 release that became the champion.
@@ -18,13 +18,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from recsys_core.errors import UserError
 from recsys_core.events import DAY_MS, day_key, hour_key
 from recsys_core.lake import STAGING, Lake, Partition
-from recsys_core.landing import LANDING, QUARANTINE, Landing, LandingFile
+from recsys_core.landing import ENDING, Landing, OffsetRange, is_ours
+from recsys_core.ledger import LANDING, LEDGER, QUARANTINE, LandingFile, Listing
 from recsys_core.registry import PARTITION_TAG, Registry, Version
 from recsys_core.release import ChampionServes, Manifest, Pointer, ReleaseError, Releases, StoreAway
 from recsys_core.settings import RetentionSettings, Settings
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 Kind = Literal["landing", "quarantine", "partition", "release", "leftover"]
+AREAS = (LANDING, QUARANTINE)
+"""The kinds of removals that the ledger of the landing zone has to know of."""
 LEFTOVER_MS = DAY_MS
 """Files that no pointer names are of a run at work; older ones are of a run that broke off."""
 _HALF = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(TEMPORARY)}$")
@@ -94,16 +97,17 @@ def plan(landing: Landing, releases: Releases, settings: Settings, now_ms: int) 
     policy = settings.retention
     kept, gone = _releases(releases, policy)
     needed = {source["partition"] for manifest in kept for source in manifest.sources.values()}
+    listing = landing.ledger.read()
     return [
-        *_landing(landing, policy, end_ms),
-        *_quarantine(landing.lake, policy, now_ms),
+        *_landing(listing, policy, end_ms),
+        *_quarantine(listing, policy, now_ms),
         *_partitions(landing.lake, policy, needed, end_ms),
         *gone,
-        *leftovers(landing.lake, releases, now_ms),
+        *leftovers(landing, releases, now_ms),
     ]
 
 
-def _landing(landing: Landing, policy: RetentionSettings, end_ms: int) -> Iterator[Removal]:
+def _landing(listing: Listing, policy: RetentionSettings, end_ms: int) -> Iterator[Removal]:
     """Old files; of the archive of a partition those before its first newer one, so that no gap comes to be.
 
     The last of an archive, which says where it ends, stays.
@@ -111,25 +115,28 @@ def _landing(landing: Landing, policy: RetentionSettings, end_ms: int) -> Iterat
     if not policy.landing_days:
         return
     oldest = end_ms - policy.landing_days * DAY_MS
-    files = {file.path: file for file in landing.files()}
-    archives: dict[tuple[str, str, int], list[LandingFile | None]] = defaultdict(list)
-    for held in landing.archived():
-        file = files.pop(landing.lake.path(LANDING, held.topic, f"{held.name}.parquet"), None)
-        archives[held.topic, held.identity, held.partition].append(file)
-    gone = [file for file in files.values() if file.last_ts < oldest]
-    for archive in archives.values():
-        first = list(takewhile(lambda file: file is not None and file.last_ts < oldest, archive[:-1]))
-        dated = [number for number, file in enumerate(first, 1) if file and file.rows]
-        gone += [file for file in first[: max(dated, default=0)] if file]
+    files = listing.files()
+    gone = [file for file in files if OffsetRange.parse(file.path) is None and file.last_ts < oldest]
+    for _, archive in groupby(_archived(files), lambda one: one[0].archive):
+        ordered = [file for _, file in archive]
+        first = list(takewhile(lambda file: file.last_ts < oldest, ordered[:-1]))
+        dated = [number for number, file in enumerate(first, 1) if file.rows]
+        gone += first[: max(dated, default=0)]
     for file in sorted(gone, key=lambda file: file.path):
-        yield Removal("landing", file.path, file.bytes, written=written_at(landing.lake.fs.info(file.path)))
+        yield Removal("landing", file.path, file.bytes, written=file.arrived / 1000)
 
 
-def _quarantine(lake: Lake, policy: RetentionSettings, now_ms: int) -> Iterator[Removal]:
+def _archived(files: Iterable[LandingFile]) -> list[tuple[OffsetRange, LandingFile]]:
+    """The archive files among some, in the order of their offsets."""
+    found = ((OffsetRange.parse(file.path), file) for file in files)
+    return sorted(((one, file) for one, file in found if one), key=lambda pair: pair[0])
+
+
+def _quarantine(listing: Listing, policy: RetentionSettings, now_ms: int) -> Iterator[Removal]:
     if policy.quarantine_days:
-        for path, entry in sorted(lake.fs.find(lake.path(QUARANTINE), detail=True).items()):
-            if written_at(entry) * 1000 < now_ms - policy.quarantine_days * DAY_MS:
-                yield Removal("quarantine", path, int(entry["size"]), written=written_at(entry))
+        for file in listing.files(QUARANTINE):
+            if file.arrived < now_ms - policy.quarantine_days * DAY_MS:
+                yield Removal("quarantine", file.path, file.bytes, written=file.arrived / 1000)
 
 
 def _partitions(lake: Lake, policy: RetentionSettings, needed: set[str], end_ms: int) -> Iterator[Removal]:
@@ -146,12 +153,14 @@ def tables(lake: Lake) -> list[str]:
     if not lake.fs.exists(lake.root):
         return []
     names = (os.path.basename(e["name"].rstrip("/")) for e in lake.fs.ls(lake.root, detail=True) if e["type"] == "directory")
-    return sorted(name for name in names if name not in (LANDING, QUARANTINE, TOMBSTONES, STAGING))
+    return sorted(name for name in names if name not in (LANDING, QUARANTINE, LEDGER, TOMBSTONES, STAGING))
 
 
-def leftovers(lake: Lake, releases: Releases, now_ms: int) -> Iterator[Removal]:
-    """Files of runs that broke off: half-written ones, versions and releases that nothing names, staged folders."""
-    yield from _left_by(_unnamed(lake), now_ms)
+def leftovers(landing: Landing, releases: Releases, now_ms: int) -> Iterator[Removal]:
+    """Files of runs that broke off: half-written ones, staged folders, landing files, versions and releases that nothing
+    names."""
+    yield from _left_by(_uncommitted(landing), now_ms)
+    yield from _left_by(_unnamed(landing.lake), now_ms)
     yield from _left_by(_unreleased(releases), now_ms)
 
 
@@ -167,10 +176,24 @@ def _left_by(groups: Iterable[Files], now_ms: int) -> Iterator[Removal]:
                 yield Removal("leftover", path, int(entry["size"]), written=written_at(entry))
 
 
+def _uncommitted(landing: Landing) -> Iterator[Files]:
+    """Files with names that we give which no commit names, nor did until they were taken out; and parts of the ledger that its
+    head does not name."""
+    lake, parts = landing.lake, landing.ledger.parts()
+    found = {area: _find(lake.fs, lake.path(area)) for area in (LANDING, QUARANTINE, LEDGER)}
+    listing = landing.ledger.read()  # after the files: what was written since is in neither
+    known = set(listing.table["path"].to_pylist()) | set(listing.gone["path"].to_pylist())
+    for area in (LANDING, QUARANTINE):
+        for path, entry in found[area].items():
+            if is_ours(lake.below(path).partition("/")[2]) and lake.below(path) not in known:
+                yield {path: entry}
+    yield from ({path: entry} for path, entry in found[LEDGER].items() if path.endswith(ENDING) and path not in parts)
+
+
 def _unnamed(lake: Lake) -> Iterator[Files]:
     """Files of the lake that no pointer names, those of a version in one group. What is not ours by its name is left alone."""
     lake.fs.invalidate_cache()
-    for area in (LANDING, QUARANTINE, TOMBSTONES):
+    for area in (LANDING, QUARANTINE, LEDGER, TOMBSTONES):
         yield from _half_written(_find(lake.fs, lake.path(area)))
     for table in tables(lake):
         root = lake.path(table)
@@ -284,9 +307,20 @@ def remove(landing: Landing, releases: Releases, removals: Iterable[Removal]) ->
     The pointer of a partition, the manifest of a release go first: no reader finds a half.
     """
     landing.lake.fs.invalidate_cache()
-    gone = [removal for removal in removals if _remove(landing.lake, releases, removal)]
+    planned = list(removals)
+    gone = _remove_files(landing, [removal for removal in planned if removal.kind in AREAS])
+    gone += [r for r in planned if r.kind not in AREAS and _remove(landing.lake, releases, r)]
     _drop_empty_folders(landing.lake.fs, gone)
     landing.lake.fs.invalidate_cache()
+    return gone
+
+
+def _remove_files(landing: Landing, removals: Sequence[Removal]) -> list[Removal]:
+    """Take landing and quarantine files out that are still those of the plan, all of them with one commit."""
+    listing = landing.ledger.read()
+    arrived = dict(zip(listing.table["path"].to_pylist(), listing.table["arrived"].to_pylist(), strict=True))
+    gone = [r for r in removals if arrived.get(landing.lake.below(r.name)) == round(r.written * 1000)]
+    landing.commit((), [removal.name for removal in gone])
     return gone
 
 

@@ -13,6 +13,7 @@ said before; of two writers at once neither undoes the other. What each kind of 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import uuid
@@ -77,6 +78,23 @@ def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> N
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync(os.path.dirname(path))
+
+
+def move_atomically(fs: fsspec.AbstractFileSystem, local: str, path: str) -> None:
+    """Put what a file of this machine holds at `path`, as `write_atomically` does; the content need not fit the memory."""
+    if not is_local(fs):
+        fs.put_file(local, path)
+        return
+    temporary = f"{path}.{uuid.uuid4().hex}{TEMPORARY}"
+    try:
+        shutil.copyfile(local, temporary)
+        _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):

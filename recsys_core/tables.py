@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,8 @@ from recsys_core.events import (
 )
 from recsys_core.features import USER_FEATURES
 from recsys_core.lake import Lake, Partition
-from recsys_core.landing import Landing, LandingFile, what_was_read
+from recsys_core.landing import Landing, what_was_read
+from recsys_core.ledger import LandingFile
 from recsys_core.settings import EventSettings, InteractionSettings
 from recsys_core.spark import stage_progress
 
@@ -75,10 +75,13 @@ def build_clicks_hourly(
     """
     start, end = key_start_ms(min(hours)), key_start_ms(max(hours)) + HOUR_MS
     from_ms = start - settings.lookback_hours * HOUR_MS - settings.session_gap_minutes * MINUTE_MS
-    looked = time.time()
-    listed = landing.covering(from_ms, end)
-    files, said = listed, what_was_read(listed, looked, hours)
-    while files:
+    without: set[str] = set()
+    while True:
+        listing = landing.ledger.read()
+        files = [file for file in listing.covering(from_ms, end) if file.path not in without]
+        said = dict.fromkeys(hours, what_was_read(listing.version, map(lake.below, without)))
+        if not files:
+            return publish_empty(lake, CLICKS_HOURLY, hours, said)
         try:
             with stage_progress(spark, f"clicks_hourly ({span(hours)})"):
                 return _build_clicks(spark, lake, files, said, (from_ms, start, end), hours, settings)
@@ -86,9 +89,11 @@ def build_clicks_hourly(
             damaged = landing.damaged(files)
             if not damaged:
                 raise
-            log.exception("clicks_hourly is made without %d landing files that can't be read", len(damaged))
-            files = [file for file in files if file not in damaged]
-    return publish_empty(lake, CLICKS_HOURLY, hours, said)
+            counting = {file.path for file in landing.ledger.read().covering(from_ms, end)}
+            lost = {path: reason for path, reason in damaged.items() if path in counting}
+            log.exception("clicks_hourly is made again, without %d landing files that can't be read", len(lost))
+            landing.note_damaged(lost, hours)
+            without |= lost.keys()
 
 
 def _build_clicks(

@@ -3,8 +3,10 @@
 A file ends before an offset that is a multiple of `archive_rows`, and before a message whose broker time lies in a
 later interval of `archive_seconds`, or in one so much earlier that the broker's clock was wrong. Messages carry both, so any
 worker that starts at a border makes the same files. A file is also ended when its interval is over and the partition ends with
-it: a later message has a later time then, and would have ended it as well. What the landing zone holds already is not written
-again.
+it: a later message has a later time then, and would have ended it as well.
+
+The ledger of the landing zone says how far the archive of a partition has come, and a file counts from the commit that takes it
+further. Of two workers that have one partition for a moment one is refused, and goes on with what the other did not write.
 
 The end of a partition is where Kafka says that a reader is at it. That is beyond the last message where the end holds
 none: a transaction's marker takes an offset, and so does what was aborted or deleted.
@@ -15,12 +17,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
 from recsys_core.landing import ARCHIVE_SCHEMA, OFFSET, QUARANTINE_SCHEMA, Landing, OffsetRange
+from recsys_core.ledger import LedgerChanged
 from recsys_core.settings import StreamSettings
 
 GRACE_MS = 5_000
@@ -77,7 +80,6 @@ class _Open:
         interval: of its messages, None while there are none.
         at_end: whether the partition ends at `next`.
         reached: when that was noted, ms.
-        known: files beyond it that are there already.
         closed: files before it that are to be written.
     """
 
@@ -91,7 +93,6 @@ class _Open:
     appended: list[np.ndarray] = field(default_factory=list)
     events: list[pa.Table] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
-    known: list[OffsetRange] = field(default_factory=list)
     closed: deque[_Closed] = field(default_factory=deque)
 
 
@@ -107,29 +108,15 @@ class Archive:
         self._lock = threading.Lock()
         self.files = 0
 
-    def landed(self, partition: int, identity: str) -> tuple[int | None, list[OffsetRange]]:
-        """Up to before which offset the partition is archived without a gap (None: nothing is), and files beyond a gap.
+    def landed(self, partition: int, identity: str) -> int | None:
+        """Up to before which offset the partition is archived, None where it is not. `identity` see `incarnations`."""
+        return self._landing.ledger.reached(OffsetRange(self._topic, identity, partition, 0, 0).archive)
 
-        `identity` is that of the partition, see `incarnations`.
-        """
-        ranges = [
-            held for held in self._landing.archived(self._topic) if held.identity == identity and held.partition == partition
-        ]
-        end: int | None = None
-        for at, held in enumerate(ranges):
-            if end is not None and held.first > end:
-                return end, ranges[at:]
-            end = max(end or 0, held.last + 1)
-        return end, []
-
-    def start(self, partition: int, offset: int, known: list[OffsetRange], epoch: int, identity: str) -> None:
-        """Archive a partition from `offset` on, leaving out the ranges that are there already.
-
-        `epoch` is of its assignment, `identity` see `landed`.
-        """
+    def start(self, partition: int, offset: int, epoch: int, identity: str) -> None:
+        """Archive a partition from `offset` on. `epoch` is of its assignment, `identity` see `landed`."""
         held = OffsetRange(self._topic, identity, partition, offset, offset)
         with self._lock:
-            self._open[partition] = _Open(held, offset, epoch, known=[r for r in known if r.first >= offset])
+            self._open[partition] = _Open(held, offset, epoch)
 
     def drop(self, partitions: Sequence[int]) -> None:
         """Forget partitions that another worker has now; it starts at the last border that is written."""
@@ -161,10 +148,6 @@ class Archive:
         offset, appended = messages.offset, messages.appended
         at = int(np.searchsorted(offset, found.next))
         while at < len(offset):
-            if found.known and offset[at] >= found.known[0].first:
-                self._skip(found)
-                at = int(np.searchsorted(offset, found.next))
-                continue
             end = self._border(found, offset, appended, at)
             if end > at:
                 self._take(found, messages, at, end)
@@ -177,8 +160,6 @@ class Archive:
         found = self._open.get(partition)
         if found is None or end < found.next:
             return
-        while found.known and end > found.known[0].first:
-            self._skip(found)
         if (border := end // self._rows * self._rows) > found.held.first:
             self._close(found, border)
         if not found.at_end:
@@ -191,7 +172,6 @@ class Archive:
         if found is not None and first > found.next:
             self._close(found, found.next)
             self._begin(found, first)
-            found.known = [held for held in found.known if held.last >= first]
 
     def tick(self, now_ms: int) -> None:
         """End the files whose interval is over where the partition ends with what they hold."""
@@ -225,22 +205,12 @@ class Archive:
         if found.interval is None:
             found.interval = int(intervals[0])
         ends = (offset[at:] // self._rows != block) | (intervals > found.interval) | (intervals < found.interval - 1)
-        if found.known:
-            ends |= offset[at:] >= found.known[0].first
         return at + (int(np.argmax(ends)) if ends.any() else len(ends))
 
     def _before(self, found: _Open, offset: int) -> int:
         """Where the file ends that the message at `offset` is not in: offsets without a message belong to the former."""
-        if found.known and offset >= found.known[0].first:
-            return found.known[0].first
         border = offset // self._rows * self._rows
         return border if border > found.held.first else offset
-
-    def _skip(self, found: _Open) -> None:
-        known = found.known.pop(0)
-        if known.first > found.held.first:
-            self._close(found, known.first)
-        self._begin(found, known.last + 1)
 
     def _begin(self, found: _Open, first: int) -> None:
         held = found.held
@@ -270,21 +240,26 @@ class Archive:
         self._begin(found, end)
 
     def _write(self, file: _Closed) -> None:
-        """Write what is not there yet of a file: a worker that was thought dead may have ended this file elsewhere."""
-        held = file.held
+        """Write what is not there yet of a file: another worker may have gone on with the partition meanwhile."""
+        first = file.held.first
+        while first <= file.held.last:
+            try:
+                self._write_from(first, file)
+                self.files += 1
+                return
+            except LedgerChanged:
+                first = self.landed(file.held.partition, file.held.identity) or first
+
+    def _write_from(self, first: int, file: _Closed) -> None:
+        held = replace(file.held, first=first)
         table = pa.concat_tables(file.events) if file.events else ARCHIVE_SCHEMA.empty_table()
         taken = np.concatenate(file.offsets) if file.offsets else np.empty(0, np.int64)
         appended = np.concatenate(file.appended) if file.appended else np.empty(0, np.int64)
-        rows = table[OFFSET].to_numpy()
-        arrived = appended[np.searchsorted(taken, rows)]
-        for part in held.without(self._landing.archived(held.topic)):
-            start, end = _within(rows, part.first, part.last)
-            refused = [r for r in file.rejected if part.first <= r.offset <= part.last]
-            messages = _within(taken, part.first, part.last)
-            some = table.slice(start, end - start)
-            count, rejected = messages[1] - messages[0], quarantine_rows(held.topic, refused)
-            self._landing.write_archive(part, count, some, rejected, arrived[start:end])
-            self.files += 1
+        some = table.slice(int(np.searchsorted(table[OFFSET].to_numpy(), first)))
+        arrived = appended[np.searchsorted(taken, some[OFFSET].to_numpy())]
+        refused = quarantine_rows(held.topic, [r for r in file.rejected if r.offset >= first])
+        messages = len(taken) - int(np.searchsorted(taken, first))
+        self._landing.write_archive(held, messages, some, refused, arrived)
 
 
 def _within(sorted_offsets: np.ndarray, first: int, last: int) -> tuple[int, int]:

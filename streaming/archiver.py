@@ -301,8 +301,8 @@ class Archiver:
         with self._lock:
             new = {n: a for n, a in self._assigned.items() if self._begun.get(n) != a.epoch}
         for number, assigned in new.items():
-            landed, known = self._archive.landed(number, assigned.identity)
-            had = max([landed or 0, *(held.last + 1 for held in known)])
+            landed = self._archive.landed(number, assigned.identity)
+            had = landed or 0
             if had > assigned.high and had > self._reader.ends(number)[1]:
                 with self._lock:
                     self._lost[number] = had
@@ -310,7 +310,7 @@ class Archiver:
             first = max(assigned.low, landed) if landed is not None else assigned.first
             with self._lock:
                 if self._assigned.get(number) is assigned:
-                    self._archive.start(number, first, known, assigned.epoch, assigned.identity)
+                    self._archive.start(number, first, assigned.epoch, assigned.identity)
                     self._begun[number] = assigned.epoch
 
     def _places(self) -> dict[int, int]:

@@ -17,7 +17,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -26,7 +25,8 @@ from confluent_kafka.admin import AdminClient
 from recsys_core.events import EVENT_SCHEMA, HOUR_MS, USER_ID, now_ms
 from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
-from recsys_core.landing import LANDING, OFFSET, Landing, offset_faults
+from recsys_core.landing import OFFSET, Landing, offset_faults, ranges, row_groups
+from recsys_core.ledger import LANDING
 from recsys_core.live import Batch
 from recsys_core.live_trends import announce_sources, bucket_key
 from recsys_core.online import REBUILD_AREAS_KEY, user_key
@@ -324,22 +324,19 @@ class LandingSource:
 
     def __init__(self, settings: Settings, topic: Topic, since_ms: int, cuts: Mapping[int, Sequence[int]]) -> None:
         self._landing = Landing(Lake(settings.lake_uri, settings.lake.keep_versions))
-        arrived = {file.path: file.arrived for file in self._landing.files()}
+        listing = self._landing.ledger.read()
+        late = pc.greater_equal(listing.table["arrived"], since_ms)
         valid = [
             (number, one.identity, before)
             for number in cuts
             for one, before in valid_ranges(topic.identity, number, cuts[number])
         ]
-        archived = self._landing.archived(topic.name)
+        archived = ranges(listing.rows(LANDING, topic.name, late)["path"].to_pylist())
         self._files = [
-            (held, path, before)
+            (held, self._landing.lake.path(LANDING, topic.name, f"{held.name}.parquet"), before)
             for number, identity, before in valid
             for held in archived
-            if (held.partition, held.identity) == (number, identity)
-            and (before is None or held.first < before)
-            # One that can't be read is an error when its turn comes.
-            and arrived.get(path := self._landing.lake.path(LANDING, topic.name, f"{held.name}.parquet"), since_ms) * 1000
-            >= since_ms
+            if (held.partition, held.identity) == (number, identity) and (before is None or held.first < before)
         ]
         if faults := offset_faults(held for held, _, _ in self._files):
             raise TopicError("the archive is not whole: " + "; ".join(faults))
@@ -352,12 +349,11 @@ class LandingSource:
         files, self._files = self._files, []
         for held, path, before in files:
             with self._landing.lake.fs.open(path, "rb") as source:
-                table: pa.Table = pq.read_table(source)
-            if before is not None:
-                table = table.filter(pc.less(table[OFFSET], before))
-            offset = table[OFFSET].to_numpy()
-            partition, by_now = (np.full(len(offset), value, np.int64) for value in (held.partition, now_ms()))
-            yield Batch(table.select(EVENT_SCHEMA.names), partition, offset, by_now)
+                for table in row_groups(pq.ParquetFile(source)):
+                    own = table if before is None else table.filter(pc.less(table[OFFSET], before))
+                    offset = own[OFFSET].to_numpy()
+                    partition, by_now = (np.full(len(offset), value, np.int64) for value in (held.partition, now_ms()))
+                    yield Batch(own.select(EVENT_SCHEMA.names), partition, offset, by_now)
         yield from self._rest.read()
 
     def close(self) -> None:

@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 
 from recsys_core.events import DAY_MS, EVENT_SCHEMA, key_start_ms
 from recsys_core.lake import Lake, Partition
+from recsys_core.landing import Landing, OffsetRange, file_of
+from recsys_core.ledger import LandingFile, Ledger
 from recsys_core.tables import CLICKS_HOURLY, INTERACTIONS
 
 NULLABLE_EVENTS = pa.schema([pa.field(f.name, f.type) for f in EVENT_SCHEMA])
@@ -44,12 +46,21 @@ def event_table(*rows: dict, schema: pa.Schema = NULLABLE_EVENTS) -> pa.Table:
 
 
 def land(lake: Lake, *rows: dict, name: str = "a", source: str = "test") -> str:
-    """A file of the landing zone as a foreign writer may leave it. Returns its path."""
-    path = lake.path("landing", source, f"{name}.parquet")
+    """A file that counts, whose rows may be no events. Returns its path."""
+    path, sink = lake.path("landing", source, f"{name}.parquet"), pa.BufferOutputStream()
+    pq.write_table(event_table(*rows), sink)
     lake.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with lake.fs.open(path, "wb") as out:
-        pq.write_table(event_table(*rows), out)
+    content = sink.getvalue().to_pybytes()
+    lake.fs.pipe_file(path, content)
+    Ledger(lake).commit([file_of(path, event_table(*rows), len(content))])
     return path
+
+
+def archived_as(landing: Landing, held: OffsetRange) -> LandingFile:
+    """What the ledger says of the archive file of a range."""
+    file = landing.ledger.read().find(landing.lake.path("landing", held.topic, f"{held.name}.parquet"))
+    assert file is not None
+    return file
 
 
 def write_clicks(lake: Lake, rows: Sequence[tuple[str, str, str]], kind: str = "view") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import dagster as dg
@@ -265,11 +264,12 @@ def test_a_rejected_day_is_seen_behind_a_long_history_and_an_old_one_is_over(set
     def arrive(name: str, days_ago: int, landed: int, rejected: int) -> None:
         events = [event(f"{name}-{n}", f"u{n}", "i", f"{DAY}T09") for n in range(landed)]
         rows = [{"origin": "a.csv", "row": n, "reason": "missing item", "content": "x"} for n in range(rejected)]
-        paths = [platform.landing.write_events("test", name, event_table(*events, schema=EVENT_SCHEMA))] if events else []
-        if rows:
-            paths.append(platform.landing.write_quarantine("test", name, pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)))
-        for path in paths:
-            os.utime(path, (NOW_S - days_ago * 86_400,) * 2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("recsys_core.landing.now_ms", lambda: int(NOW_S - days_ago * 86_400) * 1000)
+            if events:
+                platform.landing.write_events("test", name, event_table(*events, schema=EVENT_SCHEMA))
+            if rows:
+                platform.landing.write_quarantine("test", name, pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA))
 
     platform = Platform(settings)
     group = next(group for group in GROUPS if group.asset == "clickstream_landing")

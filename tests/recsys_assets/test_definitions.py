@@ -330,6 +330,7 @@ def test_schedules_and_sensors_run_by_themselves_only_when_the_setting_says_so(s
         "arrivals_schedule": "1 * * * *",
         "hourly_schedule": "5 * * * *",
         "nightly_schedule": "10 1 * * *",
+        "compact_job_schedule": "10 3 * * *",
         "prune_job_schedule": "40 3 * * 0",
     }
     assert {sensor.name for sensor in repository.sensor_defs} == {

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
 import pyarrow as pa
 import pytest
 import redis
-from builders import event, write_clicks
+from builders import archived_as, event, write_clicks
 
 from recsys_assets.resources import Platform
-from recsys_assets.stream_checks import BrokerEnds, broker_faults, offsets_have_no_gap, ranges_behind
+from recsys_assets.stream_checks import BrokerEnds, broker_faults, files_behind, offsets_have_no_gap
 from recsys_cli.stack import redis_server
 from recsys_core.forget import Places, forget_user
 from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, OffsetRange
@@ -84,13 +85,16 @@ def test_a_file_of_another_hour_between_is_looked_at_too(platform: Platform) -> 
     other = archive(platform, 10, 12, "2026-03-02T08:00")
     late = archive(platform, 13, 14, f"{HOUR}:30")
     archive(platform, 15, 20, "2026-03-02T12:00")
-    assert ranges_behind(platform.landing, [HOUR]) == [first, other, late]
+    assert list(files_behind(platform.landing, [HOUR])) == [first, other, late]
     assert faults(platform) == []
 
 
 def test_offsets_in_two_files_are_a_fault(platform: Platform) -> None:
     archive(platform, 0, 9, f"{HOUR}:05")
-    archive(platform, 8, 14, f"{HOUR}:30")
+    before = archived_as(platform.landing, archive(platform, 10, 14, f"{HOUR}:30"))
+    doubled = OffsetRange("clickstream.events", "0abcdef0", 0, 8, 14)
+    path = platform.lake.path("landing", doubled.topic, f"{doubled.name}.parquet")
+    platform.landing.ledger.commit([replace(before, path=path)], [before.path])
     assert faults(platform) == ["clickstream.events (0abcdef0) partition 0: offsets 8 to 9 are in two files"]
 
 
@@ -110,8 +114,8 @@ def test_an_archive_beyond_the_end_of_the_topic_is_a_fault() -> None:
 def test_late_events_touch_the_hour_that_they_belong_to(platform: Platform) -> None:
     archive(platform, 0, 9, f"{HOUR}:05")
     archive(platform, 10, 12, "2026-03-01T08:00")
-    assert [a.hours for a in platform.landing.arrivals(0)] == [{HOUR: 10}, {"2026-03-01T08": 3}]
-    assert platform.landing.arrivals(4_000_000_000) == []
+    assert platform.landing.news(0) == {HOUR: 1, "2026-03-01T08": 2}
+    assert platform.landing.news(2) == {}
 
 
 def test_a_user_who_was_forgotten_leaves_no_gap(platform: Platform, tmp_path: Path) -> None:
@@ -125,7 +129,7 @@ def test_a_user_who_was_forgotten_leaves_no_gap(platform: Platform, tmp_path: Pa
         for user in ("u1", "u2"):
             forget_user(Places(platform.lake, client, platform.releases, platform.registry), user)
     assert faults(platform) == []
-    facts = platform.landing.archive_facts(held)
-    assert (facts["messages"], facts["events"], facts["forgotten"], facts["rejected"]) == (10, 3, 6, 1)
-    assert facts["hours"] == {HOUR: 3}
+    file = archived_as(platform.landing, held)
+    assert (file.messages, file.rows, file.forgotten, file.rejected) == (10, 3, 6, 1)
+    assert file.hours == {HOUR: 3}
     assert platform.landing.archived() == [held, OffsetRange("clickstream.events", "0abcdef0", 0, 10, 14)]

@@ -249,7 +249,7 @@ def backfill_states(page: Page, stack: Stack) -> list[str]:
 
 
 def test_schedules_and_sensors_are_listed_and_running(stack: Stack, page: Page, tmp_path: Path) -> None:
-    names = {"arrivals_schedule", "hourly_schedule", "nightly_schedule", "prune_job_schedule"}
+    names = {"arrivals_schedule", "hourly_schedule", "nightly_schedule", "compact_job_schedule", "prune_job_schedule"}
     names |= {"alerts", "automation", "champion_promoted", "late_hours", "missed_hours", "missed_nights", "stream_observed"}
     with step(page, "automation", tmp_path):
         page.goto(f"{stack.url}/automation", wait_until="domcontentloaded")

@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from builders import event, event_table
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from recsys_core import delimited, json_rows, readers, sources
 from recsys_core import ingest as ingest_module
 from recsys_core.catalog import read_catalog
+from recsys_core.events import EVENT_SCHEMA
 from recsys_core.ingest import CatalogReport, IngestReport, ingest, ingest_catalog
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
@@ -465,7 +467,19 @@ def test_the_files_of_the_lake_are_not_taken_in_again(tmp_path: Path) -> None:
     for _ in range(2):
         assert take(tmp_path, landing, BUILTIN["recsys"]).landed == 1
     left_out = take(tmp_path, landing, BUILTIN["recsys"]).left_out
-    assert left_out == {file.path: "it is a file of the lake" for file in landing.files()}
+    there = [str(path) for path in (tmp_path / "lake").rglob("*") if path.is_file()]
+    assert landing.files()[0].path in there
+    assert left_out == dict.fromkeys(there, "it is a file of the lake")
+
+
+def test_a_file_that_somebody_put_into_the_landing_zone_is_taken_in_from_there_and_what_counts_is_not(landing: Landing) -> None:
+    own = landing.write_events("app", "own", event_table(event("e1", "ann", "tea", "2026-03-02T10:00"), schema=EVENT_SCHEMA))
+    copied = landing.lake.path("landing", "app", "copied.parquet")
+    pq.write_table(event_table(event("e2", "bob", "tea", "2026-03-02T10:00"), schema=EVENT_SCHEMA), copied)
+    assert pairs(landing) == [("ann", "tea")]
+    report = ingest(landing.lake.path("landing"), landing, BUILTIN["recsys"], EventSettings())
+    assert (report.landed, report.left_out) == (1, {own: "it is a file of the lake"})
+    assert sorted(pairs(landing)) == [("ann", "tea"), ("bob", "tea")]
 
 
 def test_a_file_taken_for_items_keeps_what_it_gave_as_events(tmp_path: Path, landing: Landing) -> None:

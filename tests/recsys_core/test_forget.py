@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from recsys_core.events import EVENT_SCHEMA, now_ms
 from recsys_core.forget import FORGOTTEN, READ_SECONDS, Places, Search, forget_user
 from recsys_core.heartbeat import HEARTBEATS_KEY, Heartbeat, write_heartbeat
 from recsys_core.lake import STAGING, Lake
-from recsys_core.landing import ARCHIVE_SCHEMA, CLOCK_SECONDS, QUARANTINE_SCHEMA, Landing, OffsetRange
+from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, Landing, OffsetRange
 from recsys_core.online import (
     REBUILD_AREAS_KEY,
     REBUILD_LOCK_KEY,
@@ -156,11 +155,12 @@ def test_the_next_release_is_made_from_what_is_left_without_anything_made_again(
 
 
 def test_landing_files_keep_their_time_of_arrival_so_that_no_hour_counts_as_late(filled: Lake, places: Places) -> None:
-    path = Landing(filled).files()[0].path
-    os.utime(path, (1_000_000, 1_000_000))
+    landing = Landing(filled)
+    [before] = landing.files()
     forget_user(places, GONE)
-    assert os.stat(path).st_mtime == 1_000_000
-    assert sum(file.rows for file in Landing(filled).files()) == 3
+    [after] = landing.files()
+    assert (after.rows, after.arrived, after.since) == (3, before.arrived, before.since)
+    assert landing.news(before.since) == {}
 
 
 def test_the_same_events_do_not_land_again(filled: Lake, places: Places) -> None:
@@ -545,11 +545,21 @@ def test_what_a_rebuild_makes_or_left_is_searched_and_a_running_one_is_waited_fo
     redis.flushall()
 
 
-def test_rows_that_were_taken_out_make_no_hour_late(filled: Lake, places: Places) -> None:
-    (file,) = Landing(filled).files()
-    later = time.time() + 2 * CLOCK_SECONDS
-    os.utime(file.path, (1_000_000, 1_000_000))
-    assert Landing(filled).files()[0].arrived == 1_000_000
-    forget_user(places, GONE)
-    os.utime(file.path, (later, later))
-    assert Landing(filled).files()[0].arrived == 1_000_000, "the file says it, whatever its store says"
+def test_a_file_that_nobody_reads_and_one_that_comes_meanwhile_are_searched_too(
+    small_places: Places, lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    land(lake, *(event(user, user, "i", HOUR) for user in ("eve", "bob")))
+    stray = lake.path("landing", "test", "stray.parquet")
+    pq.write_table(event_table(event("e2", "eve", "i", HOUR), event("e3", "bob", "i", HOUR)), stray)
+    own, comes = Landing.take_out, iter(["joined"])
+
+    def beside(self: Landing, *args: Any) -> None:
+        if name := next(comes, None):
+            land(lake, event("e4", "eve", "i", HOUR), name=name)
+        own(self, *args)
+
+    monkeypatch.setattr(Landing, "take_out", beside)
+    report = forget_user(small_places, "eve")
+    assert (report.removed, report.remaining, report.looked_at["landing files"]) == ({"landing": 3}, {}, 3)
+    assert pq.read_table(stray)["user_id"].to_pylist() == ["bob"]
+    assert sum(file.rows for file in Landing(lake).files()) == 1

@@ -22,6 +22,7 @@ from recsys_core.events import HOUR_MS, key_start_ms
 from recsys_core.ingest import IngestReport, ingest, ingest_catalog
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
+from recsys_core.ledger import LandingFile
 from recsys_core.mappings import BUILTIN, MappingError, detect
 from recsys_core.parsing import parse_amount, parse_bool, parse_decimal, parse_names, parse_ts
 from recsys_core.settings import EventSettings, SourceMapping
@@ -318,13 +319,13 @@ def test_a_large_file_is_read_in_chunks_within_bounded_memory(
             out.write(f"u{n},i{n % 100},look,{T + n},,{'x' * 200}\n")
     allocated = pa.total_allocated_bytes()
     peaks = []
-    write = landing.write_events
+    write = landing.stage_events
 
-    def spy(source: str, name: str, events: pa.Table) -> str:
+    def spy(source: str, name: str, events: pa.Table) -> LandingFile:
         peaks.append(pa.total_allocated_bytes() - allocated)
         return write(source, name, events)
 
-    monkeypatch.setattr(landing, "write_events", spy)
+    monkeypatch.setattr(landing, "stage_events", spy)
     tracemalloc.start()
     report = take(tmp_path / "a.csv", landing)
     assert report.landed == 60_000

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,14 @@ def releases(tmp_path: Path) -> Releases:
 
 def arrive(landing: Landing, name: str, moment: str) -> None:
     landing.write_events("test", name, event_table(event(name, "ann", "tea", moment), schema=EVENT_SCHEMA))
+
+
+@contextmanager
+def at(moment: int) -> Iterator[None]:
+    """What arrives within arrives at a moment (ms)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recsys_core.landing.now_ms", lambda: moment)
+        yield
 
 
 def with_policy(settings: Settings, **policy: Any) -> Settings:
@@ -232,11 +242,10 @@ def test_the_archive_of_a_topic_goes_from_its_beginning_and_keeps_its_last_file(
 
 def test_the_quarantine_goes_by_the_time_of_its_writing(landing: Landing, releases: Releases, settings: Settings) -> None:
     rows = pa.table({"origin": ["f"], "row": [1], "reason": ["no id"], "content": ["x"]}, schema=QUARANTINE_SCHEMA)
-    old = landing.write_quarantine("test", "old", rows)
-    landing.write_quarantine("test", "new", rows)
-    os.utime(old, (0, ms(NOW) / 1000 - 91 * DAY_MS / 1000))
-    clock = max(ms(NOW), int(os.stat(landing.lake.path("quarantine", "test", "new.parquet")).st_mtime * 1000))
-    planned = plan(landing, releases, with_policy(settings, quarantine_days=90), clock)
+    for name, days in (("old", 91), ("new", 0)):
+        with at(ms(NOW) - days * DAY_MS):
+            landing.write_quarantine("test", name, rows)
+    planned = plan(landing, releases, with_policy(settings, quarantine_days=90), ms(NOW))
     assert [Path(name).stem for name in names(planned, "quarantine")] == ["old"]
 
 
@@ -286,7 +295,8 @@ def test_a_file_that_was_written_again_since_the_plan_stays(
         if kind == "landing":
             arrive(landing, name, "2026-01-01")
         else:
-            os.utime(landing.write_quarantine("test", name, rejected), (ms("2026-01-01") / 1000,) * 2)
+            with at(ms("2026-01-01")):
+                landing.write_quarantine("test", name, rejected)
     planned = plan(landing, releases, with_policy(settings, landing_days=100), ms(NOW))
     assert len(names(planned, kind)) == 2
     if kind == "landing":
@@ -319,6 +329,10 @@ HALF = f"{'0' * 32}.tmp"
 LEFT = [
     f"lake/landing/app/x.parquet.{HALF}",
     f"lake/quarantine/app/x.parquet.{HALF}",
+    "lake/landing/shop-0123456789abcdef/00000.parquet",
+    "lake/landing/clicks/0abcdef0-00003-00000000000000000000-00000000000000000059.parquet",
+    "lake/quarantine/clicks/0abcdef0-00003-00000000000000000000-00000000000000000059.parquet",
+    "lake/ledger/18ecc3c85924e046-e0453c10.parquet",
     f"lake/clicks_hourly/_current/2026-05-31T05.json.{HALF}",
     f"lake/clicks_hourly/2026-05-31T05/{VERSION}/part-0.parquet",
     f"lake/clicks_hourly/2026-05-31T06/{VERSION}/part-0.parquet",
@@ -332,6 +346,7 @@ NOT_OURS = [
     "lake/clicks_hourly/notes.txt",
     "lake/clicks_hourly/2026-05-31T05/mine/a.parquet",
     "lake/landing/app/mine.tmp",
+    "lake/landing/app/mine.parquet",
     "releases/mine/items.parquet",
     "releases/readme.txt",
 ]

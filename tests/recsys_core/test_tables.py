@@ -6,7 +6,8 @@ import pytest
 from builders import event, event_table, land, ms, write_clicks
 
 from recsys_core.events import HOUR_MS, hour_keys, invalid_reasons
-from recsys_core.landing import Landing, was_read
+from recsys_core.landing import Landing
+from recsys_core.ledger import Ledger
 from recsys_core.settings import EventSettings, InteractionSettings
 from recsys_core.tables import (
     ACTIVE_USERS,
@@ -336,20 +337,35 @@ def test_a_file_whose_pages_are_damaged_is_left_out_of_the_hour_and_named(lake, 
     for at in range(4, 600):
         content[at] ^= 0xFF
     lake.fs.pipe_file(path, bytes(content))
-    landing = Landing(lake)
-    assert len(landing.files()) == 2, "the footer is read"
     build([f"{DAY}T10"])
     assert [row["event_id"] for row in rows_of(lake, CLICKS_HOURLY, [f"{DAY}T10"])] == ["good"]
-    assert [file.path for file in landing.damaged(landing.files())] == [path]
-    assert list(landing.unreadable()) == [path]
+    assert lake.get(CLICKS_HOURLY, f"{DAY}T10").extra["without"] == [lake.below(path)]
+    assert list(Landing(lake).unreadable()) == [path]
+
+
+def test_an_hour_whose_files_are_joined_while_it_is_made_is_made_from_what_took_their_place(lake, build, monkeypatch):
+    small = [land(lake, event(name, "u", "i", f"{DAY}T10:30"), name=name) for name in ("a", "b")]
+    own, joins = Ledger.read, iter([True])
+
+    def read(self):
+        listing = own(self)
+        if next(joins, False):
+            land(lake, event("a", "u", "i", f"{DAY}T10:30"), event("b", "u", "i", f"{DAY}T10:30"), name="joined")
+            Ledger(lake).commit(removed=small)
+            for path in small:
+                lake.fs.rm_file(path)
+        return listing
+
+    monkeypatch.setattr(Ledger, "read", read)
+    build([f"{DAY}T10"])
+    assert sorted(row["event_id"] for row in rows_of(lake, CLICKS_HOURLY, [f"{DAY}T10"])) == ["a", "b"]
+    assert Landing(lake).noted() == []
 
 
 def test_an_hour_knows_which_files_it_was_made_from(lake, build):
     land(lake, event("a", "u", "i", f"{DAY}T10:30"), name="a")
     build(hours(f"{DAY}T10", f"{DAY}T11"))
-    landing = Landing(lake)
-    ten, eleven = (lake.get(CLICKS_HOURLY, f"{DAY}T{hour}") for hour in (10, 11))
-    assert (len(ten.extra["recent"]), eleven.extra["recent"]) == (1, [])
-    assert all(was_read(ten, arrival, 0) for arrival in landing.arrivals(0))
+    for hour in (10, 11):
+        assert lake.get(CLICKS_HOURLY, f"{DAY}T{hour}").extra == {"looked": 1, "without": []}
     land(lake, event("b", "u", "i", f"{DAY}T10:31"), name="b")
-    assert [was_read(ten, arrival, 0) for arrival in landing.arrivals(0)] == [True, False]
+    assert Landing(lake).news(1) == {f"{DAY}T10": 2}

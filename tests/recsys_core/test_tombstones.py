@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from builders import event, event_table, ms
+from builders import archived_as, event, event_table, ms
 
 from recsys_core import tombstones
 from recsys_core.events import EVENT_SCHEMA
 from recsys_core.lake import Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, Landing, OffsetRange
+from recsys_core.ledger import LandingFile
 from recsys_core.tombstones import MERGED, NEW, TOMBSTONES, TombstoneLog, Tombstones, hash_of
 
 MOMENT = "2026-03-02T10:30"
@@ -52,7 +53,7 @@ def test_what_came_before_the_moment_is_covered_whatever_the_senders_clock_says(
     assert Tombstones.read(lake).covers(events, arrived).tolist() == [True, True, False]
     held = OffsetRange("clickstream.events", "0abcdef0", 0, 0, 2)
     Landing(lake).write_archive(held, 3, events, QUARANTINE_SCHEMA.empty_table(), arrived)
-    assert Landing(lake).archive_facts(held)["forgotten"] == 2
+    assert archived_as(Landing(lake), held).forgotten == 2
 
 
 BROKEN = '{"user_id": "gone", "ts": 1e'
@@ -64,10 +65,10 @@ def test_what_is_no_event_is_kept_without_what_names_the_user(lake: Lake, monkey
     landing, put = Landing(lake), Landing._put
     rows = [{"origin": "t/0", "row": at, "reason": "no item", "content": text} for at, text in enumerate(REFUSED)]
 
-    def forgotten_meanwhile(self: Landing, path: str, table: pa.Table) -> None:
+    def forgotten_meanwhile(self: Landing, path: str, table: pa.Table) -> LandingFile:
         monkeypatch.setattr(Landing, "_put", put)
         forget(lake, "gone")
-        put(self, path, table)
+        return put(self, path, table)
 
     if when == "before":
         forget(lake, "gone")
@@ -100,9 +101,9 @@ def test_an_archive_file_that_is_written_again_counts_what_was_left_out(lake: La
     held = OffsetRange("clickstream.events", "0abcdef0", 0, 0, 3)
     rows = [{name: {**row, "offset": at}.get(name) for name in ARCHIVE_SCHEMA.names} for at, row in enumerate(EVENTS)]
     Landing(lake).write_archive(held, 4, pa.Table.from_pylist(rows, schema=ARCHIVE_SCHEMA), QUARANTINE_SCHEMA.empty_table())
-    facts = Landing(lake).archive_facts(held)
-    assert (facts["messages"], facts["events"], facts["forgotten"]) == (4, 2, 2)
-    assert facts["hours"] == {"2026-03-02T09": 1, "2026-03-02T10": 1}
+    file = archived_as(Landing(lake), held)
+    assert (file.messages, file.rows, file.forgotten) == (4, 2, 2)
+    assert file.hours == {"2026-03-02T09": 1, "2026-03-02T10": 1}
 
 
 # -- the log: what is new, what is merged ------------------------------------------------------------------------
@@ -343,11 +344,11 @@ def test_a_removal_that_begins_while_a_file_lands_is_not_undone_by_it(
     landing, log = Landing(lake), TombstoneLog(lake)
     put = Landing._put
 
-    def removed_meanwhile(self: Landing, path: str, table: pa.Table) -> None:
+    def removed_meanwhile(self: Landing, path: str, table: pa.Table) -> LandingFile:
         monkeypatch.setattr(Landing, "_put", put)
         log.add(hash_of("gone"), ms(MOMENT))
         log.merge(least=1)
-        put(self, path, table)
+        return put(self, path, table)
 
     monkeypatch.setattr(Landing, "_put", removed_meanwhile)
     if kind == "events":
@@ -357,6 +358,6 @@ def test_a_removal_that_begins_while_a_file_lands_is_not_undone_by_it(
         rows = [{name: {**row, "offset": at}.get(name) for name in ARCHIVE_SCHEMA.names} for at, row in enumerate(EVENTS)]
         events = pa.Table.from_pylist(rows, schema=ARCHIVE_SCHEMA)
         landing.write_archive(held, 4, events, QUARANTINE_SCHEMA.empty_table())
-        assert landing.archive_facts(held)["forgotten"] == 2
+        assert archived_as(landing, held).forgotten == 2
     (file,) = landing.files()
     assert file.rows == len(LEFT)

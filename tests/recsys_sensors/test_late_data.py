@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import dagster as dg
 import pyarrow as pa
@@ -19,6 +17,7 @@ from recsys_core.landing import what_was_read
 from recsys_core.settings import Settings
 from recsys_core.tables import CLICKS_HOURLY
 from recsys_sensors.late_data import late_hours
+from recsys_sensors.runs import RANGE_END, RANGE_START
 
 HOURS = [f"2026-01-01T{hour:02}" for hour in range(24)]
 
@@ -42,9 +41,12 @@ def arrive(platform: Platform, name: str, *moments: str) -> str:
 
 def make(platform: Platform, *hours: str) -> None:
     """As the job does, without Spark: what matters is which files it has read."""
-    said = what_was_read(platform.landing.files(), time.time(), hours)
+    listing = platform.landing.ledger.read()
+    damaged = platform.landing.damaged(listing.files())
+    platform.landing.note_damaged(damaged, hours)
+    said = what_was_read(listing.version, map(platform.lake.below, damaged))
     for hour in hours:
-        platform.lake.write(CLICKS_HOURLY, hour, pa.table({"n": [1]}), extra=said[hour])
+        platform.lake.write(CLICKS_HOURLY, hour, pa.table({"n": [1]}), extra=said)
 
 
 def look(platform: Platform, instance: dg.DagsterInstance, cursor: str | None) -> tuple[list[str], str | None]:
@@ -95,29 +97,63 @@ def test_an_hour_is_asked_for_a_few_times_while_it_is_not_made(platform: Platfor
     assert set(json.loads(cursor or "")["asked"]) == {HOURS[3]}
 
 
-@pytest.mark.parametrize("off", [0, -300, 300])
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_store_of_whole_seconds_or_another_clock_hides_no_file(
-    platform: Platform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, off: int, whole: bool
+def test_a_file_is_late_whatever_the_clocks_say(
+    platform: Platform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = lambda entry: (int(entry["mtime"]) if whole else entry["mtime"]) + off  # noqa: E731
-    monkeypatch.setattr("recsys_core.landing.written_at", clock)
     arrive(platform, "first", f"{HOURS[3]}:05")
     make(platform, *HOURS)
     asked, cursor = look(platform, instance, None)
     assert asked == []
-    arrive(platform, "second", f"{HOURS[3]}:10")
+    monkeypatch.setattr("recsys_core.landing.now_ms", lambda: 1_000)
+    os.utime(arrive(platform, "second", f"{HOURS[3]}:10"), (1, 1))
     assert look(platform, instance, cursor)[0] == [HOURS[3]]
+    assert look(platform, instance, None)[0] == [HOURS[3]], "also to one who looks for the first time"
 
 
-def test_a_repaired_file_and_one_of_an_old_date_are_found(platform: Platform, instance: dg.DagsterInstance) -> None:
+def test_an_hour_that_was_made_meanwhile_is_not_asked_for(platform: Platform, instance: dg.DagsterInstance) -> None:
+    make(platform, *HOURS)
+    _, cursor = look(platform, instance, None)
+    arrive(platform, "a", f"{HOURS[3]}:10")
+    make(platform, HOURS[3])
+    assert look(platform, instance, cursor)[0] == []
+
+
+def test_a_lake_that_is_begun_anew_is_looked_at_from_its_beginning(platform: Platform, instance: dg.DagsterInstance) -> None:
+    make(platform, *HOURS)
+    arrive(platform, "a", f"{HOURS[3]}:10")
+    assert look(platform, instance, '{"since": 1000}')[0] == [HOURS[3]]
+
+
+def test_hours_that_were_made_without_a_damaged_file_are_made_again_once_it_can_be_read(
+    platform: Platform, instance: dg.DagsterInstance
+) -> None:
     path = arrive(platform, "half", f"{HOURS[5]}:10")
     whole = platform.lake.fs.cat_file(path)
     platform.lake.fs.pipe_file(path, whole[:-30])
-    make(platform, *HOURS)
-    _, cursor = look(platform, instance, None)
+    make(platform, HOURS[5])
+    make(platform, HOURS[6])
+    asked, cursor = look(platform, instance, None)
+    assert asked == []
+    assert list(platform.landing.unreadable()) == [path]
     platform.lake.fs.pipe_file(path, whole)
-    moved: Any = arrive(platform, "moved", f"{HOURS[7]}:10")
-    for changed in (path, moved):
-        os.utime(changed, (1_000_000, 1_000_000))
-    assert look(platform, instance, cursor)[0] == [HOURS[5], HOURS[7]]
+    asked, cursor = look(platform, instance, cursor)
+    assert asked == [str({RANGE_START: HOURS[5], RANGE_END: HOURS[6]})], "both were made from what could be read"
+    make(platform, HOURS[5], HOURS[6])
+    assert look(platform, instance, cursor)[0] == []
+    assert platform.landing.unreadable() == {}
+
+
+def test_a_note_of_a_damaged_file_goes_once_no_hour_misses_it(
+    platform: Platform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = arrive(platform, "half", f"{HOURS[5]}:10")
+    whole = platform.lake.fs.cat_file(path)
+    platform.lake.fs.pipe_file(path, whole[:-30])
+    make(platform, HOURS[5])
+    platform.lake.fs.pipe_file(path, whole)
+    make(platform, HOURS[5])
+    look(platform, instance, None)
+    assert len(platform.landing.noted()) == 1, "an hour that is being made now may miss it"
+    monkeypatch.setattr("recsys_sensors.late_data.FRESH_SECONDS", -1)
+    look(platform, instance, None)
+    assert platform.landing.noted() == []

@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 import pyarrow.parquet as pq
 import pytest
+from builders import archived_as
 from confluent_kafka import KafkaError
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -172,4 +173,4 @@ def test_whatever_fails_and_whatever_fills_up_each_message_is_archived_once(
     paths = (landing.lake.path("landing", one.topic, f"{one.name}.parquet") for one in held)
     found = np.concatenate([pq.read_table(path)["offset"].to_numpy() for path in paths])
     assert found.tolist() == [offset for _, offset, _, _ in ROWS if offset % 17]
-    assert sum(landing.archive_facts(one)["messages"] for one in held) == len(ROWS)
+    assert sum(archived_as(landing, one).messages for one in held) == len(ROWS)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import orjson
 import pytest
+from builders import archived_as
 from confluent_kafka import Producer
 from confluent_kafka.admin import (
     AdminClient,
@@ -90,7 +91,7 @@ def test_odd_json_means_the_same_live_in_a_replay_and_in_a_rebuild(world: Callab
     one.send(one.event(chance))
     one.settle()
     one.prove()
-    accepted = sum(one.landing.archive_facts(held)["events"] for held in one.landing.archived(one.settings.kafka.topic))
+    accepted = sum(archived_as(one.landing, held).rows for held in one.landing.archived(one.settings.kafka.topic))
     assert len(values) / 4 < accepted < len(values)
     one.kill(one.workers[0])
     source = f"{one.identity()}.0"
@@ -217,8 +218,8 @@ def test_on_a_topic_with_the_producers_time_a_message_arrives_when_it_is_taken(
         one.settle()
     letters = one.messages(one.settings.kafka.dead_letter_topic)
     assert [dict(letter.headers() or [])["reason"] for letter in letters] == [b"ts in the future"] * 3
-    held = [one.landing.archive_facts(file) for file in one.landing.archived(topic)]
-    assert (sum(f["events"] for f in held), sum(f["rejected"] for f in held)) == (15, 3)
+    held = [archived_as(one.landing, file) for file in one.landing.archived(topic)]
+    assert (sum(f.rows for f in held), sum(f.rejected for f in held)) == (15, 3)
     [told] = [record.getMessage() for record in caplog.records if "producers' time" in record.getMessage()]
     assert topic in told
     assert "`recsys kafka init`" in told

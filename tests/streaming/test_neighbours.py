@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 import pytest
 import redis
+from builders import archived_as
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from moody import MoodyConsumer, MoodyLake, StoreError
@@ -202,7 +203,7 @@ def test_the_end_of_a_partition_is_archived_when_transactions_are_the_last_in_it
         assert worker.metrics.events._value.get() == 8
         held = one.landing.archived(one.settings.kafka.topic)
         assert offset_faults(held) == []
-        assert sum(one.landing.archive_facts(r)["events"] for r in held) == 8
+        assert sum(archived_as(one.landing, r).rows for r in held) == 8
     watcher.close()
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from builders import archived_as, event
 from redis_cluster import redis_cluster
 from stream_world import World, wait_for
 
@@ -78,9 +80,9 @@ def test_a_user_who_was_forgotten_does_not_come_back(world: Callable[..., World]
         one.start()
         one.settle()
         held = one.landing.archived(one.settings.kafka.topic)
-        facts = [one.landing.archive_facts(file) for file in held]
-        assert sum(f["messages"] for f in facts) == 40
-        assert (sum(f["events"] for f in facts), sum(f.get("forgotten", 0) for f in facts)) == (20, 20)
+        facts = [archived_as(one.landing, file) for file in held]
+        assert sum(f.messages for f in facts) == 40
+        assert (sum(f.rows for f in facts), sum(f.forgotten for f in facts)) == (20, 20)
     assert not one.redis.exists(user_key(gone))
     assert one.redis.exists(user_key(stays))
 
@@ -99,16 +101,18 @@ def test_a_removal_from_an_old_file_of_the_archive_makes_it_no_new_one(tmp_path:
     monkeypatch.setattr(streaming.rebuild, "TopicSource", NoTopic)
     settings = Settings(home=tmp_path)
     landing = Landing(Lake(settings.lake_uri))
-    events = ARCHIVE_SCHEMA.empty_table()
-    paths = [
-        landing.write_archive(OffsetRange("clicks", "0" * 8, 0, n, n), 1, events, QUARANTINE_SCHEMA.empty_table())
-        for n in range(3)
-    ]
-    for path in paths[:2]:
-        os.utime(path, (0, 0))
-    landing.remove_rows(paths[0], events)
+    moments = iter([1, 2, now_ms()])
+    with monkeypatch.context() as patch:
+        patch.setattr("recsys_core.landing.now_ms", lambda: next(moments))
+        for n in range(3):
+            table = pa.Table.from_pylist([{**event(f"e{n}", "u", "i", "2026-03-02T10"), "offset": n}], schema=ARCHIVE_SCHEMA)
+            landing.write_archive(OffsetRange("clicks", "0" * 8, 0, n, n), 1, table, QUARANTINE_SCHEMA.empty_table())
+    first = landing.files()[0]
+    landing.take_out(first.path, lambda rows: pa.array([True] * rows.num_rows), landing.ledger.read())
+    now = landing.files()[0]
+    assert (now.rows, now.forgotten, now.arrived, now.since) == (0, 1, first.arrived, first.since)
     source = LandingSource(settings, Topic("clicks", "0" * 8, 1), now_ms() - 600_000, {0: ()})
-    assert len(list(source.read())) == 1
+    assert [batch.events["event_id"].to_pylist() for batch in source.read()] == [["e2"]]
 
 
 @pytest.mark.parametrize("when", ["while events are applied", "before records are put in place", "between the rounds"])
