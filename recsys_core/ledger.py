@@ -37,7 +37,8 @@ HEAD_ROWS = 256
 """So many changes stand in the head before they become a part."""
 PART_ROWS = 65_536
 """A part grows up to this: it bounds the memory of who makes one."""
-READERS = 16
+READERS = 4
+"""Parts that are read at once."""
 
 ROWS = pa.schema(
     [
@@ -45,6 +46,7 @@ ROWS = pa.schema(
         ("commit", pa.int64()),
         ("since", pa.int64()),
         ("gone", pa.bool_()),
+        ("first_time", pa.bool_()),
         ("rows", pa.int64()),
         ("bytes", pa.int64()),
         ("first_ts", pa.int64()),
@@ -56,8 +58,8 @@ ROWS = pa.schema(
         ("hours", pa.map_(pa.string(), pa.int64())),
     ]
 )
-"""What a commit says of a file: the attributes of `LandingFile`, its number, and whether the file is gone from then on;
-`arrived` is then when it went. Paths are below the lake."""
+"""What a commit says of a file: the attributes of `LandingFile`, its number, whether the file is gone from then on, and whether
+no commit before can have named it. `arrived` of a file that is gone is when it went. Paths are below the lake."""
 
 
 class LedgerChanged(Exception):
@@ -133,7 +135,7 @@ class Listing:
 
     def as_files(self, rows: pa.Table) -> list[LandingFile]:
         """Rows of `table` as files, in the order of their paths."""
-        columns = [name for name in ROWS.names if name not in ("commit", "gone", "hours")]
+        columns = [name for name in ROWS.names if name not in ("commit", "gone", "first_time", "hours")]
         hours = rows["hours"].to_pylist()
         found = zip(rows.select(columns).to_pylist(), hours, strict=True)
         files = [LandingFile(**{**row, "path": f"{self._root}/{row['path']}"}, hours=dict(by_hour)) for row, by_hour in found]
@@ -193,7 +195,8 @@ class Ledger:
         self._parts = {name: table for name, table in known.items() if table is not None}
         rows = _newest(pa.concat_tables([*self._parts.values(), _table(head.recent)]))
         gone = rows["gone"]
-        return Listing(head.version, rows.filter(pc.invert(gone)), rows.filter(gone), self._lake.root)
+        counting = rows.filter(pc.invert(gone)) if pc.any(gone).as_py() else rows
+        return Listing(head.version, counting, rows.filter(gone), self._lake.root)
 
     def version(self) -> int:
         """Number of the last commit; 0 before the first."""
@@ -229,8 +232,9 @@ class Ledger:
             if as_of is not None and (other := touched & set(self._since(head, as_of)["path"].to_pylist())):
                 raise LedgerChanged(f"{min(other)} changed after commit {as_of}")
             number = head.version + 1
-            rows = [{**row, "commit": number, "since": row["since"] or number, "gone": False} for row in files]
-            rows += [{"path": path, "commit": number, "gone": True, "arrived": went} for path in paths]
+            said_of_all = {"commit": number, "gone": False, "first_time": advance is not None}
+            rows = [{**row, **said_of_all, "since": row["since"] or number} for row in files]
+            rows += [{"path": path, "commit": number, "gone": True, "first_time": False, "arrived": went} for path in paths]
             reached = head.reached | ({advance.archive: advance.end} if advance else {})
             return orjson.dumps(replace(head, version=number, reached=reached, recent=(*head.recent, *rows)))
 
@@ -326,9 +330,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def _newest(rows: pa.Table) -> pa.Table:
     """The last change of each path, in the order in which they were made."""
-    places = rows["path"].combine_chunks().dictionary_encode()
+    again = pc.unique(rows["path"].filter(pc.invert(rows["first_time"])))
+    at = np.flatnonzero(pc.is_in(rows["path"], value_set=again).to_numpy())
+    places = rows["path"].take(pa.array(at)).combine_chunks().dictionary_encode()
     last = np.zeros(len(places.dictionary), np.int64)
-    indices, order = places.indices.to_numpy(), np.arange(rows.num_rows)
-    np.maximum.at(last, indices, order)
-    kept = last[indices] == order
+    np.maximum.at(last, places.indices.to_numpy(), at)
+    kept = np.ones(rows.num_rows, bool)
+    kept[at] = last[places.indices.to_numpy()] == at
     return rows if kept.all() else rows.filter(pa.array(kept))
