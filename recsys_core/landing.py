@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +31,17 @@ import pyarrow.parquet as pq
 
 from recsys_core.events import EVENT_SCHEMA, HOUR_MS, TS, hour_key, now_ms
 from recsys_core.lake import Lake, Partition
-from recsys_core.ledger import LANDING, QUARANTINE, Advance, LandingFile, Ledger, LedgerChanged, Listing
+from recsys_core.ledger import (
+    LANDING,
+    QUARANTINE,
+    RANGE_NAME,
+    Advance,
+    LandingFile,
+    Ledger,
+    LedgerChanged,
+    Listing,
+    is_ours,
+)
 from recsys_core.mentions import Named
 from recsys_core.stores import files_below, is_of_the_store, move_atomically, write_atomically
 from recsys_core.tombstones import TombstoneLog, Tombstones
@@ -60,9 +69,6 @@ QUARANTINE_SCHEMA = pa.schema(
 
 OFFSET = "offset"
 ARCHIVE_SCHEMA = EVENT_SCHEMA.append(pa.field(OFFSET, pa.int64(), nullable=False))
-_RANGE_NAME = re.compile(r"^(?P<identity>[0-9a-f]{8})-(?P<partition>\d{5})-(?P<first>\d{20})-(?P<last>\d{20})\.parquet$")
-_NUMBER_NAME = re.compile(r"^\d{5}\.parquet$")
-_SOURCE_NAME = re.compile(r"-[0-9a-f]{16}$")
 ROW_GROUP = 131_072
 
 
@@ -93,7 +99,7 @@ class OffsetRange:
     def parse(cls, path: str) -> OffsetRange | None:
         """The range that a path of the landing zone names, None for a file that is no archive of a topic."""
         file = PurePosixPath(path)
-        found = _RANGE_NAME.match(file.name)
+        found = RANGE_NAME.match(file.name)
         if not found:
             return None
         return cls(file.parent.name, found["identity"], int(found["partition"]), int(found["first"]), int(found["last"]))
@@ -210,6 +216,7 @@ class Landing:
 
     def _put(self, path: str, table: pa.Table) -> LandingFile:
         """Write a file, which counts only once it is committed."""
+        self.ledger.begin()
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
         content = sink.getvalue().to_pybytes()
@@ -405,13 +412,6 @@ def row_groups(file: pq.ParquetFile) -> Iterator[pa.Table]:
     """The rows of a file, a row group at a time."""
     for number in range(file.num_row_groups):
         yield file.read_row_group(number)
-
-
-def is_ours(below: str) -> bool:
-    """Whether a path below an area is one of those that a writer of ours gives its files: such a file that does not count is of
-    one that is at work, or broke off."""
-    source, _, name = below.rpartition("/")
-    return bool(_RANGE_NAME.match(name) or (_NUMBER_NAME.match(name) and _SOURCE_NAME.search(source)))
 
 
 def is_strange(below: str) -> bool:

@@ -14,6 +14,7 @@ up to PART_ROWS. What was replaced or taken out goes from the parts with `settle
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +29,8 @@ import pyarrow.parquet as pq
 from recsys_core.errors import UserError
 from recsys_core.events import now_ms
 from recsys_core.lake import Lake, timed_name
-from recsys_core.stores import read_pointer, update, write_atomically
+from recsys_core.masking import masked_text
+from recsys_core.stores import files_below, read_pointer, update, write_atomically
 
 LANDING = "landing"
 QUARANTINE = "quarantine"
@@ -62,12 +64,19 @@ ROWS = pa.schema(
 no commit before can have named it. `arrived` of a file that is gone is when it went. Paths are below the lake."""
 
 
+RANGE_NAME = re.compile(r"^(?P<identity>[0-9a-f]{8})-(?P<partition>\d{5})-(?P<first>\d{20})-(?P<last>\d{20})\.parquet$")
+"""Name of an archive file."""
+_NUMBER_NAME = re.compile(r"^\d{5}\.parquet$")
+_SOURCE_NAME = re.compile(r"-[0-9a-f]{16}$")
+"""Those of files that were taken in, and of the folder of their source."""
+
+
 class LedgerChanged(Exception):
     """Another writer has gone on since the look that this commit was made from: look again."""
 
 
 class DamagedLedger(UserError, ValueError):
-    """The head can't be read; the message names it."""
+    """The head can't be read, or is not there while files are that it named; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +193,7 @@ class Ledger:
         self._lake = lake
         self._path = lake.path(LEDGER, HEAD)
         self._parts: dict[str, pa.Table] = {}
+        self._begun = False
 
     def read(self) -> Listing:
         """All files that count now. Parts that this object has read before are not read again."""
@@ -197,6 +207,13 @@ class Ledger:
         gone = rows["gone"]
         counting = rows.filter(pc.invert(gone)) if pc.any(gone).as_py() else rows
         return Listing(head.version, counting, rows.filter(gone), self._lake.root)
+
+    def begin(self) -> None:
+        """Make the ledger where there is none, before the first file is written: one that lies there without it was lost."""
+        if not self._begun:
+            self._now()
+            update(self._lake.fs, self._path, lambda said: orjson.dumps(_Head()) if said is None else None)
+            self._begun = True
 
     def version(self) -> int:
         """Number of the last commit; 0 before the first."""
@@ -252,10 +269,10 @@ class Ledger:
     def settle(self, listing: Listing, keep_gone: pa.Table) -> None:
         """Rewrite all parts without what was replaced or taken out, but for `keep_gone` of `listing.gone`."""
         head = self._now()
-        last = head.parts[-1].last if head.parts else 0
+        last = max((part.last for part in head.parts), default=0)
         if listing.version < last:
             return
-        rows = pa.concat_tables([listing.table, keep_gone]).sort_by("commit")
+        rows = pa.concat_tables([keep_gone, listing.table])
         rows = rows.filter(pc.less_equal(rows["commit"], last))
         parts = [self._write(rows.slice(at, PART_ROWS)) for at in range(0, rows.num_rows, PART_ROWS)]
         self._replace(head.parts, parts, 0)
@@ -267,7 +284,26 @@ class Ledger:
     # -- the head and its parts -----------------------------------------------------------------------------------
 
     def _now(self) -> _Head:
-        return self._head(read_pointer(self._lake.fs, self._path))
+        said = read_pointer(self._lake.fs, self._path)
+        if said is None and (lost := self._left_behind()) and (said := read_pointer(self._lake.fs, self._path)) is None:
+            raise DamagedLedger(
+                f"{masked_text(lost)} is there and {HEAD} of the ledger is not, which says which files count: put "
+                f"{masked_text(self._path)} back from a backup of the lake; without one, move the files of {LANDING}/ and "
+                f"{QUARANTINE}/ out of the lake and take them in by `recsys ingest`"
+            )
+        return self._head(said)
+
+    def _left_behind(self) -> str | None:
+        """A file with a name that we give, None where there is none: the lake is a new one."""
+        fs = self._lake.fs
+        fs.invalidate_cache()
+
+        def unseen(_: str, error: OSError) -> None:
+            raise error
+
+        areas = (self._lake.path(area) for area in (LANDING, QUARANTINE))
+        found = (path for area in areas for path, _ in files_below(fs, area, unseen))
+        return next((path for path in found if is_ours(self._lake.below(path).partition("/")[2])), None)
 
     def _head(self, said: bytes | None) -> _Head:
         if said is None:
@@ -278,7 +314,7 @@ class Ledger:
             return _Head(raw["version"], raw["reached"], parts, tuple(raw["recent"]))
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedLedger(
-                f"{self._path} is damaged ({type(error).__name__}: {error}): put it back from a backup of the lake"
+                f"{masked_text(self._path)} is damaged ({type(error).__name__}: {error}): put it back from a backup of the lake"
             ) from error
 
     def _fold(self, head: _Head) -> None:
@@ -320,7 +356,14 @@ class Ledger:
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink, compression="zstd")
         write_atomically(self._lake.fs, self._lake.path(LEDGER, name), sink.getvalue().to_pybytes())
-        return _Part(name, rows.num_rows, rows["commit"][-1].as_py())
+        return _Part(name, rows.num_rows, pc.max(rows["commit"]).as_py())
+
+
+def is_ours(below: str) -> bool:
+    """Whether a path below an area is one of those that a writer of ours gives its files: such a file that does not count is of
+    one that is at work, or broke off."""
+    source, _, name = below.rpartition("/")
+    return bool(RANGE_NAME.match(name) or (_NUMBER_NAME.match(name) and _SOURCE_NAME.search(source)))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from recsys_core.errors import UserError
 from recsys_core.events import DAY_MS, day_key, hour_key
 from recsys_core.lake import STAGING, Lake, Partition
-from recsys_core.landing import ENDING, Landing, OffsetRange, is_ours
-from recsys_core.ledger import LANDING, LEDGER, QUARANTINE, LandingFile, Listing
+from recsys_core.landing import ENDING, Landing, OffsetRange
+from recsys_core.ledger import LANDING, LEDGER, QUARANTINE, LandingFile, Listing, is_ours
 from recsys_core.registry import PARTITION_TAG, Registry, Version
 from recsys_core.release import ChampionServes, Manifest, Pointer, ReleaseError, Releases, StoreAway
 from recsys_core.settings import RetentionSettings, Settings

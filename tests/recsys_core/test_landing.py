@@ -7,6 +7,7 @@ from builders import NULLABLE_EVENTS, event, event_table, land, ms
 from recsys_core.events import EVENT_SCHEMA
 from recsys_core.lake import Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, Landing, OffsetRange
+from recsys_core.ledger import DamagedLedger, Ledger
 
 
 @pytest.fixture
@@ -168,12 +169,40 @@ def test_what_somebody_put_there_is_read_by_nobody_and_named(landing):
     ],
 )
 def test_a_copy_under_way_and_what_a_writer_of_ours_has_not_committed_is_no_stranger(landing, name):
+    landing.write_events("app", "one", at("2026-03-02T10:00"))
     drop(landing, name)
-    assert landing.files() == []
+    assert names(landing.files()) == ["one.parquet"]
     assert landing.strangers() == []
 
 
+@pytest.mark.parametrize("area", ["landing", "quarantine"])
+def test_a_ledger_that_was_lost_is_not_taken_for_an_empty_landing_zone(landing, area):
+    landing.write_events("app", "one", at("2026-03-02T10:00"))
+    landing.lake.fs.rm_file(landing.lake.path("ledger", "head.json"))
+    drop(landing, "mine.parquet")
+    assert Landing(landing.lake).files() == [], "nothing says that it had counted"
+    path = landing.lake.path(area, "shop-0123456789abcdef", "00000.parquet")
+    landing.lake.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    landing.lake.fs.pipe_file(path, b"x")
+    other = Landing(landing.lake)
+    for use in (other.files, other.ledger.version, lambda: other.write_events("app", "two", at("2026-03-02T10:00"))):
+        with pytest.raises(DamagedLedger, match=r"00000\.parquet is there and head\.json .* from a backup"):
+            use()
+
+
+def test_a_writer_that_broke_off_before_the_first_commit_stops_nobody(landing, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "commit", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            landing.write_events("shop-0123456789abcdef", "00000", at("2026-03-02T10:00"))
+    other = Landing(landing.lake)
+    assert other.files() == []
+    other.write_events("shop-0123456789abcdef", "00000", at("2026-03-02T10:00"))
+    assert names(other.files()) == ["00000.parquet"]
+
+
 def test_a_folder_that_cannot_be_listed_is_named(landing, monkeypatch):
+    landing.write_events("app", "one", at("2026-03-02T10:00"))
     closed = drop(landing, "closed/x.parquet").rsplit("/", 1)[0]
     own = landing.lake.fs.ls
 
