@@ -7,6 +7,7 @@ who were told of them before.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys_core.events import DAY_MS
-from recsys_core.landing import ARCHIVE_SCHEMA, ROW_GROUP, Landing, OffsetRange, joined, row_groups
-from recsys_core.ledger import LandingFile, LedgerChanged
+from recsys_core.landing import ARCHIVE_SCHEMA, ENDING, ROW_GROUP, Landing, OffsetRange, joined, row_groups
+from recsys_core.ledger import LANDING, LandingFile, LedgerChanged
 from recsys_core.stores import written_at
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def _follows(held: OffsetRange, run: Sequence[LandingFile], one: OffsetRange, fi
 
 
 def _join(landing: Landing, held: OffsetRange, files: Sequence[LandingFile], as_of: int) -> bool:
-    path = landing.lake.path("landing", held.topic, f"{held.name}.parquet")
+    path = landing.lake.path(LANDING, held.topic, f"{held.name}-{uuid.uuid4().hex[:8]}{ENDING}")
     told = joined(path, files)
     try:
         now = landing.write_stream(path, ARCHIVE_SCHEMA, _rows(landing, files))
@@ -86,6 +87,9 @@ def _join(landing: Landing, held: OffsetRange, files: Sequence[LandingFile], as_
         log.info("%s is not joined now: %s", held.name, error)
     except (pa.ArrowException, FileNotFoundError) as error:
         log.warning("%s is not joined, one of its files can't be read: %s", held.name, error)
+    # A store that was asked again, as its answer was lost, refuses what it has taken.
+    if landing.ledger.read().find(path):
+        return True
     with suppress(FileNotFoundError):
         landing.lake.fs.rm_file(path)
     return False

@@ -64,8 +64,10 @@ ROWS = pa.schema(
 no commit before can have named it. `arrived` of a file that is gone is when it went. Paths are below the lake."""
 
 
-RANGE_NAME = re.compile(r"^(?P<identity>[0-9a-f]{8})-(?P<partition>\d{5})-(?P<first>\d{20})-(?P<last>\d{20})\.parquet$")
-"""Name of an archive file."""
+RANGE_NAME = re.compile(
+    r"^(?P<identity>[0-9a-f]{8})-(?P<partition>\d{5})-(?P<first>\d{20})-(?P<last>\d{20})(-[0-9a-f]{8})?\.parquet$"
+)
+"""Name of an archive file; one that was joined of others has a random end."""
 _NUMBER_NAME = re.compile(r"^\d{5}\.parquet$")
 _SOURCE_NAME = re.compile(r"-[0-9a-f]{16}$")
 """Those of files that were taken in, and of the folder of their source."""

@@ -25,7 +25,7 @@ from confluent_kafka.admin import AdminClient
 from recsys_core.events import EVENT_SCHEMA, HOUR_MS, USER_ID, now_ms
 from recsys_core.kafka_config import client_config
 from recsys_core.lake import Lake
-from recsys_core.landing import OFFSET, Landing, offset_faults, ranges, row_groups
+from recsys_core.landing import OFFSET, Landing, OffsetRange, offset_faults, row_groups
 from recsys_core.ledger import LANDING
 from recsys_core.live import Batch
 from recsys_core.live_trends import announce_sources, bucket_key
@@ -331,11 +331,11 @@ class LandingSource:
             for number in cuts
             for one, before in valid_ranges(topic.identity, number, cuts[number])
         ]
-        archived = ranges(listing.rows(LANDING, topic.name, late)["path"].to_pylist())
+        files = {OffsetRange.parse(file.path): file.path for file in listing.files(LANDING, topic.name, late)}
         self._files = [
-            (held, self._landing.lake.path(LANDING, topic.name, f"{held.name}.parquet"), before)
+            (held, path, before)
             for number, identity, before in valid
-            for held in archived
+            for held, path in sorted((held, path) for held, path in files.items() if held)
             if (held.partition, held.identity) == (number, identity) and (before is None or held.first < before)
         ]
         if faults := offset_faults(held for held, _, _ in self._files):

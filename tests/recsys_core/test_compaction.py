@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +18,7 @@ from recsys_core.compaction import Joined, compact
 from recsys_core.events import DAY_MS
 from recsys_core.lake import Lake
 from recsys_core.landing import ARCHIVE_SCHEMA, QUARANTINE_SCHEMA, Landing, OffsetRange, offset_faults
-from recsys_core.ledger import LandingFile
+from recsys_core.ledger import LandingFile, Ledger
 
 DAY = ms("2026-03-02")
 TOPIC = "clicks"
@@ -151,9 +152,8 @@ def test_what_was_taken_out_of_a_file_meanwhile_does_not_come_back(
 
     monkeypatch.setattr(Landing, "write_stream", beside)
     assert compact(landing, clock[-1]) == Joined()
-    assert not landing.lake.fs.exists(
-        landing.lake.path("landing", TOPIC, f"{OffsetRange(TOPIC, '0abcdef0', 0, 0, 19).name}.parquet")
-    )
+    landing.lake.fs.invalidate_cache()
+    assert len(landing.lake.fs.ls(landing.lake.path("landing", TOPIC))) == 2, "nothing is left of it"
     assert compact(landing, clock[-1]) == Joined(2, 1, 0)
     [file] = landing.files()
     assert (file.rows + file.forgotten + file.rejected, file.forgotten > 0) == (file.messages, True)
@@ -172,3 +172,40 @@ def test_a_file_that_cannot_be_read_is_not_joined(landing: Landing, clock: list[
     clock.append(DAY + DAY_MS)
     assert compact(landing, clock[-1]) == Joined()
     assert landing.files() == before
+
+
+def test_of_two_that_join_the_same_files_one_is_refused_and_nothing_is_lost(
+    landing: Landing, clock: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(3):
+        archive(landing, n * 10, n * 10 + 9)
+    before = rows(landing, landing.files())
+    clock.append(DAY + DAY_MS)
+    own = Landing.write_stream
+
+    def beside(self: Landing, path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> LandingFile:
+        monkeypatch.setattr(Landing, "write_stream", own)
+        assert compact(Landing(landing.lake), clock[-1]).large == 1
+        return own(self, path, schema, tables)
+
+    monkeypatch.setattr(Landing, "write_stream", beside)
+    assert compact(landing, clock[-1]).large == 0
+    assert ranges(landing) == [(0, 0, 29)]
+    assert rows(landing, landing.files()).equals(before)
+
+
+def test_a_store_whose_answer_to_the_commit_was_lost_loses_no_file(
+    landing: Landing, clock: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(3):
+        archive(landing, n * 10, n * 10 + 9)
+    clock.append(DAY + DAY_MS)
+    own = Ledger.commit
+
+    def twice(self: Ledger, *args: Any, **more: Any) -> int:
+        own(self, *args, **more)
+        return own(self, *args, **more)
+
+    monkeypatch.setattr(Ledger, "commit", twice)
+    assert compact(landing, clock[-1]).large == 1
+    assert rows(landing, landing.files()).num_rows == 24
