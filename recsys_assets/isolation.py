@@ -37,8 +37,8 @@ BY_STEP: Mapping[str, PodResources] = {
 """What is not as its pool says, by the name of the step: that of its asset, where it is the only one."""
 
 AFTER_A_LOST_POD = dg.RetryPolicy(max_retries=1, delay=5)
-"""A drained node takes a step's pod with it, which is no reason to make a whole night again. Dagster can't tell that from a step
-that failed by itself, so such a one is repeated once as well."""
+"""A drained node takes a step's pod with it, which is no reason to make a whole night again. Dagster can't tell that from a
+step that failed by itself, so such a one is repeated once as well."""
 
 A = TypeVar("A")
 

@@ -99,6 +99,7 @@ def test_a_night_and_an_hour_end_in_an_answer_that_names_the_release(
     )
 
 
+@pytest.mark.timeout(6 * 3600)
 def test_a_fault_each_minute_loses_nothing_and_every_answer_is_true(
     platform: Everything, stream: World, servers: list[Server], note: Note, request: pytest.FixtureRequest
 ) -> None:
