@@ -9,10 +9,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from object_store import BUCKET, S3Server, s3_server
+from object_store import BUCKET, S3Server, s3_server, use_here
 from pyspark.sql import SparkSession
 from recsys_home import QUICK_SPARK, default_settings
-from s3fs import S3FileSystem
 
 from recsys_cli.processes import heed_interrupts
 from recsys_core.lake import Lake
@@ -48,7 +47,7 @@ def shared_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3(shared_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URI of a place in S3 where nothing is."""
-    _use(shared_s3, monkeypatch)
+    use_here(shared_s3, monkeypatch)
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
@@ -56,15 +55,8 @@ def s3(shared_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 def own_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """An S3 server that the test may freeze and kill."""
     with s3_server(tmp_path) as server:
-        _use(server, monkeypatch)
+        use_here(server, monkeypatch)
         yield server
-
-
-def _use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this process find the server in the place of any other."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import requests
+from s3fs import S3FileSystem
 
 from recsys_cli.processes import free_port, wait_until
 
@@ -57,6 +59,13 @@ class S3Server:
             return requests.get(f"{self.url}/moto-api/", timeout=1).ok
         except requests.RequestException:
             return False
+
+
+def use_here(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process find the server in the place of any other."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
 
 
 @contextmanager

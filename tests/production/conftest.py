@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from control_plane import ControlPlane, NoControlPlane, control_plane, kube
+from object_store import S3Server, s3_server, use_here
 from pod_images import PodImage, pod_images
 from rich.console import Console
 from rich.table import Table
@@ -107,3 +108,11 @@ def images(open_folder: Path) -> dict[str, PodImage]:
     folder = open_folder / "images"
     folder.mkdir()
     return pod_images(folder)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server, which this process finds as well."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        use_here(server, patch)
+        yield server

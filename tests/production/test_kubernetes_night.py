@@ -22,7 +22,7 @@ from helm_chart import WEB_PORT
 from installation import Installation
 from kube_api import Object
 from node import NodeSpec, nodes
-from object_store import BUCKET, s3_server
+from object_store import BUCKET, S3Server
 from pod_images import PodImage
 from recsys_home import QUICK_SPARK
 from redis_cluster import redis_cluster
@@ -64,6 +64,7 @@ EXECUTORS = {
 """Of the settings of the manifests: executors that fit this machine."""
 NO_STREAM = {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "stream"}, "spec": {"replicas": 0}}
 NIGHT_SECONDS = 1500
+"""A run's patience; on two cores that have nothing else to do it takes a few minutes."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(
-    plane: ControlPlane, images: dict[str, PodImage], open_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    plane: ControlPlane,
+    images: dict[str, PodImage],
+    store: S3Server,
+    open_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[World]:
     with ExitStack() as held:
-        store = held.enter_context(s3_server(tmp_path_factory.mktemp("s3")))
-        patch = held.enter_context(pytest.MonkeyPatch.context())
-        for name, value in store.environment.items():
-            patch.setenv(name, value)
         postgres = held.enter_context(had(postgres_server()))
         redis = held.enter_context(redis_cluster(tmp_path_factory.mktemp("redis")))
         running = held.enter_context(had(nodes(plane, [NodeSpec("node")], images, open_folder)))
@@ -145,6 +146,7 @@ def values(postgres: Postgres) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.timeout(3 * NIGHT_SECONDS)
 def test_a_night_and_an_hour_make_what_is_served(world: World, note: Note) -> None:
     began = time.monotonic()
     made = world.dagster.launch("hourly", span=(f"{DAY}T00", f"{DAY}T23"), assets=["clicks_hourly"])

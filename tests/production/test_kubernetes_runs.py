@@ -17,7 +17,7 @@ from helm_chart import WEB_PORT
 from installation import NAMESPACE, Installation
 from kube_api import Object, Refused
 from node import NodeSpec, nodes
-from object_store import S3Server, s3_server
+from object_store import S3Server
 from pod_images import PodImage
 from rig import Drill, Note, had
 from waiting import eventually
@@ -30,12 +30,6 @@ MONITORING = {"pollIntervalSeconds": 2}
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
     with had(postgres_server()) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 

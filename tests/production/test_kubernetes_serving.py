@@ -13,7 +13,7 @@ from control_plane import ControlPlane
 from installation import NAMESPACE, Installation
 from kube_api import Object
 from node import NodeSpec, nodes
-from object_store import BUCKET, S3Server, s3_server
+from object_store import BUCKET, S3Server
 from pod_images import PodImage
 from rig import Drill, Note, had
 from snapshots import make_manifest, make_snapshot
@@ -37,14 +37,6 @@ def container(**fields: object) -> Object:
 
 
 NO_STREAM = {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "stream"}, "spec": {"replicas": 0}}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from installation import Installation
 from kube_api import Object
 from load import clicks, passes
 from node import NodeSpec, nodes
-from object_store import BUCKET, s3_server
+from object_store import BUCKET, S3Server
 from pod_images import PodImage
 from rig import Drill, Note, had
 from stream_world import Broker, World
@@ -76,33 +76,31 @@ def site(
     plane: ControlPlane,
     images: dict[str, PodImage],
     broker: Broker,
+    store: S3Server,
     open_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Site]:
     redis = RedisServer(tmp_path_factory.mktemp("redis"))
     redis.start()
-    with s3_server(tmp_path_factory.mktemp("s3")) as store, pytest.MonkeyPatch.context() as patch:
-        for name, value in store.environment.items():
-            patch.setenv(name, value)
-        stream = World.make(
-            broker.address, redis.url, tmp_path_factory.mktemp("stream"), lake={"uri": f"s3://{BUCKET}/lake"}, stream=ARCHIVE
-        )
-        kafka, group = stream.settings.kafka, stream.settings.stream
-        variables = {
-            "RECSYS_REDIS__URL": redis.url,
-            "RECSYS_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
-            "RECSYS_KAFKA__TOPIC": kafka.topic,
-            "RECSYS_KAFKA__DEAD_LETTER_TOPIC": kafka.dead_letter_topic,
-            "RECSYS_STREAM__GROUP": group.group,
-            "RECSYS_STREAM__ARCHIVE_ROWS": str(group.archive_rows),
-            "RECSYS_STREAM__ARCHIVE_SECONDS": str(group.archive_seconds),
-        }
-        with had(nodes(plane, [NodeSpec("node")], images, open_folder)) as running:
-            installed = Installation(plane, running, open_folder)
-            installed.prepare(store.environment, recsys_stream_secrets=variables)
-            installed.apply("small", [NO_SERVERS, NO_SCALING, WORKER])
-            yield Site(installed, stream)
-        stream.close()
+    stream = World.make(
+        broker.address, redis.url, tmp_path_factory.mktemp("stream"), lake={"uri": f"s3://{BUCKET}/lake"}, stream=ARCHIVE
+    )
+    kafka, group = stream.settings.kafka, stream.settings.stream
+    variables = {
+        "RECSYS_REDIS__URL": redis.url,
+        "RECSYS_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
+        "RECSYS_KAFKA__TOPIC": kafka.topic,
+        "RECSYS_KAFKA__DEAD_LETTER_TOPIC": kafka.dead_letter_topic,
+        "RECSYS_STREAM__GROUP": group.group,
+        "RECSYS_STREAM__ARCHIVE_ROWS": str(group.archive_rows),
+        "RECSYS_STREAM__ARCHIVE_SECONDS": str(group.archive_seconds),
+    }
+    with had(nodes(plane, [NodeSpec("node")], images, open_folder)) as running:
+        installed = Installation(plane, running, open_folder)
+        installed.prepare(store.environment, recsys_stream_secrets=variables)
+        installed.apply("small", [NO_SERVERS, NO_SCALING, WORKER])
+        yield Site(installed, stream)
+    stream.close()
     redis.stop()
 
 
