@@ -19,6 +19,8 @@ from stream_world import Broker
 
 pytest.register_assert_rewrite("speed_layer")
 DRILLS = pytest.StashKey[list[Drill]]()
+KUBERNETES_SECONDS = 4500
+"""Of a test: the first one may wait for the build, and a night takes its time."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,8 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Last come the tests of Kubernetes, whose control plane is built in the meantime where it has not been."""
-    items.sort(key=lambda item: item.path.name.startswith("test_kubernetes"))
-    if items and items[-1].path.name.startswith("test_kubernetes"):
+    of_kubernetes = [item for item in items if item.path.name.startswith("test_kubernetes")]
+    items[:] = [item for item in items if item not in of_kubernetes] + of_kubernetes
+    for item in of_kubernetes:
+        item.add_marker(pytest.mark.timeout(KUBERNETES_SECONDS))
+    if of_kubernetes:
         threading.Thread(target=_build, name="build of the control plane").start()
 
 

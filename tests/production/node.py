@@ -127,8 +127,6 @@ class _Pod:
             thread.start()
         for thread in threads:
             thread.join()
-        if not self.leaving:
-            self._report("Succeeded" if all(run.code == 0 for run in self.runs) else "Failed")
 
     def leave(self, grace_seconds: float) -> None:
         """End its containers, and then be gone."""
@@ -136,7 +134,7 @@ class _Pod:
         self._nodes.resolve()
         self.end(grace_seconds)
         with suppress(Refused):
-            self._report("Succeeded" if all(run.code == 0 for run in self.runs) else "Failed")
+            self._report(self._outcome())
             options = {"gracePeriodSeconds": 0, "preconditions": {"uid": self.pod["metadata"]["uid"]}}
             self._api.delete(self._path, {"kind": "DeleteOptions", "apiVersion": "v1", **options})
 
@@ -153,11 +151,10 @@ class _Pod:
 
     def _work(self, run: _Run) -> None:
         """Run a container, again and again where the pod's policy says so."""
-        policy = self.pod["spec"]["restartPolicy"]
         pauses = itertools.chain([0.0], (10.0 * 2**at for at in itertools.count()))
         while not self.leaving:
             good = self._one_run(run)
-            if self.leaving or policy == "Never" or (policy == "OnFailure" and good):
+            if self.leaving or not self._starts_again(good):
                 return
             pause = min(next(pauses), LONGEST_PAUSE)
             if pause:
@@ -165,6 +162,11 @@ class _Pod:
                 self._report()
                 time.sleep(pause)
             run.restarts += 1
+
+    def _starts_again(self, good: bool) -> bool:
+        """Whether a container that ended so is to be started again."""
+        policy = self.pod["spec"]["restartPolicy"]
+        return bool(policy == "Always" or (policy == "OnFailure" and not good))
 
     def _one_run(self, run: _Run) -> bool:
         """Start a container as soon as it can be, and wait for its end. Whether it ended well."""
@@ -238,7 +240,12 @@ class _Pod:
         return not self.leaving and all(run.ready for run in self.runs)
 
     def _phase(self) -> str:
+        if all("terminated" in run.state and not self._starts_again(run.code == 0) for run in self.runs):
+            return self._outcome()
         return "Pending" if any("waiting" in run.state and not run.restarts for run in self.runs) else "Running"
+
+    def _outcome(self) -> str:
+        return "Succeeded" if all(run.code == 0 for run in self.runs) else "Failed"
 
     def _report(self, phase: str = "") -> None:
         with self._lock:

@@ -146,7 +146,6 @@ def values(postgres: Postgres) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(3 * NIGHT_SECONDS)
 def test_a_night_and_an_hour_make_what_is_served(world: World, note: Note) -> None:
     began = time.monotonic()
     made = world.dagster.launch("hourly", span=(f"{DAY}T00", f"{DAY}T23"), assets=["clicks_hourly"])

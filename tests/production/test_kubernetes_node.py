@@ -166,7 +166,7 @@ def test_a_container_whose_liveness_fails_is_started_again(running: Nodes) -> No
         running,
         "mortal",
         "touch /tmp/alive; sleep 4; rm /tmp/alive; sleep 600",
-        {"restartPolicy": "Always"},
+        {"restartPolicy": "Always", "terminationGracePeriodSeconds": 1},
         livenessProbe=probe,
     )
     eventually(lambda: container(running, "mortal")["restartCount"] == 1)
