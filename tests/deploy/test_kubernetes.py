@@ -13,6 +13,8 @@ import yaml
 from deployment import DEPLOY, assert_valid, is_setting, label, program, read_yaml, settings_of
 
 from recsys_core.settings import load_settings
+from recsys_core.spark import spark_conf
+from recsys_core.spark_s3 import CREDENTIALS
 from serving.server import LIVE
 
 K8S = DEPLOY / "k8s"
@@ -219,6 +221,11 @@ def test_what_a_run_knows_of_its_pod_is_added_to_the_spark_settings(monkeypatch:
     monkeypatch.setenv("RECSYS_SPARK__CONF", conf.replace("$(POD_IP)", "10.0.0.7").replace("$(POD_NAME)", "step-1"))
     added = {"spark.driver.host": "10.0.0.7", "spark.kubernetes.driver.pod.name": "step-1"}
     assert load_settings().spark.conf == {**before.spark.conf, **added}
+
+
+def test_spark_logs_in_to_the_store_by_the_whole_chain_so_that_workload_identity_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = spark_conf(settings_of(K8S / "base" / "recsys.toml", monkeypatch))
+    assert conf["spark.hadoop.fs.s3a.aws.credentials.provider"] == CREDENTIALS
 
 
 def test_the_pod_of_an_executor_is_valid_and_is_reached_by_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
