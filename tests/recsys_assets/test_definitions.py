@@ -126,7 +126,7 @@ GRAPH: dict[str, dict[str, object]] = {
         "deps": ["clicks_hourly", "interactions", "item_catalog", "two_tower"],
         "partitions": "daily",
         "owners": ML_ENGINEERING,
-        "kinds": ["numpy"],
+        "kinds": ["numpy", "spark"],
         "checks": [],
     },
     "item_index": {
