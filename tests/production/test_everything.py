@@ -20,17 +20,19 @@ from stream_world import World
 
 from recsys_core.events import DAY_MS, HOUR_MS, day_key, hour_key, now_ms
 from recsys_core.lake import Lake
+from recsys_core.landing import Landing
 from recsys_core.release import Releases
+from recsys_core.simulate import Simulation, SimulationConfig
 from recsys_core.tables import ACTIVE_USERS, CLICKS_HOURLY
 from serving.client import RecsysClient
 
-DAYS = 2
+SIZE = {"users": 200, "items": 120, "days": 1, "events": 6000}
 CLICKS = 400
 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Everything]:
-    with had(everything(tmp_path_factory.mktemp("everything"), day_key(now_ms() - DAYS * DAY_MS))) as running:
+    with had(everything(tmp_path_factory.mktemp("everything"), day_key(now_ms() - DAY_MS))) as running:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in running.store.environment.items():
                 patch.setenv(name, value)
@@ -61,7 +63,10 @@ def servers(platform: Everything) -> Iterator[list[Server]]:
 def test_a_night_and_an_hour_end_in_an_answer_that_names_the_release(
     platform: Everything, stream: World, servers: list[Server], note: Note
 ) -> None:
-    platform.recsys("simulate", "--days", str(DAYS), "--users", "200", "--items", "120", "--events", "8000")
+    lake = Lake(platform.settings().lake_uri)
+    yesterday = Simulation(SimulationConfig.model_validate({**SIZE, "end": now_ms() // DAY_MS * DAY_MS}))
+    yesterday.write_catalog(lake)
+    yesterday.write_landing(Landing(lake))
     platform.job("history", day_key(now_ms() - DAY_MS))
     champion = Releases(platform.settings().releases_uri).champion()
     assert champion is not None
@@ -72,7 +77,6 @@ def test_a_night_and_an_hour_end_in_an_answer_that_names_the_release(
     stream.settle()
     platform.job("hourly", hour_key(hour))
 
-    lake = Lake(platform.settings().lake_uri)
     held = lake.dataset(CLICKS_HOURLY, [hour_key(hour)]).to_table()["event_id"].to_pylist()
     of_hour = {str(click["event_id"]) for click in clicks if int(str(click["ts"])) >= hour}
     assert of_hour
