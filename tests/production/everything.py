@@ -54,6 +54,7 @@ archive_rows = 2000
 archive_seconds = 5
 [cache]
 shards = 2
+active_hours = 48
 [als]
 rank = 16
 [partitions]

@@ -1,6 +1,6 @@
 """A night or an hour of the graph by the job that its schedule starts, as one run, recorded in the home's Dagster.
 
-    python night_and_hour.py history 2026-01-03       the hours of the history up to the present, and the night of that day
+    python night_and_hour.py history 2026-01-03       the hours of what has landed, and the night of that day
     python night_and_hour.py nightly 2026-01-03
     python night_and_hour.py hourly 2026-01-03T12
 
@@ -15,7 +15,7 @@ import dagster as dg
 
 from recsys_assets.definitions import build_definitions
 from recsys_assets.resources import Platform
-from recsys_core.events import HOUR_MS, hour_key, now_ms
+from recsys_core.events import hour_key
 from recsys_core.landing import Landing
 from recsys_core.settings import load_settings
 from recsys_core.spark import stop_session
@@ -38,9 +38,9 @@ def main(what: str, key: str) -> None:
             )
 
         if what == "history":
-            begin, _ = Landing(Platform(settings).lake).extent() or (0, 0)
+            begin, end = Landing(Platform(settings).lake).extent() or (0, 0)
             definitions.resolve_job_def("arrivals").execute_in_process(instance=instance)
-            run("hourly", hour_key(begin), hour_key(now_ms() - HOUR_MS), ["clicks_hourly"])
+            run("hourly", hour_key(begin), hour_key(end), ["clicks_hourly"])
         job = "hourly" if what == "hourly" else "nightly"
         run(job, key, key)
     stop_session()
