@@ -110,7 +110,7 @@ def _landing(platform: Platform, partitions: Sequence[str]) -> dict[str, Report]
     listing = platform.landing.ledger.read()
     rows = listing.rows()
     rows = rows.filter(pc.greater(rows["rows"], 0))
-    files = listing.as_files(rows.take(pc.select_k_unstable(rows, NEWEST_FILES, [("last_ts", "descending")])))
+    files = listing.as_files(rows.sort_by([("last_ts", "descending")]).slice(0, NEWEST_FILES))
     try:
         sample = _sample_of_files(platform, files)
     except (pa.ArrowException, OSError):

@@ -282,3 +282,10 @@ def test_a_rejected_day_is_seen_behind_a_long_history_and_an_old_one_is_over(set
     assert passes(), "three rows of a day are no fault"
     arrive("broken", 1, 20, 300)
     assert not passes()
+
+
+def test_a_landing_zone_in_which_nothing_is_yet_passes(settings: Settings) -> None:
+    (landing,) = [group for group in GROUPS if group.asset == "clickstream_landing"]
+    reports = landing.reports(Platform(settings))
+    assert [claim.name for claim, report in reports if not report.passed] == []
+    assert len(reports) == 3
