@@ -55,12 +55,12 @@ def test_a_container_has_what_its_pod_says(running: Nodes) -> None:
     api = running.plane.api
     for kind, data in (("secrets", {"stringData": {"WORD": "hidden"}}), ("configmaps", {"data": {"file.txt": "at 0.0.0.0"}})):
         api.post(f"/api/v1/namespaces/default/{kind}", {"metadata": {"name": "given"}, **data})
-    mounts = [{"name": "files", "mountPath": "/etc/given"}, {"name": "own", "mountPath": "/work"}]
+    mounts = [{"name": "files", "mountPath": "/etc/given"}, {"name": "own", "mountPath": "/scratch"}]
     start(
         running,
         "given",
         f"id -u; hostname; cat /etc/given/file.txt; echo; echo $WORD $ADDRESS $MEGABYTES $BOTH; cat {TOKEN} | wc -c; "
-        "touch /work/x && echo written; touch /etc/x || echo refused; exit 3",
+        "touch /scratch/x && echo written; touch /etc/x || echo refused; exit 3",
         {
             "securityContext": {"runAsUser": 1234, "fsGroup": 1234},
             "volumes": [{"name": "files", "configMap": {"name": "given"}}, {"name": "own", "emptyDir": {}}],
@@ -95,13 +95,13 @@ def test_a_container_waits_for_what_it_is_given(running: Nodes) -> None:
 
 def test_init_containers_come_first_and_one_that_fails_ends_the_pod(running: Nodes) -> None:
     volume = {"volumes": [{"name": "own", "emptyDir": {}}]}
-    mounts = [{"name": "own", "mountPath": "/work"}]
+    mounts = [{"name": "own", "mountPath": "/scratch"}]
 
     def first(script: str) -> dict[str, Any]:
         init = {"name": "first", "image": "recsys/code-location:0.1.0", "command": ["sh", "-c", script], "volumeMounts": mounts}
         return {**volume, "initContainers": [init]}
 
-    start(running, "after", "cat /work/left", first("echo left > /work/left"), volumeMounts=mounts)
+    start(running, "after", "cat /scratch/left", first("echo left > /scratch/left"), volumeMounts=mounts)
     start(running, "never", "echo begun", first("exit 1"), volumeMounts=mounts)
     assert ended(running, "after")["exitCode"] == 0
     assert running.log("after") == "left\n"
@@ -114,9 +114,9 @@ def test_a_container_that_fails_is_started_again_where_the_pod_says_so(running: 
     start(
         running,
         "again",
-        "test -e /work/x || { touch /work/x; exit 1; }",
+        "test -e /scratch/x || { touch /scratch/x; exit 1; }",
         own,
-        volumeMounts=[{"name": "own", "mountPath": "/work"}],
+        volumeMounts=[{"name": "own", "mountPath": "/scratch"}],
     )
     eventually(lambda: status(running, "again")["phase"] == "Succeeded")
     assert container(running, "again")["restartCount"] == 1

@@ -44,5 +44,6 @@ def test_the_master_may_go(layer: SpeedLayer, watched: Watched, fault: Callable[
             watched.signal(watched.master, signal.SIGCONT)
 
     loss = lose(layer, lambda: fault(watched), taken_over, heal)
+    assert loss.kept() >= 0.5, "the answers of some seconds are below CACHE"
     name = fault.__name__.replace("_", " ")
     note(loss.drill("Redis under Sentinel, 1 master + 2 replicas, 3 sentinels", f"the master {name}", layer.stream.sent))
