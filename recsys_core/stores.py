@@ -72,29 +72,29 @@ def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> N
     if not is_local(fs):
         fs.pipe_file(path, data)
         return
-    temporary = f"{path}.{uuid.uuid4().hex}{TEMPORARY}"
-    try:
-        with open(temporary, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync(os.path.dirname(path))
+    with _replacing(path) as temporary, open(temporary, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def move_atomically(fs: fsspec.AbstractFileSystem, local: str, path: str) -> None:
     """Put what a file of this machine holds at `path`, as `write_atomically` does; the content need not fit the memory."""
+    fs.makedirs(os.path.dirname(path), exist_ok=True)
     if not is_local(fs):
         fs.put_file(local, path)
         return
-    temporary = f"{path}.{uuid.uuid4().hex}{TEMPORARY}"
-    try:
+    with _replacing(path) as temporary:
         shutil.copyfile(local, temporary)
         _sync(temporary)
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[str]:
+    """A file beside a local one that takes its place once the block has written it."""
+    temporary = f"{path}.{uuid.uuid4().hex}{TEMPORARY}"
+    try:
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
