@@ -48,26 +48,35 @@ Sink = Callable[[list[Any] | None, Exception | None], None]
 """Takes the replies of a batch of commands, or the error for which there are none."""
 
 
-class _Protocol(asyncio.Protocol):
-    """Matches replies with the batches that wait for them."""
+Resend = Callable[[bytes, int, Sink], None]
+"""Takes encoded commands, the number of their replies and who waits for these."""
 
-    def __init__(self) -> None:
+
+class _Protocol(asyncio.Protocol):
+    """Matches replies with the batches that wait for them.
+
+    `resend` takes those of a connection that the other side cut: a server closes idle connections and a proxy forgets them,
+    and only what is sent over one shows that it is gone.
+    """
+
+    def __init__(self, resend: Resend) -> None:
         self.transport: asyncio.Transport | None = None
         self.lost = False
+        self._resend = resend
         self._reader = hiredis.Reader()
-        self._waiting: deque[tuple[int, Sink]] = deque()
+        self._waiting: deque[tuple[int, Sink, bytes]] = deque()
         self._replies: list[Any] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
 
-    def send(self, data: bytes, replies: int, sink: Sink) -> None:
-        """Must not be called on a lost connection."""
+    def send(self, data: bytes, replies: int, sink: Sink, again: bool = False) -> None:
+        """Must not be called on a lost connection. `again` says that this is the second connection for these commands."""
         assert self.transport is not None
-        self._waiting.append((replies, sink))
+        self._waiting.append((replies, sink, b"" if again else data))
         self.transport.write(data)
 
-    async def ask(self, data: bytes, replies: int) -> list[Any]:
+    async def ask(self, data: bytes, replies: int, again: bool = False) -> list[Any]:
         """The replies to encoded commands; an error reply is a `hiredis.ReplyError` among them. Raises RespError."""
         waiting: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
@@ -79,7 +88,7 @@ class _Protocol(asyncio.Protocol):
             else:
                 waiting.set_result(found)
 
-        self.send(data, replies, take)
+        self.send(data, replies, take, again)
         return await waiting
 
     def data_received(self, data: bytes) -> None:
@@ -98,7 +107,13 @@ class _Protocol(asyncio.Protocol):
             self.close(RespError(f"what it sends is no reply to anything ({error}){said}"))
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.close(RespError(f"the connection to Redis was lost: {error or 'closed by the server'}"))
+        waiting, self._waiting = self._waiting, deque()
+        self.close(lost := RespError(f"the connection to Redis was lost: {error or 'closed by the server'}"))
+        for replies, sink, data in waiting:
+            if data:
+                self._resend(data, replies, sink)
+            else:
+                sink(None, lost)
 
     def close(self, error: Exception) -> None:
         """Fail everything that waits, at once."""
@@ -179,7 +194,10 @@ def _greetings(login: Login) -> tuple[bytes, ...]:
 
 
 class Connection:
-    """One connection, made when it is needed. Every failure is an OSError."""
+    """One connection, made when it is needed. Every failure is an OSError.
+
+    Commands must bear to be run twice: those whose connection is cut before all their replies are here are sent once more.
+    """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -193,17 +211,23 @@ class Connection:
         if protocol is not None and not protocol.lost:
             protocol.send(data, replies, sink)
         else:
-            task = asyncio.create_task(self._connect_and_send(data, replies, sink))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._send_connected(data, replies, sink, again=False)
 
-    async def _connect_and_send(self, data: bytes, replies: int, sink: Sink) -> None:
+    def _send_again(self, data: bytes, replies: int, sink: Sink) -> None:
+        self._send_connected(data, replies, sink, again=True)
+
+    def _send_connected(self, data: bytes, replies: int, sink: Sink, again: bool) -> None:
+        task = asyncio.get_running_loop().create_task(self._connect_and_send(data, replies, sink, again))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect_and_send(self, data: bytes, replies: int, sink: Sink, again: bool) -> None:
         try:
             protocol = await self.connect()
         except OSError as error:
             sink(None, error)
         else:
-            protocol.send(data, replies, sink)
+            protocol.send(data, replies, sink, again)
 
     async def call(self, data: bytes, replies: int) -> list[Any]:
         """See `_Protocol.ask`. Raises OSError."""
@@ -235,14 +259,18 @@ class Connection:
         except (ValueError, RuntimeError) as error:  # of the names and of TLS in asyncio and uvloop
             raise RespError(f"no connection to Redis can be made: {error}") from error
 
+    def _protocol_of_it(self) -> _Protocol:
+        return _Protocol(self._send_again)
+
     async def _greet(self) -> _Protocol:
         loop, at = asyncio.get_running_loop(), self._endpoint
         if at.path:
-            _, protocol = await loop.create_unix_connection(_Protocol, at.path)
+            _, protocol = await loop.create_unix_connection(self._protocol_of_it, at.path)
         else:
-            _, protocol = await loop.create_connection(_Protocol, at.host, at.port, ssl=at.tls)
+            _, protocol = await loop.create_connection(self._protocol_of_it, at.host, at.port, ssl=at.tls)
         try:
-            replies = await protocol.ask(b"".join(at.greetings), len(at.greetings)) if at.greetings else []
+            greetings = b"".join(at.greetings)
+            replies = await protocol.ask(greetings, len(at.greetings), again=True) if greetings else []
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise RespError(f"Redis refuses the connection: {reply}")

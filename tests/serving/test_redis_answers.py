@@ -121,6 +121,23 @@ def test_a_redis_that_refuses_hangs_or_answers_nonsense_lowers_the_tier_until_it
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_connection_that_was_cut_while_nobody_used_it_costs_nobody_an_answer(
+    start: Callable[..., World], puppet: Puppet, mode: str
+) -> None:
+    def cut(_: list[bytes]) -> None:
+        puppet.answer = None
+
+    world = start(mode, trend_seconds=3600)
+    eventually(lambda: tier(world) == "CACHE")
+    for _ in range(10):
+        puppet.answer = cut
+        assert tier(world) == "CACHE"
+        puppet.answer = cut
+        assert world.client.recommend_batch(["ann"] * 100)[99].tier == "CACHE"
+    assert world.server.store.breaker == (False, 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_replies_of_wrong_types_are_counted_and_passed_over(
     start: Callable[..., World], puppet: Puppet, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,8 +191,7 @@ def test_a_redis_that_is_a_node_of_a_cluster_is_named_so_once(
 def test_a_password_that_was_changed_is_one_warning_and_no_fault_of_the_values(
     start: Callable[..., World], redis_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A trend that is being read when the connections are cut would be the first to tell, and of the cut.
-    world = start("standalone", trend_seconds=3600)
+    world = start("standalone")
     assert tier(world) == "CACHE"
     redis_server.client.config_set("requirepass", "new")
     redis_server.client.execute_command("AUTH", "new")
