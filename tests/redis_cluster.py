@@ -137,7 +137,7 @@ def _join(masters: list[Any], replicas: list[Any], first: str, bus: int) -> None
     nodes = [*masters, *replicas]
     share = 16384 // len(masters) + 1
     for number, node in enumerate(nodes, 1):
-        # As `redis-cli --cluster create`: nodes of one epoch would sort it out later, and a slot that moves meanwhile may go back.
+        # As `redis-cli --cluster create` does: nodes of one epoch change it later, and a slot that moves just then may go back.
         node.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number)
         node.execute_command("CLUSTER", "MEET", *first.split(":"), bus)
     for at, node in enumerate(masters):

@@ -1,11 +1,13 @@
 """A night and an hour on Kubernetes, and an answer from what they made: every step a pod, Spark's executors pods as well.
 
-The lake and the releases are in S3, the records and caches in a Redis Cluster, Dagster and MLflow on PostgreSQL.
+The last clicks of the day go through three brokers and a worker of the stream, which is a pod too. The lake and the releases
+are in S3, the records and caches in a Redis Cluster with replicas, Dagster and MLflow on PostgreSQL.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,29 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from brokers import three_brokers
 from control_plane import ControlPlane
 from dagster_api import DagsterApi
 from databases import PASSWORDS, Postgres, postgres_server
 from deployment import read_yaml
 from helm_chart import WEB_PORT
-from installation import Installation
+from installation import ROLLOUT_SECONDS, Installation
 from kube_api import Object
 from node import NodeSpec, nodes
 from object_store import BUCKET, S3Server
 from pod_images import PodImage
 from recsys_home import QUICK_SPARK
-from redis_cluster import redis_cluster
+from redis_cluster import cluster
 from rig import Drill, Note, had
+from stream_world import World as Stream
 from waiting import eventually
 
-from recsys_core.events import key_start_ms
+from recsys_core.events import HOUR_MS, key_start_ms
+from recsys_core.kafka_config import SILENT
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
 from recsys_core.release import Releases
+from recsys_core.settings import load_settings
 from recsys_core.simulate import Simulation, SimulationConfig
+from recsys_core.tables import CLICKS_HOURLY
 from serving.client import RecsysClient
 
 DAY, NEXT_DAY = "2026-01-01", "2026-01-02"
+LAST_HOUR = f"{DAY}T23"
 SIZE = {"seed": 7, "users": 200, "items": 120, "days": 1, "events": 6000, "end": key_start_ms(NEXT_DAY)}
 SMALL = {
     "RECSYS_ALS__RANK": "16",
@@ -62,17 +70,20 @@ EXECUTORS = {
     "[spark.conf]": "[spark.conf]\n" + "\n".join(f"{json.dumps(name)} = {json.dumps(value)}" for name, value in CONF.items()),
 }
 """Of the settings of the manifests: executors that fit this machine."""
-NO_STREAM = {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "stream"}, "spec": {"replicas": 0}}
+CLICKS = 400
+"""Of the last hour, which come through Kafka."""
+STREAM = {"RECSYS_STREAM__ARCHIVE_SECONDS": "5"}
 NIGHT_SECONDS = 1500
 """A run's patience; on two cores that have nothing else to do it takes a few minutes."""
 
 
 @dataclass(frozen=True)
 class World:
-    """An installation with a day of clicks in its landing zone."""
+    """An installation with a day of clicks in its landing zone, and what sends it more of them."""
 
     installed: Installation
     dagster: DagsterApi
+    stream: Stream
 
 
 @pytest.fixture(scope="module")
@@ -85,26 +96,38 @@ def world(
 ) -> Iterator[World]:
     with ExitStack() as held:
         postgres = held.enter_context(had(postgres_server()))
-        redis = held.enter_context(redis_cluster(tmp_path_factory.mktemp("redis")))
+        redis = held.enter_context(cluster(tmp_path_factory.mktemp("redis"), replicated=True)).nodes
+        brokers = held.enter_context(had(three_brokers(tmp_path_factory.mktemp("kafka")))).bootstrap_servers
         running = held.enter_context(had(nodes(plane, [NodeSpec("node")], images, open_folder)))
         lake = Lake(f"s3://{BUCKET}/lake")
         made = Simulation(SimulationConfig.model_validate(SIZE))
         made.write_catalog(lake)
         made.write_landing(Landing(lake))
         installed = Installation(plane, running, open_folder)
-        nodes_of_redis = {"RECSYS_REDIS__MODE": "cluster", "RECSYS_REDIS__NODES": json.dumps(redis)}
+        reached = {
+            "RECSYS_REDIS__MODE": "cluster",
+            "RECSYS_REDIS__NODES": json.dumps(redis),
+            "RECSYS_KAFKA__BOOTSTRAP_SERVERS": brokers,
+        }
         installed.prepare(
-            {**store.environment, **nodes_of_redis},
+            {**store.environment, **reached},
             recsys_secrets=SMALL,
+            recsys_stream_secrets=STREAM,
             dagster_postgresql_secret={"postgresql-password": PASSWORDS["DAGSTER_PG_PASSWORD"]},
         )
-        installed.apply("small", [NO_STREAM, {**service("mlflow"), **CLUSTER_IP}], EXECUTORS)
+        installed.apply("small", [{**service("mlflow"), **CLUSTER_IP}], EXECUTORS)
         installed.kubectl("apply", "-f", "-", stdin=json.dumps(mlflow(postgres)))
         installed.install_dagster(values(postgres))
         (address,) = running.addresses(component="dagster-webserver")
         dagster = DagsterApi(f"http://{address}:{WEB_PORT}", "recsys")
         eventually(dagster.is_loaded)
-        yield World(installed, dagster)
+        sender = load_settings(
+            tmp_path_factory.mktemp("sender"),
+            kafka={"bootstrap_servers": brokers, "partitions": 12, "replication": 3, "conf": {"log_level": str(SILENT)}},
+            redis={"mode": "cluster", "nodes": redis},
+            lake={"uri": lake.uri},
+        )
+        yield World(installed, dagster, Stream.of(sender))
 
 
 def service(name: str) -> Object:
@@ -147,26 +170,35 @@ def values(postgres: Postgres) -> dict[str, Any]:
 
 
 def test_a_night_and_an_hour_make_what_is_served(world: World, note: Note) -> None:
+    chance, begin = random.Random(3), key_start_ms(LAST_HOUR)
+    clicks = [world.stream.event(chance, begin + chance.randrange(45 * 60_000, HOUR_MS)) for _ in range(CLICKS)]
+    world.stream.send(*clicks)
+    world.installed.rolled_out("statefulset/stream")
+    world.stream.settle(seconds=ROLLOUT_SECONDS)
     began = time.monotonic()
-    made = world.dagster.launch("hourly", span=(f"{DAY}T00", f"{DAY}T23"), assets=["clicks_hourly"])
+    made = world.dagster.launch("hourly", span=(f"{DAY}T00", LAST_HOUR), assets=["clicks_hourly"])
     world.dagster.succeeds(made, NIGHT_SECONDS)
     night = world.dagster.launch("nightly", DAY)
     world.dagster.succeeds(night, NIGHT_SECONDS)
-    hour = world.dagster.launch("hourly", f"{DAY}T23")
+    hour = world.dagster.launch("hourly", LAST_HOUR)
     world.dagster.succeeds(hour, NIGHT_SECONDS)
     seconds = time.monotonic() - began
+    lake = Lake(world.stream.settings.lake_uri)
+    held = set(lake.dataset(CLICKS_HOURLY, [LAST_HOUR]).to_table()["event_id"].to_pylist())
+    assert {str(click["event_id"]) for click in clicks if int(str(click["ts"])) >= begin} <= held
+    world.stream.prove()
     champion = Releases(f"s3://{BUCKET}/releases").champion()
     assert champion is not None
     world.installed.rolled_out("deployment/serving")
     (address,) = world.installed.nodes.addresses(**{"app.kubernetes.io/name": "serving"})
     with RecsysClient(f"{address}:50051", timeout=30) as client:
-        answer = client.recommend("u000001")
-    assert (answer.release_id, answer.tier) == (champion.release_id, "CACHE")
-    assert len(answer) == 10
+        answers = [client.recommend(user) for user in ("u000001", str(clicks[-1]["user_id"]))]
+    assert {(answer.release_id, answer.tier, len(answer)) for answer in answers} == {(champion.release_id, "CACHE", 10)}
     steps = steps_of(world)
     eventually(lambda: all(pod["status"]["phase"] == "Succeeded" for pod in steps_of(world)))
-    ran = f"a night and an hour, {len(steps)} steps as pods"
-    note(Drill("Kubernetes, S3, Redis Cluster, PostgreSQL", ran, "none", "0 steps", f"{seconds:.0f} s, then {answer.tier}"))
+    engines = "Kubernetes, S3, Redis Cluster, three brokers, PostgreSQL"
+    ran = f"a night and an hour, {len(steps)} steps and a worker of the stream as pods"
+    note(Drill(engines, ran, "none", f"0 steps, 0 of {CLICKS} events", f"{seconds:.0f} s, then CACHE"))
 
 
 def steps_of(world: World) -> list[Object]:
