@@ -1,10 +1,12 @@
-"""Whether callers queue: calls that gRPC has taken in and that no handler has seen yet.
+"""Whether callers queue, and reads that go out together while they do.
 
-grpc.aio hands over one call at a time, so a process that is behind looks idle from inside; gRPC's own counts (channelz) do not.
+Callers queue while there are calls that gRPC has taken in and that no handler has seen yet. grpc.aio hands over one call at a
+time, so a process that is behind looks idle from inside; gRPC's own counts (channelz) do not.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from grpc_channelz.v1 import channelz, channelz_pb2
@@ -15,6 +17,9 @@ LOOK_CALLS = 500
 """From one look at the counts to the next: it takes 0.2 ms, which far fewer than one call in a hundred may pay."""
 LONE = 3
 """Waits in a row that bring no second call after which nobody waits for others any more."""
+GATHER_SECONDS = 0.002
+GATHERED_USERS = 32
+"""While callers queue, a read waits this long for others, or until they are for so many users."""
 
 
 class Crowd:
@@ -59,6 +64,36 @@ class Crowd:
         if self._since >= LOOK_CALLS:
             self._since = 0
             self._crowded = gathered + self.waiting() >= QUEUE
+
+
+class Gathering:
+    """Reads that wait for others while callers queue, whichever server each is for: then all of them go out at once.
+
+    What comes in one moment for the nodes of a cluster is one gathering, because a third of it would look like no crowd.
+    """
+
+    def __init__(self, crowd: Crowd) -> None:
+        self._crowd = crowd
+        self._held: dict[Callable[[], None], tuple[int, int]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def takes(self, send: Callable[[], None], calls: int, users: int) -> bool:
+        """Whether `send`, which by now reads so many users for so many calls, is called later; not while nobody queues."""
+        if self._timer is None:
+            if not self._crowd.crowded():
+                return False
+            self._timer = asyncio.get_running_loop().call_later(GATHER_SECONDS, self._end)
+        self._held[send] = calls, users
+        if sum(users for _, users in self._held.values()) >= GATHERED_USERS:
+            self._timer.cancel()
+            self._end()
+        return True
+
+    def _end(self) -> None:
+        held, self._held, self._timer = self._held, {}, None
+        self._crowd.gathered(sum(calls for calls, _ in held.values()))
+        for send in held:
+            send()
 
 
 def _servers(start: int) -> list[channelz_pb2.Server]:

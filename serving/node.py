@@ -12,7 +12,7 @@ from hiredis import ReplyError
 
 from recsys_core.online import RECORD_FIELDS
 from serving.breaker import Breaker
-from serving.crowd import Crowd
+from serving.crowd import GATHERED_USERS, Gathering
 from serving.metrics import Metrics
 from serving.resp import RespError, Sink, is_redirect, of_the_value
 from serving.seldom import Seldom
@@ -25,9 +25,6 @@ MANY_USERS = 64
 """Users read together for one caller in one round trip."""
 USERS_A_DEADLINE = 32
 """So many users of one caller make the deadline longer by itself."""
-GATHER_SECONDS = 0.002
-GATHERED_USERS = 32
-"""While callers queue, a read waits this long for others to share its round trip, or until it is for so many users."""
 NEXT_SHARE = 0.2
 """Of the deadline, after which a round trip that is still under way no longer holds up the next one."""
 LAST_LOOK_SECONDS = 0.001
@@ -120,7 +117,7 @@ class Node:
 
     Attributes:
         breaker: of this server.
-        crowd: tells whether callers queue; without one no read waits for others.
+        gathering: the reads of all nodes that wait for others; without one none does.
         redirected: for nodes of a cluster. Elsewhere a server that sends callers to another one is a fault of the settings.
         on_failure: is called when a call failed.
     """
@@ -129,16 +126,16 @@ class Node:
         """`deadline` of a round trip in seconds."""
         self.breaker = Breaker(name)
         self.metrics = metrics
-        self.crowd: Crowd | None = None
+        self.gathering: Gathering | None = None
         self.redirected: Redirected | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self._link = link
         self._deadline = deadline
         self._waiting: list[Asked] = []
+        self._users_waiting = 0
         self._under_way = 0
         self._sent_at = 0.0
         self._next: asyncio.TimerHandle | None = None
-        self._gathering: asyncio.TimerHandle | None = None
         self._refusals = Seldom(log)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -151,6 +148,7 @@ class Node:
             return loop.create_task(self._read_many(user_ids))
         found: asyncio.Future[list[Raw]] = loop.create_future()
         self._waiting.append((user_ids, found))
+        self._users_waiting += len(user_ids)
         if not self._under_way:
             self._send_or_gather()
         elif self._next is None:
@@ -186,23 +184,12 @@ class Node:
             self._send_or_gather()
 
     def _send_or_gather(self) -> None:
-        if self._gathering is None:
-            if self.crowd is not None and self.crowd.crowded():
-                self._gathering = asyncio.get_running_loop().call_later(GATHER_SECONDS, self._gathered)
-            else:
-                self._send_waiting()
-        elif sum(len(user_ids) for user_ids, _ in self._waiting) >= GATHERED_USERS:
-            self._gathering.cancel()
-            self._gathered()
-
-    def _gathered(self) -> None:
-        self._gathering = None
-        if self.crowd is not None:
-            self.crowd.gathered(len(self._waiting))
-        self._send_waiting()
+        """Send what waits, at once or together with others."""
+        if self.gathering is None or not self.gathering.takes(self._send_waiting, len(self._waiting), self._users_waiting):
+            self._send_waiting()
 
     def _send_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._users_waiting = self._waiting, [], 0
         while waiting:
             taken: list[Asked] = []
             users: list[bytes] = []

@@ -21,7 +21,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from recsys_core.online import recs_key
 from recsys_core.settings import RedisSettings
-from serving.crowd import Crowd
+from serving.crowd import Crowd, Gathering
 from serving.metrics import Metrics
 from serving.node import NOTHING, Node, Raw
 from serving.resp import Connection, Endpoint, Login, Pipelined, command
@@ -99,7 +99,7 @@ class Topology:
         self._settings = settings
         self._metrics = metrics
         self._deadline = settings.timeout_ms / 1000
-        self._crowd: Crowd | None = None
+        self._gathering: Gathering | None = None
         self._login = Login.of(settings)
         self._tls = self._login.tls() if settings.tls else None
         self._nodes: dict[Address, Node] = {}
@@ -114,11 +114,11 @@ class Topology:
         """All nodes that keys may be on."""
         return list(self._nodes.values())
 
-    def follow_crowd(self, crowd: Crowd | None) -> None:
+    def follow_crowd(self, crowd: Crowd) -> None:
         """Have reads wait for others while callers queue."""
-        self._crowd = crowd
+        self._gathering = Gathering(crowd)
         for node in self._nodes.values():
-            node.crowd = crowd
+            node.gathering = self._gathering
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class Topology:
 
     def _add(self, address: Address, name: str, endpoint: Endpoint) -> Node:
         node = Node(name, Pipelined(endpoint), self._deadline, self._metrics)
-        node.crowd, node.on_failure = self._crowd, self.look_soon
+        node.gathering, node.on_failure = self._gathering, self.look_soon
         self._nodes[address] = node
         return node
 

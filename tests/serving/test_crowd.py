@@ -11,9 +11,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from worlds import World, eventually
 
-from serving import node
+from serving import crowd
 from serving import recsys_pb2 as pb
-from serving.crowd import QUEUE
+from serving.crowd import GATHERED_USERS, QUEUE
 
 STREAMS = 3
 
@@ -25,7 +25,7 @@ def waiting(world: World) -> float:
 def test_calls_that_no_handler_has_seen_are_counted_and_share_their_reads(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node, "GATHER_SECONDS", 1.0)  # however slow the machine, all calls come within it
+    monkeypatch.setattr(crowd, "GATHER_SECONDS", 1.0)  # however slow the machine, all calls come within it
     calls = 4 * QUEUE
     world.put_cached_user("ann")
     go_on = threading.Event()
@@ -35,7 +35,7 @@ def test_calls_that_no_handler_has_seen_are_counted_and_share_their_reads(
     before = sum(world.server.metrics.steps["redis"].counts)
     go_on.set()
     assert {call.result().tier for call in asked} == {pb.CACHE}
-    assert sum(world.server.metrics.steps["redis"].counts) - before == math.ceil(calls / node.GATHERED_USERS)
+    assert sum(world.server.metrics.steps["redis"].counts) - before == math.ceil(calls / GATHERED_USERS)
     eventually(lambda: waiting(world) == 0)
 
 

@@ -18,9 +18,9 @@ from worlds import RedisServer, eventually
 
 from recsys_core.online import RECORD_FIELDS, recs_key, user_key
 from recsys_core.settings import RedisSettings
-from serving.crowd import Crowd
+from serving.crowd import GATHER_SECONDS, GATHERED_USERS, Crowd, Gathering
 from serving.metrics import Metrics
-from serving.node import GATHER_SECONDS, GATHERED_USERS, NOTHING, Link, Node
+from serving.node import NOTHING, Link, Node
 from serving.resp import Endpoint, Login, Pipelined, RespError, Sink, command, reads_of
 from serving.store import Store
 from serving.topology import Layout, OneServer, Shard
@@ -39,7 +39,8 @@ def reading_from(link: Link, timeout_ms: int = 10_000, crowd: Crowd | None = Non
     """A store over a Redis that a test makes up."""
     settings, metrics = RedisSettings(timeout_ms=timeout_ms), Metrics()
     one = OneServer(settings, metrics, Node("Redis", link, timeout_ms / 1000, metrics))
-    one.follow_crowd(crowd)
+    if crowd is not None:
+        one.follow_crowd(crowd)
     return Store(settings, 3600, metrics, one)
 
 
@@ -256,6 +257,26 @@ async def test_while_callers_queue_a_round_trip_waits_for_some_of_them() -> None
     assert [(await one)[0][1] for one in found] == [b"a", b"b", b"c", *rest]
     await asyncio.sleep(3 * GATHER_SECONDS)
     assert len(redis_.asked) == 2
+
+
+async def test_what_waits_for_the_nodes_of_a_cluster_is_one_gathering() -> None:
+    told: list[int] = []
+
+    class Listens(AlwaysCrowded):
+        def gathered(self, calls: int) -> None:
+            told.append(calls)
+
+    metrics, gathering = Metrics(), Gathering(cast(Crowd, Listens()))
+    links = [OneAtATime() for _ in range(3)]
+    nodes = [Node("a node", cast(Link, link), 10.0, metrics) for link in links]
+    for node in nodes:
+        node.gathering = gathering
+    users = [b"%d" % k for k in range(GATHERED_USERS)]
+    for at, user in enumerate(users):
+        assert not any(link.asked for link in links)
+        nodes[at % 3].read([user])
+    assert [[users for users, _ in link.asked] for link in links] == [[users[at::3]] for at in range(3)]
+    assert told == [GATHERED_USERS]
 
 
 async def test_a_read_behind_one_that_hangs_waits_a_fifth_of_the_deadline_and_then_its_own() -> None:
