@@ -56,7 +56,9 @@ class Recipe:
 def of_this_machine() -> list[Mount]:
     """What every container sees where it lies here: Python, its packages, the checkout, Java and what was fetched."""
     seen = {PROJECT, Path(sys.prefix), Path(sys.base_prefix), ensure_java().path, cache_folder()}
-    return [Mount(path, str(path), True) for path in sorted(seen)]
+    # A clone has its environment inside of itself.
+    outermost = [path for path in sorted(seen) if not seen.intersection(path.parents)]
+    return [Mount(path, str(path), True) for path in outermost]
 
 
 class Container:
