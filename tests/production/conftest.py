@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from rig import Drill, Note, had
 from stream_world import Broker
 
 pytest.register_assert_rewrite("speed_layer")
-DRILLS = pytest.StashKey[list[Drill]]()
+DRILL = "drill"
+KUBERNETES = "kubernetes"
 KUBERNETES_SECONDS = 4500
 """Of a test: the first one may wait for the build, and a night takes its time."""
 
@@ -29,14 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[DRILLS] = []
+    config.pluginmanager.register(DrillTable())
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Last come the tests of Kubernetes, whose control plane is built in the meantime where it has not been."""
+    """A file is for one worker, and so are all files of Kubernetes, whose nodes have the same addresses. They come last, as the
+    control plane is built in the meantime where it has not been."""
     of_kubernetes = [item for item in items if item.path.name.startswith("test_kubernetes")]
     items[:] = [item for item in items if item not in of_kubernetes] + of_kubernetes
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(KUBERNETES if item in of_kubernetes else item.path.name))
     for item in of_kubernetes:
         item.add_marker(pytest.mark.timeout(KUBERNETES_SECONDS))
     if of_kubernetes:
@@ -49,20 +54,30 @@ def _build() -> None:
         kube()
 
 
-def pytest_terminal_summary(config: pytest.Config) -> None:
-    table = Table(title="What the engines went through", title_justify="left")
-    for name in ("engine", "ran on it", "fault", "lost or doubled", "degraded"):
-        table.add_column(name)
-    for drill in config.stash[DRILLS]:
-        table.add_row(drill.engine, drill.ran, drill.fault, drill.lost, drill.degraded)
-    if config.stash[DRILLS]:
-        Console().print(table)
+class DrillTable:
+    """The drills that tests noted, in whichever process they ran, as a table at the end."""
+
+    def __init__(self) -> None:
+        self._drills: list[Drill] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "teardown":
+            self._drills += [Drill(**said) for name, said in report.user_properties if name == DRILL]
+
+    def pytest_terminal_summary(self) -> None:
+        table = Table(title="What the engines went through", title_justify="left")
+        for name in ("engine", "ran on it", "fault", "lost or doubled", "degraded"):
+            table.add_column(name)
+        for drill in self._drills:
+            table.add_row(*astuple(drill))
+        if self._drills:
+            Console().print(table)
 
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Note:
     """Adds a line to the table."""
-    return request.config.stash[DRILLS].append
+    return lambda drill: request.node.user_properties.append((DRILL, asdict(drill)))
 
 
 @pytest.fixture

@@ -57,6 +57,8 @@ shards = 2
 active_hours = 48
 [als]
 rank = 16
+iterations = 3
+half_lives_days = [0, 1]
 [partitions]
 start = {start}
 """

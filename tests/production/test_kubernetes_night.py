@@ -48,6 +48,8 @@ LAST_HOUR = f"{DAY}T23"
 SIZE = {"seed": 7, "users": 200, "items": 120, "days": 1, "events": 6000, "end": key_start_ms(NEXT_DAY)}
 SMALL = {
     "RECSYS_ALS__RANK": "16",
+    "RECSYS_ALS__ITERATIONS": "3",
+    "RECSYS_ALS__HALF_LIVES_DAYS": "[0, 1]",
     "RECSYS_CACHE__SHARDS": "2",
     "RECSYS_CACHE__PARALLEL_STEPS": "1",
     "RECSYS_DAGSTER__AUTOMATION": "false",

@@ -1,4 +1,4 @@
-"""What Spark makes, made by executors that are no part of the driver: on a disk and in S3, and while a worker is killed."""
+"""What Spark makes, made by executors that are no part of the driver: in S3, and on a disk while a worker is killed."""
 
 from __future__ import annotations
 
@@ -114,15 +114,7 @@ def test_executors_that_lack_a_package_are_refused_with_a_word_of_what_to_do(
     assert "spark.pyspark.python" in err
 
 
-def test_executors_make_what_one_process_makes(
-    cluster: SparkCluster, landed: Path, made_in_one_process: dict[str, str], tmp_path: Path, note: Note
-) -> None:
-    made = versions(run(tmp_path, copied(landed, str(tmp_path / "lake")), cluster.master, own_python()))
-    assert made == made_in_one_process
-    note(_drill("none", len(made), "-"))
-
-
-def test_executors_make_it_in_s3(
+def test_executors_make_in_s3_what_one_process_makes(
     cluster: SparkCluster,
     landed: Path,
     made_in_one_process: dict[str, str],
@@ -153,7 +145,7 @@ def test_a_worker_that_is_killed_costs_time_and_changes_nothing(
     assert struck.is_set()
     made = versions("".join(lines))
     assert made == made_in_one_process
-    note(_drill("a worker is killed", len(made), "its tasks ran again on the other"))
+    note(_drill("a worker is killed; the lake is on a disk", len(made), "its tasks ran again on the other"))
 
 
 def _drill(fault: str, partitions: int, degraded: str) -> Drill:
