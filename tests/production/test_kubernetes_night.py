@@ -177,6 +177,7 @@ def test_a_night_and_an_hour_make_what_is_served(world: World, note: Note) -> No
     world.stream.send(*clicks)
     world.installed.rolled_out("statefulset/stream")
     world.stream.settle(seconds=ROLLOUT_SECONDS)
+    world.stream.prove()
     began = time.monotonic()
     made = world.dagster.launch("hourly", span=(f"{DAY}T00", LAST_HOUR), assets=["clicks_hourly"])
     world.dagster.succeeds(made, NIGHT_SECONDS)
@@ -188,7 +189,6 @@ def test_a_night_and_an_hour_make_what_is_served(world: World, note: Note) -> No
     lake = Lake(world.stream.settings.lake_uri)
     held = set(lake.dataset(CLICKS_HOURLY, [LAST_HOUR]).to_table()["event_id"].to_pylist())
     assert {str(click["event_id"]) for click in clicks if int(str(click["ts"])) >= begin} <= held
-    world.stream.prove()
     champion = Releases(f"s3://{BUCKET}/releases").champion()
     assert champion is not None
     world.installed.rolled_out("deployment/serving")
