@@ -34,18 +34,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(DrillTable())
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A file is for one worker, and so are all files of Kubernetes, whose nodes have the same addresses."""
+    item.add_marker(pytest.mark.xdist_group(KUBERNETES if _is_of_kubernetes(item) else item.path.name))
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file is for one worker, and so are all files of Kubernetes, whose nodes have the same addresses. They come last, as the
-    control plane is built in the meantime where it has not been."""
-    of_kubernetes = [item for item in items if item.path.name.startswith("test_kubernetes")]
+    """Last come the tests of Kubernetes, whose control plane is built in the meantime where it has not been."""
+    of_kubernetes = [item for item in items if _is_of_kubernetes(item)]
     items[:] = [item for item in items if item not in of_kubernetes] + of_kubernetes
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(KUBERNETES if item in of_kubernetes else item.path.name))
     for item in of_kubernetes:
         item.add_marker(pytest.mark.timeout(KUBERNETES_SECONDS))
     if of_kubernetes:
         threading.Thread(target=_build, name="build of the control plane").start()
+
+
+def _is_of_kubernetes(item: pytest.Item) -> bool:
+    return item.path.name.startswith("test_kubernetes")
 
 
 def _build() -> None:
