@@ -31,7 +31,7 @@ test: lint tools ## lint, types, room rules and all tests with real parts
 	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-production: tools ## what production runs on: brokers, Redis, Spark, an object store, Kubernetes; killed and frozen
-	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest tests/production -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	@JAVA_HOME="$$($(BIN)/python -m recsys_cli.java)" && export JAVA_HOME && $(BIN)/pytest tests/production -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: env ## lint, types and room rules
 	@$(BIN)/ruff check .

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
 
 import pytest
-from control_plane import ControlPlane, NoControlPlane, control_plane, kube
+from control_plane import ControlPlane, control_plane
 from object_store import S3Server, s3_server, use_here
 from pod_images import PodImage, pod_images
 from rich.console import Console
 from rich.table import Table
 from rig import Drill, Note, had
 from stream_world import Broker
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 pytest.register_assert_rewrite("speed_layer")
 DRILL = "drill"
-KUBERNETES = "kubernetes"
 KUBERNETES_SECONDS = 4500
 """Of a test: the first one may wait for the build, and a night takes its time."""
 
@@ -34,30 +34,29 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(DrillTable())
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """A file is for one worker, and so are all files of Kubernetes, whose nodes have the same addresses."""
-    item.add_marker(pytest.mark.xdist_group(KUBERNETES if _is_of_kubernetes(item) else item.path.name))
+class Lanes(LoadFileScheduling):
+    """A file's tests are for one worker, and so are those of all files of Kubernetes, whose nodes have the same addresses."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "kubernetes" if _is_of_kubernetes(Path(file)) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
+    return Lanes(config, log)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Last come the tests of Kubernetes, whose control plane is built in the meantime where it has not been."""
-    of_kubernetes = [item for item in items if _is_of_kubernetes(item)]
-    items[:] = [item for item in items if item not in of_kubernetes] + of_kubernetes
-    for item in of_kubernetes:
-        item.add_marker(pytest.mark.timeout(KUBERNETES_SECONDS))
-    if of_kubernetes:
-        threading.Thread(target=_build, name="build of the control plane").start()
+    """What takes longest comes first, so that the workers end at about the same time."""
+    items.sort(key=lambda item: (item.path.name != "test_everything.py", not _is_of_kubernetes(item.path)))
+    for item in items:
+        if _is_of_kubernetes(item.path):
+            item.add_marker(pytest.mark.timeout(KUBERNETES_SECONDS))
 
 
-def _is_of_kubernetes(item: pytest.Item) -> bool:
-    return item.path.name.startswith("test_kubernetes")
-
-
-def _build() -> None:
-    # The tests that need it say why it can't be had.
-    with suppress(NoControlPlane):
-        kube()
+def _is_of_kubernetes(file: Path) -> bool:
+    return file.name.startswith("test_kubernetes")
 
 
 class DrillTable:
