@@ -33,7 +33,7 @@ from rig import Drill, Note, had
 from stream_world import World as Stream
 from waiting import eventually
 
-from recsys_core.events import HOUR_MS, key_start_ms
+from recsys_core.events import HOUR_MS, key_start_ms, now_ms
 from recsys_core.kafka_config import SILENT
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing
@@ -177,7 +177,7 @@ def test_a_night_and_an_hour_make_what_is_served(world: World, note: Note) -> No
     world.stream.send(*clicks)
     world.installed.rolled_out("statefulset/stream")
     world.stream.settle(seconds=ROLLOUT_SECONDS)
-    world.stream.prove()
+    world.stream.prove(trends_since_ms=now_ms())
     began = time.monotonic()
     made = world.dagster.launch("hourly", span=(f"{DAY}T00", LAST_HOUR), assets=["clicks_hourly"])
     world.dagster.succeeds(made, NIGHT_SECONDS)

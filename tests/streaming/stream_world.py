@@ -25,7 +25,7 @@ from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from recsys_cli.kafka import kafka_server
-from recsys_core.events import now_ms
+from recsys_core.events import MINUTE_MS, now_ms
 from recsys_core.kafka_config import SILENT, client_config
 from recsys_core.lake import Lake
 from recsys_core.landing import Landing, offset_faults
@@ -259,8 +259,9 @@ class World:
         if landing:
             wait_for("everything is in the landing zone", landed, seconds)
 
-    def prove(self) -> None:
-        """Redis equals a computation from the topic, one event after the other, and the landing zone has each offset once."""
+    def prove(self, trends_since_ms: int = 0) -> None:
+        """Redis equals a computation from the topic, one event after the other, and the landing zone has each offset once.
+        Trends from before a moment may have expired."""
         messages = self.messages()
         values = [m.value() for m in messages]
         appended = np.array([m.timestamp()[1] for m in messages], np.int64)
@@ -273,9 +274,10 @@ class World:
             taken = np.flatnonzero(partitions[decoded.rows] == number)
             rows = decoded.rows[taken]
             computed.add(decoded.events.take(taken), f"{identity}.{number}", offsets[rows].tolist(), appended[rows].tolist())
-        found = computed.differences(self.redis)
+        found = computed.differences(self.redis, trends_since_ms)
         assert (found.different, found.ahead) == ([], 0)
-        assert found.compared == len(computed.users) + len(computed.buckets)
+        length = self.settings.stream.bucket_minutes * MINUTE_MS
+        assert found.compared == len(computed.users) + sum(at * length >= trends_since_ms for _, at in computed.buckets)
         self.prove_landing(messages, decoded.rows.tolist())
 
     def prove_landing(self, messages: list[Message], valid: list[int]) -> None:
