@@ -48,8 +48,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, so that the workers end at about the same time."""
-    items.sort(key=lambda item: (item.path.name != "test_everything.py", not _is_of_kubernetes(item.path)))
+    """Kubernetes comes first, which takes longest; last comes the soak, which bears little else on this machine."""
+    items.sort(key=lambda item: (not _is_of_kubernetes(item.path), item.path.name == "test_everything.py"))
     for item in items:
         if _is_of_kubernetes(item.path):
             item.add_marker(pytest.mark.timeout(KUBERNETES_SECONDS))
