@@ -1,17 +1,19 @@
-"""Engines as production has them, on one machine; at the end a table of what was done to them and what it cost."""
+"""Engines as production has them, on one machine; at the end tables of what was done to them and what it cost."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 from control_plane import ControlPlane, control_plane
 from object_store import S3Server, s3_server, use_here
 from pod_images import PodImage, pod_images
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rig import Drill, Note, had
@@ -31,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(DrillTable())
+    config.pluginmanager.register(DrillTables())
 
 
 class Lanes(LoadFileScheduling):
@@ -59,8 +61,8 @@ def _is_of_kubernetes(file: Path) -> bool:
     return file.name.startswith("test_kubernetes")
 
 
-class DrillTable:
-    """The drills that tests noted, in whichever process they ran, as a table at the end."""
+class DrillTables:
+    """The drills that tests noted, in whichever process they ran, as tables at the end."""
 
     def __init__(self) -> None:
         self._drills: list[Drill] = []
@@ -70,18 +72,21 @@ class DrillTable:
             self._drills += [Drill(**said) for name, said in report.user_properties if name == DRILL]
 
     def pytest_terminal_summary(self) -> None:
-        table = Table(title="What the engines went through", title_justify="left")
-        for name in ("engine", "ran on it", "fault", "lost or doubled", "degraded"):
-            table.add_column(name)
-        for drill in self._drills:
-            table.add_row(*astuple(drill))
-        if self._drills:
+        def of(drill: Drill) -> str:
+            return f"{drill.engine}: {drill.ran}"
+
+        for title, drills in groupby(sorted(self._drills, key=of), of):
+            table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, expand=True)
+            for name in ("fault", "lost or doubled", "degraded"):
+                table.add_column(name, ratio=1)
+            for drill in drills:
+                table.add_row(drill.fault, drill.lost, drill.degraded)
             Console().print(table)
 
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Note:
-    """Adds a line to the table."""
+    """Adds a line to a table."""
     return lambda drill: request.node.user_properties.append((DRILL, asdict(drill)))
 
 
