@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
 import pytest
-from control_plane import ControlPlane, control_plane
+from control_plane import ControlPlane, NoControlPlane, control_plane, kube
 from object_store import S3Server, s3_server, use_here
 from pod_images import PodImage, pod_images
 from rich.box import SIMPLE
@@ -34,6 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(DrillTables())
+    if getattr(config.option, "numprocesses", None):
+        # The whole rig: before the workers begin, because a build beside it would take the time of what is measured.
+        with suppress(NoControlPlane):  # the tests that need it say why it can't be had
+            kube()
 
 
 class Lanes(LoadFileScheduling):

@@ -55,9 +55,7 @@ def _go(folder: Path, seconds: int, *words: str) -> str:
     """What a command of Go prints. Raises NoControlPlane."""
     own = {"GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}
     environment = {"GOCACHE": str(folder / "compiled"), **os.environ, **own}
-    # Whoever waits for it has other work under way.
-    command = ["nice", "-n", "15", "go", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
+    done = subprocess.run(["go", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
     if done.returncode:
         raise NoControlPlane(f"the control plane can't be built: go {words[0]}: {(done.stderr or done.stdout)[-800:]}")
     return done.stdout
@@ -76,6 +74,7 @@ def kube() -> Path:
 
 
 def _build(binary: Path) -> None:
+    print("building the control plane of Kubernetes, which takes some minutes", flush=True)
     of_kubernetes = fetched(MODULE)
     with tempfile.TemporaryDirectory(prefix="kube-", dir=binary.parent) as made:
         folder = Path(made)
