@@ -46,8 +46,6 @@ def is_redirect(error: ReplyError) -> bool:
 
 Sink = Callable[[list[Any] | None, Exception | None], None]
 """Takes the replies of a batch of commands, or the error for which there are none."""
-
-
 Resend = Callable[[bytes, int, Sink], None]
 """Takes encoded commands, the number of their replies and who waits for these."""
 
@@ -77,7 +75,10 @@ class _Protocol(asyncio.Protocol):
         self.transport.write(data)
 
     async def ask(self, data: bytes, replies: int, again: bool = False) -> list[Any]:
-        """The replies to encoded commands; an error reply is a `hiredis.ReplyError` among them. Raises RespError."""
+        """The replies to encoded commands; an error reply is a `hiredis.ReplyError` among them. `again` as in `send`.
+
+        Raises RespError.
+        """
         waiting: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
         def take(found: list[Any] | None, error: Exception | None) -> None:
@@ -213,10 +214,7 @@ class Connection:
         else:
             self._send_connected(data, replies, sink, again=False)
 
-    def _send_again(self, data: bytes, replies: int, sink: Sink) -> None:
-        self._send_connected(data, replies, sink, again=True)
-
-    def _send_connected(self, data: bytes, replies: int, sink: Sink, again: bool) -> None:
+    def _send_connected(self, data: bytes, replies: int, sink: Sink, again: bool = True) -> None:
         task = asyncio.get_running_loop().create_task(self._connect_and_send(data, replies, sink, again))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -259,15 +257,16 @@ class Connection:
         except (ValueError, RuntimeError) as error:  # of the names and of TLS in asyncio and uvloop
             raise RespError(f"no connection to Redis can be made: {error}") from error
 
-    def _protocol_of_it(self) -> _Protocol:
-        return _Protocol(self._send_again)
-
     async def _greet(self) -> _Protocol:
         loop, at = asyncio.get_running_loop(), self._endpoint
+
+        def protocol_of_it() -> _Protocol:
+            return _Protocol(self._send_connected)
+
         if at.path:
-            _, protocol = await loop.create_unix_connection(self._protocol_of_it, at.path)
+            _, protocol = await loop.create_unix_connection(protocol_of_it, at.path)
         else:
-            _, protocol = await loop.create_connection(self._protocol_of_it, at.host, at.port, ssl=at.tls)
+            _, protocol = await loop.create_connection(protocol_of_it, at.host, at.port, ssl=at.tls)
         try:
             greetings = b"".join(at.greetings)
             replies = await protocol.ask(greetings, len(at.greetings), again=True) if greetings else []

@@ -188,7 +188,7 @@ def test_a_night_and_an_hour_make_what_is_served(world: World, note: Note) -> No
     seconds = time.monotonic() - began
     lake = Lake(world.stream.settings.lake_uri)
     held = set(lake.dataset(CLICKS_HOURLY, [LAST_HOUR]).to_table()["event_id"].to_pylist())
-    assert {str(click["event_id"]) for click in clicks if int(str(click["ts"])) >= begin} <= held
+    assert {str(click["event_id"]) for click in clicks} <= held
     champion = Releases(f"s3://{BUCKET}/releases").champion()
     assert champion is not None
     world.installed.rolled_out("deployment/serving")

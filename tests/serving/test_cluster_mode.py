@@ -20,7 +20,7 @@ USERS = [f"user-{n}" for n in range(60)]
 RIGHTS = ["+@read", "+@write", "+@scripting", "+@connection", "+wait", "+cluster|slots", "+readonly", "+asking", "~*"]
 """What docs/how-to.md says."""
 PATIENT_MS = 5000
-"""A node answers nobody while it writes a change of the cluster to disk, which takes a busy disk longer than a caller waits."""
+"""A node answers nobody while it writes a change of the cluster to disk, which may take longer than a caller waits."""
 LOGIN = {"username": "recsys", "password": "secret"}
 
 
